@@ -1,0 +1,3 @@
+"""On-policy distillation: a student writes, a frozen teacher scores every token, the student learns."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,312 @@
+"""Every setting of a run, in frozen dataclasses. The command line is made from these; so is config.json.
+
+Units stand in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) where it
+states one, else what the base repository's users expect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from opsd.errors import UserError
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model that scores every token."""
+
+    model: Annotated[str, arg(name="")]
+    """Folder (or hub name) of the teacher."""
+    kind: Literal["local"] = "local"
+    """local: in this process, full vocabulary, hidden states cached for the step."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the student writes its answers."""
+
+    engine: Literal["hf"] = "hf"
+    """hf: transformers generate on the training weights."""
+    samples_per_prompt: int = 16
+    """Rollouts per prompt and step."""
+    max_prompt_tokens: int = 2048
+    """Longest prompt accepted, in tokens."""
+    max_new_tokens: int = 8192
+    """Longest response, in tokens; a rollout that reaches it is counted as truncated."""
+    temperature: float = 1.0
+    """Sampling temperature; 1.0 samples from the distribution that is trained."""
+    top_p: float = 1.0
+    """Nucleus mass; 1.0 is off."""
+    top_k: int = 0
+    """Most likely tokens sampled from; 0 is off."""
+    generate_batch: int = 64
+    """Rollouts generated side by side."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Which tokens are trained on."""
+
+    by: str = "all"
+    """A selector's name (`opsd selectors` lists them) or module:Name; all keeps every token."""
+    retention: float = 0.5
+    """Fraction of each rollout's tokens that is kept (the paper's ρ), in (0, 1]."""
+    normalise_over: Literal["micro_batch", "rollout", "batch", "running"] = "micro_batch"
+    """Where min and max are taken. micro_batch depends on how rollouts were packed; rollout and batch do
+    not. batch (the paper's word) costs one scoring pass over the step."""
+    clip_quantile: float = 0.98
+    """Entropy is clipped at this quantile before min-max; 1.0 is off."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options of the selector, as KEY VALUE pairs."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The divergence between student and teacher, per kept token."""
+
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta."""
+    beta: float = 0.5
+    """Teacher's share of the JSD mixture, in (0, 1)."""
+    temperature: float = 1.0
+    """Divides both models' logits."""
+    memory: Literal["fused", "whole"] = "fused"
+    """fused: memory flat in the number of tokens. whole: kept logits live through backward (baseline)."""
+    chunk_tokens: int | Literal["auto"] = "auto"
+    """Most tokens whose logits exist at once; auto asks the free memory."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up and cosine decay."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine to min_lr_fraction at the last step, or constant."""
+    min_lr_fraction: float = 0.0
+    """Where the cosine ends, as a fraction of lr."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped here; 0 is off."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What holds the weights and runs the step."""
+
+    kind: Literal["torch"] = "torch"
+    """torch: one process, plain PyTorch."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; the torch engine keeps fp32 master weights under bfloat16 (autocast)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where it is available."""
+    micro_batch_tokens: int = 16384
+    """Most tokens (prompt and response) packed into one forward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, a third more time."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training. Sampling is stated here and never inherited from training."""
+
+    every: int = 0
+    """Steps between evaluations; 0 evaluates at the start and the end only. Needs a suite."""
+    suite: tuple[str, ...] = ()
+    """NAME=FILE pairs, e.g. math500=data/math500.jsonl."""
+    samples: int = 16
+    """Responses per problem (the k of mean@k)."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int | None = None
+    """Longest response in tokens; None takes rollout.max_new_tokens."""
+    generate_batch: int = 256
+    """Responses generated side by side."""
+    limit: int | None = None
+    """Only the first so many problems of each suite."""
+    grader: str = "math"
+    """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
+    Or module:function(response, gold) -> bool."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    teacher: bool = True
+    """Evaluate the teacher once, so that the room for improvement is known."""
+    seed: int = 1234
+    """Sampling seed of evaluations, apart from the run's: cells of a table share it."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints are ordinary model folders plus the trainer's state; each appears whole or not at all."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step always saves. 0 saves the last step only."""
+    keep: int = 2
+    """How many of the newest are kept."""
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """Numbers beyond the loss: quadrant shares, overlap of selectors, teacher entropy."""
+
+    every: int = 10
+    """Steps between telemetry; it scores all tokens with both models. 0 is off."""
+    save_tokens: bool = False
+    """Write each telemetry step's per-token statistics to tokens/ (parquet)."""
+    save_rollouts_every: int = 10
+    """Steps between rollouts/step_N.jsonl files; 0 is off."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """metrics.jsonl is always written; wandb on request."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "opsd"
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """On-policy distillation of one student from one teacher."""
+
+    student: str
+    """Folder (or hub name) of the student to start from."""
+    teacher: TeacherConfig
+    prompts: str
+    """Training prompts: .jsonl or .parquet."""
+    out: str
+    """Run folder; must be new or empty."""
+    steps: int = 100
+    """Optimiser steps."""
+    prompts_per_step: int = 8
+    """Prompts per optimiser step."""
+    seed: int = 0
+    """Decides prompt order, sampling and random selection; the same seed gives the same run."""
+    prompt_format: Literal["chat", "raw"] = "chat"
+    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
+    thinking: Literal["on", "off"] = "off"
+    """Thinking mode of the chat template, the same for student and teacher."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt (a string or a list of chat messages)."""
+    answer_field: str = "answer"
+    """Column that holds the gold answer, where there is one."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: TrainConfig) -> None:
+    """The one place for checks of values and of fields against each other. Raises UserError."""
+    c = config
+    _positive("steps", c.steps)
+    _positive("prompts_per_step", c.prompts_per_step)
+    for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "generate_batch"):
+        _positive(f"rollout.{name}", getattr(c.rollout, name))
+    _sampling("rollout", c.rollout.temperature, c.rollout.top_p, c.rollout.top_k)
+    if not 0.0 < c.select.retention <= 1.0:
+        raise UserError(f"--select.retention {c.select.retention}: give a fraction in (0, 1], e.g. 0.5")
+    if not 0.0 < c.select.clip_quantile <= 1.0:
+        raise UserError(f"--select.clip_quantile {c.select.clip_quantile}: give a quantile in (0, 1]")
+    if c.loss.divergence == "jsd" and not 0.0 < c.loss.beta < 1.0:
+        raise UserError(f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl")
+    if not (c.loss.temperature > 0.0 and math.isfinite(c.loss.temperature)):
+        raise UserError(f"--loss.temperature {c.loss.temperature}: give a number above 0")
+    if c.loss.chunk_tokens != "auto":
+        _positive("loss.chunk_tokens", c.loss.chunk_tokens)
+    if not (c.optim.lr > 0.0 and math.isfinite(c.optim.lr)):
+        raise UserError(f"--optim.lr {c.optim.lr}: give a learning rate above 0")
+    if not 0 <= c.optim.warmup_steps <= c.steps:
+        raise UserError(f"--optim.warmup_steps {c.optim.warmup_steps}: give 0 to --steps ({c.steps})")
+    for name in ("weight_decay", "max_grad_norm", "min_lr_fraction"):
+        _not_negative(f"optim.{name}", getattr(c.optim, name))
+    _positive("engine.micro_batch_tokens", c.engine.micro_batch_tokens)
+    for name, value in (
+        ("eval.every", c.eval.every),
+        ("checkpoint.every", c.checkpoint.every),
+        ("telemetry.every", c.telemetry.every),
+        ("telemetry.save_rollouts_every", c.telemetry.save_rollouts_every),
+    ):
+        _not_negative(name, value)
+    _positive("eval.samples", c.eval.samples)
+    _positive("eval.generate_batch", c.eval.generate_batch)
+    _sampling("eval", c.eval.temperature, c.eval.top_p, c.eval.top_k)
+    if c.eval.limit is not None:
+        _positive("eval.limit", c.eval.limit)
+    if c.eval.every and not c.eval.suite:
+        raise UserError(f"--eval.every {c.eval.every} without --eval.suite: name a suite, e.g. math500=FILE")
+    _positive("checkpoint.keep", c.checkpoint.keep)
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_json`. Raises UserError for a key that this version does not know."""
+    parts = {
+        "teacher": TeacherConfig,
+        "rollout": RolloutConfig,
+        "select": SelectConfig,
+        "loss": LossConfig,
+        "optim": OptimConfig,
+        "engine": EngineConfig,
+        "eval": EvalConfig,
+        "checkpoint": CheckpointConfig,
+        "telemetry": TelemetryConfig,
+        "track": TrackConfig,
+    }
+    try:
+        built = {
+            key: parts[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+            if key in parts
+            else value
+            for key, value in values.items()
+        }
+        return TrainConfig(**built)
+    except TypeError as error:
+        raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
+
+
+def _positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise UserError(f"--{name} {value}: give a number above 0")
+
+
+def _not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise UserError(f"--{name} {value}: give 0 or more")
+
+
+def _sampling(part: str, temperature: float, top_p: float, top_k: int) -> None:
+    if not (temperature >= 0.0 and math.isfinite(temperature)):
+        raise UserError(f"--{part}.temperature {temperature}: give 0 (greedy) or more")
+    if not 0.0 < top_p <= 1.0:
+        raise UserError(f"--{part}.top_p {top_p}: give a mass in (0, 1]")
+    _not_negative(f"{part}.top_k", top_k)

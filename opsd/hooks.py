@@ -1,0 +1,174 @@
+"""The seam between the trainer and token selection.
+
+The trainer knows nothing of any selection rule. It computes per-token statistics, hands them to a
+`TokenSelector`, and trains on the rows that come back kept. Rules live in other packages and are found
+by entry point (group `opsd.selectors`) or by "module:Name". Telemetry (named numbers drawn from the
+same statistics, such as quadrant shares) plugs in the same way (group `opsd.telemetry`).
+
+Legend: N student tokens of a micro-batch, or of a whole step where a docstring says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from opsd.errors import UserError
+
+SELECTOR_GROUP = "opsd.selectors"
+TELEMETRY_GROUP = "opsd.telemetry"
+ALL_TOKENS = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStats:
+    """What is known of each student token. A field nobody asked for is None.
+
+    Shapes are [N]; divergences and entropies are fp32 nats, over the shared vocabulary and at the loss
+    temperature (paper Eq. 2 without its 1/log|V|, and Eq. 3).
+
+    rollout_N: int64 id of the rollout each token belongs to, unique over the whole step and all ranks.
+    entropy_N: H(P_S). reverse_kl_N: KL(P_S‖P_T), the paper's δ. forward_kl_N: KL(P_T‖P_S).
+    teacher_entropy_N: H(P_T). top1_agree_N: bool, both models' most likely token is the same.
+    teacher_rank_N: int64, how many tokens the teacher finds more likely than the student's (0 = top).
+    grad_norm_N: L2 norm of the logit gradient of the reverse KL. token_ids_N: int64, the sampled token.
+    vocab_size: |V| that the probabilities run over.
+    """
+
+    rollout_N: torch.Tensor
+    entropy_N: torch.Tensor | None
+    reverse_kl_N: torch.Tensor | None
+    forward_kl_N: torch.Tensor | None
+    teacher_entropy_N: torch.Tensor | None
+    top1_agree_N: torch.Tensor | None
+    teacher_rank_N: torch.Tensor | None = None
+    grad_norm_N: torch.Tensor | None = None
+    token_ids_N: torch.Tensor | None = None
+    vocab_size: int | None = None
+
+
+STUDENT_FIELDS = frozenset({"entropy_N"})
+TEACHER_FIELDS = frozenset(
+    {
+        "reverse_kl_N",
+        "forward_kl_N",
+        "teacher_entropy_N",
+        "top1_agree_N",
+        "teacher_rank_N",
+        "grad_norm_N",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows to train on. kept_N: bool [N]. weight_N: fp32 [N] loss weights, or None for all ones.
+
+    A weight multiplies a token's loss; it never changes the kept count that the loss is divided by.
+    """
+
+    kept_N: torch.Tensor
+    weight_N: torch.Tensor | None = None
+
+
+@runtime_checkable
+class TokenSelector(Protocol):
+    """A rule that keeps some of the student's tokens.
+
+    needs: the `TokenStats` fields read over all rows. needs_kept: those read on kept rows only.
+    normalise_over: "micro_batch" | "rollout" | "batch" | "running". Under "batch" the trainer calls
+    `prepare` once a step with the statistics of every micro-batch and rank, before any call.
+    fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
+    """
+
+    needs: frozenset[str]
+    needs_kept: frozenset[str]
+    normalise_over: str
+    fixed_budget: bool
+
+    def budget(self, tokens: int) -> int:
+        """How many of a rollout's `tokens` student tokens are kept."""
+        ...
+
+    def prepare(self, all_stats: TokenStats) -> None:
+        """Learn what the step as a whole looks like (scope "batch")."""
+        ...
+
+    def __call__(self, stats: TokenStats, seed: int = 0) -> Selection:
+        """Choose among the rows of `stats`; random draws depend on (seed, rollout id) alone."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a checkpoint; JSON values only."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TokenTelemetry(Protocol):
+    """Named numbers drawn from a step's statistics, e.g. the share of tokens in each quadrant.
+
+    needs: the `TokenStats` fields it reads. The trainer calls it every `--telemetry.every` steps with
+    the whole step's tokens (N over all micro-batches), the mask that was trained on, the selector
+    (None when all tokens are kept) and the step's seed.
+    """
+
+    needs: frozenset[str]
+
+    def __call__(
+        self, stats: TokenStats, kept_N: torch.Tensor, selector: TokenSelector | None, seed: int
+    ) -> dict[str, float]: ...
+
+
+def selector_names() -> list[str]:
+    """Names that `load_selector` accepts, "all" first."""
+    return [ALL_TOKENS, *sorted(entry_points(group=SELECTOR_GROUP).names)]
+
+
+def load_selector(name: str, **options: Any) -> TokenSelector | None:
+    """Build a selector by entry-point name or "module:Name"; "all" gives None.
+
+    Options are the selector's own keyword arguments (retention, normalise_over, …).
+    Errors: UserError for an unknown name (with the nearest one), a module that does not import,
+    or an option the selector does not take.
+    """
+    if name == ALL_TOKENS:
+        return None
+    found = {point.name: point for point in entry_points(group=SELECTOR_GROUP)}
+    if name in found:
+        factory = found[name].load()
+    elif ":" in name:
+        factory = _load_path(name, "selector")
+    else:
+        near = difflib.get_close_matches(name, selector_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'"
+        )
+    accepted = inspect.signature(factory).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    unknown = [key for key in options if key not in accepted and not takes_any]
+    if unknown:
+        raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; it takes: {', '.join(accepted)}")
+    return factory(**options)
+
+
+def load_telemetry() -> list[TokenTelemetry]:
+    """All installed telemetry, in the order of their names."""
+    points = sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)
+    return [point.load()() for point in points]
+
+
+def _load_path(path: str, what: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what} {path!r} cannot be loaded ({error}); give 'module:Name'") from error
+

@@ -1,0 +1,45 @@
+"""Package definition: what is installed, with what, and what it plugs in. Tool settings: pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# transformers: >= 5.16.1 for the packed-sequence masks we test, < 5.20 because vLLM 0.32 stops there.
+CORE = [
+    "torch>=2.11,<2.15",
+    "transformers>=5.16.1,<5.20",
+    "safetensors>=0.6",
+    "numpy>=2.0",
+    "pandas>=2.2",
+    "pyarrow>=18",
+    "matplotlib>=3.9",
+    "tyro>=1.0,<1.1",
+    "rich>=13.9",
+    "psutil>=6",
+    "math-verify>=0.9,<0.10",
+]
+WANDB = ["wandb>=0.25,<0.32"]
+GPU = ["vllm>=0.32,<0.33", "deepspeed>=0.19,<0.20", "flash-attn>=2.8", *WANDB]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14", "basedpyright>=1.31", *WANDB]
+
+setup(
+    name="opsd-tip",
+    version="0.1.0",
+    description="On-policy distillation that trains on the tokens that matter",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["opsd", "opsd.*", "tip_patch", "tip_patch.*"]),
+    install_requires=CORE,
+    extras_require={"gpu": GPU, "wandb": WANDB, "test": TEST, "trl": ["trl>=1.16,<2"]},
+    entry_points={
+        "console_scripts": ["opsd = opsd.__main__:main"],
+        "opsd.selectors": [
+            "entropy_sample = tip_patch.selectors:EntropySample",
+            "entropy = tip_patch.selectors:Entropy",
+            "soft_or = tip_patch.selectors:SoftOr",
+            "soft_or_bottom = tip_patch.selectors:SoftOrBottom",
+            "q3 = tip_patch.selectors:Q3",
+            "divergence = tip_patch.selectors:Divergence",
+            "random = tip_patch.selectors:Random",
+        ],
+        "opsd.telemetry": ["quadrants = tip_patch.taxonomy:QuadrantTelemetry"],
+    },
+)
