@@ -1,0 +1,249 @@
+# shellcheck shell=bash
+# What every recipe shares: settings with their sources, which cells run, and how. Sourced, never run. Works in bash 3.2.
+#
+# A recipe lists its cells (`cell SELECTOR [RETENTION] [FLAGS…]`), then calls `run_table NAME "$@"`.
+#
+#   SCALE=paper|pocket   8×H200 with the paper's models (default), or minutes on a CPU with models of our own
+#   DRY_RUN=1            print the commands, start nothing; needs no models, no data, no GPU
+#   PAIRS, CELLS, SEEDS  run only these, e.g. PAIRS="qwen3 llama" CELLS=all,soft_or-50 SEEDS="0 1 2"
+#   RUNS                 folder of the run folders (default runs/NAME)
+#   STEPS                optimiser steps
+# Flags after the recipe's name go to every `opsd train` as they are.
+#
+# SCALE=paper reads the base repository's variables, and one pair of model paths for each pair of the paper:
+#   QWEN3_STUDENT QWEN3_TEACHER LLAMA_STUDENT LLAMA_TEACHER QWEN25_STUDENT QWEN25_TEACHER
+#   (or MODEL_PATH and TEACHER_MODEL_PATH where PAIRS names one pair)
+#   DATA_DIR: holds dapo_train.jsonl, math500.jsonl, aime24.jsonl, aime25.jsonl (fields prompt and answer)
+#   NUM_GPUS TRAIN_BATCH_SIZE LEARNING_RATE TOTAL_EPOCHS MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH ROLLOUT_N TEMPERATURE
+#   TOP_P TOP_K OPD_LOSS_TYPE OPD_CHUNK_SIZE OPD_MAX_LENGTH ENABLE_THINKING SAVE_FREQ TEST_FREQ VAL_TEMPERATURE VAL_TOP_P
+#   VAL_TOP_K VAL_N VAL_BEFORE_TRAIN
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ ! -d .venv ]] || export PATH="$PWD/.venv/bin:$PATH"
+SCALE=${SCALE:-paper}
+CELL_NAMES=() CELL_FLAGS=()
+
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell; its name is what CELLS and run folders call it.
+cell() {
+    local selector=$1 retention=${2:-1.0}
+    if [[ $selector == all ]]; then
+        CELL_NAMES+=(all)
+        CELL_FLAGS+=("--select.by all")
+        return
+    fi
+    shift 2
+    CELL_NAMES+=("$selector-$(awk "BEGIN { print 100 * $retention }")")
+    CELL_FLAGS+=("--select.by $selector --select.retention $retention${*:+ $*}")
+}
+
+# setting FLAG VALUE [OVERRIDE]: adds the flag; a value that is not the recipe's own becomes part of the run's name.
+setting() {
+    local value=${3:-$2}
+    FLAGS+=("$1" "$value")
+    [[ $value == "$2" ]] || CHANGED+="-${1##*.}_$value"
+}
+
+on_off() {
+    case $1 in
+        1 | [Tt]rue | on) echo on ;;
+        0 | [Ff]alse | off) echo off ;;
+        *) fail "$2=$1: give True or False" ;;
+    esac
+}
+
+# The base repository writes "no limit" as -1, we as 0.
+top_k() { if [[ ${1:-} == -1 ]]; then echo 0; else echo "${1:-}"; fi; }
+
+# Table 9 of the paper where it states a value; the base repository's launcher, or our reading, where it does not.
+paper_flags() {
+    local lr=1e-6 epochs=${TOTAL_EPOCHS:-1} batch=${TRAIN_BATCH_SIZE:-8} steps thinking at_start
+    [[ $1 != llama ]] || lr=3e-7
+    thinking=$(on_off "${ENABLE_THINKING:-False}" ENABLE_THINKING)
+    at_start=$(on_off "${VAL_BEFORE_TRAIN:-True}" VAL_BEFORE_TRAIN)
+    # One epoch of the base repository's 80 % split of DAPO-Math-17k (13,918 prompts): 1,740 steps. The paper gives no count.
+    steps=$(((13918 * epochs + batch - 1) / batch))
+    setting --steps 1740 "${STEPS:-$steps}"
+    setting --prompts_per_step 8 "${TRAIN_BATCH_SIZE:-}"                    # Table 9, "batch size (rollouts)": our reading
+    setting --rollout.samples_per_prompt 16 "${ROLLOUT_N:-}"                # Table 9
+    setting --rollout.max_prompt_tokens 2048 "${MAX_PROMPT_LENGTH:-}"       # Table 9
+    setting --rollout.max_new_tokens 8192 "${MAX_RESPONSE_LENGTH:-}"        # Table 9
+    setting --rollout.overlong_prompts drop                                 # base repository: filter_overlong_prompts
+    setting --rollout.temperature 1.0 "${TEMPERATURE:-}"                    # Table 9
+    setting --rollout.top_p 1.0 "${TOP_P:-}"                                # Table 9
+    setting --rollout.top_k 0 "$(top_k "${TOP_K:-}")"                       # base repository: off
+    setting --thinking off "$thinking"                                      # base repository: what its launcher passes
+    setting --loss.divergence reverse_kl "${OPD_LOSS_TYPE:-}"               # Eq. 1
+    setting --loss.chunk_tokens 512 "${OPD_CHUNK_SIZE:-}"                   # Table 9, "OPD chunk"
+    setting --engine.micro_batch_tokens 16384 "${OPD_MAX_LENGTH:-}"         # Table 9, "OPD max length"
+    setting --engine.dtype bfloat16                                         # our choice: fp32 master weights stay
+    setting --optim.lr $lr "${LEARNING_RATE:-}"                             # Table 9: 1e-6 Qwen, 3e-7 Llama
+    setting --optim.schedule cosine                                         # Table 9
+    setting --optim.weight_decay 0.1                                        # base repository
+    setting --optim.max_grad_norm 1.0                                       # base repository
+    setting --checkpoint.every 50 "${SAVE_FREQ:-}"                          # our choice
+    setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
+    setting --eval.samples 16 "${VAL_N:-}"                                  # paper: mean@16
+    setting --eval.temperature 1.0 "${VAL_TEMPERATURE:-}"                   # paper; the base repository's 0.6/0.7 is not it
+    setting --eval.top_p 1.0 "${VAL_TOP_P:-}"                               # paper
+    setting --eval.top_k 0 "$(top_k "${VAL_TOP_K:-}")"                      # paper
+    [[ $at_start == on ]] || setting --eval.at_start True False             # paper: also before training
+    FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
+    FLAGS+=(--eval.suite "math500=$DATA/math500.jsonl" "aime24=$DATA/aime24.jsonl" "aime25=$DATA/aime25.jsonl")
+}
+
+# The pocket protocol, fixed before any comparison was run. Every cell shares it.
+pocket_flags() {
+    FLAGS+=(--prompt_format raw)
+    setting --steps 240 "${STEPS:-}"
+    FLAGS+=(--prompts_per_step 16 --rollout.samples_per_prompt 4 --rollout.max_prompt_tokens 16 --rollout.max_new_tokens 40
+        --optim.lr 1e-3 --optim.warmup_steps 4 --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 1024
+        --eval.suite pocket=assets/pocket/eval.jsonl --eval.grader suffix --eval.samples 16 --eval.temperature 1.0
+        --checkpoint.every 60 --telemetry.every 10)
+}
+
+# models_of PAIR: sets STUDENT, TEACHER, PROMPTS, DATA and GPUS. A path that is not set stays as its variable's name.
+models_of() {
+    local upper own
+    DATA=${DATA_DIR:-\$DATA_DIR} PROMPTS=${DATA_DIR:-\$DATA_DIR}/dapo_train.jsonl GPUS=${NUM_GPUS:-8}
+    case $1 in
+        pocket)
+            STUDENT=assets/pocket/student TEACHER=assets/pocket/teacher PROMPTS=assets/pocket/train.jsonl GPUS=0
+            return
+            ;;
+        qwen3) upper=QWEN3 ;;                       # Qwen3-8B after GRPO → Qwen3-4B
+        llama) upper=LLAMA ;;                       # Llama-3.3-70B-Instruct → Llama-3.1-8B-Instruct
+        qwen25) upper=QWEN25 GPUS=${NUM_GPUS:-4} ;; # Qwen2.5-14B-Instruct-thinking → Qwen2.5-1.5B-Instruct, 4×H200
+    esac
+    own="${upper}_STUDENT" STUDENT=${!own:-\$$own}
+    own="${upper}_TEACHER" TEACHER=${!own:-\$$own}
+    if [[ ${#PAIR_LIST[@]} == 1 ]]; then
+        STUDENT=${MODEL_PATH:-$STUDENT} TEACHER=${TEACHER_MODEL_PATH:-$TEACHER}
+    fi
+}
+
+# chosen WHAT "VALUES" KNOWN…: fills CHOSEN with VALUES (or all that are known); a value that is not known stops here.
+chosen() {
+    local what=$1 values=${2//,/ } value
+    shift 2
+    CHOSEN=()
+    for value in ${values:-$*}; do
+        case " $* " in
+            *" $value "*) CHOSEN+=("$value") ;;
+            *) fail "$what has $value; at SCALE=$SCALE it can hold: $*" ;;
+        esac
+    done
+}
+
+choose() {
+    local seed
+    case $SCALE in
+        paper) chosen PAIRS "${PAIRS:-}" qwen3 llama qwen25 ;;
+        pocket) chosen PAIRS "${PAIRS:-}" pocket ;;
+        *) fail "SCALE=$SCALE is unknown; give paper or pocket" ;;
+    esac
+    PAIR_LIST=("${CHOSEN[@]}")
+    chosen CELLS "${CELLS:-}" "${CELL_NAMES[@]}"
+    CELL_LIST=("${CHOSEN[@]}")
+    SEED_LIST=()
+    for seed in $(tr , ' ' <<<"${SEEDS:-0}"); do
+        [[ $seed =~ ^[0-9]+$ ]] || fail "SEEDS has $seed; give whole numbers, e.g. SEEDS=\"0 1 2\""
+        SEED_LIST+=("$seed")
+    done
+}
+
+# Stops with all that SCALE=paper lacks, in one line.
+require() {
+    local lacks='' pair found most=0
+    for pair in "${PAIR_LIST[@]}"; do
+        models_of "$pair"
+        for found in "$STUDENT" "$TEACHER"; do
+            [[ $found != \$* ]] || lacks+=", ${found#\$}"
+        done
+        ((GPUS <= most)) || most=$GPUS
+    done
+    [[ $SCALE == pocket || -n ${DATA_DIR:-} ]] || lacks+=', DATA_DIR'
+    found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+    ((found >= most)) || lacks=", $most GPUs (found $found; NUM_GPUS=N takes fewer)$lacks"
+    [[ -z $lacks ]] || fail "missing: ${lacks#, }. SCALE=pocket runs on a CPU, DRY_RUN=1 prints the commands"
+    command -v opsd >/dev/null || fail "opsd is not installed; run: make setup"
+}
+
+# command_of PAIR CELL SEED FLAGS…: sets NAME, RUN and COMMAND.
+command_of() {
+    local pair=$1 cell=$2 seed=$3 i
+    shift 3
+    FLAGS=() CHANGED=
+    models_of "$pair"
+    if [[ $SCALE == paper ]]; then paper_flags "$pair"; else pocket_flags; fi
+    for i in "${!CELL_NAMES[@]}"; do
+        # shellcheck disable=SC2206  # a cell's flags are words
+        [[ ${CELL_NAMES[i]} != "$cell" ]] || FLAGS+=(${CELL_FLAGS[i]})
+    done
+    CHANGED+=$(printf '%s' "${*:+-$*}" | sed 's/--//g' | tr -c 'A-Za-z0-9._-' _)
+    NAME=$pair-$cell$CHANGED-seed$seed
+    RUN=$RUNS/$NAME
+    LAUNCH=(opsd train)
+    # Not `-m`: DeepSpeed's launcher spells it --module, and would add a --local_rank of its own.
+    [[ $SCALE == pocket ]] || LAUNCH=(deepspeed --num_gpus "$GPUS" --no_local_rank --module opsd train)
+    COMMAND=("${LAUNCH[@]}" --student "$STUDENT" --teacher "$TEACHER" --prompts "$PROMPTS" --out "$RUN" --seed "$seed"
+        "${FLAGS[@]}" "$@")
+}
+
+# The words of a command as one line that a shell reads back; $VARIABLES that were not set stay readable.
+line_of() {
+    local word line=
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,+@%\$-]+$ ]] || word=$(printf %q "$word")
+        line+=" $word"
+    done
+    echo "${line# }"
+}
+
+# Runs, resumes or skips one cell. Beside its folder lies the command that made it; another one under that name stops here.
+run_cell() {
+    local made=$RUNS/$NAME.command line
+    line=$(line_of "${COMMAND[@]}")
+    if [[ -f $made && $(<"$made") != "$line" ]]; then
+        fail "$RUN was made by another command ($made); set RUNS to another folder, or remove both"
+    fi
+    if [[ -e $RUN/DONE ]]; then
+        echo "$1 $NAME: finished already"
+    elif [[ -e $RUN/config.json ]]; then
+        echo "$1 $NAME: resuming"
+        "${LAUNCH[@]}" --resume "$RUN"
+    else
+        echo "$1 $NAME"
+        mkdir -p "$RUNS"
+        echo "$line" >"$made"
+        "${COMMAND[@]}"
+    fi
+}
+
+# run_table NAME FLAGS…: every chosen pair, seed and cell, then the report.
+run_table() {
+    local table=$1 seed pair cell number=0 total report
+    shift
+    RUNS=${RUNS:-runs/$table}
+    choose
+    [[ -n ${DRY_RUN:-} ]] || require
+    # On a CPU every core works, and idle threads sleep: spinning ones slow a step down five times when anything else runs.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+    [[ $SCALE == paper ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
+    total=$((${#SEED_LIST[@]} * ${#PAIR_LIST[@]} * ${#CELL_LIST[@]}))
+    for seed in "${SEED_LIST[@]}"; do
+        for pair in "${PAIR_LIST[@]}"; do
+            for cell in "${CELL_LIST[@]}"; do
+                number=$((number + 1))
+                command_of "$pair" "$cell" "$seed" "$@"
+                if [[ -n ${DRY_RUN:-} ]]; then line_of "${COMMAND[@]}"; else run_cell "[$number/$total]"; fi
+            done
+        done
+    done
+    report=(python scripts/report.py "$RUNS" --table "$table" --out "$RUNS/report")
+    if [[ -n ${DRY_RUN:-} ]]; then line_of "${report[@]}"; else "${report[@]}"; fi
+}
