@@ -81,7 +81,10 @@ class Selection:
 class TokenSelector(Protocol):
     """A rule that keeps some of the student's tokens.
 
-    needs: the `TokenStats` fields read over all rows. needs_kept: those read on kept rows only.
+    needs: the `TokenStats` fields read over all rows. needs_kept: those read on kept rows only; they
+    are scored after the choice (NaN, or 0 in integer and bool fields, outside the kept rows) and handed to
+    an optional method `weigh(self, stats, selection) -> Selection`, which sets loss weights by them. It is
+    called only when needs_kept is not empty.
     normalise_over: "micro_batch" | "rollout" | "batch" | "running". Under "batch" the trainer calls
     `prepare` once a step with the statistics of every micro-batch and rank, before any call.
     fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
@@ -148,9 +151,7 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     else:
         near = difflib.get_close_matches(name, selector_names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'"
-        )
+        raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
     accepted = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     unknown = [key for key in options if key not in accepted and not takes_any]
@@ -171,4 +172,3 @@ def _load_path(path: str, what: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{what} {path!r} cannot be loaded ({error}); give 'module:Name'") from error
-

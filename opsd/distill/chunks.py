@@ -1,0 +1,81 @@
+"""How many tokens are worked on at once, and the buffers they are worked on in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from opsd.distill.divergence import SCRATCH_BUFFERS
+from opsd.errors import UserError
+
+ChunkTokens = int | Literal["auto"]
+
+# "auto" takes this share of the free memory, within bounds: more rows stop paying once the products run at full
+# rate (the head's gradient is read and written once a chunk, which 256 rows hide well on a CPU).
+FREE_SHARE = 0.25
+MIN_CHUNK_TOKENS = 16
+MAX_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+# Element-wise passes walk a chunk in blocks of rows whose buffers take this much: about what stays in a CPU's
+# last-level cache between two passes; on CUDA, enough to fill the device.
+BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+
+
+def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
+    """Rows a chunk: at most `chunk_tokens`, evened out so that the last chunk is no stub.
+
+    "auto" asks the free memory of `like`'s device. Raises UserError for a bound below 1.
+    """
+    if chunk_tokens == "auto":
+        bytes_per_row = 2 * vocab_size * wide.itemsize + (2 * vocab_size if like.is_cuda else 0)
+        most = MAX_CHUNK_TOKENS["cuda" if like.is_cuda else "cpu"]
+        affordable = int(FREE_SHARE * _free_bytes(like.device)) // bytes_per_row
+        bound = max(MIN_CHUNK_TOKENS, min(most, affordable))
+    elif isinstance(chunk_tokens, int) and chunk_tokens >= 1:
+        bound = chunk_tokens
+    else:
+        raise UserError(f"chunk_tokens {chunk_tokens!r}: give a number of tokens from 1, or 'auto'")
+    return math.ceil(rows / math.ceil(rows / bound)) if rows else 1
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
+
+
+def slices(rows: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` out of `rows`."""
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The buffers a call reuses over its chunks: both models' logits [C, V], scratch for a block of rows [S, B, V]."""
+
+    student_CV: Tensor
+    teacher_CV: Tensor
+    scratch_SBV: Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True) -> Workspace:
+        """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
+        per_row = (2 + SCRATCH_BUFFERS) * vocab_size * wide.itemsize
+        block = max(1, min(rows, BLOCK_BYTES["cuda" if like.is_cuda else "cpu"] // per_row))
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, vocab_size, dtype=wide, device=like.device)
+
+        return cls(empty(rows), empty(rows if teacher else 0), empty(SCRATCH_BUFFERS, block))
+
+    def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the first `rows` rows, each with scratch of its height."""
+        for block in slices(rows, self.scratch_SBV.shape[1]):
+            yield block, self.scratch_SBV[:, : block.stop - block.start]

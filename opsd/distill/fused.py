@@ -1,0 +1,131 @@
+"""Loss and both gradients, formed chunk by chunk in the forward pass, so that no logits outlive their chunk.
+
+Legend: N tokens, K trained rows, C rows of a chunk, V shared vocabulary, D and E hidden sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows, slices
+from opsd.distill.divergence import GRADIENTS, log_softmax_
+from opsd.distill.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Which divergence, at which temperature, in chunks of at most how many tokens."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    chunk_tokens: ChunkTokens
+
+
+def fused_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Σ weight·divergence over the rows kept_K (None: all), differentiable, and the divergences [K] in nats."""
+    student_ND, head_VD = inputs.student_ND, inputs.student_head_VD
+    if not torch.is_grad_enabled():
+        student_ND, head_VD = student_ND.detach(), head_VD.detach()
+    return _Fused.apply(student_ND, head_VD, inputs, kept_K, weight_K, spec)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_ND: Tensor,
+        student_head_VD: Tensor,
+        inputs: Inputs,
+        kept_K: Tensor | None,
+        weight_K: Tensor | None,
+        spec: LossSpec,
+    ) -> tuple[Tensor, Tensor]:
+        run = _Run(inputs, kept_K, weight_K, spec, *ctx.needs_input_grad[:2])
+        loss_K, *ctx.gradients = run()
+        loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
+        # Only a second backward reads what is saved; the inputs are alive until the first one anyway.
+        ctx.save_for_backward(student_ND, student_head_VD)
+        ctx.run, ctx.head_type = run, student_head_VD.dtype
+        ctx.mark_non_differentiable(loss_K)
+        return loss_sum, loss_K
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not ctx.gradients:
+            # The first backward gave its buffers away. Under retain_graph they are formed anew; otherwise this
+            # read raises autograd's own error for a graph already freed.
+            _ = ctx.saved_tensors
+            _, *ctx.gradients = ctx.run()
+        grad_ND, grad_VD = ctx.gradients
+        ctx.gradients = ()
+        # Scaled in place, the head's while still wide: a second [V, D] buffer would be the largest of all.
+        if grad_ND is not None:
+            grad_ND.mul_(grad_loss)
+        if grad_VD is not None:
+            grad_VD = grad_VD.mul_(grad_loss).to(ctx.head_type)
+        return grad_ND, grad_VD, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass over the trained rows: their divergences and, where wanted, the gradients of the weighted sum."""
+
+    inputs: Inputs
+    kept_K: Tensor | None
+    weight_K: Tensor | None
+    spec: LossSpec
+    hidden_wanted: bool
+    head_wanted: bool
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Divergences [K] in nats; gradients of hidden [N, D] (its own type) and full head [V, D] (wide type).
+
+        Nothing in the loop waits for the device.
+        """
+        inputs, spec = self.inputs, self.spec
+        rows = inputs.rows if self.kept_K is None else self.kept_K.shape[0]
+        loss_K = torch.zeros(rows, dtype=inputs.wide, device=inputs.student_ND.device)
+        grad_ND = torch.zeros_like(inputs.student_ND) if self.hidden_wanted else None
+        grad_VD = torch.zeros_like(inputs.student_head_VD, dtype=inputs.wide) if self.head_wanted else None
+        if not rows:
+            return loss_K, grad_ND, grad_VD
+        student_head, teacher_head = inputs.student_head(), inputs.teacher_head()
+        chunk = chunk_rows(spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+        work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide)
+        with torch.autocast(inputs.student_ND.device.type, enabled=False):
+            for part in slices(rows, chunk):
+                where = part if self.kept_K is None else self.kept_K[part]
+                count = part.stop - part.start
+                hidden_CD = inputs.student_ND[where]
+                logits_CV = student_head.project_(hidden_CD, work.student_CV[:count])
+                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+                loss_K[part] = self._differentiate_(logits_CV, teacher_CV, work)
+                scale_C1 = self._scale(part, loss_K)
+                if grad_ND is not None:
+                    grad_ND[where] = student_head.hidden_gradient(logits_CV).mul_(scale_C1).to(grad_ND.dtype)
+                if grad_VD is not None:
+                    scaled_CD = hidden_CD * scale_C1
+                    student_head.add_weight_gradient_(logits_CV, scaled_CD, grad_VD[: inputs.vocab_size])
+        return loss_K, grad_ND, grad_VD
+
+    def _differentiate_(self, student_CV: Tensor, teacher_CV: Tensor, work: Workspace) -> Tensor:
+        """Divergences [C] of a chunk; its student logits become their gradient (before weight and 1/T)."""
+        spec, losses = self.spec, []
+        for block, scratch_SBV in work.blocks(student_CV.shape[0]):
+            log_p_BV = log_softmax_(student_CV[block], spec.temperature)
+            log_q_BV = log_softmax_(teacher_CV[block], spec.temperature)
+            losses.append(GRADIENTS[spec.divergence](log_p_BV, log_q_BV, scratch_SBV, spec.beta))
+        return torch.cat(losses)
+
+    def _scale(self, part: slice, like: Tensor) -> Tensor:
+        """weight/T of the chunk's rows [C, 1]: a row's factor costs nothing outside the [C, V] gradient."""
+        scale = like.new_full((part.stop - part.start, 1), 1.0 / self.spec.temperature)
+        return scale if self.weight_K is None else scale * self.weight_K[part, None]

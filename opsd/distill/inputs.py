@@ -1,0 +1,93 @@
+"""What every call of the loss core starts from: hidden states and heads that fit each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsd.distill.products import Head, product_dtype
+from opsd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Both models' final hidden states and heads, checked, and the vocabulary they share.
+
+    student_ND, teacher_NE: hidden states. student_head_VD, teacher_head_VE: projections in full height.
+    vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
+    wide: the type of logits and sums (fp32, or fp64 if an input is).
+    """
+
+    student_ND: Tensor
+    student_head_VD: Tensor
+    teacher_NE: Tensor
+    teacher_head_VE: Tensor
+    vocab_size: int
+    student_type: torch.dtype
+    teacher_type: torch.dtype
+    wide: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        return self.student_ND.shape[0]
+
+    def student_head(self) -> Head:
+        """The student's projection, cut to the shared vocabulary, outside autograd."""
+        return Head(self.student_head_VD.detach()[: self.vocab_size], self.student_type, self.wide)
+
+    def teacher_head(self) -> Head:
+        """The teacher's projection, cut to the shared vocabulary, outside autograd."""
+        return Head(self.teacher_head_VE.detach()[: self.vocab_size], self.teacher_type, self.wide)
+
+
+def check_inputs(
+    student_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_NE: Tensor,
+    teacher_head_VE: Tensor,
+    vocab_size: int | None,
+) -> Inputs:
+    """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit."""
+    for name, hidden, head in (
+        ("student", student_ND, student_head_VD),
+        ("teacher", teacher_NE, teacher_head_VE),
+    ):
+        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+            raise UserError(
+                f"{name} hidden states {tuple(hidden.shape)} and head {tuple(head.shape)} do not fit: "
+                "give [tokens, hidden] and [vocabulary, hidden]"
+            )
+    if student_ND.shape[0] != teacher_NE.shape[0]:
+        raise UserError(
+            f"{student_ND.shape[0]} student tokens but {teacher_NE.shape[0]} teacher tokens: "
+            "give both models' hidden states at the same positions"
+        )
+    shared = min(student_head_VD.shape[0], teacher_head_VE.shape[0])
+    if vocab_size is not None and not 1 <= vocab_size <= shared:
+        raise UserError(f"vocab_size {vocab_size} but the smaller head has {shared} rows: give 1 to {shared}")
+    student_type = product_dtype(student_ND, student_head_VD)
+    teacher_type = product_dtype(teacher_NE, teacher_head_VE)
+    wide = torch.float32
+    if torch.float64 in (student_type, teacher_type):
+        student_type = teacher_type = wide = torch.float64
+    return Inputs(
+        student_ND,
+        student_head_VD,
+        teacher_NE,
+        teacher_head_VE,
+        shared if vocab_size is None else vocab_size,
+        student_type,
+        teacher_type,
+        wide,
+    )
+
+
+def per_row(name: str, values_N: Tensor | None, inputs: Inputs) -> Tensor | None:
+    """An optional [N] argument on the student's device. Raises UserError where its length is not N."""
+    if values_N is None:
+        return None
+    if tuple(values_N.shape) != (inputs.rows,):
+        raise UserError(f"{name} has shape {tuple(values_N.shape)} for {inputs.rows} tokens: give one value a token")
+    return values_N.to(inputs.student_ND.device)

@@ -1,0 +1,152 @@
+"""Token statistics, streamed: one projection per model and chunk, no gradient, nothing of size N×V."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows, slices
+from opsd.distill.divergence import check_divergence, log_softmax_, token_fields_
+from opsd.distill.inputs import Inputs, check_inputs, per_row
+from opsd.errors import UserError
+from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
+
+REQUIRED_FIELDS = frozenset({"entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "top1_agree_N"})
+# Known without looking at a logit: a selector may list them in `needs`.
+GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "vocab_size"})
+FIELD_TYPES = {"top1_agree_N": torch.bool, "teacher_rank_N": torch.int64}
+
+
+@torch.no_grad()
+def token_stats(
+    student_hidden_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_head_VE: Tensor,
+    *,
+    rollout_N: Tensor | None = None,
+    token_ids_N: Tensor | None = None,
+    needs: frozenset[str] | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: ChunkTokens = "auto",
+) -> TokenStats:
+    """Per-token entropies and divergences of two models over their shared vocabulary.
+
+    needs: `TokenStats` fields to compute; None: its five required ones (teacher_rank_N and grad_norm_N only on
+    request, the rank needs token_ids_N). Without a teacher field the teacher is not projected.
+    Other arguments as in `distill_loss`. Values in nats; paper Eq. 2 (without its 1/log|V|) and 3.
+    Errors: UserError for an unknown field or shapes that do not fit.
+    """
+    inputs = check_inputs(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, vocab_size)
+    check_divergence("reverse_kl", 0.5, temperature)
+    token_ids_N = per_row("token_ids_N", token_ids_N, inputs)
+    wanted = check_needs(REQUIRED_FIELDS if needs is None else needs, token_ids_N, inputs.vocab_size)
+    fields = score_rows(inputs, wanted, temperature, chunk_tokens, token_ids_N)
+    return build_stats(inputs, per_row("rollout_N", rollout_N, inputs), token_ids_N, fields)
+
+
+def check_needs(needs: frozenset[str], token_ids_N: Tensor | None, vocab_size: int) -> frozenset[str]:
+    """The fields of `needs` that must be computed. Raises UserError for one that cannot be."""
+    unknown = needs - STUDENT_FIELDS - TEACHER_FIELDS - GIVEN_FIELDS
+    if unknown:
+        known = ", ".join(sorted(STUDENT_FIELDS | TEACHER_FIELDS))
+        raise UserError(f"unknown statistic {sorted(unknown)[0]!r}: ask for {known}")
+    if "teacher_rank_N" in needs:
+        if token_ids_N is None:
+            raise UserError("teacher_rank_N needs the sampled tokens: give token_ids_N")
+        if token_ids_N.numel() and not 0 <= int(token_ids_N.min()) <= int(token_ids_N.max()) < vocab_size:
+            raise UserError(f"token_ids_N reach beyond the shared vocabulary of {vocab_size}: check the tokenizers")
+    return needs - GIVEN_FIELDS
+
+
+def score_rows(
+    inputs: Inputs,
+    needs: frozenset[str],
+    temperature: float,
+    chunk_tokens: ChunkTokens,
+    token_ids_N: Tensor | None,
+    kept_K: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The named fields [N]. With kept_K (row numbers) only those rows are scored; the others hold NaN (or 0)."""
+    rows = inputs.rows if kept_K is None else kept_K.shape[0]
+    fields = {name: _blank(name, inputs) for name in needs}
+    if not fields or not rows:
+        return fields
+    teacher = bool(needs & TEACHER_FIELDS)
+    chunk = chunk_rows(chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide, teacher)
+    student_head, teacher_head = inputs.student_head(), inputs.teacher_head() if teacher else None
+    with torch.autocast(inputs.student_ND.device.type, enabled=False):
+        for part in slices(rows, chunk):
+            where = part if kept_K is None else kept_K[part]
+            count = part.stop - part.start
+            student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
+            teacher_CV = None
+            if teacher_head is not None:
+                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+            ids_C = None if token_ids_N is None else token_ids_N[where]
+            values = _score_chunk(needs, student_CV, teacher_CV, work, temperature, ids_C)
+            for name, values_C in values.items():
+                fields[name][where] = values_C
+    return fields
+
+
+def _blank(name: str, inputs: Inputs) -> Tensor:
+    dtype = FIELD_TYPES.get(name, torch.float32)
+    fill = float("nan") if dtype.is_floating_point else 0
+    return torch.full((inputs.rows,), fill, dtype=dtype, device=inputs.student_ND.device)
+
+
+def _score_chunk(
+    needs: frozenset[str],
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    work: Workspace,
+    temperature: float,
+    token_ids_C: Tensor | None,
+) -> dict[str, Tensor]:
+    """The named fields [C] of one chunk, block by block; overwrites the logits."""
+    found: dict[str, list[Tensor]] = {name: [] for name in needs}
+    for block, scratch_SBV in work.blocks(student_CV.shape[0]):
+        log_p_BV = log_softmax_(student_CV[block], temperature)
+        log_q_BV = None if teacher_CV is None else log_softmax_(teacher_CV[block], temperature)
+        ids_B = None if token_ids_C is None else token_ids_C[block]
+        values = token_fields_(needs, log_p_BV, log_q_BV, scratch_SBV, temperature, ids_B)
+        for name in needs:
+            found[name].append(values[name])
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def build_stats(
+    inputs: Inputs, rollout_N: Tensor | None, token_ids_N: Tensor | None, fields: dict[str, Tensor]
+) -> TokenStats:
+    """TokenStats from what is known; fields nobody asked for are None, one rollout where none is named."""
+    if rollout_N is None:
+        rollout_N = torch.zeros(inputs.rows, dtype=torch.int64, device=inputs.student_ND.device)
+    values = {name: fields.get(name) for name in STUDENT_FIELDS | TEACHER_FIELDS}
+    return TokenStats(
+        rollout_N=rollout_N.to(torch.int64),
+        token_ids_N=token_ids_N,
+        vocab_size=inputs.vocab_size,
+        **values,
+    )
+
+
+def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
+    """The statistics of several micro-batches as one, on the first one's device.
+
+    A field is None where any part lacks it. Errors: UserError if there is no part.
+    """
+    if not parts:
+        raise UserError("no statistics to join: give at least one micro-batch's")
+    device = parts[0].rollout_N.device
+    joined = {}
+    for field in dataclasses.fields(TokenStats):
+        values = [getattr(part, field.name) for part in parts]
+        whole = field.name != "vocab_size" and all(value is not None for value in values)
+        joined[field.name] = torch.cat([value.to(device) for value in values]) if whole else None
+    return TokenStats(**{**joined, "vocab_size": parts[0].vocab_size})

@@ -1,0 +1,71 @@
+"""The baseline: the trained rows' logits live through backward, as in the paper's own code.
+
+It exists to reproduce the paper's memory rows and to check the fused loss on real runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import log_softmax
+
+from opsd.distill.chunks import chunk_rows, slices
+from opsd.distill.divergence import plain_divergence
+from opsd.distill.fused import LossSpec
+from opsd.distill.inputs import Inputs
+
+
+def whole_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Same meaning as `fused_loss`; autograd differentiates, and memory grows with rows × vocabulary."""
+    student_KD, teacher_KE = inputs.student_ND, inputs.teacher_NE
+    if kept_K is not None:
+        student_KD, teacher_KE = student_KD[kept_K], teacher_KE[kept_K]
+    logits_KV = _Project.apply(student_KD, inputs.student_head_VD, inputs)
+    with torch.no_grad():
+        teacher_KV = _project(inputs, teacher_KE, teacher=True)
+    rows = student_KD.shape[0]
+    chunk = chunk_rows(spec.chunk_tokens, rows, inputs.vocab_size, student_KD, inputs.wide)
+    losses = []
+    with torch.autocast(student_KD.device.type, enabled=False):
+        for part in slices(rows, chunk):
+            log_p_CV = log_softmax(logits_KV[part] / spec.temperature, -1)
+            log_q_CV = log_softmax(teacher_KV[part] / spec.temperature, -1)
+            losses.append(plain_divergence(spec.divergence, log_p_CV, log_q_CV, spec.beta))
+        loss_K = torch.cat(losses) if losses else logits_KV.sum(-1)
+        loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
+    return loss_sum, loss_K.detach().clamp_min(0.0)
+
+
+def _project(inputs: Inputs, hidden_KD: Tensor, teacher: bool) -> Tensor:
+    """All rows' logits [K, V] over the shared vocabulary, in the wide type."""
+    head = inputs.teacher_head() if teacher else inputs.student_head()
+    out_KV = torch.empty(hidden_KD.shape[0], inputs.vocab_size, dtype=inputs.wide, device=hidden_KD.device)
+    with torch.autocast(hidden_KD.device.type, enabled=False):
+        return head.project_(hidden_KD, out_KV)
+
+
+class _Project(torch.autograd.Function):
+    """Student logits in the wide type, with gradients by the same products as the fused loss."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_KD: Tensor, head_VD: Tensor, inputs: Inputs) -> Tensor:
+        ctx.save_for_backward(hidden_KD, head_VD)
+        ctx.inputs = inputs
+        return _project(inputs, hidden_KD, teacher=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_KD, head_VD = ctx.saved_tensors
+        head = ctx.inputs.student_head()
+        grad_KD = grad_VD = None
+        if ctx.needs_input_grad[0]:
+            grad_KD = head.hidden_gradient(grad_KV).to(hidden_KD.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_VD = torch.zeros_like(head_VD, dtype=ctx.inputs.wide)
+            head.add_weight_gradient_(grad_KV, hidden_KD, grad_VD[: ctx.inputs.vocab_size])
+            grad_VD = grad_VD.to(head_VD.dtype)
+        return grad_KD, grad_VD, None
