@@ -8,6 +8,7 @@ Legend: B rows of a block, V shared vocabulary. P_S student, P_T teacher; p = P_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from opsd.errors import UserError
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-SCRATCH_BUFFERS = 3
+SCRATCH_BUFFERS = 2
 
 
 def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
@@ -51,18 +52,21 @@ def forward_kl_(log_p_BV: Tensor, log_q_BV: Tensor, scratch_SBV: Tensor, beta: f
 def jsd_(log_p_BV: Tensor, log_q_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5) -> Tensor:
     """β·KL(P_T‖M) + (1−β)·KL(P_S‖M) in nats [B], M = β·P_T + (1−β)·P_S; log_p_BV becomes its gradient.
 
-    With a = log(p/M) and A = Σ p·a the gradient is (1−β)·p·(a − A). M is held above the smallest normal number:
-    where both probabilities are below it, their products with the logarithm vanish instead of giving 0·∞.
+    The gradient is (1−β)·p·(a − Σ p·a) with a = log(p/M). With x = log q − log p + log(β/(1−β)), a is
+    −softplus(x) and log(q/M) is −softplus(−x) = x − softplus(x), but for constants: they cancel in the gradient
+    and add up to the entropy H(β) of the mixture in the loss. No logarithm of a vanishing M is ever taken, and
+    where p dominates M the gradient keeps its digits.
     """
     p_BV = torch.exp(log_p_BV, out=scratch_SBV[0])
     q_BV = torch.exp(log_q_BV, out=scratch_SBV[1])
-    log_m_BV = torch.lerp(p_BV, q_BV, beta, out=scratch_SBV[2])
-    log_m_BV.clamp_min_(torch.finfo(log_m_BV.dtype).tiny).log_()
-    teacher_kl_B = log_q_BV.sub_(log_m_BV).mul_(q_BV).sum(-1)
-    student_BV = log_p_BV.sub_(log_m_BV).mul_(p_BV)
-    student_kl_B = student_BV.sum(-1)
-    student_BV.addcmul_(p_BV, student_kl_B[:, None], value=-1.0).mul_(1.0 - beta)
-    return (beta * teacher_kl_B + (1.0 - beta) * student_kl_B).clamp_min_(0.0)
+    x_BV = log_q_BV.sub_(log_p_BV).add_(math.log(beta) - math.log1p(-beta))
+    softplus_BV = torch.ops.aten.softplus.out(x_BV, 1, 20, out=log_p_BV)
+    teacher_B = x_BV.sub_(softplus_BV).mul_(q_BV).sum(-1)
+    weighted_BV = softplus_BV.mul_(p_BV)
+    student_B = weighted_BV.sum(-1)
+    weighted_BV.addcmul_(p_BV, student_B[:, None], value=-1.0).mul_(beta - 1.0)
+    mixing = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
+    return (mixing + beta * teacher_B - (1.0 - beta) * student_B).clamp_min_(0.0)
 
 
 # In place: (log_p, log_q, scratch, beta) -> nats [B], with the logit gradient left in log_p.
@@ -103,18 +107,26 @@ def token_fields_(
     temperature: float,
     token_ids_B: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The fields of `TokenStats` named in `needs`, each [B]. Overwrites the log-probabilities.
+    """The fields of `TokenStats` named in `needs`, each [B].
 
     log_q_BV may be None when `needs` names no teacher field. grad_norm_N is the norm with respect to the raw
     logits, hence its 1/T.
     """
     fields: dict[str, Tensor] = {}
-    p_BV = torch.exp(log_p_BV, out=scratch_SBV[0])
-    work_BV = scratch_SBV[1]
+    exp_BV, work_BV = scratch_SBV
+    p_BV = torch.exp(log_p_BV, out=exp_BV)
     if "entropy_N" in needs:
         fields["entropy_N"] = torch.mul(p_BV, log_p_BV, out=work_BV).sum(-1).neg_().clamp_min_(0.0)
     if log_q_BV is None:
         return fields
+    if needs & {"reverse_kl_N", "grad_norm_N"}:
+        torch.sub(log_p_BV, log_q_BV, out=work_BV)
+        kl_B = work_BV.mul_(p_BV).sum(-1)
+        if "grad_norm_N" in needs:
+            work_BV.addcmul_(p_BV, kl_B[:, None], value=-1.0)
+            fields["grad_norm_N"] = torch.linalg.vector_norm(work_BV, dim=-1) / temperature
+        if "reverse_kl_N" in needs:
+            fields["reverse_kl_N"] = kl_B.clamp_min_(0.0)
     if "top1_agree_N" in needs:
         best_B1 = log_p_BV.argmax(-1, keepdim=True)
         fields["top1_agree_N"] = log_q_BV.gather(-1, best_B1).squeeze(-1) == log_q_BV.amax(-1)
@@ -122,17 +134,10 @@ def token_fields_(
         assert token_ids_B is not None
         fields["teacher_rank_N"] = (log_q_BV > log_q_BV.gather(-1, token_ids_B[:, None])).sum(-1)
     if needs & {"forward_kl_N", "teacher_entropy_N"}:
-        q_BV = torch.exp(log_q_BV, out=scratch_SBV[2])
+        q_BV = torch.exp(log_q_BV, out=exp_BV)
         if "teacher_entropy_N" in needs:
             fields["teacher_entropy_N"] = torch.mul(q_BV, log_q_BV, out=work_BV).sum(-1).neg_().clamp_min_(0.0)
         if "forward_kl_N" in needs:
             torch.sub(log_q_BV, log_p_BV, out=work_BV)
             fields["forward_kl_N"] = work_BV.mul_(q_BV).sum(-1).clamp_min_(0.0)
-    if needs & {"reverse_kl_N", "grad_norm_N"}:
-        ratio_BV = log_p_BV.sub_(log_q_BV)
-        kl_B = torch.mul(p_BV, ratio_BV, out=work_BV).sum(-1)
-        if "grad_norm_N" in needs:
-            work_BV.addcmul_(p_BV, kl_B[:, None], value=-1.0)
-            fields["grad_norm_N"] = torch.linalg.vector_norm(work_BV, dim=-1) / temperature
-        fields["reverse_kl_N"] = kl_B.clamp_min_(0.0)
     return fields

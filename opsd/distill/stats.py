@@ -109,7 +109,7 @@ def _score_chunk(
     temperature: float,
     token_ids_C: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The named fields [C] of one chunk, block by block; overwrites the logits."""
+    """The named fields [C] of one chunk, block by block; the logits become log-probabilities."""
     found: dict[str, list[Tensor]] = {name: [] for name in needs}
     for block, scratch_SBV in work.blocks(student_CV.shape[0]):
         log_p_BV = log_softmax_(student_CV[block], temperature)
