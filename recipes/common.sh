@@ -43,9 +43,9 @@ cell() {
 
 # setting FLAG VALUE [OVERRIDE]: adds the flag; a value that is not the recipe's own becomes part of the run's name.
 setting() {
-    local value=${3:-$2}
+    local value=${3:-$2} name=${1##*.}
     FLAGS+=("$1" "$value")
-    [[ $value == "$2" ]] || CHANGED+="-${1##*.}_$value"
+    [[ $value == "$2" ]] || CHANGED+="-${name#--}_$value"
 }
 
 on_off() {

@@ -1,0 +1,63 @@
+"""A copy of the recipes in an empty project, with stand-ins for the programs that they start."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Stands in for `opsd` and `deepspeed`: notes its arguments, and leaves a run folder as a finished run would.
+TRAINER = """#!/bin/bash
+echo "$(basename "$0") $*" >>calls
+while (($#)); do
+    [[ $1 == --out || $1 == --resume ]] && run=$2
+    shift
+done
+mkdir -p "$run"
+echo '{}' >"$run/config.json"
+[[ -e fail ]] && exit 3
+touch "$run/DONE"
+"""
+NOTE = '#!/bin/bash\necho "$(basename "$0") $*" >>calls\n'
+
+
+@dataclass(frozen=True)
+class Project:
+    """root: the copy. bin: the folder of stand-ins, first on PATH."""
+
+    root: Path
+    bin: Path
+
+    def program(self, name: str, text: str) -> None:
+        """Put a stand-in on PATH."""
+        file = self.bin / name
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def run(self, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run the Table 5 recipe; no variable of the caller's is passed on."""
+        path = f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin"
+        command = ["bash", str(self.root / "recipes" / "table5_soft_or.sh"), *flags]
+        return subprocess.run(command, env={"PATH": path, **env}, capture_output=True, text=True, cwd="/")
+
+    def calls(self) -> list[str]:
+        """The programs that were started, with their arguments."""
+        file = self.root / "calls"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project with `opsd` installed and no GPU."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "recipes", root / "recipes")
+    made = Project(root, tmp_path / "bin")
+    made.bin.mkdir()
+    made.program("opsd", TRAINER)
+    made.program("python", NOTE)
+    made.program("nvidia-smi", "#!/bin/bash\nexit 9\n")
+    return made

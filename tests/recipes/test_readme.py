@@ -1,0 +1,61 @@
+"""README and Makefile name only what exists."""
+
+import dataclasses
+import re
+import subprocess
+import typing
+from pathlib import Path
+
+from opsd.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, flags=re.MULTILINE))
+
+
+def flags_of(config: type, prefix: str = "--") -> set[str]:
+    """Every flag that `opsd train` takes."""
+    found = set()
+    for name, kind in typing.get_type_hints(config).items():
+        found.add(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            found |= flags_of(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+def test_readme_names_only_make_targets_that_exist():
+    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", README))
+    assert {"demo", "test"} <= named
+    assert named <= TARGETS
+
+
+def test_readme_names_only_files_that_exist():
+    paths = re.findall(r"\b(?:scripts|recipes|examples|docs|constraints|assets|tests)/[\w./-]*\w", README)
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert paths and not missing
+
+
+def test_readme_names_only_flags_that_exist():
+    other = {"--module", "--num_gpus", "--resume", "--model", "--suite", "--samples", "--table", "--runs"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w.]*\w", README))
+    assert named - other <= flags_of(TrainConfig)
+
+
+def test_readme_names_only_variables_that_something_reads():
+    readers = "".join((ROOT / file).read_text() for file in ("recipes/common.sh", "scripts/setup.sh", "Makefile"))
+    table = README.split("## Environment variables")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", table))
+    assert named and {name for name in named if name not in readers} == set()
+
+
+def test_help_describes_every_target():
+    shown = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
+    described = set(re.findall(r"^  make ([a-z0-9-]+) +\S", shown, flags=re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)
+    assert phony and described == TARGETS == set(phony[1].split())
+
+
+def test_makefile_names_only_files_that_exist():
+    paths = re.findall(r"\b(?:scripts|recipes)/[\w./-]*\w", MAKEFILE)
+    assert paths and all((ROOT / path).exists() for path in paths)

@@ -1,0 +1,267 @@
+"""The Table 5 recipe: which commands, under which settings, started or not."""
+
+import csv
+import dataclasses
+import re
+import shlex
+import subprocess
+import typing
+from pathlib import Path
+
+import pytest
+
+from opsd.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+CELLS = ["all", "entropy_sample-50", "entropy_sample-20", "soft_or-50", "soft_or-20"]
+
+
+def commands(output: str) -> list[list[str]]:
+    """The printed training commands, as words."""
+    return [shlex.split(line) for line in output.splitlines() if " train " in line]
+
+
+def value(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+@pytest.mark.parametrize("script", ["recipes/common.sh", "recipes/table5_soft_or.sh", "scripts/setup.sh", ".ci/run"])
+def test_every_script_parses(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("script", ["recipes/table5_soft_or.sh", "scripts/setup.sh", ".ci/run"])
+def test_every_script_stops_at_the_first_error(script):
+    assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
+
+
+def test_pocket_dry_run_prints_the_five_cells_and_the_report_and_starts_nothing(project):
+    done = project.run(SCALE="pocket", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    printed = commands(done.stdout)
+    assert [Path(value(c, "--out")).name for c in printed] == [f"pocket-{cell}-seed0" for cell in CELLS]
+    assert [value(c, "--select.by") for c in printed] == [
+        "all",
+        "entropy_sample",
+        "entropy_sample",
+        "soft_or",
+        "soft_or",
+    ]
+    assert [value(c, "--select.retention") for c in printed[1:]] == ["0.5", "0.2", "0.5", "0.2"]
+    assert done.stdout.splitlines()[-1].startswith("python scripts/report.py runs/table5 --table table5")
+    assert project.calls() == [] and not (project.root / "runs").exists()
+
+
+def test_min_max_selectors_normalise_over_the_batch(project):
+    for command in commands(project.run(SCALE="pocket", DRY_RUN="1").stdout):
+        batch = "--select.normalise_over" in command and value(command, "--select.normalise_over") == "batch"
+        assert batch == (value(command, "--select.by") == "soft_or")
+
+
+def test_pocket_cells_differ_in_selection_and_folder_only(project):
+    def protocol(command):
+        stop = command.index("--select.by")
+        out = command.index("--out")
+        return command[:out] + command[out + 2 : stop]
+
+    printed = commands(project.run(SCALE="pocket", DRY_RUN="1").stdout)
+    assert all(protocol(command) == protocol(printed[0]) for command in printed)
+
+
+def test_paper_dry_run_needs_no_gpu_no_model_and_no_data(project):
+    done = project.run(DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    printed = commands(done.stdout)
+    assert len(printed) == 15  # 3 pairs × 5 cells
+    assert printed[0][:6] == ["deepspeed", "--num_gpus", "8", "--no_local_rank", "--module", "opsd"]
+    assert value(printed[0], "--student") == "$QWEN3_STUDENT"
+    assert value(printed[0], "--prompts") == "$DATA_DIR/dapo_train.jsonl"
+    assert project.calls() == []
+
+
+def test_paper_values_are_those_of_table_9(project):
+    pairs = {Path(value(c, "--out")).name.split("-")[0]: c for c in commands(project.run(DRY_RUN="1").stdout)}
+    assert {pair: value(c, "--optim.lr") for pair, c in pairs.items()} == {
+        "qwen3": "1e-6",
+        "llama": "3e-7",
+        "qwen25": "1e-6",
+    }
+    assert {pair: value(c, "--num_gpus") for pair, c in pairs.items()} == {"qwen3": "8", "llama": "8", "qwen25": "4"}
+    table_9 = {
+        "--prompts_per_step": "8",
+        "--rollout.samples_per_prompt": "16",
+        "--rollout.max_prompt_tokens": "2048",
+        "--rollout.max_new_tokens": "8192",
+        "--rollout.temperature": "1.0",
+        "--rollout.top_p": "1.0",
+        "--loss.divergence": "reverse_kl",
+        "--loss.chunk_tokens": "512",
+        "--engine.micro_batch_tokens": "16384",
+        "--optim.schedule": "cosine",
+        "--eval.samples": "16",
+        "--eval.temperature": "1.0",
+        "--engine.kind": "deepspeed",
+        "--engine.zero_stage": "3",
+        "--rollout.engine": "vllm",
+    }
+    for command in pairs.values():
+        assert {flag: value(command, flag) for flag in table_9} == table_9
+
+
+def test_the_base_repositorys_variables_reach_their_flags_and_the_runs_name(project):
+    env = {
+        "TRAIN_BATCH_SIZE": ("16", "--prompts_per_step", "16"),
+        "LEARNING_RATE": ("5e-6", "--optim.lr", "5e-6"),
+        "MAX_PROMPT_LENGTH": ("1024", "--rollout.max_prompt_tokens", "1024"),
+        "MAX_RESPONSE_LENGTH": ("4096", "--rollout.max_new_tokens", "4096"),
+        "ROLLOUT_N": ("4", "--rollout.samples_per_prompt", "4"),
+        "TEMPERATURE": ("0.9", "--rollout.temperature", "0.9"),
+        "TOP_P": ("0.95", "--rollout.top_p", "0.95"),
+        "TOP_K": ("-1", "--rollout.top_k", "0"),
+        "OPD_LOSS_TYPE": ("jsd", "--loss.divergence", "jsd"),
+        "OPD_CHUNK_SIZE": ("256", "--loss.chunk_tokens", "256"),
+        "OPD_MAX_LENGTH": ("10240", "--engine.micro_batch_tokens", "10240"),
+        "ENABLE_THINKING": ("True", "--thinking", "on"),
+        "SAVE_FREQ": ("20", "--checkpoint.every", "20"),
+        "TEST_FREQ": ("5", "--eval.every", "5"),
+        "VAL_TEMPERATURE": ("0.6", "--eval.temperature", "0.6"),
+        "VAL_TOP_P": ("0.8", "--eval.top_p", "0.8"),
+        "VAL_TOP_K": ("20", "--eval.top_k", "20"),
+        "VAL_N": ("8", "--eval.samples", "8"),
+        "VAL_BEFORE_TRAIN": ("False", "--eval.at_start", "False"),
+        "NUM_GPUS": ("2", "--num_gpus", "2"),
+        "MODEL_PATH": ("/m/s", "--student", "/m/s"),
+        "TEACHER_MODEL_PATH": ("/m/t", "--teacher", "/m/t"),
+        "DATA_DIR": ("/d", "--prompts", "/d/dapo_train.jsonl"),
+    }
+    settings = {name: given for name, (given, _, _) in env.items()}
+    (command,) = commands(project.run(DRY_RUN="1", PAIRS="qwen3", CELLS="all", TOTAL_EPOCHS="2", **settings).stdout)
+    assert {flag: value(command, flag) for _, flag, _ in env.values()} == {flag: want for _, flag, want in env.values()}
+    assert value(command, "--steps") == "1740"  # 2 epochs · 13,918 prompts / 16 a step = 1739.75
+    name = Path(value(command, "--out")).name
+    for part in ("-lr_5e-6", "-divergence_jsd", "-thinking_on", "-prompts_per_step_16"):
+        assert part in name
+
+
+def test_flags_exist_in_the_trainers_configuration(project):
+    known = set(_flags(TrainConfig))
+    for command in commands(project.run(SCALE="pocket", DRY_RUN="1").stdout):
+        assert {word for word in command if word.startswith("--")} <= known
+
+
+def _flags(config: type, prefix: str = "--") -> list[str]:
+    found = []
+    for name, kind in typing.get_type_hints(config).items():
+        found.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            found += _flags(typing.cast(type, kind), f"{prefix}{name}.")
+    return found
+
+
+def test_pairs_cells_and_seeds_narrow_the_runs(project):
+    done = project.run(DRY_RUN="1", PAIRS="llama", CELLS="soft_or-20,all", SEEDS="1 2")
+    names = [Path(value(c, "--out")).name for c in commands(done.stdout)]
+    assert names == ["llama-soft_or-20-seed1", "llama-all-seed1", "llama-soft_or-20-seed2", "llama-all-seed2"]
+
+
+def test_further_flags_pass_through_and_change_the_name(project):
+    done = project.run("--optim.beta2", "0.95", SCALE="pocket", DRY_RUN="1", CELLS="all")
+    (command,) = commands(done.stdout)
+    assert command[-2:] == ["--optim.beta2", "0.95"]
+    assert Path(value(command, "--out")).name == "pocket-all-optim.beta2_0.95-seed0"
+
+
+def test_a_printed_command_reads_back_as_it_was(project):
+    done = project.run("--prompt_field", "the question's text", SCALE="pocket", DRY_RUN="1", CELLS="all")
+    (command,) = commands(done.stdout)
+    assert command[-2:] == ["--prompt_field", "the question's text"]
+
+
+def test_what_was_printed_is_what_runs(project):
+    printed = project.run(SCALE="pocket", DRY_RUN="1").stdout.splitlines()
+    done = project.run(SCALE="pocket")
+    assert done.returncode == 0, done.stderr
+    assert project.calls() == printed
+    assert "[5/5] pocket-soft_or-20-seed0" in done.stdout
+
+
+def test_finished_cells_are_skipped_and_the_report_made_again(project):
+    project.run(SCALE="pocket")
+    (project.root / "calls").unlink()
+    done = project.run(SCALE="pocket")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished already") == 5
+    assert [call.split()[:2] for call in project.calls()] == [["python", "scripts/report.py"]]
+
+
+def test_an_interrupted_cell_is_resumed_then_the_rest_runs(project):
+    (project.root / "fail").touch()
+    stopped = project.run(SCALE="pocket")
+    assert stopped.returncode == 3
+    assert len(project.calls()) == 1  # the first cell broke: nothing after it, no report
+    (project.root / "fail").unlink()
+    (project.root / "calls").unlink()
+    done = project.run(SCALE="pocket")
+    assert done.returncode == 0, done.stderr
+    assert project.calls()[0] == "opsd train --resume runs/table5/pocket-all-seed0"
+    assert len(project.calls()) == 6  # a resume, four new cells, the report
+
+
+def test_a_folder_made_by_another_command_is_not_taken_for_finished(project):
+    project.run(SCALE="pocket", CELLS="all")
+    recipe = project.root / "recipes" / "common.sh"
+    recipe.write_text(recipe.read_text().replace("--optim.warmup_steps 4", "--optim.warmup_steps 5"))
+    done = project.run(SCALE="pocket", CELLS="all")
+    assert done.returncode == 2
+    assert "was made by another command" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_paper_scale_says_in_one_line_what_is_missing(project):
+    done = project.run()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    for missing in ("8 GPUs (found 0", "QWEN3_STUDENT", "LLAMA_TEACHER", "QWEN25_TEACHER", "DATA_DIR"):
+        assert missing in done.stderr
+    assert project.calls() == []
+
+
+def test_paper_scale_launches_deepspeed_where_nothing_is_missing(project):
+    project.program("nvidia-smi", "#!/bin/bash\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
+    project.program("deepspeed", (project.bin / "opsd").read_text())
+    done = project.run(PAIRS="qwen3", CELLS="all", QWEN3_STUDENT="/m/s", QWEN3_TEACHER="/m/t", DATA_DIR="/d")
+    assert done.returncode == 0, done.stderr
+    assert project.calls()[0].startswith("deepspeed --num_gpus 8 --no_local_rank --module opsd train --student /m/s ")
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"SCALE": "huge"}, "SCALE=huge is unknown; give paper or pocket"),
+        ({"PAIRS": "qwen4"}, "PAIRS has qwen4; at SCALE=paper it can hold: qwen3 llama qwen25"),
+        ({"CELLS": "soft_or"}, "CELLS has soft_or; at SCALE=paper it can hold: all entropy_sample-50"),
+        ({"SEEDS": "one"}, "SEEDS has one; give whole numbers"),
+        ({"ENABLE_THINKING": "maybe"}, "ENABLE_THINKING=maybe: give True or False"),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_2(project, env, message):
+    done = project.run(DRY_RUN="1", **env)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_papers_numbers_in_the_header_are_those_of_the_data_file():
+    text = (ROOT / "recipes" / "table5_soft_or.sh").read_text()
+    quoted = re.findall(r"(all tokens|Soft-OR 50 %|entropy 50 %) (\d+\.\d) ± (\d+\.\d)", text)
+    cells = {
+        "all tokens": ("all", "1.0"),
+        "Soft-OR 50 %": ("soft_or", "0.5"),
+        "entropy 50 %": ("entropy_sample", "0.5"),
+    }
+    with (ROOT / "assets" / "paper" / "tables.csv").open(newline="") as lines:
+        rows = {
+            (row["method"], row["retention"]): (row["value"], row["std"])
+            for row in csv.DictReader(lines)
+            if (row["table"], row["pair"], row["benchmark"]) == ("table5", "qwen3", "math500")
+        }
+    assert len(quoted) == 3
+    for name, mean, error in quoted:
+        assert rows[cells[name]] == (mean, error)

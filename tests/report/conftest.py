@@ -1,0 +1,49 @@
+"""Run folders with a handful of problems, whose statistics can be worked out by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Writes one run folder under tmp_path/runs and returns that folder's parent."""
+
+    def make(
+        by: str,
+        retention: float,
+        scores: dict[str, float],
+        *,
+        seed: int = 0,
+        steps: int = 2,
+        done: bool = True,
+        suite: str = "pocket",
+        metrics: tuple[dict[str, float], ...] = ({"step": 1}, {"step": 2}),
+        name: str | None = None,
+    ) -> Path:
+        run = tmp_path / "runs" / (name or f"{by}-{retention}-{steps}-seed{seed}")
+        (run / "eval").mkdir(parents=True)
+        config = {
+            "student": "models/s",
+            "teacher": {"model": "models/t", "kind": "local"},
+            "steps": steps,
+            "seed": seed,
+            "out": str(run),
+            "select": {"by": by, "retention": retention},
+        }
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        start = dict.fromkeys(scores, 0.25)
+        for file, found in ((f"step_{steps}", scores), ("step_0", start), ("teacher", dict.fromkeys(scores, 1.0))):
+            evaluation: dict[str, Any] = {"model": "m", "suites": {suite: {"k": 16, "scores": found}}}
+            (run / "eval" / f"{file}.json").write_text(json.dumps(evaluation))
+        if done:
+            (run / "DONE").touch()
+        return run.parent
+
+    return make
