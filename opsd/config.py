@@ -234,7 +234,9 @@ def check(config: TrainConfig) -> None:
     if not 0.0 < c.select.clip_quantile <= 1.0:
         raise UserError(f"--select.clip_quantile {c.select.clip_quantile}: give a quantile in (0, 1]")
     if c.loss.divergence == "jsd" and not 0.0 < c.loss.beta < 1.0:
-        raise UserError(f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl")
+        raise UserError(
+            f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"
+        )
     if not (c.loss.temperature > 0.0 and math.isfinite(c.loss.temperature)):
         raise UserError(f"--loss.temperature {c.loss.temperature}: give a number above 0")
     if c.loss.chunk_tokens != "auto":
@@ -291,7 +293,9 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         }
         return TrainConfig(**built)
     except TypeError as error:
-        raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
+        raise UserError(
+            f"config.json does not fit this version of opsd ({error}); start a new run"
+        ) from error
 
 
 def _positive(name: str, value: float) -> None:

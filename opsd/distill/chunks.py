@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opsd.distill.divergence import SCRATCH_BUFFERS
+from opsd.distill.slices import slices
 from opsd.errors import UserError
 
 ChunkTokens = int | Literal["auto"]
@@ -48,12 +49,6 @@ def _free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
-
-
-def slices(rows: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` out of `rows`."""
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def jsd_(log_p_BV: Tensor, log_q_BV: Tensor, scratch_SBV: Tensor, beta: float = 
     p_BV = torch.exp(log_p_BV, out=scratch_SBV[0])
     q_BV = torch.exp(log_q_BV, out=scratch_SBV[1])
     x_BV = log_q_BV.sub_(log_p_BV).add_(math.log(beta) - math.log1p(-beta))
-    softplus_BV = torch.ops.aten.softplus.out(x_BV, 1, 20, out=log_p_BV)
+    softplus_BV = torch.ops.aten.softplus.out(x_BV, 1, 40, out=log_p_BV)
     teacher_B = x_BV.sub_(softplus_BV).mul_(q_BV).sum(-1)
     weighted_BV = softplus_BV.mul_(p_BV)
     student_B = weighted_BV.sum(-1)

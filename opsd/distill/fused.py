@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows, slices
+from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows
 from opsd.distill.divergence import GRADIENTS, log_softmax_
 from opsd.distill.inputs import Inputs
+from opsd.distill.slices import slices
 
 
 @dataclass(frozen=True)

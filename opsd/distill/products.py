@@ -14,8 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Rows of the head multiplied at once on CPU: the tile stays in cache between its widening and its product.
-CPU_TILE_ROWS = 4096
+from opsd.distill.slices import slices
+
+# What a CPU multiplies of the head at once, in wide precision: a tile stays in cache between widening and product.
+TILE_BYTES = 8 * 2**20
 
 
 def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
@@ -39,8 +41,8 @@ class Head:
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary with their rows, rounded to the product type and widened."""
-        for start in range(0, self.weight_VD.shape[0], CPU_TILE_ROWS):
-            rows = slice(start, start + CPU_TILE_ROWS)
+        height, width = self.weight_VD.shape
+        for rows in slices(height, max(1, TILE_BYTES // (width * self.wide.itemsize))):
             yield rows, self.weight_VD[rows].to(self.product).to(self.wide)
 
     def project_(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:

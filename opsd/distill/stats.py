@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows, slices
+from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows
 from opsd.distill.divergence import check_divergence, log_softmax_, token_fields_
 from opsd.distill.inputs import Inputs, check_inputs, per_row
+from opsd.distill.slices import slices
 from opsd.errors import UserError
 from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-from opsd.distill.chunks import chunk_rows, slices
+from opsd.distill.chunks import chunk_rows
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.fused import LossSpec
 from opsd.distill.inputs import Inputs
+from opsd.distill.slices import slices
 
 
 def whole_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:

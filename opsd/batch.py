@@ -1,0 +1,86 @@
+"""Rollouts to packed micro-batches: the only place where positions are shifted by one.
+
+Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from opsd.rollout.base import Rollout
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Several whole rollouts in one row, without padding; attention stays within each by its positions.
+
+    input_ids_1L, position_ids_1L: int64 [1, L]; positions restart at 0 with every rollout.
+    rows_N: where in L the hidden state stands that predicts the n-th student token.
+    token_ids_N: that token. rollout_N: its rollout's id.
+    """
+
+    input_ids_1L: torch.Tensor
+    position_ids_1L: torch.Tensor
+    rows_N: torch.Tensor
+    token_ids_N: torch.Tensor
+    rollout_N: torch.Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    def student_tokens(self) -> int:
+        """N."""
+        return self.rows_N.numel()
+
+
+def pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:
+    """Spread rollouts over micro-batches of at most `max_tokens` tokens, longest first into the first that fits.
+
+    A rollout is never split: one longer than `max_tokens` gets a micro-batch of its own. Rollouts without
+    student tokens carry no loss and are left out. The result depends on the rollouts alone.
+    """
+    bins: list[list[Rollout]] = []
+    room: list[int] = []
+    for rollout in sorted(rollouts, key=lambda r: (-_input_tokens(r), r.id)):
+        if rollout.student_tokens() == 0:
+            continue
+        need = _input_tokens(rollout)
+        place = next((i for i, free in enumerate(room) if free >= need), None)
+        if place is None:
+            bins.append([rollout])
+            room.append(max_tokens - need)
+        else:
+            bins[place].append(rollout)
+            room[place] -= need
+    return [_join(sorted(members, key=lambda r: r.id)) for members in bins]
+
+
+def _input_tokens(rollout: Rollout) -> int:
+    """The last token is predicted, never read: it is no input."""
+    return len(rollout.prompt.ids) + len(rollout.response_ids) - 1
+
+
+def _join(rollouts: list[Rollout]) -> MicroBatch:
+    ids, positions, rows, tokens, owners = [], [], [], [], []
+    for rollout in rollouts:
+        start, prompt_tokens = len(ids), len(rollout.prompt.ids)
+        sequence = rollout.prompt.ids + rollout.response_ids
+        ids += sequence[:-1]
+        positions += range(len(sequence) - 1)
+        mask = rollout.student_mask or [True] * len(rollout.response_ids)
+        for offset, (token, by_student) in enumerate(zip(rollout.response_ids, mask, strict=True)):
+            if by_student:
+                # The hidden state of the token before it predicts this one: the shift by one.
+                rows.append(start + prompt_tokens + offset - 1)
+                tokens.append(token)
+                owners.append(rollout.id)
+    return MicroBatch(
+        input_ids_1L=torch.tensor([ids]),
+        position_ids_1L=torch.tensor([positions]),
+        rows_N=torch.tensor(rows),
+        token_ids_N=torch.tensor(tokens),
+        rollout_N=torch.tensor(owners),
+    )

@@ -1,0 +1,138 @@
+"""Evaluation: k responses per problem, graded; means with standard errors over problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd.config import EvalConfig
+from opsd.errors import UserError
+from opsd.grading import Grader, load_grader
+from opsd.prompts import Prompt, PromptFormat, load_prompts
+from opsd.rollout import Rollout, RolloutEngine, Sampling
+from opsd.seeding import derive_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A named set of problems, each with a gold answer."""
+
+    name: str
+    problems: list[Prompt]
+
+
+def load_suites(pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit: int | None) -> list[Suite]:
+    """NAME=FILE pairs to suites. Raises UserError for a pair or file that cannot serve."""
+    suites = []
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not name or not path:
+            raise UserError(f"--eval.suite {pair!r}: give NAME=FILE, e.g. math500=data/math500.jsonl")
+        if name in {suite.name for suite in suites}:
+            raise UserError(f"--eval.suite names {name!r} twice; give each suite a name of its own")
+        problems, _ = load_prompts(Path(path), tokenizer, how)
+        unanswered = [problem.id for problem in problems if problem.answer is None]
+        if unanswered:
+            raise UserError(f"{path} record {unanswered[0]} has no field {how.answer_field!r}; a suite needs gold answers")
+        suites.append(Suite(name, problems[:limit]))
+    return suites
+
+
+class Evaluator:
+    """Runs the same suites with the same sampling on whatever engine it is given."""
+
+    def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, tokenizer: Any) -> None:
+        self.suites, self._config, self._tokenizer = suites, config, tokenizer
+        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens or max_new_tokens)
+        self.grader = load_grader(config.grader)
+
+    def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
+        """Evaluate `engine` on every suite; the result is what eval/*.json holds. Fractions, tokens."""
+        results = {}
+        for suite in self.suites:
+            seed = derive_seed(self._config.seed, "eval", suite.name)
+            rollouts = engine.generate(suite.problems, self._config.samples, self._sampling, seed)
+            results[suite.name] = score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer)
+        sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
+        return {"model": model, "step": step, "sampling": sampling, "suites": results}
+
+
+def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> list[float] | None:
+    """1.0 or 0.0 for each rollout; None unless every prompt has a gold answer. A truncated rollout is wrong."""
+    if not rollouts or any(rollout.prompt.answer is None for rollout in rollouts):
+        return None
+    return [float(grader.grade(_text(r, tokenizer), str(r.prompt.answer)) and not r.truncated) for r in rollouts]
+
+
+def score_suite(
+    suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any
+) -> dict[str, Any]:
+    """Statistics of samples·problems rollouts, problem by problem.
+
+    mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
+    std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of
+    problems solved at least once. majority@k: share whose most frequent answer (the earlier one on a tie) is right.
+    """
+    correct = grade_rollouts(rollouts, grader, tokenizer)
+    assert correct is not None
+    correct_PK = np.array(correct).reshape(len(suite.problems), samples)
+    score_P = correct_PK.mean(1)
+    result = {
+        "mean@k": float(score_P.mean()),
+        "k": samples,
+        "problems": len(suite.problems),
+        "stderr_problems": standard_error(score_P),
+        "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
+        "best@k": float(correct_PK.max(1).mean()),
+        "majority@k": _majority(suite, rollouts, correct_PK, grader, tokenizer),
+        "mean_tokens": float(np.mean([len(r.response_ids) for r in rollouts])),
+        "truncated_frac": float(np.mean([r.truncated for r in rollouts])),
+        "scores": {p.id: float(score) for p, score in zip(suite.problems, score_P, strict=True)},
+    }
+    return result
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of independent values; None for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
+    """The numbers of an evaluation that belong into a metrics line: PREFIX/SUITE/mean@16 and its kin."""
+    flat = {}
+    for name, suite in result["suites"].items():
+        k = suite["k"]
+        flat[f"{prefix}/{name}/mean@{k}"] = suite["mean@k"]
+        flat[f"{prefix}/{name}/best@{k}"] = suite["best@k"]
+        if suite["majority@k"] is not None:
+            flat[f"{prefix}/{name}/majority@{k}"] = suite["majority@k"]
+        if suite["stderr_problems"] is not None:
+            flat[f"{prefix}/{name}/stderr_problems"] = suite["stderr_problems"]
+        flat[f"{prefix}/{name}/truncated_frac"] = suite["truncated_frac"]
+    return flat
+
+
+def _majority(
+    suite: Suite, rollouts: list[Rollout], correct_PK: np.ndarray, grader: Grader, tokenizer: Any
+) -> float | None:
+    """See score_suite; None where the grader names no answers."""
+    samples, right, named = correct_PK.shape[1], 0.0, False
+    for place, problem in enumerate(suite.problems):
+        answers = [
+            grader.answer(_text(rollout, tokenizer), str(problem.answer))
+            for rollout in rollouts[place * samples : (place + 1) * samples]
+        ]
+        counts = Counter(answer for answer in answers if answer is not None)
+        if counts:
+            named = True
+            right += correct_PK[place, answers.index(counts.most_common(1)[0][0])]
+    return float(right / len(suite.problems)) if named else None
+
+
+def _text(rollout: Rollout, tokenizer: Any) -> str:
+    return tokenizer.decode(rollout.response_ids, skip_special_tokens=True)

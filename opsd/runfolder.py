@@ -1,0 +1,139 @@
+"""A run's folder: config.json, metrics.jsonl, rollouts/, tokens/, checkpoints/, eval/, DONE."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from opsd.config import TrainConfig, from_json, to_json
+from opsd.errors import UserError
+from opsd.hooks import TokenStats
+from opsd.rollout import Rollout
+
+_STEP_FILE = re.compile(r"step_(\d+)\.\w+")
+
+
+class RunFolder:
+    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        self.path, self.config = path, config
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> RunFolder:
+        """A new run's folder. Raises UserError where it cannot be made or holds something already."""
+        path = Path(config.out)
+        if (path / "config.json").exists():
+            raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
+        try:
+            if path.exists() and any(path.iterdir()):
+                raise UserError(f"--out {path} is not empty; give a new folder")
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+        _write(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run's folder. Raises UserError where there is none."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise UserError(f"--resume {path}: no run there (config.json is missing); give a run folder")
+        try:
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
+        return cls(path, from_json(values))
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has finished."""
+        return (self.path / "DONE").exists()
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        _write(self.path / "DONE", "")
+
+    def cut_after(self, step: int | None) -> None:
+        """Forget whatever was written past `step` (None: everything but the configuration)."""
+        last = -1 if step is None else step
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= last]
+            _write(metrics, "".join(line + "\n" for line in kept))
+        for folder in ("rollouts", "tokens", "eval"):
+            for file in (self.path / folder).glob("step_*"):
+                match = _STEP_FILE.fullmatch(file.name)
+                if match and int(match[1]) > last:
+                    file.unlink()
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """Append one step's line; it is on its way to the disk when this returns."""
+        with (self.path / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps(metrics) + "\n")
+
+    def write_eval(self, name: str, result: dict[str, Any]) -> None:
+        """eval/NAME.json."""
+        self._json("eval", name, result)
+
+    def read_eval(self, name: str) -> dict[str, Any] | None:
+        """eval/NAME.json, or None."""
+        file = self.path / "eval" / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
+        """rollouts/NAME.jsonl: one object a rollout, with ids, text and (where graded) reward."""
+        lines = []
+        for place, rollout in enumerate(rollouts):
+            lines.append(
+                json.dumps(
+                    {
+                        "id": rollout.id,
+                        "prompt_id": rollout.prompt.id,
+                        "prompt_ids": rollout.prompt.ids,
+                        "response_ids": rollout.response_ids,
+                        "student_mask": rollout.student_mask,
+                        "truncated": rollout.truncated,
+                        "text": tokenizer.decode(rollout.response_ids),
+                        "answer": rollout.prompt.answer,
+                        "reward": None if rewards is None else rewards[place],
+                    }
+                )
+            )
+        folder = self.path / "rollouts"
+        folder.mkdir(exist_ok=True)
+        _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+
+    def write_tokens(self, step: int, stats: TokenStats, kept_N: Any) -> None:
+        """tokens/step_N.parquet: one row a student token, with its statistics and whether it was trained on."""
+        columns = {k.removesuffix("_N"): v.cpu().numpy() for k, v in vars(stats).items() if hasattr(v, "cpu")}
+        columns["kept"] = kept_N.cpu().numpy()
+        folder = self.path / "tokens"
+        folder.mkdir(exist_ok=True)
+        pd.DataFrame(columns).to_parquet(folder / f"step_{step}.parquet", index=False)
+
+    def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
+        (self.path / folder).mkdir(exist_ok=True)
+        _write(self.path / folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; infinity for one that a kill has cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole: a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

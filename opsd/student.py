@@ -1,0 +1,157 @@
+"""Loading models, the vocabulary they share, and the module that keeps every projection to logits in one place."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from opsd.batch import MicroBatch
+from opsd.errors import UserError
+
+Result = TypeVar("Result")
+HeadUse = Callable[[torch.Tensor, torch.Tensor], Result]
+
+
+class DistillHead(nn.Module):
+    """The vocabulary projection, as a module that owns the head's own Parameter (tied or not).
+
+    Called with hidden states alone it is the linear layer that it replaces, so `generate` and `save_pretrained`
+    go on as before. Called with `use` it hands (hidden_ND, head_VD) to it and returns what it returns: the loss is
+    formed within this module's forward, where a sharding engine has the whole weight gathered.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: torch.Tensor, use: HeadUse[Any] | None = None) -> Any:
+        """Logits [..., V], or use(hidden, head), both in the compute type and outside autocast.
+
+        Autocast would round the loss core's logits to bfloat16; it keeps them in fp32 by itself.
+        """
+        if use is None:
+            return functional.linear(hidden, self.weight)
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return use(hidden, self.weight.to(hidden.dtype))
+
+
+class Scorer(nn.Module):
+    """A causal language model that gives hidden states at the rows of a micro-batch, never all logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.model.set_output_embeddings(DistillHead(model.get_output_embeddings().weight))
+
+    def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
+        """use(hidden_ND, head_VD), with the final hidden states that predict the micro-batch's student tokens."""
+        return self.model.get_output_embeddings()(self.hidden(micro), use)
+
+    def hidden(self, micro: MicroBatch) -> torch.Tensor:
+        """Final hidden states [N, D], after the last norm, each predicting one student token.
+
+        The cache must stay off: with it, packed sequences silently attend to each other.
+        """
+        out = self.model.base_model(
+            input_ids=micro.input_ids_1L, position_ids=micro.position_ids_1L, use_cache=False
+        )
+        return out.last_hidden_state[0].index_select(0, micro.rows_N)
+
+
+def load_tokenizer(path: str, flag: str) -> Any:
+    """The tokenizer of a model folder. flag: the option that named it, for the error message."""
+    _check_folder(path, flag)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) -> Scorer:
+    """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve."""
+    _check_folder(path, flag)
+    attention = "sdpa"
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
+        attention = "flash_attention_2"
+    try:
+        AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: the model cannot be loaded ({_first_line(error)})") from error
+    model.to(device)
+    disable_dropout(model)
+    check_plain_head(model, f"{flag} {path}")
+    return Scorer(model)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Scores and gradients must speak of one distribution: no dropout anywhere, in training mode neither."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def check_plain_head(model: PreTrainedModel, name: str) -> None:
+    """Make sure that logits are hidden·headᵀ: the loss core knows no bias, scale or soft cap.
+
+    Raises UserError for models whose own logits differ (measured on four tokens).
+    """
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = functional.linear(hidden, model.get_output_embeddings().weight).float()
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max().clamp(min=1.0))):
+        raise UserError(f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones")
+
+
+def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:
+    """How many vocabulary rows both models share: the tokenizer's largest id + 1.
+
+    Heads are often padded to different heights (Qwen2.5: 152,064 and 151,936); rows past the tokenizer get no
+    probability. Tokenizers agree when their id → token maps do. Raises UserError with the first difference.
+    """
+    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        token = min((set(ours.items()) ^ set(theirs.items())), key=lambda item: (item[1], item[0]))[0]
+        raise UserError(
+            f"--student and --teacher have different tokenizers ({token!r} has id {ours.get(token, 'none')} and "
+            f"{theirs.get(token, 'none')}); on-policy distillation needs one vocabulary"
+        )
+    size = max(ours.values()) + 1
+    for flag, scorer in (("--student", student), ("--teacher", teacher)):
+        height = scorer.model.get_output_embeddings().weight.shape[0]
+        if height < size:
+            raise UserError(f"{flag}: the model has {height} vocabulary rows, its tokenizer {size}; they do not fit")
+    return size
+
+
+def _check_folder(path: str, flag: str) -> None:
+    """A path must be a model folder; a hub name (owner/name) is left to transformers."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
+    elif folder.exists():
+        raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
