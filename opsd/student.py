@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd.batch import MicroBatch
 from opsd.errors import UserError
@@ -62,9 +63,7 @@ class Scorer(nn.Module):
 
         The cache must stay off: with it, packed sequences silently attend to each other.
         """
-        out = self.model.base_model(
-            input_ids=micro.input_ids_1L, position_ids=micro.position_ids_1L, use_cache=False
-        )
+        out = self.model.base_model(input_ids=micro.input_ids_1L, position_ids=micro.position_ids_1L, use_cache=False)
         return out.last_hidden_state[0].index_select(0, micro.rows_N)
 
 
@@ -73,8 +72,10 @@ def load_tokenizer(path: str, flag: str) -> Any:
     _check_folder(path, flag)
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{flag} {path}: its tokenizer cannot be loaded ({_first_line(error)}); give a folder that holds one"
+        ) from error
 
 
 def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) -> Scorer:
@@ -84,15 +85,29 @@ def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) 
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
         attention = "flash_attention_2"
     try:
-        AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            # Left alone, transformers fills what is missing with random numbers; what does not fit is named below.
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: the model cannot be loaded ({_first_line(error)})") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{flag} {path}: the model cannot be loaded ({_first_line(error)}); give a whole Hugging Face model folder"
+        ) from error
+    lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if lacking:
+        raise UserError(
+            f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
+            "give a whole Hugging Face model folder"
+        )
     model.to(device)
     disable_dropout(model)
     check_plain_head(model, f"{flag} {path}")
+    check_packing(model, f"{flag} {path}")
     return Scorer(model)
 
 
@@ -101,8 +116,10 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+        # Rates that modules hand to functional.dropout: dropout, attention_dropout, activation_dropout, layerdrop, …
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
@@ -112,12 +129,39 @@ def check_plain_head(model: PreTrainedModel, name: str) -> None:
     Raises UserError for models whose own logits differ (measured on four tokens).
     """
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    head = model.get_output_embeddings()
     model.eval()
-    own = model(input_ids=ids, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    ours = functional.linear(hidden, model.get_output_embeddings().weight).float()
-    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max().clamp(min=1.0))):
-        raise UserError(f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones")
+    # A soft cap leaves small logits as they are, so the model's own are taken with the head a hundredfold.
+    larger = head.register_forward_hook(lambda _module, _inputs, logits: 100 * logits)
+    try:
+        own = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        larger.remove()
+    ours = 100 * functional.linear(hidden, head.weight).float()
+    plain = torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(ours.abs().max()))
+    if not plain or getattr(head, "bias", None) is not None:
+        raise UserError(
+            f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, name: str) -> None:
+    """Make sure that restarting positions keep packed sequences apart; a model may not know of it.
+
+    Raises UserError where a sequence's hidden states change with the one in front of it (measured on 16 tokens).
+    """
+    ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=model.device).repeat(2)[None]
+    model.eval()
+    packed = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 8:]
+    alone = model.base_model(input_ids=ids[:, 8:], use_cache=False).last_hidden_state
+    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.1
+    if float((packed - alone).float().norm()) > tolerance * float(alone.float().norm()):
+        raise UserError(
+            f"{name}: sequences packed into one row see each other; this trainer needs a model that keeps them apart"
+        )
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:
