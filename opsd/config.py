@@ -170,6 +170,8 @@ class TelemetryConfig:
     """Write each telemetry step's per-token statistics to tokens/ (parquet)."""
     save_rollouts_every: int = 10
     """Steps between rollouts/step_N.jsonl files; 0 is off."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options of the telemetry, such as its thresholds, as KEY VALUE pairs."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class Engine(Protocol):
         """The sum of every rank's value."""
         ...
 
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor, summed over the ranks."""
+        ...
+
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Optimiser state as named tensors and JSON values."""
         ...
@@ -101,6 +105,10 @@ class TorchEngine:
     def sum_over_ranks(self, value: float) -> float:
         """One rank: the value itself."""
         return value
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One rank: the tensor itself."""
+        return tensor
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from opsd.config import TrainConfig, from_json, to_json
 from opsd.errors import UserError
@@ -26,18 +27,25 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
+    def check_new(cls, path: Path) -> None:
+        """Raises UserError where no new run can be put: a run is there already, or something else is."""
+        if (path / "config.json").exists():
+            raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; give a new folder")
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"--out {path} is not empty; give a new folder")
+
+    @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:
         """A new run's folder. Raises UserError where it cannot be made or holds something already."""
         path = Path(config.out)
-        if (path / "config.json").exists():
-            raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
+        cls.check_new(path)
         try:
-            if path.exists() and any(path.iterdir()):
-                raise UserError(f"--out {path} is not empty; give a new folder")
             path.mkdir(parents=True, exist_ok=True)
+            _write(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
-        _write(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
         return cls(path, config)
 
     @classmethod
@@ -111,10 +119,10 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
 
-    def write_tokens(self, step: int, stats: TokenStats, kept_N: Any) -> None:
-        """tokens/step_N.parquet: one row a student token, with its statistics and whether it was trained on."""
-        columns = {k.removesuffix("_N"): v.cpu().numpy() for k, v in vars(stats).items() if hasattr(v, "cpu")}
-        columns["kept"] = kept_N.cpu().numpy()
+    def write_tokens(self, step: int, stats: TokenStats, kept_N: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
+        """tokens/step_N.parquet: one row a student token, with its statistics, labels, and whether it was trained on."""
+        tensors = {k.removesuffix("_N"): v for k, v in vars(stats).items() if isinstance(v, torch.Tensor)}
+        columns = {k: v.cpu().numpy() for k, v in {**tensors, **labels, "kept": kept_N}.items()}
         folder = self.path / "tokens"
         folder.mkdir(exist_ok=True)
         pd.DataFrame(columns).to_parquet(folder / f"step_{step}.parquet", index=False)

@@ -1,0 +1,109 @@
+"""Everything a run is made of, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opsd.config import SelectConfig, TrainConfig
+from opsd.engine import TorchEngine
+from opsd.errors import UserError
+from opsd.evaluate import Evaluator, load_suites
+from opsd.hooks import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
+from opsd.prompts import PromptFormat, PromptStream, load_prompts
+from opsd.rollout import HFRollout, RolloutEngine, Sampling
+from opsd.student import load_scorer, load_tokenizer, shared_vocabulary
+from opsd.teacher import LocalTeacher
+from opsd.update import Updater
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out."""
+
+    tokenizer: Any
+    stream: PromptStream
+    dropped_prompts: int
+    rollout: RolloutEngine
+    sampling: Sampling
+    teacher: LocalTeacher
+    teacher_rollout: RolloutEngine
+    selector: TokenSelector | None
+    engine: TorchEngine
+    updater: Updater
+    evaluator: Evaluator
+    telemetry: list[TokenTelemetry]
+
+
+def assemble(config: TrainConfig, checkpoint: Path | None = None) -> Parts:
+    """Load what `config` names; the student from `checkpoint` where one is given.
+
+    Raises UserError for whatever cannot serve. Writes nothing.
+    """
+    selector = build_selector(config.select)
+    student_path = config.student if checkpoint is None else str(checkpoint)
+    tokenizer = load_tokenizer(student_path, "--student")
+    teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher")
+    how = prompt_format(config)
+    prompts, dropped = load_prompts(config.prompts, tokenizer, how)
+    suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
+    evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
+
+    device = choose_device(config.engine.device)
+    student = load_scorer(student_path, "--student", torch.float32, device)
+    teacher = load_scorer(config.teacher.model, "--teacher", getattr(torch, config.engine.dtype), device)
+    vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher)
+    engine = TorchEngine(student, config.engine, config.optim, device)
+    local_teacher = LocalTeacher(teacher, device)
+    r = config.rollout
+    return Parts(
+        tokenizer=tokenizer,
+        stream=PromptStream(prompts, config.prompts_per_step, config.seed),
+        dropped_prompts=dropped,
+        rollout=HFRollout(student.model, tokenizer, r.generate_batch, engine.autocast),
+        sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
+        teacher=local_teacher,
+        teacher_rollout=HFRollout(teacher.model, tokenizer, config.eval.generate_batch),
+        selector=selector,
+        engine=engine,
+        updater=Updater(engine, local_teacher, selector, config.loss, vocab_size),
+        evaluator=evaluator,
+        telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
+    )
+
+
+def build_selector(select: SelectConfig) -> TokenSelector | None:
+    """The selector of the settings; it is handed those that differ from their defaults, and always the retention."""
+    if select.by == ALL_TOKENS:
+        return None
+    defaults = SelectConfig()
+    changed = {
+        name: getattr(select, name)
+        for name in ("normalise_over", "clip_quantile")
+        if getattr(select, name) != getattr(defaults, name)
+    }
+    return load_selector(select.by, retention=select.retention, **changed, **select.options)
+
+
+def prompt_format(config: TrainConfig) -> PromptFormat:
+    """How records of training and evaluation files become token ids."""
+    return PromptFormat(
+        kind=config.prompt_format,
+        thinking=config.thinking,
+        prompt_field=config.prompt_field,
+        answer_field=config.answer_field,
+        max_tokens=config.rollout.max_prompt_tokens,
+        overlong=config.rollout.overlong_prompts,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device. Raises UserError for CUDA where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--engine.device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

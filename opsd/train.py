@@ -1,0 +1,194 @@
+"""On-policy distillation. One step is one pass through the loop of `_run`, a line a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from opsd import checkpoint
+from opsd.batch import MicroBatch, pack
+from opsd.config import TrainConfig
+from opsd.engine import learning_rate
+from opsd.errors import RunStopped, UserError
+from opsd.evaluate import grade_rollouts, summary
+from opsd.hooks import TokenTelemetry
+from opsd.parts import Parts, assemble
+from opsd.rollout import Rollout
+from opsd.runfolder import RunFolder
+from opsd.seeding import derive_seed
+from opsd.tracking import Stopwatch, Tracker, peak_gib
+from opsd.update import Update
+
+# Asked for at every telemetry step; the means of these are the run's diagnostics.
+TOKEN_MEANS = {
+    "entropy_N": "student/entropy_nats",
+    "reverse_kl_N": "student/reverse_kl_nats",
+    "teacher_entropy_N": "teacher/entropy_nats",
+}
+
+
+def start(config: TrainConfig) -> None:
+    """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
+    RunFolder.check_new(Path(config.out))
+    parts = assemble(config)
+    _run(parts, RunFolder.create(config), done_steps=0)
+
+
+def resume(path: Path) -> None:
+    """Go on from a run's newest checkpoint, to the numbers that the uninterrupted run would have had."""
+    run = RunFolder.open(path)
+    if run.done:
+        raise UserError(f"--resume {path}: this run has finished; start a new one to train on")
+    newest = checkpoint.newest(run.checkpoints)
+    state = None if newest is None else checkpoint.load_state(newest)
+    parts = assemble(run.config, newest)
+    if state is not None:
+        parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
+        if parts.selector is not None:
+            parts.selector.load_state_dict(state.selector)
+    run.cut_after(None if state is None else state.step)
+    _run(parts, run, done_steps=0 if state is None else state.step)
+
+
+def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
+    """Steps done_steps + 1 to the last."""
+    config, engine = run.config, parts.engine
+    with Tracker(run, done_steps) as tracker:
+        if parts.dropped_prompts:
+            tracker.say(f"{parts.dropped_prompts} prompts over --rollout.max_prompt_tokens were left out")
+        if done_steps == 0:
+            _evaluate_before(parts, run, tracker)
+        for step in range(done_steps + 1, config.steps + 1):
+            watch = Stopwatch(engine.device)
+            with watch.stage("step"):
+                with watch.stage("rollout"):
+                    rollouts = _generate(parts, config, step)
+                with watch.stage("teacher"):
+                    batches = pack(rollouts, config.engine.micro_batch_tokens)
+                    hidden = parts.teacher.hidden(batches)
+                with watch.stage("student"):
+                    update = _update(parts, run, step, rollouts, batches, hidden)
+                with watch.stage("sync"):
+                    parts.rollout.sync()
+                with watch.stage("log"):
+                    metrics = _measure(parts, run, step, rollouts, batches, update)
+            metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
+            metrics |= _evaluate_after(parts, run, step, tracker)
+            tracker.step(metrics)
+            _save(parts, run, step)
+        run.finish()
+
+
+def _generate(parts: Parts, config: TrainConfig, step: int) -> list[Rollout]:
+    """The step's rollouts, by the student as it is now."""
+    seed = derive_seed(config.seed, "rollout", step)
+    return parts.rollout.generate(parts.stream.take(step), config.rollout.samples_per_prompt, parts.sampling, seed)
+
+
+def _update(
+    parts: Parts, run: RunFolder, step: int, rollouts: list[Rollout], batches: list[MicroBatch], hidden: list[Any]
+) -> Update:
+    """Train on the step's rollouts; where that cannot go on, keep them for a look."""
+    config = run.config
+    lr, seed = learning_rate(step, config.steps, config.optim), derive_seed(config.seed, "select", step)
+    watch = frozenset().union(*(telemetry.needs for telemetry in _due(parts, config, step)))
+    if watch:
+        watch |= frozenset(TOKEN_MEANS)
+    try:
+        return parts.updater.run(batches, hidden, lr, seed, watch)
+    except RunStopped as problem:
+        name = f"stopped_at_step_{step}"
+        run.write_rollouts(name, rollouts, parts.tokenizer, None)
+        raise RunStopped(
+            f"step {step}: {problem}; its rollouts are in {run.path / 'rollouts' / name}.jsonl, "
+            f"the weights of the newest checkpoint in {run.checkpoints} are sound"
+        ) from problem
+
+
+def _due(parts: Parts, config: TrainConfig, step: int) -> list[TokenTelemetry]:
+    """The telemetry of this step: all or nothing."""
+    return parts.telemetry if config.telemetry.every and step % config.telemetry.every == 0 else []
+
+
+def _measure(
+    parts: Parts, run: RunFolder, step: int, rollouts: list[Rollout], batches: list[MicroBatch], update: Update
+) -> dict[str, float]:
+    """The step's metrics but times and evaluation, and its files where they are due."""
+    config = run.config
+    packed = sum(micro.input_ids_1L.numel() for micro in batches)
+    metrics = {
+        "step": step,
+        "loss/nats": update.loss_nats,
+        "select/kept_frac": update.kept / update.tokens,
+        "optim/grad_norm": update.grad_norm,
+        "optim/lr": learning_rate(step, config.steps, config.optim),
+        "rollout/tokens": update.tokens,
+        "rollout/truncated_frac": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
+        "batch/micro_batches": len(batches),
+        "batch/fill_frac": packed / (len(batches) * config.engine.micro_batch_tokens),
+        "mem/peak_gib": peak_gib(parts.engine.device),
+    }
+    rewards = grade_rollouts(rollouts, parts.evaluator.grader, parts.tokenizer)
+    if rewards is not None:
+        metrics["rollout/reward"] = sum(rewards) / len(rewards)
+    partly = frozenset() if parts.selector is None else parts.selector.needs_kept - parts.selector.needs
+    due = _due(parts, config, step)
+    for field, name in TOKEN_MEANS.items():
+        values_N = getattr(update.stats, field)
+        if values_N is not None and (due or field not in partly):
+            metrics[name] = float(values_N.mean())
+    seed = derive_seed(config.seed, "select", step)
+    for telemetry in due:
+        metrics |= telemetry(update.stats, update.kept_N, parts.selector, seed)
+    if due and config.telemetry.save_tokens:
+        labels = {}
+        for label_tokens in (getattr(telemetry, "label_tokens", None) for telemetry in due):
+            labels |= {} if label_tokens is None else label_tokens(update.stats)
+        run.write_tokens(step, update.stats, update.kept_N, labels)
+    every = config.telemetry.save_rollouts_every
+    if every and step % every == 0:
+        run.write_rollouts(f"step_{step}", rollouts, parts.tokenizer, rewards)
+    return metrics
+
+
+def _evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> None:
+    """The teacher once, so that the room for improvement is known; the student as it starts."""
+    config, metrics = run.config, {"step": 0}
+    if not parts.evaluator.suites:
+        return
+    if config.eval.teacher:
+        result = run.read_eval("teacher")
+        if result is None:
+            tracker.doing("evaluating the teacher")
+            result = parts.evaluator.run(parts.teacher_rollout, config.teacher.model, None)
+            run.write_eval("teacher", result)
+        metrics |= summary(result, "teacher_eval")
+    if config.eval.at_start:
+        metrics |= _evaluate(parts, run, 0, tracker)
+    tracker.step(metrics)
+
+
+def _evaluate_after(parts: Parts, run: RunFolder, step: int, tracker: Tracker) -> dict[str, float]:
+    """The evaluation that is due after `step`, if any."""
+    every, last = run.config.eval.every, step == run.config.steps
+    if parts.evaluator.suites and (last or (every and step % every == 0)):
+        return _evaluate(parts, run, step, tracker)
+    return {}
+
+
+def _evaluate(parts: Parts, run: RunFolder, step: int, tracker: Tracker) -> dict[str, float]:
+    tracker.doing("evaluating")
+    result = parts.evaluator.run(parts.rollout, run.config.student, step)
+    run.write_eval(f"step_{step}", result)
+    return summary(result)
+
+
+def _save(parts: Parts, run: RunFolder, step: int) -> None:
+    """A checkpoint, where one is due."""
+    every, last = run.config.checkpoint.every, step == run.config.steps
+    if not (last or (every and step % every == 0)):
+        return
+    tensors, values = parts.engine.optimizer_state()
+    selector = {} if parts.selector is None else parts.selector.state_dict()
+    state = checkpoint.TrainerState(step, tensors, values, selector)
+    checkpoint.save(run.checkpoints, parts.engine.student.model, parts.tokenizer, state, run.config.checkpoint.keep)

@@ -1,0 +1,159 @@
+"""The student's part of a step: score → select → loss → gradient → optimiser, over all micro-batches.
+
+Legend: N student tokens of a micro-batch, D and E hidden sizes, V shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.batch import MicroBatch
+from opsd.config import LossConfig
+from opsd.distill import DistillResult, concatenate_stats, distill_loss, token_stats
+from opsd.engine import Engine
+from opsd.errors import RunStopped
+from opsd.hooks import Selection, TokenSelector, TokenStats
+from opsd.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. loss_nats: trained divergence per kept token. kept, tokens: counts over all ranks.
+
+    grad_norm: before clipping. kept_N: the mask over this rank's student tokens, micro-batch by micro-batch. stats:
+    their statistics; fields that nobody asked for are None.
+    """
+
+    loss_nats: float
+    kept: int
+    tokens: int
+    grad_norm: float
+    kept_N: Tensor
+    stats: TokenStats
+
+
+class Updater:
+    """Trains `engine`'s student towards `teacher`, on the tokens that `selector` keeps (None: all)."""
+
+    def __init__(
+        self, engine: Engine, teacher: Teacher, selector: TokenSelector | None, loss: LossConfig, vocab_size: int
+    ) -> None:
+        self._engine, self._teacher, self._selector = engine, teacher, selector
+        self._loss, self._vocab_size = loss, vocab_size
+
+    def run(
+        self, batches: list[MicroBatch], teacher_hidden: list[Tensor], lr: float, seed: int, watch: frozenset[str]
+    ) -> Update:
+        """One optimiser step. seed: decides random selection. watch: fields to score over all tokens as well.
+
+        Watching changes nothing that is trained. Raises RunStopped, the weights untouched, where the loss or its
+        gradient is not finite, or where a selector keeps another count than it announced.
+        """
+        pairs = list(zip(batches, teacher_hidden, strict=True))
+        beforehand = self._chooses_beforehand()
+        needs = watch | self._selector.needs | self._selector.needs_kept if self._selector and beforehand else watch
+        scored = [self._score(micro, hidden_NE, needs) for micro, hidden_NE in pairs] if needs or beforehand else None
+        chosen = self._choose(scored, seed) if scored is not None and beforehand else [None] * len(pairs)
+        kept = self._kept_count(batches, chosen)
+        results = [
+            self._backward(micro, hidden_NE, selection, kept, seed)
+            for (micro, hidden_NE), selection in zip(pairs, chosen, strict=True)
+        ]
+        loss_nats = self._engine.sum_over_ranks(sum(float(result.loss_sum) for result in results)) / kept
+        kept_N = torch.cat([result.kept_N for result in results])
+        if not math.isfinite(loss_nats):
+            raise RunStopped(f"the loss is {loss_nats} nats a token")
+        if (found := self._engine.sum_over_ranks(int(kept_N.sum()))) != kept:
+            raise RunStopped(f"the selector kept {found:.0f} tokens, its budget() says {kept:.0f}: set fixed_budget False")
+        grad_norm = self._engine.step(lr)
+        if not math.isfinite(grad_norm):
+            raise RunStopped(f"the gradient's norm is {grad_norm}")
+        if (end_step := getattr(self._selector, "end_step", None)) is not None:
+            end_step(self._engine.reduce)
+        stats = concatenate_stats([result.stats for result in results] if scored is None else scored)
+        tokens = self._engine.sum_over_ranks(kept_N.numel())
+        return Update(loss_nats, int(kept), int(tokens), grad_norm, kept_N, stats)
+
+    def _chooses_beforehand(self) -> bool:
+        """Whether masks must be known before the first gradient: they depend on the whole step, or the count does."""
+        selector = self._selector
+        return selector is not None and (selector.normalise_over == "batch" or not selector.fixed_budget)
+
+    @torch.no_grad()
+    def _score(self, micro: MicroBatch, teacher_NE: Tensor, needs: frozenset[str]) -> TokenStats:
+        """One micro-batch's statistics."""
+
+        def use(student_ND: Tensor, head_VD: Tensor) -> TokenStats:
+            return token_stats(
+                student_ND, head_VD, teacher_NE, self._teacher.head(), needs=needs, **self._common(micro)
+            )
+
+        return self._engine.forward(micro, use)
+
+    def _choose(self, scored: list[TokenStats], seed: int) -> list[Selection | None]:
+        """The selector's choice in every micro-batch, in sight of the whole step."""
+        selector = self._selector
+        assert selector is not None
+        if selector.normalise_over == "batch":
+            selector.prepare(concatenate_stats(scored))
+        weigh = getattr(selector, "weigh", None) if selector.needs_kept else None
+        selections = [selector(stats, seed) for stats in scored]
+        if weigh is None:
+            return [*selections]
+        return [weigh(stats, selection) for stats, selection in zip(scored, selections, strict=True)]
+
+    def _kept_count(self, batches: list[MicroBatch], chosen: list[Selection | None]) -> float:
+        """How many tokens the step trains on, over all ranks: what the loss is divided by, once."""
+        kept = 0
+        for micro, selection in zip(batches, chosen, strict=True):
+            if selection is not None:
+                kept += int(selection.kept_N.sum())
+            elif self._selector is None:
+                kept += micro.student_tokens()
+            else:
+                lengths = micro.rollout_N.unique(return_counts=True)[1]
+                kept += sum(self._selector.budget(length) for length in lengths.tolist())
+        total = self._engine.sum_over_ranks(kept)
+        if not total:
+            raise RunStopped("there is no token to train on: every rollout is empty, or none was kept")
+        return total
+
+    def _backward(
+        self, micro: MicroBatch, teacher_NE: Tensor, selection: Selection | None, kept: float, seed: int
+    ) -> DistillResult:
+        """Add one micro-batch's gradient; its result, the graph let go."""
+
+        def use(student_ND: Tensor, head_VD: Tensor) -> DistillResult:
+            return distill_loss(
+                student_ND,
+                head_VD,
+                teacher_NE,
+                self._teacher.head(),
+                selector=self._selector if selection is None else None,
+                kept_N=None if selection is None else selection.kept_N,
+                weight_N=None if selection is None else selection.weight_N,
+                divergence=self._loss.divergence,
+                beta=self._loss.beta,
+                memory=self._loss.memory,
+                seed=seed,
+                **self._common(micro),
+            )
+
+        result = self._engine.forward(micro, use)
+        self._engine.backward(result.loss_sum, kept)
+        return dataclasses.replace(result, loss_sum=result.loss_sum.detach())
+
+    def _common(self, micro: MicroBatch) -> dict[str, Any]:
+        return {
+            "rollout_N": micro.rollout_N,
+            "token_ids_N": micro.token_ids_N,
+            "vocab_size": self._vocab_size,
+            "temperature": self._loss.temperature,
+            "chunk_tokens": self._loss.chunk_tokens,
+        }

@@ -1,0 +1,168 @@
+"""One update: what is summed, what it is divided by, and what must not change it.
+
+Legend as in opsd.update. `Recorder` keeps the gradient that the optimiser would have used.
+"""
+
+import math
+
+import pytest
+import torch
+
+from opsd.batch import pack
+from opsd.config import EngineConfig, LossConfig, OptimConfig
+from opsd.engine import TorchEngine
+from opsd.errors import RunStopped
+from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, Selection, load_selector
+from opsd.student import Scorer
+from opsd.teacher import LocalTeacher
+from opsd.update import Updater
+
+CPU = torch.device("cpu")
+LENGTHS = [1, 9, 4, 7, 12, 2]
+SELECTORS = [
+    ("all", {}),
+    ("entropy", {}),
+    ("divergence", {}),
+    ("random", {}),
+    ("entropy_sample", {}),
+    ("soft_or", {"normalise_over": "rollout"}),
+    ("soft_or", {"normalise_over": "batch"}),
+    ("q3", {"normalise_over": "batch"}),
+]
+
+
+class Recorder(TorchEngine):
+    """Keeps the gradients instead of stepping with them."""
+
+    gradients: dict[str, torch.Tensor]
+
+    def step(self, lr):
+        self.gradients = {name: p.grad.clone() for name, p in self.student.model.named_parameters()}
+        self.student.model.zero_grad()
+        return float(torch.stack([g.norm() for g in self.gradients.values()]).norm())
+
+
+class Learner:
+    """Student, teacher and rollouts of uneven lengths, ready to update."""
+
+    def __init__(self, make_model, make_rollout, teacher_seed=1, engine=Recorder):
+        generator = torch.Generator().manual_seed(5)
+
+        def ids(count):
+            return torch.randint(6, 49, (count,), generator=generator).tolist()
+
+        self.rollouts = [make_rollout(n, ids(3 + n % 2), ids(length)) for n, length in enumerate(LENGTHS)]
+        self.engine = engine(Scorer(make_model(seed=0)), EngineConfig(), OptimConfig(lr=1e-2), CPU)
+        self.teacher = LocalTeacher(Scorer(make_model(seed=teacher_seed)), CPU)
+
+    def run(self, by="all", max_tokens=1000, watch=frozenset(), seed=3, loss=None, selector=None, **options):
+        if selector is None:
+            selector = None if by == "all" else load_selector(by, retention=0.5, **options)
+        updater = Updater(self.engine, self.teacher, selector, loss or LossConfig(), 49)
+        batches = pack(self.rollouts, max_tokens)
+        return updater.run(batches, self.teacher.hidden(batches), 1e-2, seed, watch)
+
+    def weights(self):
+        return {name: p.detach().clone() for name, p in self.engine.student.model.named_parameters()}
+
+
+@pytest.fixture
+def learner(make_model, make_rollout):
+    return Learner(make_model, make_rollout)
+
+
+def equal(ours, theirs, tolerance=2e-5):
+    scale = max(float(theirs[name].abs().max()) for name in theirs)
+    return all(torch.allclose(ours[name], theirs[name], rtol=tolerance, atol=tolerance * scale) for name in theirs)
+
+
+@pytest.mark.parametrize(("by", "options"), SELECTORS)
+@pytest.mark.parametrize("change", [{"max_tokens": 16}, {"max_tokens": 30}, {"loss": LossConfig(chunk_tokens=3)}])
+def test_packing_and_chunk_size_change_neither_loss_nor_gradient(learner, by, options, change):
+    one = learner.run(by, **options)
+    expected = learner.engine.gradients
+    other = learner.run(by, **options, **change)
+    assert other.loss_nats == pytest.approx(one.loss_nats, rel=1e-5)
+    assert (other.kept, other.tokens) == (one.kept, one.tokens)
+    assert equal(learner.engine.gradients, expected)
+
+
+def test_the_loss_is_the_mean_over_tokens_never_a_mean_of_means(learner):
+    result = learner.run(watch=frozenset({"reverse_kl_N"}), max_tokens=16)
+    kl_N, rollout_N = result.stats.reverse_kl_N, result.stats.rollout_N
+    assert kl_N is not None and kl_N.numel() == sum(LENGTHS) == 35
+    assert result.loss_nats == pytest.approx(float(kl_N.sum()) / 35, rel=1e-5)
+    mean_of_means = sum(float(kl_N[rollout_N == n].mean()) for n in range(6)) / 6
+    assert abs(result.loss_nats - mean_of_means) > 1e-3  # the two differ here, so the line above can fail
+
+
+def test_a_selected_loss_is_divided_by_the_kept_count(learner):
+    result = learner.run("entropy", watch=frozenset({"reverse_kl_N"}))
+    # ⌊m/2⌋ of 1, 9, 4, 7, 12, 2 tokens, at least one: 1 + 4 + 2 + 3 + 6 + 1
+    assert result.kept == 17 and int(result.kept_N.sum()) == 17
+    assert result.loss_nats == pytest.approx(float(result.stats.reverse_kl_N[result.kept_N].sum()) / 17, rel=1e-5)
+
+
+@pytest.mark.parametrize(("by", "options"), SELECTORS)
+def test_watching_changes_nothing_that_is_trained(learner, by, options):
+    unwatched = learner.run(by, **options, max_tokens=16)
+    expected = learner.engine.gradients
+    watched = learner.run(by, **options, max_tokens=16, watch=STUDENT_FIELDS | TEACHER_FIELDS)
+    assert watched.loss_nats == unwatched.loss_nats
+    assert torch.equal(watched.kept_N, unwatched.kept_N)
+    assert all(torch.equal(learner.engine.gradients[name], expected[name]) for name in expected)
+
+
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(make_model, make_rollout):
+    learner = Learner(make_model, make_rollout, teacher_seed=0)
+    result = learner.run("soft_or", normalise_over="batch")
+    assert result.loss_nats == pytest.approx(0.0, abs=1e-6)
+    assert result.grad_norm == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("by", "options"), SELECTORS)
+def test_two_steps_lower_the_divergence_on_a_fixed_batch(make_model, make_rollout, by, options):
+    learner = Learner(make_model, make_rollout, engine=TorchEngine)
+    watch = frozenset({"reverse_kl_N"})
+    first, second, third = (learner.run(by, **options, watch=watch).stats.reverse_kl_N.mean() for _ in range(3))
+    assert third < second < first
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_model, make_rollout):
+    learner = Learner(make_model, make_rollout, engine=TorchEngine)
+    before = learner.weights()
+    with torch.no_grad():
+        learner.teacher.head()[7] = math.nan
+    with pytest.raises(RunStopped, match="the loss is nan nats"):
+        learner.run()
+    assert all(torch.equal(weight, before[name]) for name, weight in learner.weights().items())
+
+
+def test_a_selector_that_keeps_another_count_than_it_announced_is_stopped(learner):
+    class Liar:
+        needs = needs_kept = frozenset()
+        normalise_over, fixed_budget = "micro_batch", True
+
+        def budget(self, tokens):
+            return 1
+
+        def __call__(self, stats, seed=0):
+            return Selection(torch.ones_like(stats.rollout_N, dtype=torch.bool))
+
+    with pytest.raises(RunStopped, match=r"kept 35 tokens, its budget\(\) says 6"):
+        learner.run(selector=Liar())
+
+
+def test_rollouts_without_a_token_stop_the_run(learner, make_rollout):
+    learner.rollouts = [make_rollout(0, [7, 8], [9, 10], [False, False])]
+    with pytest.raises(RunStopped, match="no token to train on"):
+        learner.run()
+
+
+def test_tool_tokens_are_neither_counted_nor_kept(learner, make_rollout):
+    # Of six response tokens four are the student's: ⌊4/2⌋ = 2 are kept.
+    mask = [True, True, False, False, True, True]
+    learner.rollouts = [make_rollout(0, [7, 8], [9, 10, 11, 12, 13, 14], mask)]
+    result = learner.run("entropy", watch=frozenset({"entropy_N"}))
+    assert (result.kept, result.tokens) == (2, 4)
+    assert result.stats.token_ids_N.tolist() == [9, 10, 13, 14]
