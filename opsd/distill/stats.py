@@ -64,6 +64,7 @@ def check_needs(needs: frozenset[str], token_ids_N: Tensor | None, vocab_size: i
     return needs - GIVEN_FIELDS
 
 
+@torch.no_grad()
 def score_rows(
     inputs: Inputs,
     needs: frozenset[str],
