@@ -39,7 +39,14 @@ setup(
             "q3 = tip_patch.selectors:Q3",
             "divergence = tip_patch.selectors:Divergence",
             "random = tip_patch.selectors:Random",
+            "adaptive_kl = tip_patch.rivals:AdaptiveKL",
+            "first_fraction = tip_patch.rivals:FirstFraction",
+            "position_weighted = tip_patch.rivals:PositionWeighted",
+            "verify = tip_patch.rivals:Verify",
         ],
-        "opsd.telemetry": ["quadrants = tip_patch.taxonomy:QuadrantTelemetry"],
+        "opsd.telemetry": [
+            "quadrants = tip_patch.taxonomy:QuadrantTelemetry",
+            "shadow_masks = tip_patch.shadow:ShadowMasks",
+        ],
     },
 )

@@ -85,8 +85,11 @@ class TokenSelector(Protocol):
     are scored after the choice (NaN, or 0 in integer and bool fields, outside the kept rows) and handed to
     an optional method `weigh(self, stats, selection) -> Selection`, which sets loss weights by them. It is
     called only when needs_kept is not empty.
-    normalise_over: "micro_batch" | "rollout" | "batch" | "running". Under "batch" the trainer calls
-    `prepare` once a step with the statistics of every micro-batch and rank, before any call.
+    normalise_over: "micro_batch" | "rollout" | "batch" | "running"; a rule that normalises nothing says
+    "micro_batch" whatever it was asked. Under "batch" the trainer calls `prepare` once a step with the
+    statistics of every micro-batch and rank, before any call.
+    An optional method `end_step(self, reduce) -> None` is called at the end of every step on every rank (scope
+    "running" learns there; within a step nothing changes). reduce takes a CPU tensor and returns its sum over ranks.
     fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
     """
 
@@ -119,7 +122,8 @@ class TokenTelemetry(Protocol):
 
     needs: the `TokenStats` fields it reads. The trainer calls it every `--telemetry.every` steps with
     the whole step's tokens (N over all micro-batches), the mask that was trained on, the selector
-    (None when all tokens are kept) and the step's seed.
+    (None when all tokens are kept) and the step's seed. It does not call that selector.
+    An optional method `label_tokens(self, stats) -> dict[str, Tensor]` names columns [N] of the token record.
     """
 
     needs: frozenset[str]
@@ -132,6 +136,13 @@ class TokenTelemetry(Protocol):
 def selector_names() -> list[str]:
     """Names that `load_selector` accepts, "all" first."""
     return [ALL_TOKENS, *sorted(entry_points(group=SELECTOR_GROUP).names)]
+
+
+def describe_selectors() -> dict[str, str]:
+    """Each name with the first line of its class's docstring. Loads every installed selector."""
+    found = {point.name: point.load() for point in entry_points(group=SELECTOR_GROUP)}
+    lines = {name: (inspect.getdoc(found[name]) or "").partition("\n")[0] for name in sorted(found)}
+    return {ALL_TOKENS: "Every token is kept: plain on-policy distillation (Eq. 1).", **lines}
 
 
 def load_selector(name: str, **options: Any) -> TokenSelector | None:
@@ -160,10 +171,23 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     return factory(**options)
 
 
-def load_telemetry() -> list[TokenTelemetry]:
-    """All installed telemetry, in the order of their names."""
+def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:
+    """All installed telemetry, in the order of their names; each is built with those of `options` that it takes.
+
+    Errors: UserError for an option that none of them takes.
+    """
+    options = options or {}
     points = sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)
-    return [point.load()() for point in points]
+    factories = [point.load() for point in points]
+    accepted = [set(inspect.signature(factory).parameters) for factory in factories]
+    known = set().union(*accepted)
+    for key in options:
+        if key not in known:
+            raise UserError(f"telemetry takes no option {key!r}; it takes: {', '.join(sorted(known))}")
+    return [
+        factory(**{key: options[key] for key in options.keys() & takes})
+        for factory, takes in zip(factories, accepted, strict=True)
+    ]
 
 
 def _load_path(path: str, what: str) -> Any:

@@ -1,0 +1,7 @@
+"""Token selection for on-policy distillation, plugged into a trainer through `opsd.hooks` and nothing else.
+
+The rules are those of "TIP: Token Importance in On-Policy Distillation" (arXiv 2604.14084) and their rivals.
+Start at `selectors.py`.
+
+Legend: N student tokens (of a micro-batch, or of a step), R rollouts among them, M tokens that a scale is fitted on.
+"""
