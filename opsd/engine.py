@@ -131,7 +131,7 @@ class TorchEngine:
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
-    """The rate of 1-based `step`: linear warm-up to lr, then cosine to lr·min_lr_fraction at the last step.
+    """The rate of 1-based `step`: linear warm-up to lr, then cosine towards lr·min_lr_fraction.
 
     A pure function of the step, so that it cannot drift from it.
     """
@@ -139,7 +139,8 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    # The last step still learns: progress runs over steps + 1, as with a scheduler that is stepped afterwards.
+    # The floor is reached one step behind the last, as with a scheduler that is stepped afterwards: the last step
+    # still learns.
     progress = (step - 1 - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.lr * (optim.min_lr_fraction + (1.0 - optim.min_lr_fraction) * cosine)

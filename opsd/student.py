@@ -52,11 +52,16 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.model.set_output_embeddings(DistillHead(model.get_output_embeddings().weight))
+        self.model.set_output_embeddings(DistillHead(_head_of(model).weight))
+
+    @property
+    def head(self) -> DistillHead:
+        """The model's projection to logits."""
+        return _head_of(self.model)
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
         """use(hidden_ND, head_VD), with the final hidden states that predict the micro-batch's student tokens."""
-        return self.model.get_output_embeddings()(self.hidden(micro), use)
+        return self.head(self.hidden(micro), use)
 
     def hidden(self, micro: MicroBatch) -> torch.Tensor:
         """Final hidden states [N, D], after the last norm, each predicting one student token.
@@ -85,7 +90,7 @@ def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) 
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
         attention = "flash_attention_2"
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,
@@ -98,6 +103,7 @@ def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) 
         raise UserError(
             f"{flag} {path}: the model cannot be loaded ({_first_line(error)}); give a whole Hugging Face model folder"
         ) from error
+    model, loading = loaded
     lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     if lacking:
         raise UserError(
@@ -129,7 +135,7 @@ def check_plain_head(model: PreTrainedModel, name: str) -> None:
     Raises UserError for models whose own logits differ (measured on four tokens).
     """
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    head = model.get_output_embeddings()
+    head = _head_of(model)
     model.eval()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     # A soft cap leaves small logits as they are, so the model's own are taken with the head a hundredfold.
@@ -179,10 +185,15 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: S
         )
     size = max(ours.values()) + 1
     for flag, scorer in (("--student", student), ("--teacher", teacher)):
-        height = scorer.model.get_output_embeddings().weight.shape[0]
+        height = scorer.head.weight.shape[0]
         if height < size:
             raise UserError(f"{flag}: the model has {height} vocabulary rows, its tokenizer {size}; they do not fit")
     return size
+
+
+def _head_of(model: PreTrainedModel) -> Any:
+    """The module that projects to logits; every causal language model has one."""
+    return model.get_output_embeddings()
 
 
 def _check_folder(path: str, flag: str) -> None:

@@ -19,4 +19,4 @@ class LocalTeacher:
 
     def head(self) -> torch.Tensor:
         """See Teacher.head."""
-        return self._scorer.model.get_output_embeddings().weight
+        return self._scorer.head.weight
