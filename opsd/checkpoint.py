@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -80,8 +81,10 @@ def load_state(path: Path) -> TrainerState:
         values = json.loads((path / "trainer" / "state.json").read_text())
         tensors = load_file(path / "trainer" / "optimizer.safetensors")
         return TrainerState(values["step"], tensors, values["optimizer"], values["selector"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before"
+        ) from error
 
 
 def _found(folder: Path) -> list[Path]:
