@@ -294,7 +294,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
             for key, value in values.items()
         }
         return TrainConfig(**built)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise UserError(
             f"config.json does not fit this version of opsd ({error}); start a new run"
         ) from error

@@ -117,10 +117,10 @@ class RunFolder:
             )
         folder = self.path / "rollouts"
         folder.mkdir(exist_ok=True)
-        _write(folder / f"{name}.jsonl", "\n".join(lines) + "\n")
+        _write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
     def write_tokens(self, step: int, stats: TokenStats, kept_N: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
-        """tokens/step_N.parquet: one row a student token, with its statistics, labels, and whether it was trained on."""
+        """tokens/step_N.parquet: one row a student token: statistics, labels, whether it was trained on."""
         tensors = {k.removesuffix("_N"): v for k, v in vars(stats).items() if isinstance(v, torch.Tensor)}
         columns = {k: v.cpu().numpy() for k, v in {**tensors, **labels, "kept": kept_N}.items()}
         folder = self.path / "tokens"
