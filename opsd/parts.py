@@ -17,6 +17,7 @@ from opsd.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
 from opsd.student import load_scorer, load_tokenizer, shared_vocabulary
 from opsd.teacher import LocalTeacher
+from opsd.tracking import check_wandb
 from opsd.update import Updater
 
 
@@ -43,6 +44,7 @@ def assemble(config: TrainConfig, checkpoint: Path | None = None) -> Parts:
 
     Raises UserError for whatever cannot serve. Writes nothing.
     """
+    check_wandb(config)
     selector = build_selector(config.select)
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student")

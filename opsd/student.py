@@ -145,6 +145,8 @@ def check_plain_head(model: PreTrainedModel, name: str) -> None:
     finally:
         larger.remove()
     ours = 100 * functional.linear(hidden, head.weight).float()
+    if not torch.isfinite(ours).all():
+        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
     plain = torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(ours.abs().max()))
     if not plain or getattr(head, "bias", None) is not None:
         raise UserError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -49,7 +50,8 @@ class Tracker:
     def __init__(self, run: RunFolder, first_step: int) -> None:
         self._run, self._config = run, run.config
         self._console = Console(stderr=True)
-        self._wandb = _start_wandb(run.config, run.path) if run.config.track.wandb != "off" else None
+        mode = run.config.track.wandb
+        self._wandb = None if mode == "off" else _start_wandb(run.config, run.path, mode)
         self._latest_eval = ""
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -113,18 +115,22 @@ def _eval_text(metrics: dict[str, float]) -> str:
     return ", ".join(found[:2])
 
 
-def _start_wandb(config: TrainConfig, folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(f"--track.wandb {config.track.wandb}: wandb is not installed; pip install wandb") from error
+def check_wandb(config: TrainConfig) -> None:
+    """Raises UserError where wandb is asked for and not installed."""
+    if config.track.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--track.wandb {config.track.wandb}: wandb is not installed; pip install wandb")
+
+
+def _start_wandb(config: TrainConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
+    import wandb
+
     # One id for the run's life: a resumed run goes on under it.
     return wandb.init(
         project=config.track.project,
         name=folder.name,
         id=f"{folder.name}-{config.seed}",
         resume="allow",
-        mode=config.track.wandb,
+        mode=mode,
         dir=str(folder),
         config=to_json(config),
         settings=wandb.Settings(silent=True),

@@ -116,7 +116,7 @@ def _measure(
     """The step's metrics but times and evaluation, and its files where they are due."""
     config = run.config
     packed = sum(micro.input_ids_1L.numel() for micro in batches)
-    metrics = {
+    metrics: dict[str, float] = {
         "step": step,
         "loss/nats": update.loss_nats,
         "select/kept_frac": update.kept / update.tokens,
@@ -153,7 +153,8 @@ def _measure(
 
 def _evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> None:
     """The teacher once, so that the room for improvement is known; the student as it starts."""
-    config, metrics = run.config, {"step": 0}
+    config = run.config
+    metrics: dict[str, float] = {"step": 0}
     if not parts.evaluator.suites:
         return
     if config.eval.teacher:

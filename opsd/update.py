@@ -56,10 +56,12 @@ class Updater:
         gradient is not finite, or where a selector keeps another count than it announced.
         """
         pairs = list(zip(batches, teacher_hidden, strict=True))
-        beforehand = self._chooses_beforehand()
-        needs = watch | self._selector.needs | self._selector.needs_kept if self._selector and beforehand else watch
-        scored = [self._score(micro, hidden_NE, needs) for micro, hidden_NE in pairs] if needs or beforehand else None
-        chosen = self._choose(scored, seed) if scored is not None and beforehand else [None] * len(pairs)
+        chosen: list[Selection | None] = [None] * len(pairs)
+        scored = None
+        if watch or self._chooses_beforehand():
+            scored = [self._score(micro, hidden_NE, watch) for micro, hidden_NE in pairs]
+        if scored is not None and self._chooses_beforehand():
+            chosen = self._choose(scored, seed)
         kept = self._kept_count(batches, chosen)
         results = [
             self._backward(micro, hidden_NE, selection, kept, seed)
@@ -70,7 +72,9 @@ class Updater:
         if not math.isfinite(loss_nats):
             raise RunStopped(f"the loss is {loss_nats} nats a token")
         if (found := self._engine.sum_over_ranks(int(kept_N.sum()))) != kept:
-            raise RunStopped(f"the selector kept {found:.0f} tokens, its budget() says {kept:.0f}: set fixed_budget False")
+            raise RunStopped(
+                f"the selector kept {found:.0f} tokens, its budget() says {kept:.0f}: set fixed_budget False"
+            )
         grad_norm = self._engine.step(lr)
         if not math.isfinite(grad_norm):
             raise RunStopped(f"the gradient's norm is {grad_norm}")
@@ -86,8 +90,11 @@ class Updater:
         return selector is not None and (selector.normalise_over == "batch" or not selector.fixed_budget)
 
     @torch.no_grad()
-    def _score(self, micro: MicroBatch, teacher_NE: Tensor, needs: frozenset[str]) -> TokenStats:
-        """One micro-batch's statistics."""
+    def _score(self, micro: MicroBatch, teacher_NE: Tensor, watch: frozenset[str]) -> TokenStats:
+        """One micro-batch's statistics: those watched, and what a choice made beforehand reads."""
+        needs = watch
+        if self._selector is not None and self._chooses_beforehand():
+            needs = needs | self._selector.needs | self._selector.needs_kept
 
         def use(student_ND: Tensor, head_VD: Tensor) -> TokenStats:
             return token_stats(

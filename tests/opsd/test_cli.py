@@ -31,6 +31,9 @@ def folders(make_folder, make_model, make_tokenizer, tmp_path_factory):
     found["model"] = make_folder(make_model())
     found["nochat"] = make_folder(make_model(), make_tokenizer(chat=False))
     found["other"] = make_folder(make_model(), make_tokenizer("9876543210abcdefghijklmnopqrstuvwxyz +-=?.;"))
+    damaged = make_model()
+    damaged.get_input_embeddings().weight.data[7] = float("nan")
+    found["damaged"] = make_folder(damaged)
     found["nothing"] = data / "nothing"
     found["folder"] = data
     found["holdsrun"] = data / "run"
@@ -44,6 +47,7 @@ CASES = [
     (["--student", "{nothing}"], ["--student", "nothing", "no such folder"]),
     (["--student", "{prompts}"], ["--student", "is a file", "give a Hugging Face model folder"]),
     (["--student", "{folder}"], ["--student", "no config.json"]),
+    (["--student", "{damaged}"], ["--student", "logits are not finite", "give another copy"]),
     (["--teacher", "{nothing}"], ["--teacher", "no such folder"]),
     (["--teacher", "{other}"], ["different tokenizers", "one vocabulary"]),
     (["--prompt_format", "chat", "--student", "{nochat}"], ["no chat template", "--prompt_format raw"]),
