@@ -1,15 +1,14 @@
 """The Table 5 recipe: which commands, under which settings, started or not."""
 
 import csv
-import dataclasses
 import re
 import shlex
 import subprocess
-import typing
 from pathlib import Path
 
 import pytest
 
+from opsd.commandline import flags_of
 from opsd.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -144,18 +143,9 @@ def test_the_base_repositorys_variables_reach_their_flags_and_the_runs_name(proj
 
 
 def test_flags_exist_in_the_trainers_configuration(project):
-    known = set(_flags(TrainConfig))
+    known = set(flags_of(TrainConfig))
     for command in commands(project.run(SCALE="pocket", DRY_RUN="1").stdout):
         assert {word for word in command if word.startswith("--")} <= known
-
-
-def _flags(config: type, prefix: str = "--") -> list[str]:
-    found = []
-    for name, kind in typing.get_type_hints(config).items():
-        found.append(prefix + name)
-        if dataclasses.is_dataclass(kind):
-            found += _flags(typing.cast(type, kind), f"{prefix}{name}.")
-    return found
 
 
 def test_pairs_cells_and_seeds_narrow_the_runs(project):
