@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow.parquet as pq
 import torch
+from jinja2 import TemplateError
 
 from opsd.errors import UserError
 from opsd.seeding import derive_seed
@@ -48,9 +49,10 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"prompt file {path} does not exist; give a .jsonl or .parquet file")
     if path.suffix == ".parquet":
         try:
-            records = json.loads(pd.read_parquet(path).to_json(orient="records"))
+            # Not by way of pandas, which makes 3 a 3.0 where another row has no value.
+            records = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as parquet ({_first_line(error)})") from error
+            raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); give a whole file") from error
     elif path.suffix in {".jsonl", ".json"}:
         records = list(_read_jsonl(path))
     else:
@@ -83,14 +85,12 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
                 f"{where} has {len(ids)} tokens, over --rollout.max_prompt_tokens {how.max_tokens}; "
                 "raise it, or give --rollout.overlong_prompts drop"
             )
-        answer = _lookup(record, how.answer_field, where, required=False)
+        name = number - 1 if record.get("id") is None else record["id"]
         text = content if isinstance(content, str) else content[-1]["content"]
-        prompts.append(
-            Prompt(str(record.get("id", number - 1)), text, ids, None if answer is None else str(answer))
-        )
+        prompts.append(Prompt(str(name), text, ids, _answer(record, how, where)))
     if not prompts:
         raise UserError(
-            f"{path}: all {dropped} prompts are over --rollout.max_prompt_tokens {how.max_tokens}"
+            f"{path}: all {dropped} prompts are over --rollout.max_prompt_tokens {how.max_tokens}; raise it"
         )
     return prompts, dropped
 
@@ -121,16 +121,14 @@ class PromptStream:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not JSON ({error}); give one object a line"
-                ) from error
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error}); give one object a line") from error
             if not isinstance(record, dict):
                 raise UserError(f"{path} line {number} is a {type(record).__name__}; give one object a line")
             yield record
@@ -148,11 +146,22 @@ def _lookup(record: dict[str, Any], field: str, where: str, required: bool = Tru
     return value
 
 
+def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None:
+    """The gold answer as text; None where there is none or it is blank."""
+    answer = _lookup(record, how.answer_field, where, required=False)
+    if answer is None:
+        return None
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise UserError(f"{where}: {how.answer_field!r} is {_short(answer)}; give a text or a number")
+    return str(answer) if str(answer).strip() else None
+
+
 def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
-    is_messages = isinstance(content, list) and all(isinstance(m, dict) and "content" in m for m in content)
+    is_messages = isinstance(content, list) and all(_is_message(message) for message in content)
     if not content or not (isinstance(content, str) or is_messages):
         raise UserError(
-            f"{where}: {how.prompt_field!r} is {content!r:.60}; give a text or a list of chat messages"
+            f"{where}: {how.prompt_field!r} is {_short(content)}; give a text or a list of chat messages "
+            "(each with a role and a content)"
         )
     if how.kind == "raw":
         if is_messages:
@@ -160,16 +169,30 @@ def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list
         ids = tokenizer(content).input_ids
     else:
         messages = content if is_messages else [{"role": "user", "content": content}]
-        ids = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            enable_thinking=how.thinking == "on",
-        )
+        try:
+            ids = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                enable_thinking=how.thinking == "on",
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"{where} does not fit the student's chat template ({_first_line(error)}); mend the messages"
+            ) from error
     if not ids:
         raise UserError(f"{where} encodes to no tokens; give a prompt that is not empty")
     return list(ids)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _first_line(error: Exception) -> str:
