@@ -31,13 +31,12 @@ class HFRollout:
     ) -> None:
         self._model, self._batch_rollouts, self._autocast = model, batch_rollouts, autocast
         self._eos_ids = eos_token_ids(model, tokenizer)
-        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self._eos_ids[0]
+        # Padding is masked and cut off, so any id does.
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(self._eos_ids), 0)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate. Prompts of like length go together, so that little is padded."""
-        jobs = [
-            (number * samples + k, prompt) for number, prompt in enumerate(prompts) for k in range(samples)
-        ]
+        jobs = [(number * samples + k, prompt) for number, prompt in enumerate(prompts) for k in range(samples)]
         jobs.sort(key=lambda job: (len(job[1].ids), job[0]))
         rollouts: list[Rollout] = []
         with self._sampling_mode(sampling) as config:
@@ -82,7 +81,7 @@ class HFRollout:
             top_p=None if greedy else sampling.top_p,
             top_k=None if greedy else sampling.top_k,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=self._eos_ids,
+            eos_token_id=self._eos_ids or None,
             pad_token_id=self._pad_id,
             use_cache=True,
         )
