@@ -1,0 +1,178 @@
+"""Token selection inside the paper's base repository (HJSang/OPSD_OnPolicyDistillation), without a change to it.
+
+Its worker looks a loss up in the table `LOSS_FN_MAP` of `opd.losses` and calls it with logits. We replace the table's
+entries by functions of the same signature that select first, and that keep nothing of size N×V for backward:
+
+    from opd import losses
+    undo = patch(losses, load_selector("soft_or", retention=0.5))
+    …
+    undo()
+
+A call there is one rollout when samples are weighted by reward or the micro-batch size is 1; a call that holds several
+rollouts is treated as one, because the table's signature does not tell them apart.
+
+Legend: N tokens of a call, K kept ones, C rows of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opsd.distill.divergence import GRADIENTS, check_divergence, log_softmax_, token_fields_
+from opsd.errors import UserError
+from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+from opsd.seeding import derive_seed
+
+Loss = Callable[..., tuple[Tensor, int]]
+SCOPES = ("micro_batch", "rollout")
+
+
+def patch(losses: Any, selector: TokenSelector | None, seed: int = 0) -> Callable[[], None]:
+    """Replace the losses of the table `losses.LOSS_FN_MAP`; the returned function puts the old ones back.
+
+    selector: None trains on all tokens (the base repository's own loss, in bounded memory). seed: together with the
+    number of the call it decides random choices. Worker modules that hold the table already see the change.
+    Errors: UserError for a module without the table, or for a selector that needs sight of more than one call
+    (scopes "batch" and "running") or the sampled tokens.
+    """
+    table = getattr(losses, "LOSS_FN_MAP", None)
+    if not isinstance(table, dict):
+        raise UserError(f"{getattr(losses, '__name__', losses)!r} has no LOSS_FN_MAP: give the module opd.losses")
+    if selector is not None:
+        _check(selector)
+    before = dict(table)
+    calls = _Calls(selector, seed)
+    table |= {name: functools.partial(calls.loss, name) for name in before if name in ("reverse_kl", "forward_kl")}
+    if "jsd" in before:
+        table["jsd"] = calls.jsd
+
+    def undo() -> None:
+        table.clear()
+        table.update(before)
+
+    return undo
+
+
+def _check(selector: TokenSelector) -> None:
+    if selector.normalise_over not in SCOPES:
+        raise UserError(
+            f"normalise_over {selector.normalise_over!r} sees a whole step: give {' or '.join(SCOPES)} here"
+        )
+    unknown = (selector.needs | selector.needs_kept) - STUDENT_FIELDS - TEACHER_FIELDS - {"rollout_N", "vocab_size"}
+    unknown |= (selector.needs | selector.needs_kept) & {"teacher_rank_N"}
+    if unknown:
+        raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another one here")
+
+
+class _Calls:
+    """The table's functions. A call's number makes its random choices its own."""
+
+    def __init__(self, selector: TokenSelector | None, seed: int) -> None:
+        self._selector, self._seed, self._number = selector, seed, 0
+
+    def jsd(
+        self, teacher_logits: Tensor, student_logits: Tensor, beta: float = 0.5, chunk_size: int = 256
+    ) -> tuple[Tensor, int]:
+        """See `loss`; beta is the teacher's share of the mixture."""
+        return self.loss("jsd", teacher_logits, student_logits, chunk_size, beta)
+
+    def loss(
+        self, divergence: str, teacher_logits: Tensor, student_logits: Tensor, chunk_size: int = 512, beta: float = 0.5
+    ) -> tuple[Tensor, int]:
+        """Σ weight·divergence/K over the K kept of N tokens, nats, and K. Logits are [N, V]."""
+        check_divergence(divergence, beta, 1.0)
+        rows = student_logits.shape[0]
+        selection = self._select(teacher_logits, student_logits, chunk_size)
+        kept_K = torch.arange(rows, device=student_logits.device)
+        weight_K = None
+        if selection is not None:
+            kept_K = selection.kept_N.nonzero().squeeze(-1)
+            weight_K = None if selection.weight_N is None else selection.weight_N[kept_K]
+        kept = kept_K.shape[0]
+        loss_sum = _Divergence.apply(student_logits, teacher_logits, kept_K, weight_K, divergence, beta, chunk_size)
+        return loss_sum / max(kept, 1), kept
+
+    @torch.no_grad()
+    def _select(self, teacher_NV: Tensor, student_NV: Tensor, chunk: int) -> Selection | None:
+        """The selector's choice for this call, with its weights."""
+        selector = self._selector
+        if selector is None:
+            return None
+        self._number += 1
+        stats = _stats(selector.needs | selector.needs_kept, teacher_NV, student_NV, chunk)
+        selection = selector(stats, derive_seed(self._seed, self._number))
+        weigh = getattr(selector, "weigh", None) if selector.needs_kept else None
+        return selection if weigh is None else weigh(stats, selection)
+
+
+def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk: int) -> TokenStats:
+    """The fields of `TokenStats` that are named, over all rows, chunk by chunk."""
+    found: dict[str, list[Tensor]] = {name: [] for name in needs & (STUDENT_FIELDS | TEACHER_FIELDS)}
+    # A chunk without rows too, so that a call without tokens has empty fields rather than none.
+    for student_CV, teacher_CV in zip(student_NV.split(chunk), teacher_NV.split(chunk), strict=True):
+        log_p_CV, log_q_CV, scratch_SCV = _wide(student_CV, teacher_CV)
+        fields = token_fields_(needs, log_p_CV, log_q_CV, scratch_SCV, 1.0, None)
+        for name, parts in found.items():
+            parts.append(fields[name])
+    fields = {name: torch.cat(parts) for name, parts in found.items()}
+    return TokenStats(
+        rollout_N=torch.zeros(student_NV.shape[0], dtype=torch.int64, device=student_NV.device),
+        vocab_size=student_NV.shape[1],
+        **{name: fields.get(name) for name in STUDENT_FIELDS | TEACHER_FIELDS},
+    )
+
+
+def _wide(student_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both log-probabilities of a chunk in fp32 and two scratch buffers, none of them the caller's memory."""
+    log_p_CV = log_softmax_(student_CV.to(torch.float32, copy=True), 1.0)
+    log_q_CV = log_softmax_(teacher_CV.to(torch.float32, copy=True), 1.0)
+    return log_p_CV, log_q_CV, torch.empty((2, *log_p_CV.shape), device=log_p_CV.device)
+
+
+class _Divergence(torch.autograd.Function):
+    """Σ weight·divergence over rows kept_K of two blocks of logits; backward forms the gradient chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_NV: Tensor,
+        teacher_NV: Tensor,
+        kept_K: Tensor,
+        weight_K: Tensor | None,
+        divergence: str,
+        beta: float,
+        chunk: int,
+    ) -> Tensor:
+        ctx.save_for_backward(student_NV, teacher_NV, kept_K, weight_K)
+        ctx.how = divergence, beta, chunk
+        loss_sum = torch.zeros((), device=student_NV.device)
+        for rows_C, _, loss_C in _pieces(student_NV, teacher_NV, kept_K, *ctx.how):
+            loss_sum += (loss_C if weight_K is None else loss_C * weight_K[rows_C]).sum()
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        student_NV, teacher_NV, kept_K, weight_K = ctx.saved_tensors
+        grad_NV = torch.zeros_like(student_NV)
+        for rows_C, gradient_CV, _ in _pieces(student_NV, teacher_NV, kept_K, *ctx.how):
+            if weight_K is not None:
+                gradient_CV.mul_(weight_K[rows_C, None])
+            grad_NV[kept_K[rows_C]] = gradient_CV.mul_(grad_loss).to(grad_NV.dtype)
+        return grad_NV, None, None, None, None, None, None
+
+
+def _pieces(student_NV: Tensor, teacher_NV: Tensor, kept_K: Tensor, divergence: str, beta: float, chunk: int) -> Any:
+    """For each chunk of kept rows: which of the K, their logit gradients [C, V] and divergences [C] in nats."""
+    for first in range(0, kept_K.shape[0], chunk):
+        rows_C = slice(first, first + chunk)
+        where_C = kept_K[rows_C]
+        log_p_CV, log_q_CV, scratch_SCV = _wide(student_NV[where_C], teacher_NV[where_C])
+        loss_C = GRADIENTS[divergence](log_p_CV, log_q_CV, scratch_SCV, beta)
+        yield rows_C, log_p_CV, loss_C
