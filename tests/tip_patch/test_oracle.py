@@ -1,0 +1,136 @@
+"""Proposition 1 by hand and against autograd, one token at a time."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from opsd.batch import pack
+from opsd.prompts import Prompt
+from opsd.rollout import Rollout
+from tip_patch.oracle import (
+    TokenWorth,
+    by_quadrant,
+    mean_gradient,
+    measure,
+    signal_to_curvature,
+    token_gradients,
+    token_losses,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random one-layer model with a tied head, two rollouts, and a teacher's log-probabilities."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    prompts = [Prompt("0", "", [3, 4], None), Prompt("1", "", [5], None)]
+    rollouts = [Rollout(0, prompts[0], [6, 7, 1], False), Rollout(1, prompts[1], [2, 8], False)]
+    micros = [pack([rollout], 100)[0] for rollout in rollouts]
+    logs = [torch.randn(micro.student_tokens(), 11).log_softmax(-1) for micro in micros]
+    return model, micros, logs
+
+
+def plain_gradient(model, loss) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def test_each_row_is_the_gradient_of_that_tokens_loss(tiny):
+    model, micros, logs = tiny
+    for micro, log_q_NV in zip(micros, logs, strict=True):
+        g_NP = token_gradients(model, micro, log_q_NV)
+        for n in range(micro.student_tokens()):
+            logits_LV = model(input_ids=micro.input_ids_1L).logits[0]
+            log_p_V = logits_LV[micro.rows_N[n]].log_softmax(-1)
+            loss = (log_p_V.exp() * (log_p_V - log_q_NV[n])).sum()
+            torch.testing.assert_close(g_NP[n], plain_gradient(model, loss), rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_gradient_is_the_mean_of_the_rows(tiny):
+    model, micros, logs = tiny
+    rows = torch.cat([token_gradients(model, *pair) for pair in zip(micros, logs, strict=True)])
+    torch.testing.assert_close(mean_gradient(model, micros, logs), rows.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_measured_columns_are_what_they_say(tiny):
+    model, micros, logs = tiny
+    gradient_P = mean_gradient(model, micros, logs)
+    worth = measure(model, micros, logs, gradient_P)
+    g_NP = torch.cat([token_gradients(model, *pair) for pair in zip(micros, logs, strict=True)])
+    np.testing.assert_allclose(worth.alignment, g_NP @ gradient_P, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(worth.square, g_NP.square().sum(-1), rtol=1e-4)
+    parameters = dict(model.named_parameters())
+    losses = torch.cat([token_losses(model, parameters, *pair) for pair in zip(micros, logs, strict=True)])
+    np.testing.assert_allclose(worth.reverse_kl, losses.detach(), rtol=1e-4, atol=1e-6)
+    assert worth.rollout.tolist() == [0, 0, 0, 1, 1]
+    # φ²/M of one token in its own context is ‖∇L‖²·cos²
+    own = worth.alignment**2 / worth.square
+    np.testing.assert_allclose(own, worth.gradient_square * worth.cosine_square, rtol=1e-9)
+    cosine = torch.nn.functional.cosine_similarity(g_NP, gradient_P[None])
+    np.testing.assert_allclose(worth.cosine_square, cosine.square(), rtol=1e-4)
+
+
+def test_no_weight_descends_further_than_the_oracles():
+    alignment, square, rate, smoothness = 0.3, 2.0, 0.1, 4.0
+    weights = np.linspace(-5, 5, 100_001)
+    descents = rate * weights * alignment - smoothness / 2 * (rate * weights) ** 2 * square
+    # w* = φ/(ηβM) = 0.3/(0.1·4·2) = 0.375; φ²/(2βM) = 0.09/16
+    assert weights[descents.argmax()] == pytest.approx(0.375, abs=1e-4)
+    assert descents.max() == pytest.approx(0.09 / 16, rel=1e-6)
+
+
+class TestByQuadrant:
+    # Q1: φ 2 and 4, M 1 and 7 → φ_Q = 3, M_Q = 4. Q4: φ 1, M 2; and one token without gradient
+    WORTH = TokenWorth(
+        alignment=np.array([2.0, 4.0, 1.0, 0.0]),
+        square=np.array([1.0, 7.0, 2.0, 0.0]),
+        local=np.array([1.0, 3.0, 5.0, 0.0]),
+        entropy=np.zeros(4),
+        reverse_kl=np.zeros(4),
+        rollout=np.array([0, 1, 1, 1]),
+        gradient_square=10.0,
+    )
+
+    def test_by_hand(self):
+        found = by_quadrant(self.WORTH, np.array([1, 1, 4, 4]))
+        assert set(found) == {1, 4}
+        q1, q4 = found[1], found[4]
+        assert (q1.share, q1.alignment, q1.square, q1.weight) == (0.5, 3.0, 4.0, 0.75)
+        assert q1.descent == pytest.approx(9 / 8)
+        # cos² = 4/10 and 16/70; ‖∇L‖²·mean/2
+        assert q1.token_descent == pytest.approx(10 * (0.4 + 16 / 70) / 2 / 2)
+        # Σφ = 6 of 7
+        assert (q1.descent_share, q1.local_median) == (pytest.approx(6 / 7), 2.0)
+        # Q4: φ_Q = 0.5, M_Q = 1; the token without gradient counts with cos² = 0, the other with 1/20
+        assert q4.descent == pytest.approx(0.125)
+        assert q4.token_descent == pytest.approx(10 * 0.05 / 2 / 2)
+
+    def test_intervals_come_from_resampling_rollouts(self):
+        q1 = by_quadrant(self.WORTH, np.array([1, 1, 4, 4]))[1]
+        # both rollouts: 9/8; the first alone: 4/2 = 2; the second alone: 16/14
+        assert q1.descent_interval == pytest.approx((9 / 8, 2.0))
+
+
+class TestSignalToCurvature:
+    def test_by_hand(self):
+        # P_S = (½, ½), P_T = (0.9, 0.1): g = (−0.4, 0.4), ‖g‖² = 0.32, gᵀHg = ½·0.16·2 − 0 = 0.16
+        log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+        assert signal_to_curvature(log_p, log_q).tolist() == pytest.approx([2.0], rel=1e-6)
+
+    def test_where_the_student_is_certain_and_wrong_it_is_capped(self):
+        log_p = torch.tensor([[0.0, -60.0]]).log_softmax(-1)
+        assert signal_to_curvature(log_p, log_p.flip(-1), cap=50.0).tolist() == [50.0]
+
+    def test_where_both_agree_it_is_zero(self):
+        log_p = torch.tensor([[0.3, 0.7], [1.0, 0.0]]).log()
+        assert signal_to_curvature(log_p, log_p).tolist() == [0.0, 0.0]
