@@ -5,12 +5,13 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 PY := .venv/bin/python
-RUNS ?= runs/table5
-export RUNS
+TABLE ?= table5
+RUNS ?= runs/$(TABLE)
+NEEDS := $(if $(DRY_RUN),,setup)
 # One thread a test worker; idle OpenMP threads that spin would slow the other worker down.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
 
-.PHONY: help setup demo test test-slow check table5 report bench clean
+.PHONY: help setup demo test test-slow check table3 table4 table5 table6 table8 report bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,11 +22,24 @@ setup: ## make .venv with all packages (PYTHON=, ACCELERATOR=cpu|gpu, TORCH_INDE
 demo: setup ## Table 5 at pocket scale, one seed, on this CPU: runs, table, picture (about 10 minutes)
 	@SCALE=pocket SEEDS=0 recipes/table5_soft_or.sh
 
-table5: $(if $(DRY_RUN),,setup) ## Table 5 (SCALE=paper|pocket, PAIRS=, CELLS=, SEEDS=, RUNS=, DRY_RUN=1)
+table3: $(NEEDS) ## entropy sampling (all tables: SCALE=paper|pocket, PAIRS=, CELLS=, SEEDS=, RUNS=, DRY_RUN=1)
+	@recipes/table3_entropy_sampling.sh
+
+table4: $(NEEDS) ## overconfident tokens alone (Q3)
+	@recipes/table4_q3.sh
+
+table5: $(NEEDS) ## the main result: all tokens, entropy sampling, Soft-OR
 	@recipes/table5_soft_or.sh
 
-report: setup ## read the run folders under RUNS again: table and picture
-	@$(PY) scripts/report.py $(RUNS) --table table5 --out $(RUNS)/report
+table6: $(NEEDS) ## the upper half by Soft-OR against the lower half
+	@recipes/table6_top_vs_bottom.sh
+
+table8: $(NEEDS) ## adaptive KL (version 1 of the paper), then divergence alone (version 4)
+	@recipes/table8_adaptive_kl.sh
+	@recipes/table8_divergence_only.sh
+
+report: setup ## read the run folders of TABLE= under RUNS= again: table and picture
+	@$(PY) scripts/report.py $(RUNS) --table $(TABLE) --out $(RUNS)/report
 
 test: setup ## all tests but the slow ones
 	@$(PYTEST) -m "not slow and not gpu and not vllm"

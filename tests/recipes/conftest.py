@@ -38,10 +38,10 @@ class Project:
         file.write_text(text)
         file.chmod(0o755)
 
-    def run(self, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run the Table 5 recipe; no variable of the caller's is passed on."""
+    def run(self, *flags: str, recipe: str = "table5_soft_or.sh", **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a recipe; no variable of the caller's is passed on."""
         path = f"{self.bin}{os.pathsep}/usr/bin{os.pathsep}/bin"
-        command = ["bash", str(self.root / "recipes" / "table5_soft_or.sh"), *flags]
+        command = ["bash", str(self.root / "recipes" / recipe), *flags]
         return subprocess.run(command, env={"PATH": path, **env}, capture_output=True, text=True, cwd="/")
 
     def calls(self) -> list[str]:

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Table 6, the sanity check: the upper half of the tokens by Soft-OR against the lower half.
+#
+# The paper (Qwen3-8B → Qwen3-4B, MATH-500, mean@16): Soft-OR 50 % 79.1 ± 0.8, its bottom 50 % 72.3 ± 0.9; all its
+# numbers: assets/paper/tables.csv.
+# Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores.
+# Try it:      SCALE=pocket SEEDS=0 recipes/table6_top_vs_bottom.sh
+# Look first:  DRY_RUN=1 recipes/table6_top_vs_bottom.sh
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# Beware of Adam: the bottom half's gradient is tiny, and Adam scales it up to full-size noise.
+cell soft_or 0.5 --select.normalise_over batch
+cell soft_or_bottom 0.5 --select.normalise_over batch
+
+run_table table6 "$@"

@@ -1,0 +1,72 @@
+"""What holds for every recipe: it parses, stops at errors, quotes the paper rightly, and has the paper's cells."""
+
+import csv
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from opsd.hooks import load_selector
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("table*.sh"))
+# The name a cell has in tables.csv, where it is not our selector's.
+PAPER_NAMES = {"adaptive_kl": "entropy_sample+adaptive_kl"}
+with (ROOT / "assets" / "paper" / "tables.csv").open(newline="") as lines:
+    PAPER = list(csv.DictReader(lines))
+
+
+def table_of(recipe: str) -> str:
+    found = re.search(r"^run_table (\w+)", (ROOT / "recipes" / recipe).read_text(), flags=re.MULTILINE)
+    assert found
+    return found[1]
+
+
+def cells(project, recipe: str) -> list[dict[str, str]]:
+    """The flags of every pocket cell, as a dict."""
+    done = project.run(recipe=recipe, SCALE="pocket", DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if " train " in line]
+    return [dict(zip(command[::2], command[1::2], strict=False)) for command in commands]
+
+
+@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in ["common.sh", *RECIPES]), "scripts/setup.sh", ".ci/run"])
+def test_every_script_parses(script):
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in RECIPES), "scripts/setup.sh", ".ci/run"])
+def test_every_script_stops_at_the_first_error(script):
+    assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_min_max_selectors_normalise_over_the_batch(project, recipe):
+    if recipe == "table7_agentic.sh":
+        pytest.skip("its cells run in an environment of their own")
+    for flags in cells(project, recipe):
+        selector = load_selector(flags["--select.by"])
+        min_max = selector is not None and getattr(selector, "normalises", False)
+        assert (flags.get("--select.normalise_over") == "batch") == min_max
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "table7_agentic.sh"])
+def test_the_cells_are_the_papers(project, recipe):
+    theirs = {(row["method"], float(row["retention"])) for row in PAPER if row["table"] == table_of(recipe)}
+    ours = {
+        (PAPER_NAMES.get(flags["--select.by"], flags["--select.by"]), float(flags.get("--select.retention", "1")))
+        for flags in cells(project, recipe)
+    }
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_numbers_quoted_in_the_header_stand_in_the_data_file(recipe):
+    rows = [row for row in PAPER if row["table"] == table_of(recipe)]
+    known = {row["value"] for row in rows} | {f"{row['value']} ± {row['std']}" for row in rows if row["std"]}
+    header = (ROOT / "recipes" / recipe).read_text().split("set -euo")[0]
+    text = " ".join(line.lstrip("# ") for line in header.splitlines())
+    quoted = re.findall(r"(?<![\d.])\d+\.\d(?: ± \d+\.\d)?(?![\d.])", text.replace("Qwen2.5", ""))
+    assert quoted and set(quoted) <= known
