@@ -1,0 +1,245 @@
+"""The loss core once more, as its definitions in fp64 with plain autograd, and random cases to compare on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opsd.distill import DistillResult, distill_loss, token_stats
+from opsd.hooks import Selection, TokenStats
+
+
+@dataclass
+class Case:
+    """Hidden states and heads of two models, as leaves that want gradients, and how the loss is to be taken."""
+
+    student_ND: Tensor
+    student_head_VD: Tensor
+    teacher_NE: Tensor
+    teacher_head_VE: Tensor
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    vocab_size: int | None = None
+    kept_N: Tensor | None = None
+    weight_N: Tensor | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.student_ND, self.student_head_VD, self.teacher_NE, self.teacher_head_VE
+
+    @property
+    def shared(self) -> int:
+        return self.vocab_size or min(self.student_head_VD.shape[0], self.teacher_head_VE.shape[0])
+
+    def loss(self, **options: Any) -> DistillResult:
+        """What the loss core says. `options` go to `distill_loss` before the case's own."""
+        own = {
+            "divergence": self.divergence,
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "vocab_size": self.vocab_size,
+            "kept_N": self.kept_N,
+            "weight_N": self.weight_N,
+            **self.more,
+        }
+        if "selector" in options:
+            own.pop("kept_N")
+        return distill_loss(*self.tensors, **{**own, **options})
+
+    def stats(self, **options: Any) -> TokenStats:
+        return token_stats(*self.tensors, vocab_size=self.vocab_size, temperature=self.temperature, **options)
+
+    def gradients(self, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss sum and its gradients with respect to the student's hidden states and head."""
+        loss_sum = self.loss(**options).loss_sum
+        return loss_sum.detach(), *torch.autograd.grad(loss_sum, (self.student_ND, self.student_head_VD))
+
+
+def build_case(
+    tokens: int,
+    vocab: int,
+    *,
+    width: int = 8,
+    teacher_width: int = 6,
+    student_pad: int = 0,
+    teacher_pad: int = 0,
+    spread: float = 3.0,
+    dtype: torch.dtype = torch.float32,
+    teacher_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **rest: Any,
+) -> Case:
+    """Random logits with a standard deviation of `spread`; padded rows of either head are NaN: they must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int, scale: float, pad: int = 0, dtype: torch.dtype) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        values = torch.cat([values, torch.full((pad, shape[1]), float("nan"), dtype=torch.float64)])
+        return values.to(dtype)
+
+    teacher_dtype = teacher_dtype or dtype
+    return Case(
+        leaf(tokens, width, scale=spread, dtype=dtype).requires_grad_(),
+        leaf(vocab, width, scale=width**-0.5, pad=student_pad, dtype=dtype).requires_grad_(),
+        leaf(tokens, teacher_width, scale=spread, dtype=teacher_dtype),
+        leaf(vocab, teacher_width, scale=teacher_width**-0.5, pad=teacher_pad, dtype=teacher_dtype),
+        **rest,
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the definitions give in fp64: loss, gradients in full shape, and all of the logit gradient [K, V]."""
+
+    loss_sum: Tensor
+    loss_N: Tensor
+    grad_ND: Tensor
+    grad_VD: Tensor
+    grad_logits_KV: Tensor
+    kept_N: Tensor
+
+
+class Naive:
+    """Definitions in fp64; everything of size N×V is simply there."""
+
+    @staticmethod
+    def divergence(name: str, logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+        if name == "reverse_kl":
+            return (logp.exp() * (logp - logq)).sum(-1)
+        if name == "forward_kl":
+            return (logq.exp() * (logq - logp)).sum(-1)
+        # M = β·P_T + (1 − β)·P_S, as a logarithm that underflow does not reach.
+        log_beta = torch.tensor(beta, dtype=torch.float64).log()
+        log_rest = torch.tensor(1 - beta, dtype=torch.float64).log()
+        logm = torch.logaddexp(logq + log_beta, logp + log_rest)
+        return beta * (logq.exp() * (logq - logm)).sum(-1) + (1 - beta) * (logp.exp() * (logp - logm)).sum(-1)
+
+    @staticmethod
+    def log_probs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log P_S and log P_T [N, V], and the student leaves in fp64."""
+        student_ND = case.student_ND.detach().double().requires_grad_()
+        head_VD = case.student_head_VD.detach().double().requires_grad_()
+        logits_NV = student_ND @ head_VD[: case.shared].T / case.temperature
+        teacher_NV = case.teacher_NE.double() @ case.teacher_head_VE.double()[: case.shared].T / case.temperature
+        return logits_NV.log_softmax(-1), teacher_NV.log_softmax(-1), student_ND, head_VD
+
+    def loss(self, case: Case) -> Reference:
+        logp_NV, logq_NV, student_ND, head_VD = self.log_probs(case)
+        tokens = student_ND.shape[0]
+        kept_N = torch.ones(tokens, dtype=torch.bool) if case.kept_N is None else case.kept_N
+        weight_N = torch.ones(tokens) if case.weight_N is None else case.weight_N
+        loss_N = self.divergence(case.divergence, logp_NV, logq_NV, case.beta)
+        loss_sum = (loss_N * weight_N.double())[kept_N].sum()
+        # The gradient with respect to log p is the one with respect to the logits, less p times its own row sum.
+        grad_logp_NV, grad_ND, grad_VD = torch.autograd.grad(loss_sum, (logp_NV, student_ND, head_VD))
+        grad_logits_NV = (grad_logp_NV - logp_NV.exp() * grad_logp_NV.sum(-1, keepdim=True)) / case.temperature
+        return Reference(loss_sum.detach(), loss_N.detach(), grad_ND, grad_VD, grad_logits_NV.detach()[kept_N], kept_N)
+
+    def stats(self, case: Case, token_ids_N: Tensor | None = None) -> dict[str, Tensor]:
+        logp_NV, logq_NV, *_ = self.log_probs(case)
+        logp_NV, logq_NV = logp_NV.detach(), logq_NV.detach()
+        p_NV, q_NV = logp_NV.exp(), logq_NV.exp()
+        reverse_kl_N = (p_NV * (logp_NV - logq_NV)).sum(-1)
+        fields = {
+            "entropy_N": -(p_NV * logp_NV).sum(-1),
+            "reverse_kl_N": reverse_kl_N,
+            "forward_kl_N": (q_NV * (logq_NV - logp_NV)).sum(-1),
+            "teacher_entropy_N": -(q_NV * logq_NV).sum(-1),
+            "top1_agree_N": logp_NV.argmax(-1) == logq_NV.argmax(-1),
+            "grad_norm_N": (p_NV * (logp_NV - logq_NV - reverse_kl_N[:, None])).norm(dim=-1) / case.temperature,
+        }
+        if token_ids_N is not None:
+            own_N1 = logq_NV.gather(-1, token_ids_N[:, None])
+            fields["teacher_rank_N"] = (logq_NV > own_N1).sum(-1)
+        return fields
+
+
+@dataclass
+class Rule:
+    """A selector for tests: `choose(stats)` gives the mask; weights come with it, or from `weigher` on kept rows."""
+
+    choose: Callable[[TokenStats], Tensor]
+    needs: frozenset[str] = frozenset()
+    needs_kept: frozenset[str] = frozenset()
+    weigher: Callable[[TokenStats, Selection], Selection] | None = None
+    weights: Callable[[TokenStats], Tensor] | None = None
+    normalise_over: str = "micro_batch"
+    fixed_budget: bool = True
+    seen: list[tuple[TokenStats, int]] = field(default_factory=list)
+
+    def __call__(self, stats: TokenStats, seed: int = 0) -> Selection:
+        self.seen.append((stats, seed))
+        return Selection(self.choose(stats), None if self.weights is None else self.weights(stats))
+
+    def weigh(self, stats: TokenStats, selection: Selection) -> Selection:
+        assert self.weigher is not None
+        return self.weigher(stats, selection)
+
+
+class ProductCounter(TorchDispatchMode):
+    """Adds up the multiplications and additions of every matrix product, in place or not (torch's own counter skips
+    the in-place ones)."""
+
+    PRODUCTS: ClassVar = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.PRODUCTS:
+            left, right = (args[place] for place in self.PRODUCTS[name])
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="session")
+def flops() -> Callable[[Callable[[], Any]], int]:
+    """How many multiplications and additions the matrix products of a call make."""
+
+    def count(run: Callable[[], Any]) -> int:
+        with ProductCounter() as counter:
+            run()
+        return counter.flops
+
+    return count
+
+
+@pytest.fixture(scope="session")
+def naive() -> Naive:
+    return Naive()
+
+
+@pytest.fixture(scope="session")
+def make_case() -> Callable[..., Case]:
+    """See build_case."""
+    return build_case
+
+
+@pytest.fixture(scope="session")
+def make_rule() -> Callable[..., Rule]:
+    """See Rule."""
+    return Rule
+
+
+def close(found: Tensor, expected: Tensor, relative: float, unit: float = 0.0) -> None:
+    """Every element within `relative` of the largest expected magnitude (of `unit` if that is larger)."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    if expected.numel():
+        worst = float((found.double() - expected.double()).abs().max())
+        size = max(float(expected.double().abs().max()), unit)
+        assert worst <= relative * size, f"off by {worst:.3g} of {size:.3g}: {worst / size if size else 0:.3g} relative"
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[..., None]:
+    """See close."""
+    return close

@@ -1,0 +1,196 @@
+"""The loss and its gradients against their definitions in fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsd.distill import distill_loss
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+@st.composite
+def options(draw, tokens):
+    """How a loss over `tokens` rows may be taken: everything but the numbers themselves."""
+    keep = draw(st.sampled_from(["all", "some", "none"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    kept_N = None
+    if keep != "all":
+        kept_N = torch.rand(tokens, generator=generator) < (0.4 if keep == "some" else 0.0)
+    weight_N = None
+    if draw(st.booleans()):
+        # A fifth of the weights is zero: such a token counts, but adds nothing.
+        weight_N = torch.rand(tokens, generator=generator) * 3 * (torch.rand(tokens, generator=generator) > 0.2)
+    return {
+        "divergence": draw(st.sampled_from(DIVERGENCES)),
+        "beta": draw(st.sampled_from([0.5, 0.1, 0.9])),
+        "temperature": draw(st.sampled_from([1.0, 0.6, 2.0])),
+        "kept_N": kept_N,
+        "weight_N": weight_N,
+        "more": {
+            "chunk_tokens": draw(st.sampled_from(["auto", 1, 2, 3, 5, 64, 10_000])),
+            "memory": draw(st.sampled_from(["fused", "fused", "whole"])),
+        },
+    }
+
+
+@st.composite
+def shapes(draw):
+    """Heads of equal or different height, cut to the lower one or to an explicit vocabulary."""
+    vocab = draw(st.sampled_from([1, 2, 3, 17, 64, 101, 257]))
+    student_pad, teacher_pad = draw(st.sampled_from([(0, 0), (3, 0), (0, 5)]))
+    explicit = draw(st.booleans())
+    if explicit:
+        student_pad, teacher_pad = student_pad + 2, teacher_pad + 1
+    return {
+        "vocab": vocab,
+        "student_pad": student_pad,
+        "teacher_pad": teacher_pad,
+        "vocab_size": vocab if explicit else None,
+        "width": draw(st.sampled_from([1, 8, 13])),
+        "teacher_width": draw(st.sampled_from([1, 6, 16])),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+@st.composite
+def cases(draw):
+    tokens = draw(st.sampled_from([0, 1, 7, 40]))
+    return {"tokens": tokens, **draw(shapes()), **draw(options(tokens))}
+
+
+@settings(max_examples=150, deadline=None)
+@given(arguments=cases())
+def test_fp32_loss_and_gradients_are_the_definition_to_1e_5(arguments, make_case, naive, assert_close):
+    case = make_case(**arguments)
+    expected = naive.loss(case)
+    loss_sum, grad_ND, grad_VD = case.gradients()
+    assert loss_sum.dtype == torch.float32
+    # A sum that vanishes (a vocabulary of one, nothing kept) is compared with one nat.
+    assert_close(loss_sum, expected.loss_sum, 1e-5, unit=1.0)
+    assert_close(grad_ND, expected.grad_ND, 1e-5, unit=1e-3)
+    assert_close(grad_VD, expected.grad_VD, 1e-5, unit=1e-3)
+    # Dropped rows and padded rows of the vocabulary: not small, zero.
+    assert not grad_ND[~expected.kept_N].any()
+    assert not grad_VD[case.shared :].any()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("chunk_tokens", [300, "auto"])
+def test_a_thousand_tokens_and_an_odd_vocabulary_agree_too(divergence, chunk_tokens, make_case, naive, assert_close):
+    # 1000 rows in chunks of at most 300 are four of 250; 4099 is prime.
+    case = make_case(1000, 4099, student_pad=6, divergence=divergence, beta=0.3, temperature=0.8)
+    case.kept_N = torch.rand(1000, generator=torch.Generator().manual_seed(1)) < 0.5
+    case.weight_N = torch.rand(1000, generator=torch.Generator().manual_seed(2))
+    expected = naive.loss(case)
+    loss_sum, grad_ND, grad_VD = case.gradients(chunk_tokens=chunk_tokens)
+    assert_close(loss_sum, expected.loss_sum, 1e-5)
+    assert_close(grad_ND, expected.grad_ND, 1e-5)
+    assert_close(grad_VD, expected.grad_VD, 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(arguments=cases(), types=st.sampled_from([("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16")]))
+def test_bf16_costs_no_more_than_rounding_to_bf16(arguments, types, make_case, naive, assert_close):
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    case = make_case(**arguments, dtype=names[types[0]], teacher_dtype=names[types[1]])
+    # The reference starts from the same rounded inputs, so the logits differ by fp32 rounding alone, and so does the
+    # loss. The gradients are sums of products whose logit gradient may be rounded to bf16, and end in the input type:
+    # each rounding is off by at most 2^-8 of its value.
+    expected = naive.loss(case)
+    loss_sum, grad_ND, grad_VD = case.gradients()
+    assert loss_sum.dtype == torch.float32
+    assert grad_ND.dtype == grad_VD.dtype == names[types[0]]
+    assert_close(loss_sum, expected.loss_sum, 1e-5, unit=1.0)
+    grad_KV, kept_N = expected.grad_logits_KV.abs(), expected.kept_N
+    hidden_KD = case.student_ND.detach().double()[kept_N].abs()
+    head_VD = case.student_head_VD.detach().double()[: case.shared].abs()
+    slack = 1e-6 if types[0] == "bf16" else 1e-5
+    allowed_ND = torch.zeros_like(expected.grad_ND)
+    allowed_ND[kept_N] = 2**-8 * (grad_KV @ head_VD + expected.grad_ND[kept_N].abs()) + slack
+    allowed_VD = torch.zeros_like(expected.grad_VD)
+    allowed_VD[: case.shared] = 2**-8 * (grad_KV.T @ hidden_KD) + slack
+    allowed_VD += 2**-8 * expected.grad_VD.abs()
+    assert ((grad_ND.double() - expected.grad_ND).abs() <= allowed_ND).all()
+    assert ((grad_VD.double() - expected.grad_VD).abs() <= allowed_VD).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_fp64_inputs_are_worked_on_in_fp64(divergence, make_case, naive, assert_close):
+    case = make_case(7, 101, dtype=torch.float64, divergence=divergence, temperature=1.3)
+    expected = naive.loss(case)
+    loss_sum, grad_ND, grad_VD = case.gradients()
+    assert_close(loss_sum, expected.loss_sum, 1e-12)
+    assert_close(grad_ND, expected.grad_ND, 1e-12)
+    assert_close(grad_VD, expected.grad_VD, 1e-12)
+
+
+def test_bf16_logits_are_not_rounded_to_bf16(make_case, naive):
+    # Logits near 60 with a bf16 spacing of 0.25: were they rounded, a divergence of about 0.1 nats would be noise.
+    case = make_case(64, 50, dtype=torch.bfloat16, width=16, teacher_width=16)
+    with torch.no_grad():
+        case.student_ND[:, 0], case.student_head_VD[:, 0] = 8.0, 7.5
+        case.teacher_NE.copy_(case.student_ND)
+        case.teacher_head_VE.copy_(case.student_head_VD)
+        case.teacher_head_VE.add_(0.02 * torch.randn(50, 16, generator=torch.Generator().manual_seed(3)))
+    expected = naive.loss(case)
+    assert 0.001 < float(expected.loss_sum) / 64 < 0.5
+    # fp32 rounding of a logit of 60 is 60 · 2^-24 = 4e-6 nats a token.
+    assert abs(float(case.loss().loss_sum.detach()) - float(expected.loss_sum)) <= 64 * 2e-5
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunk_sizes_change_nothing_but_rounding(divergence, dtype, make_case, assert_close):
+    case = make_case(90, 1003, divergence=divergence, dtype=dtype)
+    whole = case.gradients(chunk_tokens=90)
+    for chunk_tokens in (1, 7, 32, 89, "auto"):
+        cut = case.gradients(chunk_tokens=chunk_tokens)
+        for found, expected in zip(cut, whole, strict=True):
+            # bf16 gradients round once more at the end, so neighbours of a tie may differ by one spacing.
+            assert_close(found, expected, 2e-6 if found.dtype == torch.float32 else 2**-8)
+
+
+def test_the_heads_gradient_is_accumulated_in_fp32(make_case, naive):
+    # 512 equal tokens in 512 chunks. A running sum in bf16 stops growing once it is 256 times its increment.
+    case = make_case(1, 11, dtype=torch.bfloat16)
+    one = naive.loss(case).grad_VD
+    case.student_ND = case.student_ND.detach().repeat(512, 1).requires_grad_()
+    case.teacher_NE = case.teacher_NE.repeat(512, 1)
+    _, _, grad_VD = case.gradients(chunk_tokens=1)
+    # The logit gradient may round to bf16 before the product: 2^-8, and the result once more.
+    assert ((grad_VD.double() - 512 * one).abs() <= 512 * 2.1 * 2**-8 * one.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_temperature_divides_the_gradient_once(divergence, make_case, assert_close):
+    # The loss at T over hidden h is the loss at 1 over h/T; by the chain rule its gradient carries 1/T, and no T².
+    hot = make_case(9, 33, divergence=divergence, temperature=2.0)
+    cool = make_case(9, 33, divergence=divergence)
+    with torch.no_grad():
+        cool.student_ND.div_(2.0)
+        cool.teacher_NE.div_(2.0)
+    loss, grad_ND, grad_VD = hot.gradients()
+    cool_loss, cool_grad_ND, cool_grad_VD = cool.gradients()
+    assert_close(loss, cool_loss, 1e-6)
+    assert_close(grad_ND, cool_grad_ND / 2.0, 1e-6)
+    assert_close(grad_VD, cool_grad_VD, 1e-6)
+
+
+def test_a_two_token_vocabulary_by_hand():
+    # Student logits (0, 0): p = (1/2, 1/2). Teacher logits (ln 3, 0): q = (3/4, 1/4).
+    # Reverse KL: ½·ln(½/¾) + ½·ln(½/¼) = ½·ln(2/3) + ½·ln 2 = ½·ln(4/3).
+    # Logit gradient p·(r − kl), r = (ln 2/3, ln 2): ½·(ln 2/3 − ½ ln 4/3) = −¼·ln 3 and +¼·ln 3.
+    hidden = torch.ones(1, 1, requires_grad=True)
+    head = torch.zeros(2, 1, requires_grad=True)
+    teacher_head = torch.tensor([[3.0], [1.0]]).log()
+    loss = distill_loss(hidden, head, torch.ones(1, 1), teacher_head).loss_sum
+    (grad_head,) = torch.autograd.grad(loss, head)
+    ln3, ln43 = 1.0986122886681098, 0.28768207245178085
+    assert float(loss.detach()) == pytest.approx(0.5 * ln43, rel=1e-6)
+    assert grad_head[:, 0].tolist() == pytest.approx([-0.25 * ln3, 0.25 * ln3], rel=1e-6)
+    forward = distill_loss(hidden, head, torch.ones(1, 1), teacher_head, divergence="forward_kl").loss_sum
+    # Forward KL: ¾·ln(3/2) + ¼·ln(1/2); gradient p − q = (−¼, ¼).
+    assert float(forward.detach()) == pytest.approx(0.75 * 0.4054651081081644 - 0.25 * 0.6931471805599453, rel=1e-6)
+    assert torch.autograd.grad(forward, head)[0][:, 0].tolist() == pytest.approx([-0.25, 0.25], rel=1e-6)
