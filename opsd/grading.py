@@ -6,12 +6,14 @@ import atexit
 import contextlib
 import importlib
 import json
+import os
 import re
 import selectors
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from opsd.errors import UserError
@@ -20,9 +22,17 @@ TIMEOUT_SECONDS = 10.0
 _START_SECONDS = 60.0
 _MAX_ANSWER_CHARACTERS = 2000
 _TAIL_CHARACTERS = 2000
+# Each question then fits into the pipe, even where every character is escaped by six: writing never waits.
+_MAX_GOLD_CHARACTERS = 8000
 _MAX_BOXES = 50
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_LINE = re.compile(r"(?im)^[\s*#>]*(?:final\s+)?answer\s*:\s*(.+?)\s*$")
+# Between boxes that are one answer together: "\boxed{1} \quad\text{and}\quad y = \boxed{2}".
+_MAX_JOINT_CHARACTERS = 60
+_JOINT = re.compile(
+    r"(?:[\s$,;]|and|or|\\[()\[\],;:! ]|\\q?quad|\\text\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?\s*=)*", re.IGNORECASE
+)
+_JOINT_WORD = re.compile(r"[,;]|and|or", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"(?im)^[ \t*#>]*(?:final\s+)?answer[ \t*]*:[\s*]*(\S.*)$")
 _INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
@@ -47,9 +57,12 @@ class MathGrader:
         return grade(response, gold)
 
     def answer(self, response: str, gold: str) -> str | None:
-        """The extracted answer's text without blanks."""
+        """The extracted answer's text without blanks; integers without leading zeros."""
         found = extract_answer(response)
-        return None if found is None else re.sub(r"\s+", "", found)
+        if found is None:
+            return None
+        text = re.sub(r"\s+", "", _plain(found))
+        return str(int(text)) if _INTEGER.fullmatch(text) else text
 
 
 class SuffixGrader:
@@ -87,40 +100,47 @@ def load_grader(name: str) -> Grader:
         return SuffixGrader()
     module, _, attribute = name.partition(":")
     try:
-        return FunctionGrader(getattr(importlib.import_module(module), attribute))
+        function: Callable[[str, str], bool] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--eval.grader {name!r} is unknown ({error}); give math, suffix or module:function") from error
+    if not callable(function):
+        raise UserError(f"--eval.grader {name!r} is a {type(function).__name__}; give math, suffix or module:function")
+    return FunctionGrader(function)
 
 
 def grade(response: str, gold: str) -> bool:
     """Whether the response's final answer equals `gold` as mathematics.
 
-    The answer is the last balanced \\boxed{…} behind any </think>, else the last "Answer: …" line, else what
-    math-verify finds in the last _TAIL_CHARACTERS. Integers compare as integers ("025" is 25). Never raises; an answer that takes math-verify more than TIMEOUT_SECONDS counts as wrong.
-    Works in any thread: symbolic work runs in a process of its own, which is restarted when it hangs or dies.
+    The answer is the last balanced \\boxed{…} behind any </think> (or several, where they are joined by commas or
+    "and"), else the last "Answer: …" line, else what math-verify finds in the last _TAIL_CHARACTERS. Integers compare
+    as integers ("025" is 25). Never raises, whatever it is given (a RuntimeError says that math-verify itself cannot
+    be started); what takes math-verify more than TIMEOUT_SECONDS counts as wrong. Works in any thread or process:
+    symbolic work runs in a process of its own, which is restarted when it hangs or dies.
     """
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
-    answer = extract_answer(response)
+    text = _behind_thoughts(response)
+    boxed, line = _boxed_answer(text), _answer_line(text)
+    answer = boxed if boxed is not None else line
     if answer is None:
-        return _WORKER.equal(_behind_thoughts(response)[-_TAIL_CHARACTERS:], gold, boxed=False)
+        return _WORKER.equal(text[-_TAIL_CHARACTERS:], gold, boxed=False)
     ours, theirs = _plain(answer), _plain(gold)
     if ours == theirs:
         return bool(ours)
     if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
         return int(ours) == int(theirs)
-    return _WORKER.equal(answer, gold)
+    # A line may hold a bare answer or a sentence around it.
+    return _WORKER.equal(answer, gold) or (boxed is None and _WORKER.equal(answer, gold, boxed=False))
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer's text, or None: the last balanced box, else the last "Answer:" line; thoughts do not count."""
+    """The final answer's text, or None: the last balanced box, else the last "Answer:" line; thoughts do not count.
+
+    Boxes joined by commas or "and" are one answer: "\\boxed{1} and \\boxed{2}" is "1, 2".
+    """
     text = _behind_thoughts(response)
-    for match in reversed(list(_BOX.finditer(text))[-_MAX_BOXES:]):
-        content = _balanced(text, match.end())
-        if content is not None:
-            return content
-    lines = _ANSWER_LINE.findall(text)
-    return lines[-1] if lines and len(lines[-1]) <= _MAX_ANSWER_CHARACTERS else None
+    boxed = _boxed_answer(text)
+    return boxed if boxed is not None else _answer_line(text)
 
 
 class _MathVerifyProcess:
@@ -135,37 +155,47 @@ class _MathVerifyProcess:
 
         boxed: `answer` is a bare answer; otherwise it is text to find one in.
         """
+        if len(answer) > _MAX_ANSWER_CHARACTERS or len(gold) > _MAX_GOLD_CHARACTERS:
+            return False
+        question = json.dumps({"answer": answer, "gold": gold, "boxed": boxed})
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            process = self._process
-            assert process is not None and process.stdin is not None
-            try:
-                process.stdin.write(json.dumps({"answer": answer, "gold": gold, "boxed": boxed}) + "\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                self._stop()
-                return False
-            reply = self._read_line(TIMEOUT_SECONDS)
-            if reply is None:
-                self._stop()
-                return False
-            return json.loads(reply)["equal"]
+            # A process that has died since the last question is no verdict on this one; one that dies twice is.
+            verdict = self._ask(question)
+            return bool(self._ask(question) if verdict is None else verdict)
+
+    def _ask(self, question: str) -> bool | None:
+        """The process's verdict, False after TIMEOUT_SECONDS; None where it died."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        process = self._process
+        assert process is not None and process.stdin is not None
+        try:
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            self.stop()
+            return None
+        reply = self._read_line(TIMEOUT_SECONDS)
+        if not reply:
+            self.stop()
+            return False if reply is None else None
+        return json.loads(reply)["equal"]
 
     def _start(self) -> None:
+        # By its path, and without that path on the module search path: it starts from any working directory.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "opsd.grading_worker"],
+            [sys.executable, "-P", str(Path(__file__).with_name("grading_worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        atexit.register(self._stop)
-        if self._read_line(_START_SECONDS) is None:
-            self._stop()
+        if not self._read_line(_START_SECONDS):
+            self.stop()
             raise RuntimeError("the grading process did not start; is math-verify installed?")
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """End the process, if there is one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -176,29 +206,61 @@ class _MathVerifyProcess:
             self._process = None
 
     def _read_line(self, seconds: float) -> str | None:
-        """The next line, or None when time is up or the process has ended."""
+        """The next line; empty when the process has ended, None when time is up."""
         assert self._process is not None and self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(seconds):
                 return None
-        return self._process.stdout.readline() or None
+        return self._process.stdout.readline()
 
 
 _WORKER = _MathVerifyProcess()
+atexit.register(_WORKER.stop)
+# A fork's child must not talk into its parent's pipes.
+os.register_at_fork(after_in_child=_WORKER.__init__)
 
 
 def _behind_thoughts(response: str) -> str:
     return response.rsplit("</think>", 1)[-1]
 
 
-def _balanced(text: str, start: int) -> str | None:
-    """Text from `start` to the brace that closes the one before it."""
-    depth = 1
-    for place in range(start, min(len(text), start + _MAX_ANSWER_CHARACTERS)):
+def _boxed_answer(text: str) -> str | None:
+    """What the last balanced box holds, with the boxes in front that are joined to it."""
+    answers: list[str] = []
+    first = None
+    for match in reversed(list(_BOX.finditer(text))[-_MAX_BOXES:]):
+        end = _closing_brace(text, match.end())
+        if end is not None and (first is None or _joined(text[end + 1 : first])):
+            answers.append(text[match.end() : end].strip())
+            first = match.start()
+        elif first is not None:
+            break
+    return ", ".join(reversed(dict.fromkeys(answers))) if answers else None
+
+
+def _joined(between: str) -> bool:
+    """Whether the text between two boxes makes them one answer."""
+    if len(between) > _MAX_JOINT_CHARACTERS or not _JOINT_WORD.search(between):
+        return False
+    return _JOINT.fullmatch(between) is not None
+
+
+def _answer_line(text: str) -> str | None:
+    """What stands behind the last "Answer:" that begins a line."""
+    lines = _ANSWER_LINE.findall(text)
+    answer = lines[-1].strip().rstrip("*").rstrip() if lines else ""
+    return answer if 0 < len(answer) <= _MAX_ANSWER_CHARACTERS else None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """The place of the brace that closes the one before `start`; \\{ and \\} are signs, not braces."""
+    depth, place, stop = 1, start, min(len(text), start + _MAX_ANSWER_CHARACTERS)
+    while place < stop:
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            return text[start:place]
+            return place
+        place += 2 if text[place] == "\\" else 1
     return None
 
 
