@@ -35,10 +35,22 @@ def load_suites(pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit
             raise UserError(f"--eval.suite {pair!r}: give NAME=FILE, e.g. math500=data/math500.jsonl")
         if name in {suite.name for suite in suites}:
             raise UserError(f"--eval.suite names {name!r} twice; give each suite a name of its own")
-        problems, _ = load_prompts(Path(path), tokenizer, how)
+        # A suite is evaluated whole: dropping its long problems would change what its score means.
+        problems, dropped = load_prompts(Path(path), tokenizer, dataclasses.replace(how, overlong="drop"))
+        if dropped:
+            raise UserError(
+                f"{path}: {dropped} problems are over --rollout.max_prompt_tokens {how.max_tokens}; raise it, "
+                "a suite is evaluated whole"
+            )
         unanswered = [problem.id for problem in problems if problem.answer is None]
         if unanswered:
-            raise UserError(f"{path} record {unanswered[0]} has no field {how.answer_field!r}; a suite needs gold answers")
+            raise UserError(
+                f"{path}: the problem with id {unanswered[0]!r} has no answer in field {how.answer_field!r}; "
+                "a suite needs gold answers"
+            )
+        if len({problem.id for problem in problems}) < len(problems):
+            twice, _ = Counter(problem.id for problem in problems).most_common(1)[0]
+            raise UserError(f"{path} has several records with the id {twice!r}; give each an id of its own")
         suites.append(Suite(name, problems[:limit]))
     return suites
 
@@ -48,7 +60,8 @@ class Evaluator:
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, tokenizer: Any) -> None:
         self.suites, self._config, self._tokenizer = suites, config, tokenizer
-        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens or max_new_tokens)
+        length = config.max_new_tokens or max_new_tokens
+        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
         self.grader = load_grader(config.grader)
 
     def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
@@ -66,17 +79,16 @@ def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> l
     """1.0 or 0.0 for each rollout; None unless every prompt has a gold answer. A truncated rollout is wrong."""
     if not rollouts or any(rollout.prompt.answer is None for rollout in rollouts):
         return None
-    return [float(grader.grade(_text(r, tokenizer), str(r.prompt.answer)) and not r.truncated) for r in rollouts]
+    return [float(not r.truncated and grader.grade(_text(r, tokenizer), str(r.prompt.answer))) for r in rollouts]
 
 
-def score_suite(
-    suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any
-) -> dict[str, Any]:
+def score_suite(suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any) -> dict[str, Any]:
     """Statistics of samples·problems rollouts, problem by problem.
 
     mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
     std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of
-    problems solved at least once. majority@k: share whose most frequent answer (the earlier one on a tie) is right.
+    problems solved at least once. majority@k: share whose most frequent answer (the earlier one on a tie) is right;
+    truncated rollouts have no vote.
     """
     correct = grade_rollouts(rollouts, grader, tokenizer)
     assert correct is not None
@@ -124,7 +136,7 @@ def _majority(
     samples, right, named = correct_PK.shape[1], 0.0, False
     for place, problem in enumerate(suite.problems):
         answers = [
-            grader.answer(_text(rollout, tokenizer), str(problem.answer))
+            None if rollout.truncated else grader.answer(_text(rollout, tokenizer), str(problem.answer))
             for rollout in rollouts[place * samples : (place + 1) * samples]
         ]
         counts = Counter(answer for answer in answers if answer is not None)
