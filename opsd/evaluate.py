@@ -45,8 +45,8 @@ def load_suites(pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit
         unanswered = [problem.id for problem in problems if problem.answer is None]
         if unanswered:
             raise UserError(
-                f"{path}: the problem with id {unanswered[0]!r} has no answer in field {how.answer_field!r}; "
-                "a suite needs gold answers"
+                f"{path}: the problem with id {unanswered[0]!r} has no field {how.answer_field!r}, "
+                "or a blank one; a suite needs gold answers"
             )
         if len({problem.id for problem in problems}) < len(problems):
             twice, _ = Counter(problem.id for problem in problems).most_common(1)[0]

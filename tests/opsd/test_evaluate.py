@@ -230,8 +230,11 @@ def test_a_name_given_twice_is_refused(write, tokenizer):
 @pytest.mark.parametrize(
     ("records", "said"),
     [
-        ([{"prompt": "a", "answer": "1"}, {"prompt": "b"}], "the problem with id '1' has no answer in field 'answer'"),
-        ([{"prompt": "a", "answer": " "}], "the problem with id '0' has no answer in field 'answer'"),
+        (
+            [{"prompt": "a", "answer": "1"}, {"prompt": "b"}],
+            "the problem with id '1' has no field 'answer', or a blank one",
+        ),
+        ([{"prompt": "a", "answer": " "}], "the problem with id '0' has no field 'answer', or a blank one"),
         # two problems under one id would share one score
         ([{"id": 5, "prompt": "a", "answer": "1"}, {"id": "5", "prompt": "b", "answer": "2"}], "the id '5'"),
         # a suite without its longest problems is another suite
