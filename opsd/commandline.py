@@ -20,11 +20,15 @@ _BOX = re.compile(r"[─-╿]+")
 _OPTION = re.compile(r"(--[A-Za-z][\w.]*) ")
 
 
-def parse(config: type[Config], args: list[str], prog: str) -> Config:
-    """`args` as a `config`; `--help` prints all flags and exits. Raises UserError, one line, for bad arguments."""
+def parse(config: type[Config], args: list[str], prog: str, bare_switches: bool = False) -> Config:
+    """`args` as a `config`; `--help` prints all flags and exits. Raises UserError, one line, for bad arguments.
+
+    bare_switches: a bool field is --field and --no-field; else it takes a value, --field True.
+    """
+    markers = () if bare_switches else (tyro.conf.FlagConversionOff,)
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
-            return tyro.cli(config, prog=prog, args=args, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+            return tyro.cli(config, prog=prog, args=args, use_underscores=True, config=markers)
         except SystemExit as stop:
             if not stop.code:
                 raise
