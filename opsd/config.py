@@ -167,7 +167,11 @@ class TelemetryConfig:
     every: int = 10
     """Steps between telemetry; it scores all tokens with both models. 0 is off."""
     save_tokens: bool = False
-    """Write each telemetry step's per-token statistics to tokens/ (parquet)."""
+    """Write each telemetry step's per-token statistics to tokens/ (parquet); `opsd inspect` shows them."""
+    top_tokens: int = 0
+    """How many likeliest tokens of both models stand beside each token in tokens/; 0 is none. Costs a forward pass."""
+    max_rollouts_saved: int = 64
+    """Rollouts in each file of tokens/, spread evenly over the step's."""
     save_rollouts_every: int = 10
     """Steps between rollouts/step_N.jsonl files; 0 is off."""
     options: dict[str, str] = field(default_factory=dict)
@@ -236,9 +240,7 @@ def check(config: TrainConfig) -> None:
     if not 0.0 < c.select.clip_quantile <= 1.0:
         raise UserError(f"--select.clip_quantile {c.select.clip_quantile}: give a quantile in (0, 1]")
     if c.loss.divergence == "jsd" and not 0.0 < c.loss.beta < 1.0:
-        raise UserError(
-            f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"
-        )
+        raise UserError(f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl")
     if not (c.loss.temperature > 0.0 and math.isfinite(c.loss.temperature)):
         raise UserError(f"--loss.temperature {c.loss.temperature}: give a number above 0")
     if c.loss.chunk_tokens != "auto":
@@ -257,6 +259,13 @@ def check(config: TrainConfig) -> None:
         ("telemetry.save_rollouts_every", c.telemetry.save_rollouts_every),
     ):
         _not_negative(name, value)
+    _not_negative("telemetry.top_tokens", c.telemetry.top_tokens)
+    _positive("telemetry.max_rollouts_saved", c.telemetry.max_rollouts_saved)
+    if c.telemetry.top_tokens and not (c.telemetry.save_tokens and c.telemetry.every):
+        raise UserError(
+            f"--telemetry.top_tokens {c.telemetry.top_tokens} is part of the token record: "
+            "give --telemetry.save_tokens True and a --telemetry.every above 0"
+        )
     _positive("eval.samples", c.eval.samples)
     _positive("eval.generate_batch", c.eval.generate_batch)
     _sampling("eval", c.eval.temperature, c.eval.top_p, c.eval.top_k)
@@ -295,9 +304,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         }
         return TrainConfig(**built)
     except (TypeError, AttributeError) as error:
-        raise UserError(
-            f"config.json does not fit this version of opsd ({error}); start a new run"
-        ) from error
+        raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
 
 
 def _positive(name: str, value: float) -> None:

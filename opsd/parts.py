@@ -33,6 +33,7 @@ class Parts:
     teacher: LocalTeacher
     teacher_rollout: RolloutEngine
     selector: TokenSelector | None
+    vocab_size: int
     engine: TorchEngine
     updater: Updater
     evaluator: Evaluator
@@ -70,6 +71,7 @@ def assemble(config: TrainConfig, checkpoint: Path | None = None) -> Parts:
         teacher=local_teacher,
         teacher_rollout=HFRollout(teacher.model, tokenizer, config.eval.generate_batch),
         selector=selector,
+        vocab_size=vocab_size,
         engine=engine,
         updater=Updater(engine, local_teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,

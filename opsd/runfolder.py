@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from opsd.config import TrainConfig, from_json, to_json
 from opsd.errors import UserError
-from opsd.hooks import TokenStats
 from opsd.rollout import Rollout
 
 _STEP_FILE = re.compile(r"step_(\d+)\.\w+")
@@ -119,13 +117,13 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         _write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
-    def write_tokens(self, step: int, stats: TokenStats, kept_N: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:
-        """tokens/step_N.parquet: one row a student token: statistics, labels, whether it was trained on."""
-        tensors = {k.removesuffix("_N"): v for k, v in vars(stats).items() if isinstance(v, torch.Tensor)}
-        columns = {k: v.cpu().numpy() for k, v in {**tensors, **labels, "kept": kept_N}.items()}
+    def write_tokens(self, step: int, table: pd.DataFrame) -> None:
+        """tokens/step_N.parquet: one row a student token (its columns: opsd/tokenrecord.py)."""
         folder = self.path / "tokens"
         folder.mkdir(exist_ok=True)
-        pd.DataFrame(columns).to_parquet(folder / f"step_{step}.parquet", index=False)
+        temporary = folder / f".tmp-step_{step}.parquet"
+        table.to_parquet(temporary, index=False)
+        os.replace(temporary, folder / f"step_{step}.parquet")
 
     def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
         (self.path / folder).mkdir(exist_ok=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from opsd import checkpoint
 from opsd.batch import MicroBatch, pack
 from opsd.config import TrainConfig
+from opsd.distill.topk import ModelTop
 from opsd.engine import learning_rate
 from opsd.errors import RunStopped, UserError
 from opsd.evaluate import grade_rollouts, summary
@@ -16,6 +19,7 @@ from opsd.parts import Parts, assemble
 from opsd.rollout import Rollout
 from opsd.runfolder import RunFolder
 from opsd.seeding import derive_seed
+from opsd.tokenrecord import RECORD_FIELDS, recorded_rollouts, score_top, token_table
 from opsd.tracking import Stopwatch, Tracker, peak_gib
 from opsd.update import Update
 
@@ -66,12 +70,14 @@ def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
                 with watch.stage("teacher"):
                     batches = pack(rollouts, config.engine.micro_batch_tokens)
                     hidden = parts.teacher.hidden(batches)
+                with watch.stage("log"):
+                    top = _top_tokens(parts, config, step, rollouts, batches, hidden)
                 with watch.stage("student"):
                     update = _update(parts, run, step, rollouts, batches, hidden)
                 with watch.stage("sync"):
                     parts.rollout.sync()
                 with watch.stage("log"):
-                    metrics = _measure(parts, run, step, rollouts, batches, update)
+                    metrics = _measure(parts, run, step, rollouts, batches, update, top)
             metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
             metrics |= _evaluate_after(parts, run, step, tracker)
             tracker.step(metrics)
@@ -93,7 +99,7 @@ def _update(
     lr, seed = learning_rate(step, config.steps, config.optim), derive_seed(config.seed, "select", step)
     watch = frozenset().union(*(telemetry.needs for telemetry in _due(parts, config, step)))
     if watch:
-        watch |= frozenset(TOKEN_MEANS)
+        watch |= frozenset(TOKEN_MEANS) | (RECORD_FIELDS if config.telemetry.save_tokens else frozenset())
     try:
         return parts.updater.run(batches, hidden, lr, seed, watch)
     except RunStopped as problem:
@@ -110,8 +116,31 @@ def _due(parts: Parts, config: TrainConfig, step: int) -> list[TokenTelemetry]:
     return parts.telemetry if config.telemetry.every and step % config.telemetry.every == 0 else []
 
 
+def _top_tokens(
+    parts: Parts,
+    config: TrainConfig,
+    step: int,
+    rollouts: list[Rollout],
+    batches: list[MicroBatch],
+    hidden: list[Tensor],
+) -> tuple[ModelTop, ModelTop] | None:
+    """Both models' likeliest tokens for the token record, before the update changes one of them; None if not due."""
+    wanted = config.telemetry
+    if not (wanted.top_tokens and _due(parts, config, step)):
+        return None
+    recorded = recorded_rollouts(rollouts, wanted.max_rollouts_saved)
+    common = (config.loss, parts.vocab_size)
+    return score_top(parts.engine, parts.teacher, batches, hidden, recorded, wanted.top_tokens, *common)
+
+
 def _measure(
-    parts: Parts, run: RunFolder, step: int, rollouts: list[Rollout], batches: list[MicroBatch], update: Update
+    parts: Parts,
+    run: RunFolder,
+    step: int,
+    rollouts: list[Rollout],
+    batches: list[MicroBatch],
+    update: Update,
+    top: tuple[ModelTop, ModelTop] | None,
 ) -> dict[str, float]:
     """The step's metrics but times and evaluation, and its files where they are due."""
     config = run.config
@@ -144,7 +173,8 @@ def _measure(
         labels = {}
         for label_tokens in (getattr(telemetry, "label_tokens", None) for telemetry in due):
             labels |= {} if label_tokens is None else label_tokens(update.stats)
-        run.write_tokens(step, update.stats, update.kept_N, labels)
+        recorded = recorded_rollouts(rollouts, config.telemetry.max_rollouts_saved)
+        run.write_tokens(step, token_table(step, rollouts, recorded, update.stats, update.kept_N, labels, top))
     every = config.telemetry.save_rollouts_every
     if every and step % every == 0:
         run.write_rollouts(f"step_{step}", rollouts, parts.tokenizer, rewards)

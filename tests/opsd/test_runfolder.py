@@ -4,11 +4,9 @@ import json
 
 import pandas as pd
 import pytest
-import torch
 
 from opsd.config import SelectConfig, TeacherConfig, TrainConfig
 from opsd.errors import UserError
-from opsd.hooks import TokenStats
 from opsd.runfolder import RunFolder
 
 
@@ -28,18 +26,6 @@ def run(config):
     return RunFolder.create(config)
 
 
-def stats(tokens: int) -> TokenStats:
-    return TokenStats(
-        rollout_N=torch.arange(tokens),
-        entropy_N=torch.linspace(0, 1, tokens),
-        reverse_kl_N=None,
-        forward_kl_N=None,
-        teacher_entropy_N=None,
-        top1_agree_N=torch.ones(tokens, dtype=torch.bool),
-        vocab_size=49,
-    )
-
-
 def files(run):
     return sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
 
@@ -54,7 +40,7 @@ def fill(run, make_rollout, last):
         run.write_eval(f"step_{step}", {"step": step})
         if step:
             run.write_rollouts(f"step_{step}", [make_rollout(0, [6], [7])], FakeTokenizer(), [1.0])
-            run.write_tokens(step, stats(2), torch.tensor([True, False]), {})
+            run.write_tokens(step, pd.DataFrame({"step": [step, step], "kept": [True, False]}))
     run.write_eval("teacher", {"step": None})
 
 
@@ -185,14 +171,13 @@ def test_a_rollout_is_written_with_ids_text_and_reward(run, make_rollout):
     assert (run.path / "rollouts" / "none.jsonl").read_text() == ""
 
 
-def test_token_statistics_are_a_table_with_one_row_a_token(run):
-    kept, labels = torch.tensor([True, False, True]), {"quadrant": torch.tensor([1, 3, 2], dtype=torch.int8)}
-    run.write_tokens(7, stats(3), kept, labels)
-    table = pd.read_parquet(run.path / "tokens" / "step_7.parquet")
-    assert list(table) == ["rollout", "entropy", "top1_agree", "quadrant", "kept"]  # fields nobody asked for are absent
-    assert table["entropy"].tolist() == [0.0, 0.5, 1.0]
-    assert table["quadrant"].tolist() == [1, 3, 2]
-    assert table["kept"].tolist() == [True, False, True]
+def test_a_token_record_is_written_whole_and_under_its_step(run):
+    table = pd.DataFrame({"entropy": [0.0, 0.5], "student_top_ids": [[3, 1], [2, 0]]})
+    run.write_tokens(7, table)
+    back = pd.read_parquet(run.path / "tokens" / "step_7.parquet")
+    assert back["entropy"].tolist() == [0.0, 0.5]
+    assert [list(ids) for ids in back["student_top_ids"]] == [[3, 1], [2, 0]]
+    assert files(run) == ["config.json", "tokens/step_7.parquet"]
 
 
 def test_evaluations_come_back_and_absent_ones_are_none(run):

@@ -1,0 +1,83 @@
+"""The most likely next tokens of both models at each row, streamed: nothing of size N×V.
+
+Legend: N tokens, C rows of a chunk, K tokens named per row, V shared vocabulary, D and E hidden sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsd.distill.chunks import ChunkTokens, chunk_rows
+from opsd.distill.divergence import check_divergence, log_softmax_
+from opsd.distill.inputs import check_inputs, per_row
+from opsd.distill.slices import slices
+from opsd.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelTop:
+    """One model's view of each row: its K likeliest tokens, likeliest first, and the sampled token's chance.
+
+    ids_NK: int64. log_prob_NK, sampled_N: fp32, natural logarithms; −inf for a token outside the shared vocabulary.
+    """
+
+    ids_NK: Tensor
+    log_prob_NK: Tensor
+    sampled_N: Tensor
+
+
+@torch.no_grad()
+def top_tokens(
+    student_hidden_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_head_VE: Tensor,
+    *,
+    token_ids_N: Tensor,
+    k: int,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: ChunkTokens = "auto",
+) -> tuple[ModelTop, ModelTop]:
+    """Student's and teacher's k likeliest tokens (all, where the vocabulary is smaller) over the shared vocabulary.
+
+    token_ids_N: the tokens that were sampled. Other arguments as in `distill_loss`. Errors: UserError for shapes that
+    do not fit or a k below 1.
+    """
+    if k < 1:
+        raise UserError(f"top tokens {k}: give a number from 1")
+    inputs = check_inputs(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, vocab_size)
+    check_divergence("reverse_kl", 0.5, temperature)
+    ids_N = per_row("token_ids_N", token_ids_N, inputs)
+    assert ids_N is not None
+    # A head may be higher than the vocabulary, and its sampler may draw from the rows above.
+    outside_N = ids_N >= inputs.vocab_size
+    inside_N1 = ids_N.masked_fill(outside_N, 0)[:, None]
+    k = min(k, inputs.vocab_size)
+    tops = (_blank(inputs.rows, k, ids_N), _blank(inputs.rows, k, ids_N))
+    if not inputs.rows:
+        return tops
+    chunk = chunk_rows(chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    # One buffer serves both models in turn.
+    buffer_CV = torch.empty(chunk, inputs.vocab_size, dtype=inputs.wide, device=inputs.student_ND.device)
+    models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
+    with torch.autocast(inputs.student_ND.device.type, enabled=False):
+        for part in slices(inputs.rows, chunk):
+            logits_CV = buffer_CV[: part.stop - part.start]
+            for (hidden, head), top in zip(models, tops, strict=True):
+                log_p_CV = log_softmax_(head.project_(hidden[part], logits_CV), temperature)
+                top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
+                sampled_C = log_p_CV.gather(-1, inside_N1[part]).squeeze(-1)
+                top.sampled_N[part] = sampled_C.masked_fill(outside_N[part], float("-inf"))
+    return tops
+
+
+def _blank(rows: int, k: int, ids_N: Tensor) -> ModelTop:
+    return ModelTop(
+        ids_N.new_zeros(rows, k, dtype=torch.int64),
+        ids_N.new_zeros(rows, k, dtype=torch.float32),
+        ids_N.new_zeros(rows, dtype=torch.float32),
+    )
