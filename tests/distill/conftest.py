@@ -95,13 +95,17 @@ def build_case(
 
 @dataclass(frozen=True)
 class Reference:
-    """What the definitions give in fp64: loss, gradients in full shape, and all of the logit gradient [K, V]."""
+    """What the definitions give in fp64: loss, and gradients in full shape.
+
+    size_ND, size_VD: the gradients with every term of their sums made positive, which is what rounding is relative to.
+    """
 
     loss_sum: Tensor
     loss_N: Tensor
     grad_ND: Tensor
     grad_VD: Tensor
-    grad_logits_KV: Tensor
+    size_ND: Tensor
+    size_VD: Tensor
     kept_N: Tensor
 
 
@@ -136,10 +140,15 @@ class Naive:
         weight_N = torch.ones(tokens) if case.weight_N is None else case.weight_N
         loss_N = self.divergence(case.divergence, logp_NV, logq_NV, case.beta)
         loss_sum = (loss_N * weight_N.double())[kept_N].sum()
-        # The gradient with respect to log p is the one with respect to the logits, less p times its own row sum.
-        grad_logp_NV, grad_ND, grad_VD = torch.autograd.grad(loss_sum, (logp_NV, student_ND, head_VD))
-        grad_logits_NV = (grad_logp_NV - logp_NV.exp() * grad_logp_NV.sum(-1, keepdim=True)) / case.temperature
-        return Reference(loss_sum.detach(), loss_N.detach(), grad_ND, grad_VD, grad_logits_NV.detach()[kept_N], kept_N)
+        grad_ND, grad_VD = torch.autograd.grad(loss_sum, (student_ND, head_VD))
+        # The terms of every closed form of the logit gradient: p·r, p·kl, p and q.
+        p_NV, q_NV, ratio_NV = logp_NV.exp(), logq_NV.exp(), (logp_NV - logq_NV).abs()
+        terms_NV = p_NV * (1 + ratio_NV + (p_NV * ratio_NV).sum(-1, keepdim=True)) + q_NV
+        terms_KV = (terms_NV * weight_N[:, None] / case.temperature).detach()[kept_N]
+        size_ND, size_VD = torch.zeros_like(grad_ND), torch.zeros_like(grad_VD)
+        size_ND[kept_N] = terms_KV @ head_VD.detach()[: case.shared].abs()
+        size_VD[: case.shared] = terms_KV.T @ student_ND.detach()[kept_N].abs()
+        return Reference(loss_sum.detach(), loss_N.detach(), grad_ND, grad_VD, size_ND, size_VD, kept_N)
 
     def stats(self, case: Case, token_ids_N: Tensor | None = None) -> dict[str, Tensor]:
         logp_NV, logq_NV, *_ = self.log_probs(case)

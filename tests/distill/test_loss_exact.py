@@ -60,6 +60,10 @@ def cases(draw):
     return {"tokens": tokens, **draw(shapes()), **draw(options(tokens))}
 
 
+def largest(values):
+    return float(values.max()) if values.numel() else 0.0
+
+
 @settings(max_examples=150, deadline=None)
 @given(arguments=cases())
 def test_fp32_loss_and_gradients_are_the_definition_to_1e_5(arguments, make_case, naive, assert_close):
@@ -69,8 +73,9 @@ def test_fp32_loss_and_gradients_are_the_definition_to_1e_5(arguments, make_case
     assert loss_sum.dtype == torch.float32
     # A sum that vanishes (a vocabulary of one, nothing kept) is compared with one nat.
     assert_close(loss_sum, expected.loss_sum, 1e-5, unit=1.0)
-    assert_close(grad_ND, expected.grad_ND, 1e-5, unit=1e-3)
-    assert_close(grad_VD, expected.grad_VD, 1e-5, unit=1e-3)
+    # Likewise a gradient whose terms cancel: with the sum of their magnitudes.
+    assert_close(grad_ND, expected.grad_ND, 1e-5, unit=largest(expected.size_ND))
+    assert_close(grad_VD, expected.grad_VD, 1e-5, unit=largest(expected.size_VD))
     # Dropped rows and padded rows of the vocabulary: not small, zero.
     assert not grad_ND[~expected.kept_N].any()
     assert not grad_VD[case.shared :].any()
@@ -103,17 +108,12 @@ def test_bf16_costs_no_more_than_rounding_to_bf16(arguments, types, make_case, n
     assert loss_sum.dtype == torch.float32
     assert grad_ND.dtype == grad_VD.dtype == names[types[0]]
     assert_close(loss_sum, expected.loss_sum, 1e-5, unit=1.0)
-    grad_KV, kept_N = expected.grad_logits_KV.abs(), expected.kept_N
-    hidden_KD = case.student_ND.detach().double()[kept_N].abs()
-    head_VD = case.student_head_VD.detach().double()[: case.shared].abs()
     slack = 1e-6 if types[0] == "bf16" else 1e-5
-    allowed_ND = torch.zeros_like(expected.grad_ND)
-    allowed_ND[kept_N] = 2**-8 * (grad_KV @ head_VD + expected.grad_ND[kept_N].abs()) + slack
-    allowed_VD = torch.zeros_like(expected.grad_VD)
-    allowed_VD[: case.shared] = 2**-8 * (grad_KV.T @ hidden_KD) + slack
-    allowed_VD += 2**-8 * expected.grad_VD.abs()
-    assert ((grad_ND.double() - expected.grad_ND).abs() <= allowed_ND).all()
-    assert ((grad_VD.double() - expected.grad_VD).abs() <= allowed_VD).all()
+    for found, exact, size in (
+        (grad_ND, expected.grad_ND, expected.size_ND),
+        (grad_VD, expected.grad_VD, expected.size_VD),
+    ):
+        assert ((found.double() - exact).abs() <= 2**-8 * (size + exact.abs()) + slack).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
