@@ -14,10 +14,12 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from opsd.config import TrainConfig, to_json
 from opsd.errors import UserError
 from opsd.runfolder import RunFolder
+from opsd.seeding import derive_seed
 
 
 class Stopwatch:
@@ -54,10 +56,11 @@ class Tracker:
         self._wandb = None if mode == "off" else _start_wandb(run.config, run.path, mode)
         self._latest_eval = ""
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            # In a narrow terminal the bar gives way, never the count.
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(run.config.steps)) + 1)),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
@@ -124,11 +127,11 @@ def check_wandb(config: TrainConfig) -> None:
 def _start_wandb(config: TrainConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
     import wandb
 
-    # One id for the run's life: a resumed run goes on under it.
+    # One id for the run folder's life: a resumed run goes on under it, and no other run has it.
     return wandb.init(
         project=config.track.project,
         name=folder.name,
-        id=f"{folder.name}-{config.seed}",
+        id=f"{derive_seed(str(folder.resolve())):016x}",
         resume="allow",
         mode=mode,
         dir=str(folder),
