@@ -92,7 +92,7 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to min_lr_fraction at the last step, or constant."""
+    """After the warm-up: cosine towards min_lr_fraction, reached one step behind the last; or constant."""
     min_lr_fraction: float = 0.0
     """Where the cosine ends, as a fraction of lr."""
     weight_decay: float = 0.0
@@ -249,8 +249,13 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--optim.lr {c.optim.lr}: give a learning rate above 0")
     if not 0 <= c.optim.warmup_steps <= c.steps:
         raise UserError(f"--optim.warmup_steps {c.optim.warmup_steps}: give 0 to --steps ({c.steps})")
-    for name in ("weight_decay", "max_grad_norm", "min_lr_fraction"):
+    for name in ("weight_decay", "max_grad_norm", "min_lr_fraction", "beta1", "beta2", "eps"):
         _not_negative(f"optim.{name}", getattr(c.optim, name))
+    for name in ("beta1", "beta2"):
+        if getattr(c.optim, name) >= 1.0:
+            raise UserError(f"--optim.{name} {getattr(c.optim, name)}: give a decay in [0, 1)")
+    if c.optim.min_lr_fraction > 1.0:
+        raise UserError(f"--optim.min_lr_fraction {c.optim.min_lr_fraction}: give a fraction in [0, 1]")
     _positive("engine.micro_batch_tokens", c.engine.micro_batch_tokens)
     for name, value in (
         ("eval.every", c.eval.every),
@@ -269,8 +274,9 @@ def check(config: TrainConfig) -> None:
     _positive("eval.samples", c.eval.samples)
     _positive("eval.generate_batch", c.eval.generate_batch)
     _sampling("eval", c.eval.temperature, c.eval.top_p, c.eval.top_k)
-    if c.eval.limit is not None:
-        _positive("eval.limit", c.eval.limit)
+    for name in ("limit", "max_new_tokens"):
+        if getattr(c.eval, name) is not None:
+            _positive(f"eval.{name}", getattr(c.eval, name))
     if c.eval.every and not c.eval.suite:
         raise UserError(f"--eval.every {c.eval.every} without --eval.suite: name a suite, e.g. math500=FILE")
     _positive("checkpoint.keep", c.checkpoint.keep)
@@ -308,12 +314,12 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
 
 
 def _positive(name: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:  # so that NaN is refused too
         raise UserError(f"--{name} {value}: give a number above 0")
 
 
 def _not_negative(name: str, value: float) -> None:
-    if value < 0:
+    if not value >= 0:
         raise UserError(f"--{name} {value}: give 0 or more")
 
 
