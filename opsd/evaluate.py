@@ -26,20 +26,22 @@ class Suite:
     problems: list[Prompt]
 
 
-def load_suites(pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit: int | None) -> list[Suite]:
-    """NAME=FILE pairs to suites. Raises UserError for a pair or file that cannot serve."""
+def load_suites(
+    pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit: int | None, flag: str = "--eval.suite"
+) -> list[Suite]:
+    """NAME=FILE pairs to suites. flag: the option that gave them. Raises UserError for what cannot serve."""
     suites = []
     for pair in pairs:
         name, _, path = pair.partition("=")
         if not name or not path:
-            raise UserError(f"--eval.suite {pair!r}: give NAME=FILE, e.g. math500=data/math500.jsonl")
+            raise UserError(f"{flag} {pair!r}: give NAME=FILE, e.g. math500=data/math500.jsonl")
         if name in {suite.name for suite in suites}:
-            raise UserError(f"--eval.suite names {name!r} twice; give each suite a name of its own")
+            raise UserError(f"{flag} names {name!r} twice; give each suite a name of its own")
         # A suite is evaluated whole: dropping its long problems would change what its score means.
         problems, dropped = load_prompts(Path(path), tokenizer, dataclasses.replace(how, overlong="drop"))
         if dropped:
             raise UserError(
-                f"{path}: {dropped} problems are over --rollout.max_prompt_tokens {how.max_tokens}; raise it, "
+                f"{path}: {dropped} problems are over {how.limit_flag} {how.max_tokens}; raise it, "
                 "a suite is evaluated whole"
             )
         unanswered = [problem.id for problem in problems if problem.answer is None]
@@ -82,31 +84,80 @@ def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> l
     return [float(not r.truncated and grader.grade(_text(r, tokenizer), str(r.prompt.answer))) for r in rollouts]
 
 
-def score_suite(suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any) -> dict[str, Any]:
-    """Statistics of samples·problems rollouts, problem by problem.
+@dataclasses.dataclass(frozen=True)
+class ProblemRecord:
+    """One problem's samples, graded. correct, answers, tokens and truncated have one entry a sample.
 
-    mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
-    std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of
-    problems solved at least once. majority@k: share whose most frequent answer (the earlier one on a tie) is right;
-    truncated rollouts have no vote.
+    answers: what each sample votes for in majority@k; None where none is named, or the response was cut off.
     """
+
+    id: str
+    gold: str
+    correct: list[bool]
+    answers: list[str | None]
+    tokens: list[int]
+    truncated: list[bool]
+
+
+def score_problem(problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> ProblemRecord:
+    """Grade a problem's rollouts. A truncated one is wrong, whatever stands in it."""
     correct = grade_rollouts(rollouts, grader, tokenizer)
     assert correct is not None
-    correct_PK = np.array(correct).reshape(len(suite.problems), samples)
-    score_P = correct_PK.mean(1)
-    result = {
+    gold = str(problem.answer)
+    return ProblemRecord(
+        id=problem.id,
+        gold=gold,
+        correct=[value == 1.0 for value in correct],
+        answers=[None if r.truncated else grader.answer(_text(r, tokenizer), gold) for r in rollouts],
+        tokens=[len(r.response_ids) for r in rollouts],
+        truncated=[r.truncated for r in rollouts],
+    )
+
+
+def score_suite(suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any) -> dict[str, Any]:
+    """Statistics of samples·problems rollouts, problem by problem; see `statistics`."""
+    of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
+    pairs = zip(suite.problems, of_problem, strict=True)
+    return statistics([score_problem(problem, own, grader, tokenizer) for problem, own in pairs])
+
+
+def statistics(records: list[ProblemRecord]) -> dict[str, Any]:
+    """Statistics of P problems with k samples each. Fractions; lengths in tokens.
+
+    mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
+    std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of problems
+    solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
+    `pass_at`). majority@k: share whose most frequent answer (the earlier one on a tie) is right; truncated rollouts
+    have no vote; None where the grader names no answers.
+    """
+    correct_PK = np.array([record.correct for record in records], dtype=float)
+    tokens_PK = np.array([record.tokens for record in records])
+    score_P, samples = correct_PK.mean(1), correct_PK.shape[1]
+    draws = sorted({samples, *(2**power for power in range(samples.bit_length()))})
+    right_P = [sum(record.correct) for record in records]
+    return {
         "mean@k": float(score_P.mean()),
         "k": samples,
-        "problems": len(suite.problems),
+        "problems": len(records),
         "stderr_problems": standard_error(score_P),
         "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
         "best@k": float(correct_PK.max(1).mean()),
-        "majority@k": _majority(suite, rollouts, correct_PK, grader, tokenizer),
-        "mean_tokens": float(np.mean([len(r.response_ids) for r in rollouts])),
-        "truncated_frac": float(np.mean([r.truncated for r in rollouts])),
-        "scores": {p.id: float(score) for p, score in zip(suite.problems, score_P, strict=True)},
+        "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
+        "majority@k": _majority(records),
+        "mean_tokens": float(tokens_PK.mean()),
+        "median_tokens": float(np.median(tokens_PK)),
+        "max_tokens": int(tokens_PK.max()),
+        "truncated_frac": float(np.mean([record.truncated for record in records])),
+        "scores": {record.id: float(score) for record, score in zip(records, score_P, strict=True)},
     }
-    return result
+
+
+def pass_at(j: int, samples: int, right: int) -> float:
+    """The chance that j of a problem's samples, drawn without replacement, hold a right one: 1 − C(n−c, j)/C(n, j).
+
+    Unbiased for the chance that one of j fresh samples is right (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    """
+    return 1.0 - math.comb(samples - right, j) / math.comb(samples, j)
 
 
 def standard_error(values: np.ndarray) -> float | None:
@@ -129,21 +180,15 @@ def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
     return flat
 
 
-def _majority(
-    suite: Suite, rollouts: list[Rollout], correct_PK: np.ndarray, grader: Grader, tokenizer: Any
-) -> float | None:
-    """See score_suite; None where the grader names no answers."""
-    samples, right, named = correct_PK.shape[1], 0.0, False
-    for place, problem in enumerate(suite.problems):
-        answers = [
-            None if rollout.truncated else grader.answer(_text(rollout, tokenizer), str(problem.answer))
-            for rollout in rollouts[place * samples : (place + 1) * samples]
-        ]
-        counts = Counter(answer for answer in answers if answer is not None)
-        if counts:
+def _majority(records: list[ProblemRecord]) -> float | None:
+    """See `statistics`."""
+    right, named = 0, False
+    for record in records:
+        votes = Counter(answer for answer in record.answers if answer is not None)
+        if votes:
             named = True
-            right += correct_PK[place, answers.index(counts.most_common(1)[0][0])]
-    return float(right / len(suite.problems)) if named else None
+            right += record.correct[record.answers.index(votes.most_common(1)[0][0])]
+    return right / len(records) if named else None
 
 
 def _text(rollout: Rollout, tokenizer: Any) -> str:

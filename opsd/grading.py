@@ -92,8 +92,8 @@ class FunctionGrader:
         return None
 
 
-def load_grader(name: str) -> Grader:
-    """ "math", "suffix", or "module:function". Raises UserError for anything else."""
+def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
+    """ "math", "suffix", or "module:function". flag: the option that named it. Raises UserError for anything else."""
     if name == "math":
         return MathGrader()
     if name == "suffix":
@@ -102,9 +102,9 @@ def load_grader(name: str) -> Grader:
     try:
         function: Callable[[str, str], bool] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--eval.grader {name!r} is unknown ({error}); give math, suffix or module:function") from error
+        raise UserError(f"{flag} {name!r} is unknown ({error}); give math, suffix or module:function") from error
     if not callable(function):
-        raise UserError(f"--eval.grader {name!r} is a {type(function).__name__}; give math, suffix or module:function")
+        raise UserError(f"{flag} {name!r} is a {type(function).__name__}; give math, suffix or module:function")
     return FunctionGrader(function)
 
 

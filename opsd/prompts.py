@@ -31,7 +31,7 @@ class PromptFormat:
     """How a record becomes token ids; the same for training, evaluation, student and teacher.
 
     kind: "chat" | "raw". thinking: "on" | "off", handed to the chat template.
-    max_tokens: longest prompt; overlong: "error" | "drop".
+    max_tokens: longest prompt; overlong: "error" | "drop". limit_flag: the option that sets max_tokens, for messages.
     """
 
     kind: str = "chat"
@@ -40,6 +40,7 @@ class PromptFormat:
     answer_field: str = "answer"
     max_tokens: int = 2048
     overlong: str = "error"
+    limit_flag: str = "--rollout.max_prompt_tokens"
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -66,12 +67,11 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
     """All prompts of a file in file order, and how many over-long ones were dropped.
 
     Raises UserError for a missing or malformed file, a field that is absent, a tokenizer without a chat
-    template where one is needed, a prompt over `how.max_tokens` (unless they are to be dropped).
+    template where one is needed, a template that cannot do what `how.thinking` says, a prompt over `how.max_tokens`
+    (unless they are to be dropped).
     """
-    if how.kind == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            "the student's tokenizer has no chat template; give --prompt_format raw, or a model with a template"
-        )
+    if how.kind == "chat":
+        _check_template(tokenizer, how)
     prompts, dropped = [], 0
     for number, record in enumerate(read_records(path), start=1):
         where = f"{path} record {number}"
@@ -82,16 +82,14 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
                 dropped += 1
                 continue
             raise UserError(
-                f"{where} has {len(ids)} tokens, over --rollout.max_prompt_tokens {how.max_tokens}; "
+                f"{where} has {len(ids)} tokens, over {how.limit_flag} {how.max_tokens}; "
                 "raise it, or give --rollout.overlong_prompts drop"
             )
         name = number - 1 if record.get("id") is None else record["id"]
         text = content if isinstance(content, str) else content[-1]["content"]
         prompts.append(Prompt(str(name), text, ids, _answer(record, how, where)))
     if not prompts:
-        raise UserError(
-            f"{path}: all {dropped} prompts are over --rollout.max_prompt_tokens {how.max_tokens}; raise it"
-        )
+        raise UserError(f"{path}: all {dropped} prompts are over {how.limit_flag} {how.max_tokens}; raise it")
     return prompts, dropped
 
 
@@ -154,6 +152,30 @@ def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise UserError(f"{where}: {how.answer_field!r} is {_short(answer)}; give a text or a number")
     return str(answer) if str(answer).strip() else None
+
+
+def _check_template(tokenizer: Any, how: PromptFormat) -> None:
+    """Raises UserError where there is no template, or where its thinking mode would not be the one that is stated."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the student's tokenizer has no chat template; give --prompt_format raw, or a model with a template"
+        )
+    ask: list[Any] = [{"role": "user", "content": "?"}]
+    try:
+        on, off = (
+            tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
+            for thinking in (True, False)
+        )
+    except TemplateError:
+        # A template may want more than one message; what it refuses in a record is said there.
+        return
+    if on != off:
+        return
+    always = "<think>" in on
+    if how.thinking == "on" and not always:
+        raise UserError("--thinking on: the chat template has no thinking mode; give --thinking off")
+    if how.thinking == "off" and always:
+        raise UserError("--thinking off: the chat template always starts a thought; give --thinking on")
 
 
 def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -85,6 +85,18 @@ def load_tokenizer(path: str, flag: str) -> Any:
 
 def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) -> Scorer:
     """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve."""
+    model = load_model(path, flag, dtype, device)
+    disable_dropout(model)
+    check_plain_head(model, f"{flag} {path}")
+    check_packing(model, f"{flag} {path}")
+    return Scorer(model)
+
+
+def load_model(path: str, flag: str, dtype: torch.dtype | Literal["auto"], device: torch.device) -> PreTrainedModel:
+    """A model folder on `device`, safetensors only. dtype "auto": as the folder's config.json says.
+
+    Raises UserError where it cannot be loaded whole.
+    """
     _check_folder(path, flag)
     attention = "sdpa"
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
@@ -110,11 +122,7 @@ def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) 
             f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
             "give a whole Hugging Face model folder"
         )
-    model.to(device)
-    disable_dropout(model)
-    check_plain_head(model, f"{flag} {path}")
-    check_packing(model, f"{flag} {path}")
-    return Scorer(model)
+    return model.to(device)
 
 
 def disable_dropout(model: nn.Module) -> None:

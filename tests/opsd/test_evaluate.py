@@ -1,5 +1,6 @@
 """Evaluation by hand arithmetic: an engine that reads its answers from a list, graded by their ending."""
 
+import itertools
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 
 from opsd.config import EvalConfig
 from opsd.errors import UserError
-from opsd.evaluate import Evaluator, Suite, grade_rollouts, load_suites, score_suite, standard_error, summary
+from opsd.evaluate import Evaluator, Suite, grade_rollouts, load_suites, pass_at, score_suite, standard_error, summary
 from opsd.grading import FunctionGrader, MathGrader, SuffixGrader
 from opsd.prompts import Prompt, PromptFormat
 from opsd.rollout import Rollout, Sampling
@@ -83,6 +84,23 @@ def test_best_and_majority_by_hand(score):
     assert result["majority@k"] == pytest.approx(1 / 3)  # p alone: q ties and its earlier answer is wrong
 
 
+def test_pass_at_j_is_the_mean_over_all_choices_of_j_samples(score):
+    # by counting: of the C(5, 2) = 10 pairs of 5 samples with 2 right, 3 hold no right one
+    assert pass_at(2, 5, 2) == pytest.approx(0.7)
+    for samples, right, j in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if right <= samples and j <= samples:
+            chosen = list(itertools.combinations([True] * right + [False] * (samples - right), j))
+            assert pass_at(j, samples, right) == pytest.approx(sum(map(any, chosen)) / len(chosen))
+    result = score(GOLDS, ANSWERS)
+    # p 3 of 4, q 2 of 4, r none: pass@1 is the mean, pass@4 is best@4,
+    # pass@2 = (1 − 0/6 + 1 − 1/6 + 1 − 6/6)/3 = 11/18
+    assert result["pass@k"] == pytest.approx({"1": 5 / 12, "2": 11 / 18, "4": 2 / 3})
+
+
+def test_pass_at_j_covers_powers_of_two_and_k_itself(score):
+    assert list(score({"p": "a1"}, {"p": ["a1"] * 6})["pass@k"]) == ["1", "2", "4", "6"]
+
+
 def test_a_tie_goes_to_the_earlier_answer(score):
     assert score({"p": "a1"}, {"p": ["a1", "a9"]})["majority@k"] == 1.0
     assert score({"p": "a1"}, {"p": ["a9", "a1"]})["majority@k"] == 0.0
@@ -98,7 +116,8 @@ def test_truncated_answers_are_wrong_and_have_no_vote(score):
 
 def test_lengths_are_in_tokens(score):
     # x ; a 1 is 4 tokens, a 1 is 2
-    assert score({"p": "a1"}, {"p": ["x;a1", "a1"]})["mean_tokens"] == 3.0
+    result = score({"p": "a1"}, {"p": ["x;a1", "a1", "a1"]})
+    assert (result["mean_tokens"], result["median_tokens"], result["max_tokens"]) == (pytest.approx(8 / 3), 2.0, 4)
 
 
 def test_one_problem_or_one_sample_has_no_error(score):

@@ -175,6 +175,38 @@ def test_thinking_is_handed_to_the_template(write, tokenizer):
     assert off.ids == [3, 16, 17, 4]
 
 
+ALWAYS = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant><think>"
+NEVER = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "said"),
+    [
+        (NEVER, "on", "--thinking on: the chat template has no thinking mode; give --thinking off"),
+        (ALWAYS, "off", "--thinking off: the chat template always starts a thought; give --thinking on"),
+        (NEVER, "off", None),
+        (ALWAYS, "on", None),
+    ],
+)
+def test_a_thinking_mode_that_the_template_does_not_have_is_no_guess(write, make_tokenizer, template, thinking, said):
+    path, tokenizer = write([{"prompt": "ab"}]), make_tokenizer()
+    tokenizer.chat_template = template
+    if said is None:
+        ((prompt,), _) = load_prompts(path, tokenizer, PromptFormat(thinking=thinking))
+        assert prompt.ids[:4] == [3, 16, 17, 4]
+    else:
+        with pytest.raises(UserError, match=f"^{said}$"):
+            load_prompts(path, tokenizer, PromptFormat(thinking=thinking))
+
+
+def test_a_template_that_wants_several_messages_is_asked_with_the_records_own(write, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if messages|length < 2 %}{{ raise_exception('two') }}{% endif %}<user><assistant>"
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    ((prompt,), _) = load_prompts(write([{"prompt": messages}]), tokenizer, CHAT)
+    assert prompt.ids == [3, 4]
+
+
 def test_a_tokenizer_without_template_is_refused_unless_raw(write, make_tokenizer):
     path, plain = write([{"prompt": "ab"}]), make_tokenizer(chat=False)
     with pytest.raises(UserError, match=r"^[^\n]*no chat template; give --prompt_format raw[^\n]*$"):
