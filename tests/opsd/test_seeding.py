@@ -1,11 +1,8 @@
 """Seeds from parts: the same everywhere, different for anything that differs, and nothing left behind."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd.seeding import derive_seed, seeded
@@ -17,22 +14,17 @@ parts = st.lists(st.integers() | st.text(st.characters(codec="utf-8", exclude_ch
 def test_a_seed_is_the_same_in_every_process_and_version():
     # blake2b of "0/rollout/1", 8 bytes, big endian, shifted right by one; Python's own hash() differs by process
     assert derive_seed(0, "rollout", 1) == 6929956040392660302
-    done = subprocess.run(
-        [sys.executable, "-c", "from opsd.seeding import derive_seed; print(derive_seed(0, 'rollout', 1))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) == 6929956040392660302
 
 
 @given(parts, parts)
+@settings(deadline=None)
 def test_other_parts_or_another_order_give_another_seed(first, second):
     same = [str(part) for part in first] == [str(part) for part in second]
     assert (derive_seed(*first) == derive_seed(*second)) == same
 
 
 @given(parts)
+@settings(deadline=None)
 def test_a_seed_fits_where_torch_and_numpy_take_one(some):
     assert 0 <= derive_seed(*some) < 2**63
     torch.Generator().manual_seed(derive_seed(*some))
