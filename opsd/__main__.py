@@ -1,4 +1,4 @@
-"""The command line: `opsd train`, `opsd train --resume RUN`, `opsd selectors`."""
+"""The command line: `opsd train`, `opsd train --resume RUN`, `opsd eval`, `opsd selectors`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from opsd.errors import RunStopped, UserError
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
   opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --resume RUN
+  opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
   opsd selectors   list the rules that choose tokens
 
-`opsd train --help` lists all flags."""
+`opsd train --help` and `opsd eval --help` list all flags."""
 
 
 def main() -> None:
@@ -29,11 +30,11 @@ def main() -> None:
     except RunStopped as error:
         _stop(1, str(error))
     except KeyboardInterrupt:
-        _stop(130, "interrupted; a run goes on from its newest checkpoint with: opsd train --resume RUN")
+        _stop(130, "interrupted; go on with: opsd train --resume RUN (an evaluation: the same command again)")
 
 
 def _command(args: list[str]) -> None:
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "selectors": _selectors}
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "selectors": _selectors}
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
         print(USAGE)
@@ -60,6 +61,15 @@ def _train(args: list[str]) -> None:
     from opsd.train import start
 
     start(config)
+
+
+def _eval(args: list[str]) -> None:
+    from opsd.commandline import parse
+    from opsd.evalcommand import EvalCommand, evaluate
+
+    config = parse(EvalCommand, args, "opsd eval")
+    _quiet()
+    evaluate(config)
 
 
 def _selectors(args: list[str]) -> None:
