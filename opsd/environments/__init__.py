@@ -1,0 +1,1 @@
+"""Worlds in which an answer takes several turns and tools: travel planning."""

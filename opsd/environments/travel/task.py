@@ -1,0 +1,204 @@
+"""Travel tasks: what is asked, the answers that count, and the seven tables that the tools read.
+
+Source: the public layout of the DeepPlanning travel benchmark (query files, one database folder a task). Tasks that we
+generate ourselves have the same shape; their source says `synthetic-travel`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from opsd.errors import UserError
+from opsd.seeding import derive_seed
+
+Row = dict[str, str]
+Tables = dict[str, list[Row]]
+Form = Literal["full", "compact", "words"]
+
+FILES = {
+    "trains": "trains/trains.csv",
+    "flights": "flights/flights.csv",
+    "hotels": "hotels/hotels.csv",
+    "attractions": "attractions/attractions.csv",
+    "restaurants": "restaurants/restaurants.csv",
+    "locations": "locations/locations_coords.csv",
+    "routes": "transportation/distance_matrix.csv",
+}
+"""Where each table of a task's database lies."""
+
+DEEPPLANNING, SYNTHETIC = "deepplanning", "synthetic-travel"
+# Where the benchmark's travel part may lie below what a user names: itself, its parents, its repository.
+_INSIDE = ("", "travelplanning", "benchmark/deepplanning/travelplanning")
+
+
+@dataclass(frozen=True)
+class TravelTask:
+    """One trip to plan.
+
+    meta: people_number, room_number, days, dates, cities, and hard_constraints {key: {gold fields}}. form: how it is
+    talked about: full (JSON tools), compact (the same, short prompt), words (one token a word, for tiny models).
+    given: the tables themselves, or None where db_dir names the folder that holds them.
+    """
+
+    id: str
+    lang: str
+    query: str
+    meta: dict[str, Any]
+    db_dir: Path | None = None
+    given: Tables | None = None
+    form: Form = "full"
+    source: str = SYNTHETIC
+
+    @property
+    def constraints(self) -> dict[str, dict[str, Any]]:
+        """The hard constraints by key."""
+        return self.meta.get("hard_constraints", {})
+
+    @property
+    def tables(self) -> Tables:
+        """The seven tables by name, all values text. Raises UserError where the task has no database."""
+        if self.given is not None:
+            return self.given
+        if self.db_dir is None:
+            raise UserError(
+                f"travel task {self.id} ({self.lang}) has no database; unzip database_{self.lang}.zip "
+                "into database/ beside data/"
+            )
+        return read_tables(self.db_dir)
+
+    def to_json(self) -> dict[str, Any]:
+        """The task as plain JSON values: a line of a task file."""
+        values = {"id": self.id, "lang": self.lang, "form": self.form, "source": self.source, "query": self.query}
+        where = {"tables": self.given} if self.given is not None else {"db_dir": str(self.db_dir or "")}
+        return {**values, "meta": self.meta, **where}
+
+
+def from_json(values: dict[str, Any], where: str) -> TravelTask:
+    """The inverse of `TravelTask.to_json`. Raises UserError for a line that is no task."""
+    try:
+        folder = values.get("db_dir")
+        return TravelTask(
+            id=str(values["id"]),
+            lang=values["lang"],
+            query=values["query"],
+            meta=values["meta"],
+            db_dir=Path(folder) if folder else None,
+            given=values.get("tables"),
+            form=values["form"],
+            source=values["source"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{where} is no travel task ({error!r}); write it with python -m opsd.environments.travel"
+        ) from error
+
+
+def load_tasks(root: str | Path, lang: str) -> list[TravelTask]:
+    """The benchmark's tasks of one language ("en" | "zh") from a user's copy of it.
+
+    root: the folder of its travel part (or its repository) with data/travelplanning_query_LANG.json, and with
+    database/database_LANG/id_N/ where tools are to be called. Raises UserError for files that are missing or damaged.
+    """
+    folder = travel_folder(Path(root))
+    name = f"travelplanning_query_{lang}.json"
+    file = next((path for path in (folder / "data" / name, folder / name) if path.is_file()), None)
+    if file is None:
+        raise UserError(f"{root} holds no {name}; give the folder of the DeepPlanning travel benchmark")
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+        found = [(str(record["id"]), record["query"], record["meta_info"]) for record in records]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read as travel queries ({error!r}); fetch it again") from error
+    databases = folder / "database" / f"database_{lang}"
+    return [
+        TravelTask(number, lang, query, meta, _database(databases, number), source=DEEPPLANNING)
+        for number, query, meta in found
+    ]
+
+
+def travel_folder(root: Path) -> Path:
+    """The folder of the benchmark's travel part within `root`; `root` itself where none is recognised."""
+    folders = [root / inside for inside in _INSIDE]
+    return next((folder for folder in folders if (folder / "data").is_dir() or (folder / "tools").is_dir()), root)
+
+
+def _database(databases: Path, number: str) -> Path | None:
+    """One task's database folder; None where the user has no databases. Raises UserError for an incomplete one."""
+    if not databases.is_dir():
+        return None
+    folder = databases / f"id_{number}"
+    lacking = [file for file in FILES.values() if not (folder / file).is_file()]
+    if lacking:
+        raise UserError(f"{folder} lacks {lacking[0]}; unzip the database again")
+    return folder
+
+
+@lru_cache(maxsize=512)
+def read_tables(folder: Path) -> Tables:
+    """The seven CSV files of one database; every value is text, so that coordinates keep their digits."""
+    tables = {}
+    for name, file in FILES.items():
+        try:
+            with (folder / file).open(newline="", encoding="utf-8-sig") as lines:
+                tables[name] = [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(lines)]
+        except (OSError, ValueError, csv.Error) as error:
+            raise UserError(f"{folder / file} cannot be read ({error}); unzip the database again") from error
+    return tables
+
+
+def write_tables(tables: Tables, folder: Path) -> None:
+    """The tables as the seven CSV files that the benchmark's own tools read."""
+    for name, file in FILES.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = tables[name]
+        with path.open("w", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, list(rows[0]) if rows else ["none"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_task_file(path: str | Path) -> list[TravelTask]:
+    """A task file (.jsonl, a task a line). Raises UserError where it is missing, empty or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"task file {path} does not exist; write one with python -m opsd.environments.travel")
+    tasks = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}); give one task a line") from error
+        tasks.append(from_json(values, f"{path} line {number}"))
+    if not tasks:
+        raise UserError(f"{path} holds no tasks; give at least one")
+    return tasks
+
+
+def write_task_file(tasks: list[TravelTask], path: Path) -> None:
+    """The tasks as a file that `read_task_file` reads."""
+    lines = (json.dumps(task.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n" for task in tasks)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def split_tasks(tasks: list[TravelTask], train_fraction: float, seed: int) -> tuple[list[TravelTask], list[TravelTask]]:
+    """Training and held-out tasks: by id (the languages of a trip stay together), equally at each length.
+
+    The ids of each number of days are shuffled from `seed`; the first round(train_fraction·count) of them train. (The
+    ids are sorted by length: a plain last fifth would hold the longest trips only.)
+    """
+    by_days: dict[int, set[str]] = {}
+    for task in tasks:
+        by_days.setdefault(int(task.meta["days"]), set()).add(task.id)
+    train: set[str] = set()
+    for days, ids in sorted(by_days.items()):
+        rng = Random(derive_seed(seed, "travel split", days))
+        shuffled = sorted(sorted(ids), key=lambda _, rng=rng: rng.random())
+        train |= set(shuffled[: round(train_fraction * len(ids))])
+    return [task for task in tasks if task.id in train], [task for task in tasks if task.id not in train]

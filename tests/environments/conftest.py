@@ -1,0 +1,48 @@
+"""Generated tasks, the public queries where they are at hand, and a user's copy of the benchmark where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks
+from opsd.environments.travel.official import Official
+
+QUERIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "deepplanning"
+
+
+@pytest.fixture(scope="session")
+def env():
+    return TravelEnv()
+
+
+@pytest.fixture(scope="session")
+def full_tasks():
+    return generate_tasks(12, seed=3, compact=False)
+
+
+@pytest.fixture(scope="session")
+def compact_tasks():
+    return generate_tasks(40, seed=3)
+
+
+@pytest.fixture(scope="session")
+def word_tasks():
+    return pocket_tasks(40, seed=3)
+
+
+@pytest.fixture(scope="session")
+def queries():
+    """The folder with the 240 public queries."""
+    if not QUERIES.is_dir():
+        pytest.skip(f"the public queries are not at {QUERIES}")
+    return QUERIES
+
+
+@pytest.fixture(scope="session")
+def official():
+    """The benchmark's own code."""
+    root = os.environ.get("DEEPPLANNING_ROOT")
+    if not root:
+        pytest.skip("DEEPPLANNING_ROOT is not set: no copy of the DeepPlanning benchmark to compare with")
+    return Official(Path(root))
