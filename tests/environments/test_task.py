@@ -13,6 +13,7 @@ from opsd.environments.travel import (
     split_tasks,
     write_task_file,
 )
+from opsd.environments.travel.__main__ import main
 from opsd.environments.travel.task import FILES, read_tables, write_tables
 from opsd.environments.travel.words import CONSTRAINTS, golds, vocabulary
 from opsd.errors import UserError
@@ -130,3 +131,28 @@ def test_in_the_word_form_a_value_names_one_row_and_the_overall_best_hotel_misle
         overall = best(task.tables["hotels"], key=lambda row: int(row["score" if best is max else "price"]))
         misled += overall["name"] != task.constraints[key]["hotel_name"]
     assert 0.8 <= misled / len(tasks) <= 0.9
+
+
+def test_the_command_writes_a_recorded_split(tmp_path, full_tasks, capsys):
+    copy_of_the_benchmark(tmp_path / "copy", full_tasks[:10])
+    main(out=tmp_path / "out", deepplanning_root=tmp_path / "copy", langs=("en",), seed=1)
+    record = json.loads((tmp_path / "out" / "split.json").read_text())
+    train, held_out = (read_task_file(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "held_out"))
+    assert record["train"] == [f"en/{task.id}" for task in train] and len(train) + len(held_out) == 10
+    assert train[0].tables == full_tasks[int(train[0].id)].tables  # by the folder that the line names
+    assert len(record["sha256"]["travelplanning_query_en.json"]) == 64
+    main(out=tmp_path / "own", synthetic="words", train=3, held_out=2)
+    assert "synthetic-travel" in capsys.readouterr().out.splitlines()[-1]
+    assert "deepplanning" not in (tmp_path / "own" / "split.json").read_text().lower()
+    assert len(read_task_file(tmp_path / "own" / "train.jsonl")) == 3
+
+
+def test_the_command_says_what_it_lacks(tmp_path, queries):
+    for arguments, says in (
+        ({}, "give either"),
+        ({"synthetic": "full", "train": 0}, "--train 0"),
+        ({"deepplanning_root": queries}, "unzip database_en"),
+    ):
+        with pytest.raises(UserError, match=says):
+            main(out=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()

@@ -75,7 +75,11 @@ class TravelTask:
     def to_json(self) -> dict[str, Any]:
         """The task as plain JSON values: a line of a task file."""
         values = {"id": self.id, "lang": self.lang, "form": self.form, "source": self.source, "query": self.query}
-        where = {"tables": self.given} if self.given is not None else {"db_dir": str(self.db_dir or "")}
+        where = (
+            {"tables": self.given}
+            if self.given is not None
+            else {"db_dir": "" if self.db_dir is None else str(self.db_dir.resolve())}
+        )
         return {**values, "meta": self.meta, **where}
 
 
