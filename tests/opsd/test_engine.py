@@ -63,6 +63,16 @@ def put_gradients(engine, value):
         parameter.grad = torch.full_like(parameter, value)
 
 
+def test_the_gradient_is_that_of_the_sum_over_the_count(make_engine, teacher, rollouts):
+    # autograd on the sum alone, divided by 7 afterwards
+    engine, twin = make_engine(), make_engine()
+    (micro,) = pack(rollouts, 100)
+    backward(engine, teacher, micro, 7)
+    backward(twin, teacher, micro, 1)
+    for name, gradient in gradients(engine).items():
+        torch.testing.assert_close(gradient, gradients(twin)[name] / 7, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_uneven_micro_batches_give_the_gradient_of_one_batch(make_engine, teacher, rollouts, checkpointing):
     # 7 tokens in one micro-batch, or 4 | 2 + 1, or 4 | 2 | 1: each sum is divided by 7, never by its own count
