@@ -37,6 +37,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["opsd", "opsd.*", "tip_patch", "tip_patch.*"]),
+    package_data={"opsd.viewer": ["*.html", "*.css", "*.js"]},
     install_requires=CORE,
     extras_require={"gpu": GPU, "wandb": WANDB, "test": TEST, "trl": ["trl>=1.16,<2"]},
     entry_points={

@@ -16,6 +16,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
 
   opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --resume RUN
   opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
+  opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
   opsd selectors   list the rules that choose tokens
 
 `opsd train --help` and `opsd eval --help` list all flags."""
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def _command(args: list[str]) -> None:
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "selectors": _selectors}
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "inspect": _inspect, "selectors": _selectors}
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
         print(USAGE)
@@ -70,6 +71,15 @@ def _eval(args: list[str]) -> None:
     config = parse(EvalCommand, args, "opsd eval")
     _quiet()
     evaluate(config)
+
+
+def _inspect(args: list[str]) -> None:
+    from opsd.commandline import parse
+    from opsd.viewer.command import InspectConfig, inspect
+
+    config = parse(InspectConfig, args, "opsd inspect")
+    _quiet()
+    print(inspect(config))
 
 
 def _selectors(args: list[str]) -> None:

@@ -1,11 +1,13 @@
 """Run folders with a handful of problems, whose statistics can be worked out by hand."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from token_runs import write_token_run
 
 MakeRun = Callable[..., Path]
 
@@ -47,3 +49,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         return run.parent
 
     return make
+
+
+@pytest.fixture
+def token_run(tmp_path: Path) -> Callable[..., Path]:
+    """See write_token_run."""
+    return functools.partial(write_token_run, tmp_path)

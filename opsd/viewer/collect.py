@@ -1,0 +1,172 @@
+"""A run folder's record of one step to what the page shows: plain JSON values, texts by number."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from opsd.errors import UserError
+from opsd.viewer.examples import pick
+from opsd.viewer.texts import Texts
+
+# Columns of the record, and what the page calls them.
+NUMBERS = {
+    "h": "entropy",
+    "r": "reverse_kl",
+    "f": "forward_kl",
+    "e": "teacher_entropy",
+    "p": "log_prob",
+    "o": "teacher_log_prob",
+}
+
+
+def recorded_steps(run: Path) -> list[int]:
+    """The steps with a token record, ascending. Raises UserError where `run` is no run or holds none."""
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run}: no run there (config.json is missing); give a run folder")
+    found = [re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "tokens").glob("step_*.parquet")]
+    steps = sorted(int(match[1]) for match in found if match)
+    if not steps:
+        raise UserError(
+            f"{run} holds no token record (tokens/*.parquet); train with --telemetry.save_tokens True "
+            "--telemetry.top_tokens 5"
+        )
+    return steps
+
+
+def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[str, Any]:
+    """Everything the page shows of one step. Raises UserError for files that cannot be read."""
+    config = _config(run)
+    table = _table(run / "tokens" / f"step_{step}.parquet")
+    texts = Texts.of_run(run, config)
+    written = _rollouts(run / "rollouts" / f"step_{step}.jsonl")
+    shown, rows, tokens = [], [], 0
+    numbers = sorted(set(table["rollout"].tolist()))
+    for number in numbers[:most_rollouts]:
+        group = table.loc[(table["rollout"] == number).to_numpy()]
+        tokens += len(group)
+        if shown and tokens > most_tokens:
+            break
+        rows.append(group)
+        shown.append(_rollout(number, group, written.get(number), texts))
+    visible = pd.concat(rows) if rows else table
+    return {
+        "run": run.resolve().name,
+        "step": step,
+        "steps": config["steps"],
+        "student": Path(config["student"]).name,
+        "teacher": Path(config["teacher"]["model"]).name,
+        "selector": _selector(config["select"]),
+        "splits": _splits(run, step),
+        "shares": _shares(table),
+        "scale": {key: _scale(visible, name) for key, name in NUMBERS.items() if key in "hrfe"},
+        "left_out": len(numbers) - len(shown),
+        "rollouts": shown,
+        "examples": pick(visible, shown),
+        "texts": texts.list(),
+    }
+
+
+def _rollout(number: int, group: pd.DataFrame, written: dict[str, Any] | None, texts: Texts) -> dict[str, Any]:
+    """One rollout: all its tokens in `ids`, and statistics in lists that skip tokens of tools (`at`: their places)."""
+    ids = [int(i) for i in group["token_id"]] if written is None else written["response_ids"]
+    place = group["position"].tolist() if written is not None else list(range(len(group)))
+    found: dict[str, Any] = {"id": number, "ids": [texts.number(i) for i in ids]}
+    if written is not None:
+        found |= {
+            "prompt": texts.whole(written["prompt_ids"]),
+            "answer": written["answer"],
+            "reward": written["reward"],
+            "truncated": written["truncated"],
+        }
+    if place != list(range(len(ids))):
+        found["at"] = place
+    for key, name in NUMBERS.items():
+        if name in group:
+            found[key] = [_short(value) for value in group[name]]
+    if "quadrant" in group:
+        found["q"] = group["quadrant"].astype(int).tolist()
+    if "top1_agree" in group:
+        found["a"] = group["top1_agree"].astype(int).tolist()
+    found["k"] = group["kept"].astype(int).tolist()
+    for key, side in (("s", "student"), ("t", "teacher")):
+        if f"{side}_top_ids" in group:
+            found[key] = [[texts.number(int(i)) for i in ids] for ids in group[f"{side}_top_ids"]]
+            found[f"{key}p"] = [[_short(v) for v in values] for values in group[f"{side}_top_log_probs"]]
+    return found
+
+
+def _shares(table: pd.DataFrame) -> list[dict[str, float]] | None:
+    """Of each quadrant: its share of tokens and of Σδ."""
+    if "quadrant" not in table:
+        return None
+    quadrant_N, divergence_N = table["quadrant"].to_numpy(), table["reverse_kl"].to_numpy(dtype=float)
+    total = divergence_N.sum()
+    shares = []
+    for quadrant in (1, 2, 3, 4):
+        own_N = quadrant_N == quadrant
+        shares.append(
+            {"tokens": float(own_N.mean()), "loss": float(divergence_N[own_N].sum() / total) if total else 0.0}
+        )
+    return shares
+
+
+def _scale(table: pd.DataFrame, name: str) -> float | None:
+    """Where a colour scale ends: the 98th percentile, in nats; None where the statistic was not recorded."""
+    if name not in table or table.empty:
+        return None
+    return max(float(np.quantile(table[name].to_numpy(dtype=float), 0.98)), 1e-6)
+
+
+def _short(value: float) -> float | None:
+    """Four digits; None for what JSON has no number for (a log-probability of −inf)."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _selector(select: dict[str, Any]) -> str:
+    return "all tokens" if select["by"] == "all" else f"{select['by']}, {100 * select['retention']:g} % kept"
+
+
+def _splits(run: Path, step: int) -> dict[str, float] | None:
+    """Where quadrants were split, in nats, from the step's line in metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        values = _json(line, file)
+        if values.get("step") == step and "quadrant/entropy_split_nats" in values:
+            return {axis: values[f"quadrant/{axis}_split_nats"] for axis in ("entropy", "divergence")}
+    return None
+
+
+def _config(run: Path) -> dict[str, Any]:
+    file = run / "config.json"
+    config = _json(file.read_text(), file)
+    if not {"student", "teacher", "select", "steps"} <= set(config):
+        raise UserError(f"{file} is no run's configuration; give a run folder")
+    return config
+
+
+def _table(file: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); give another --step") from error
+
+
+def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
+    """The step's rollouts by id; empty where they were not saved (the page then lacks prompts and rewards)."""
+    if not file.is_file():
+        return {}
+    return {record["id"]: record for record in (_json(line, file) for line in file.read_text().splitlines())}
+
+
+def _json(text: str, file: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error})") from error

@@ -1,0 +1,46 @@
+"""`opsd inspect RUN`: a step's token record as one HTML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from opsd.errors import UserError
+from opsd.viewer.collect import collect, recorded_steps
+from opsd.viewer.page import data_page
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """A step's rollouts as coloured text: entropy, divergence, quadrant, kept; one HTML file, no network."""
+
+    run: Positional[Path]
+    """Run folder; its tokens/ must hold a record (train with --telemetry.save_tokens True)."""
+    step: int | None = None
+    """Which recorded step; the last one by default."""
+    out: Path | None = None
+    """File to write; RUN/inspect_step_N.html by default."""
+    rollouts: int = 200
+    """Most rollouts shown."""
+    tokens: int = 200_000
+    """Most tokens shown; whole rollouts are left out past it, and the page says how many. 10,000 are about 1.5 MB."""
+
+
+def inspect(config: InspectConfig) -> Path:
+    """Write the page and return its path. Raises UserError where the run holds no such record."""
+    for name in ("rollouts", "tokens"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: give a number above 0")
+    steps = recorded_steps(config.run)
+    step = steps[-1] if config.step is None else config.step
+    if step not in steps:
+        raise UserError(f"--step {step} is not recorded in {config.run}; give one of: {', '.join(map(str, steps))}")
+    data = collect(config.run, step, config.rollouts, config.tokens)
+    out = config.out or config.run / f"inspect_step_{step}.html"
+    try:
+        out.write_text(data_page(f"{data['run']} · step {step} · tokens", data), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
+    return out

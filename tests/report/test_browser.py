@@ -1,0 +1,118 @@
+"""The pages in headless Chromium: nothing is empty, keys and pointer work, hostile text is text, nothing is loaded."""
+
+import pytest
+from browser import binary, browser
+from token_runs import HOSTILE
+
+from opsd.viewer.command import InspectConfig, inspect
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(binary() is None, reason="needs Chromium or Chrome, e.g. apt-get install chromium"),
+]
+BACKGROUND = "getComputedStyle(document.querySelector('.rollout .token')).backgroundColor"
+# Whatever the page scrolls to, an element with words in it has a size.
+EMPTY_PARTS = """[...document.querySelectorAll(%r)].filter(e => e.offsetParent !== null &&
+    (!e.textContent.trim() || e.getBoundingClientRect().height < 5)).length"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A browser for all tests of this file."""
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+def test_the_viewer_shows_rollouts_examples_and_numbers(page, token_run, tmp_path):
+    file = inspect(InspectConfig(token_run(), out=tmp_path / "page.html"))
+    page.open(file)
+    assert page.value("document.querySelectorAll('.rollout').length") == 4
+    assert page.value("document.querySelectorAll('.rollout .token').length") == 24
+    assert page.value("document.querySelectorAll('.card').length") >= 5
+    assert page.value(EMPTY_PARTS % ".card, .rollout, .rollout header, #legend, #facts, #run, #detail") == 0
+    page.point(".rollout:nth-child(1) .token:nth-child(6)")
+    detail = page.value("document.getElementById('detail').innerText")
+    # row 5: h (5 mod 5)/4 = 0, δ 5 mod 4 = 1, forward 0.5, Q4 (h ≤ 0.5, δ ≤ 1), odd rows are left out; "5" at 0.5
+    for said in ("Q4 sure, teacher agrees", "left out", "1.00 nats", "0.50 nats", "token 6 of 6 in rollout 0"):
+        assert said in detail
+    assert (
+        page.value("[...document.querySelectorAll('#detail .student li')].map(e => e.innerText.split('\\n')[0])")[0]
+        == "5"
+    )
+    assert page.problems == []
+    assert set(page.requests) == {file.resolve().as_uri()}
+
+
+def test_hostile_text_is_shown_and_never_run(page, token_run, tmp_path):
+    page.open(inspect(InspectConfig(token_run(), out=tmp_path / "page.html")))
+    shown = page.value("document.getElementById('rollouts').innerText")
+    assert HOSTILE in shown and "<img src=x" in shown
+    assert page.value("document.title") == "token-run · step 20 · tokens"
+    assert page.value("document.querySelectorAll('img').length") == 0
+    assert page.value("document.scripts.length") == 2
+    # even a script that got into the page would not run
+    page.value(
+        "document.body.append(Object.assign(document.createElement('script'), {text: \"document.title='owned'\"}))"
+    )
+    assert page.value("document.title") != "owned"
+    page.problems.clear()  # the policy's refusal of that very script
+
+
+def test_keys_switch_colours_and_walk_through_tokens(page, token_run, tmp_path):
+    page.open(inspect(InspectConfig(token_run(), out=tmp_path / "page.html")))
+    colours = {}
+    for key, mode in zip("12345", ("h", "r", "f", "q", "k"), strict=True):
+        page.press(key)
+        assert page.value("document.querySelector('#modes :checked').value") == mode
+        colours[mode] = page.value(
+            "[...document.querySelectorAll('.token')].map(t => getComputedStyle(t).backgroundColor).join()"
+        )
+        assert page.value(EMPTY_PARTS % "#legend") == 0
+    # δ and forward KL are in proportion here, but not in the same hue
+    assert len(set(colours.values())) == 5
+    page.value("document.querySelector('.rollout .text').focus()")
+    where = "document.querySelector('#detail p:not(.keys)').textContent"
+    assert page.value(where) == "token 1 of 6 in rollout 0"
+    for key, expected in (("ArrowRight", "token 2 of 6 in rollout 0"), ("ArrowDown", "token 1 of 6 in rollout 1")):
+        page.press(key)
+        assert page.value(where) == expected
+    page.press("Enter")
+    assert page.value("document.querySelectorAll('.token.held').length") == 1
+    page.point(".rollout:nth-child(1) .token:nth-child(4)")
+    assert page.value(where) == "token 1 of 6 in rollout 1"  # held
+    page.press("Escape")
+    page.point(".rollout:nth-child(1) .token:nth-child(5)")
+    assert page.value(where) == "token 5 of 6 in rollout 0"
+
+
+def test_a_card_leads_to_its_token_and_lists_can_be_narrowed(page, token_run, tmp_path):
+    page.open(inspect(InspectConfig(token_run(), out=tmp_path / "page.html")))
+    page.point(".card", click=True)
+    assert page.value("document.querySelector('.token.held').getBoundingClientRect().top") > 0
+    shown = "[...document.querySelectorAll('.rollout')].filter(e => !e.hidden).length"
+    choose = "(() => { const e = document.getElementById(%r); e.value = %r; e.dispatchEvent(new Event('input')); })()"
+    page.value(choose % ("show", "right"))
+    assert page.value(shown) == 2  # rewards are 0, 1, 0, 1
+    page.value(choose % ("find", "no such text"))
+    assert page.value(shown) == 0 and page.value("document.getElementById('empty').offsetHeight") > 10
+    page.value("document.querySelector('.card').click()")
+    assert page.value(shown) == 4
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_two_hundred_rollouts_fit_every_width_in_both_schemes(page, token_run, tmp_path, width, dark):
+    file = inspect(InspectConfig(token_run(rollouts=200, length=40), out=tmp_path / "page.html"))
+    page.open(file, width, 844, dark)
+    assert page.value("document.querySelectorAll('.rollout').length") == 200
+    assert page.value("document.documentElement.scrollWidth") <= width
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]"
+    assert (page.value(light) < 60) is dark
+    # rollouts far down get their tokens as they come into view
+    assert page.value("document.querySelectorAll('.rollout:nth-child(200) .token').length") == 0
+    page.value("document.querySelector('.rollout:nth-child(200)').scrollIntoView()")
+    page.value("new Promise(done => setTimeout(done, 200))")
+    assert page.value("document.querySelectorAll('.rollout:nth-child(200) .token').length") == 40
+    picture = page.screenshot(tmp_path / "shot.png").read_bytes()
+    assert len(picture) > 15_000  # a blank page of this size is under 5 kB
+    assert page.problems == []
