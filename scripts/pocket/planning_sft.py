@@ -88,7 +88,8 @@ def build_model(tokenizer: Any, seed: int) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM(config)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_CALL)]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
-    rows_VD = model.get_input_embeddings().weight.data
+    embeddings: Any = model.get_input_embeddings()
+    rows_VD: torch.Tensor = embeddings.weight.data
     direction_D = torch.randn(rows_VD.shape[1]) * 0.02
     for kind in CONSTRAINTS.values():
         type_D = torch.randn(rows_VD.shape[1]) * 0.02
