@@ -3,7 +3,7 @@
 
     python scripts/pocket/make.py --out assets/pocket
 
-On two CPU cores: about three minutes for the teacher, one for the student, half a one for measuring.
+On two CPU cores: about four minutes for the teacher, one for the student, half a one for measuring.
 """
 
 from __future__ import annotations
