@@ -32,10 +32,19 @@ def main() -> None:
         _stop(1, str(error))
     except KeyboardInterrupt:
         _stop(130, "interrupted; go on with: opsd train --resume RUN (an evaluation: the same command again)")
+    except Exception:
+        if not _speaks():
+            sys.exit(1)
+        raise
 
 
 def _command(args: list[str]) -> None:
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _eval, "inspect": _inspect, "selectors": _selectors}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "eval": _eval,
+        "inspect": _inspect,
+        "selectors": _selectors,
+    }
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
         print(USAGE)
@@ -56,12 +65,15 @@ def _train(args: list[str]) -> None:
         from opsd.train import resume
 
         resume(Path(args[1]))
-        return
-    config = parse(TrainConfig, args, "opsd train")
-    _quiet()
-    from opsd.train import start
+    else:
+        config = parse(TrainConfig, args, "opsd train")
+        _quiet()
+        from opsd.train import start
 
-    start(config)
+        start(config)
+    from opsd.ranks import leave
+
+    leave()
 
 
 def _eval(args: list[str]) -> None:
@@ -101,8 +113,18 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _speaks() -> bool:
+    """Whether this process says what went wrong: of several ranks the first one to fail does, for all."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from opsd.ranks import first_to_fail
+
+    return first_to_fail()
+
+
 def _stop(code: int, message: str) -> None:
-    print(f"opsd: {message}", file=sys.stderr)
+    if _speaks():
+        print(f"opsd: {message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -58,6 +58,29 @@ def pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:
     return [_join(sorted(members, key=lambda r: r.id)) for members in bins]
 
 
+def share(batches: list[MicroBatch], rank: int, world_size: int) -> list[MicroBatch]:
+    """A rank's part of a step's micro-batches: as many for every rank, about as many tokens.
+
+    Dealt out largest first, to and fro; ranks that get one fewer are given an empty one, because a sharded engine's
+    ranks go through forward and backward together. With one rank nothing changes.
+    """
+    if world_size == 1:
+        return batches
+    order = sorted(range(len(batches)), key=lambda place: -batches[place].input_ids_1L.numel())
+    rounds = [order[first : first + world_size] for first in range(0, len(order), world_size)]
+    places = [rank if number % 2 == 0 else world_size - 1 - rank for number in range(len(rounds))]
+    return [
+        batches[dealt[place]] if place < len(dealt) else empty() for dealt, place in zip(rounds, places, strict=True)
+    ]
+
+
+def empty() -> MicroBatch:
+    """A micro-batch without a student token: one input token, a loss of 0 and gradients of 0."""
+    none = torch.zeros(0, dtype=torch.int64)
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    return MicroBatch(one, one, none, none, none)
+
+
 def _input_tokens(rollout: Rollout) -> int:
     """The last token is predicted, never read: it is no input."""
     return len(rollout.prompt.ids) + len(rollout.response_ids) - 1

@@ -35,15 +35,23 @@ class TrainerState:
     selector: dict[str, Any]
 
 
-def save(folder: Path, model: PreTrainedModel, tokenizer: Any, state: TrainerState, keep: int) -> Path:
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    state: TrainerState,
+    keep: int,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> Path:
     """Write `folder`/step_N, then remove all but the newest `keep`. Returns its path.
 
+    weights: they stand for the model's own, where those are shards or rounded.
     A kill at any moment leaves the older checkpoints untouched and at worst a folder named .tmp-*.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target, temporary = folder / f"step_{state.step}", folder / f"{_TEMPORARY}step_{state.step}"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     trainer = temporary / "trainer"
     trainer.mkdir()

@@ -108,10 +108,17 @@ class OptimConfig:
 class EngineConfig:
     """What holds the weights and runs the step."""
 
-    kind: Literal["torch"] = "torch"
-    """torch: one process, plain PyTorch."""
+    kind: Literal["torch", "deepspeed"] = "torch"
+    """torch: one process, plain PyTorch. deepspeed: any number of processes, started by torchrun or deepspeed."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """deepspeed: what is shared out over the processes. 0: nothing; 1: the optimiser's state; 2: gradients too;
+    3: weights too."""
+    offload_optimizer: bool = False
+    """deepspeed, zero_stage 1 to 3: keep the optimiser's state and fp32 weights in host memory."""
+    offload_parameters: bool = False
+    """deepspeed, zero_stage 3: keep weights in host memory while no layer needs them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; the torch engine keeps fp32 master weights under bfloat16 (autocast)."""
+    """Compute type; under bfloat16 the optimiser works on fp32 master weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is available."""
     micro_batch_tokens: int = 16384
@@ -257,6 +264,7 @@ def check(config: TrainConfig) -> None:
     if c.optim.min_lr_fraction > 1.0:
         raise UserError(f"--optim.min_lr_fraction {c.optim.min_lr_fraction}: give a fraction in [0, 1]")
     _positive("engine.micro_batch_tokens", c.engine.micro_batch_tokens)
+    _offload(c.engine)
     for name, value in (
         ("eval.every", c.eval.every),
         ("checkpoint.every", c.checkpoint.every),
@@ -321,6 +329,14 @@ def _positive(name: str, value: float) -> None:
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise UserError(f"--{name} {value}: give 0 or more")
+
+
+def _offload(engine: EngineConfig) -> None:
+    sharded = engine.kind == "deepspeed"
+    if engine.offload_optimizer and not (sharded and engine.zero_stage >= 1):
+        raise UserError("--engine.offload_optimizer True needs --engine.kind deepspeed with --engine.zero_stage 1 to 3")
+    if engine.offload_parameters and not (sharded and engine.zero_stage == 3):
+        raise UserError("--engine.offload_parameters True needs --engine.kind deepspeed with --engine.zero_stage 3")
 
 
 def _sampling(part: str, temperature: float, top_p: float, top_k: int) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from opsd.config import SelectConfig, TrainConfig
-from opsd.engine import TorchEngine
-from opsd.errors import UserError
+from opsd.engine import Engine, build_engine
 from opsd.evaluate import Evaluator, load_suites
 from opsd.hooks import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.prompts import PromptFormat, PromptStream, load_prompts
+from opsd.ranks import Ranks, local_device
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
 from opsd.student import load_scorer, load_tokenizer, shared_vocabulary
 from opsd.teacher import LocalTeacher
@@ -25,6 +25,7 @@ from opsd.update import Updater
 class Parts:
     """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out."""
 
+    ranks: Ranks
     tokenizer: Any
     stream: PromptStream
     dropped_prompts: int
@@ -34,13 +35,13 @@ class Parts:
     teacher_rollout: RolloutEngine
     selector: TokenSelector | None
     vocab_size: int
-    engine: TorchEngine
+    engine: Engine
     updater: Updater
     evaluator: Evaluator
     telemetry: list[TokenTelemetry]
 
 
-def assemble(config: TrainConfig, checkpoint: Path | None = None) -> Parts:
+def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
     Raises UserError for whatever cannot serve. Writes nothing.
@@ -55,21 +56,22 @@ def assemble(config: TrainConfig, checkpoint: Path | None = None) -> Parts:
     suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
     evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
 
-    device = choose_device(config.engine.device)
+    device = local_device(config.engine.device)
     student = load_scorer(student_path, "--student", torch.float32, device)
     teacher = load_scorer(config.teacher.model, "--teacher", getattr(torch, config.engine.dtype), device)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher)
-    engine = TorchEngine(student, config.engine, config.optim, device)
+    engine = build_engine(config, ranks, student, device)
     local_teacher = LocalTeacher(teacher, device)
     r = config.rollout
     return Parts(
+        ranks=ranks,
         tokenizer=tokenizer,
         stream=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
-        rollout=HFRollout(student.model, tokenizer, r.generate_batch, engine.autocast),
+        rollout=HFRollout(student.model, tokenizer, r.generate_batch, engine.sampling, ranks),
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=local_teacher,
-        teacher_rollout=HFRollout(teacher.model, tokenizer, config.eval.generate_batch),
+        teacher_rollout=HFRollout(teacher.model, tokenizer, config.eval.generate_batch, ranks=ranks),
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,
@@ -102,12 +104,3 @@ def prompt_format(config: TrainConfig) -> PromptFormat:
         max_tokens=config.rollout.max_prompt_tokens,
         overlong=config.rollout.overlong_prompts,
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """auto, cpu or cuda as a device. Raises UserError for CUDA where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--engine.device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

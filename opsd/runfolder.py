@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from opsd.config import TrainConfig, from_json, to_json
+from opsd.config import TrackConfig, TrainConfig, from_json, to_json
 from opsd.errors import UserError
 from opsd.rollout import Rollout
 
@@ -128,6 +129,28 @@ class RunFolder:
     def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
         (self.path / folder).mkdir(exist_ok=True)
         _write(self.path / folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
+
+
+class Follower(RunFolder):
+    """The run as all ranks but the first see it: nothing is written, shown or tracked."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        super().__init__(path, dataclasses.replace(config, track=TrackConfig(progress=False)))
+
+    def finish(self) -> None:
+        """Left to the first rank, as all below."""
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """See finish."""
+
+    def write_eval(self, name: str, result: dict[str, Any]) -> None:
+        """See finish."""
+
+    def read_eval(self, name: str) -> None:
+        """See finish."""
+
+    def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
+        """See finish."""
 
 
 def _step_of(line: str) -> float:

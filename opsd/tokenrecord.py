@@ -24,6 +24,7 @@ from opsd.distill.stats import REQUIRED_FIELDS
 from opsd.distill.topk import ModelTop, top_tokens
 from opsd.engine import Engine
 from opsd.hooks import TokenStats
+from opsd.ranks import Ranks
 from opsd.rollout import Rollout
 from opsd.teacher import Teacher
 
@@ -74,7 +75,7 @@ def score_top(
 
         found.append(engine.forward(micro, use))
     student, teacher_top = zip(*found, strict=True)
-    return _join(student), _join(teacher_top)
+    return _join(student, engine.ranks), _join(teacher_top, engine.ranks)
 
 
 def token_table(
@@ -135,7 +136,7 @@ def _top_columns(student: ModelTop, teacher: ModelTop) -> dict[str, Any]:
     return columns
 
 
-def _join(parts: tuple[ModelTop, ...]) -> ModelTop:
-    return ModelTop(
-        *(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(ModelTop))
-    )
+def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:
+    """All micro-batches' rows of all ranks, in the order in which `Update` holds their statistics."""
+    names = [field.name for field in dataclasses.fields(ModelTop)]
+    return ModelTop(*(ranks.concatenate(torch.cat([getattr(part, name) for part in parts])) for name in names))

@@ -8,16 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from opsd import checkpoint
-from opsd.batch import MicroBatch, pack
+from opsd.batch import MicroBatch, pack, share
 from opsd.config import TrainConfig
 from opsd.distill.topk import ModelTop
-from opsd.engine import learning_rate
+from opsd.engine import check_engine, learning_rate
 from opsd.errors import RunStopped, UserError
-from opsd.evaluate import grade_rollouts, summary
+from opsd.evaluate import summary
 from opsd.hooks import TokenTelemetry
 from opsd.parts import Parts, assemble
+from opsd.ranks import ONE_RANK, Ranks, join, local_device
 from opsd.rollout import Rollout
-from opsd.runfolder import RunFolder
+from opsd.runfolder import Follower, RunFolder
 from opsd.seeding import derive_seed
 from opsd.tokenrecord import RECORD_FIELDS, recorded_rollouts, score_top, token_table
 from opsd.tracking import Stopwatch, Tracker, peak_gib
@@ -34,8 +35,9 @@ TOKEN_MEANS = {
 def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
     RunFolder.check_new(Path(config.out))
-    parts = assemble(config)
-    _run(parts, RunFolder.create(config), done_steps=0)
+    ranks = _meet(config)
+    parts = assemble(config, ranks)
+    _run(parts, RunFolder.create(config) if ranks.is_main else Follower(Path(config.out), config), done_steps=0)
 
 
 def resume(path: Path) -> None:
@@ -43,22 +45,32 @@ def resume(path: Path) -> None:
     run = RunFolder.open(path)
     if run.done:
         raise UserError(f"--resume {path}: this run has finished; start a new one to train on")
-    newest = checkpoint.newest(run.checkpoints)
+    ranks = _meet(run.config)
+    newest = ranks.broadcast(checkpoint.newest(run.checkpoints) if ranks.is_main else None)
     state = None if newest is None else checkpoint.load_state(newest)
-    parts = assemble(run.config, newest)
+    parts = assemble(run.config, ranks, newest)
     if state is not None:
         parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)
-    run.cut_after(None if state is None else state.step)
+    if ranks.is_main:
+        run.cut_after(None if state is None else state.step)
+    else:
+        run = Follower(path, run.config)
     _run(parts, run, done_steps=0 if state is None else state.step)
+
+
+def _meet(config: TrainConfig) -> Ranks:
+    """This process among those that train; alone under the torch engine."""
+    check_engine(config)
+    return join(local_device(config.engine.device)) if config.engine.kind == "deepspeed" else ONE_RANK
 
 
 def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
     """Steps done_steps + 1 to the last."""
-    config, engine = run.config, parts.engine
+    config, engine, ranks = run.config, parts.engine, parts.ranks
     with Tracker(run, done_steps) as tracker:
-        if parts.dropped_prompts:
+        if parts.dropped_prompts and ranks.is_main:
             tracker.say(f"{parts.dropped_prompts} prompts over --rollout.max_prompt_tokens were left out")
         if done_steps == 0:
             _evaluate_before(parts, run, tracker)
@@ -69,15 +81,18 @@ def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
                     rollouts = _generate(parts, config, step)
                 with watch.stage("teacher"):
                     batches = pack(rollouts, config.engine.micro_batch_tokens)
-                    hidden = parts.teacher.hidden(batches)
+                    own = share(batches, ranks.rank, ranks.world_size)
+                    hidden = parts.teacher.hidden(own)
                 with watch.stage("log"):
-                    top = _top_tokens(parts, config, step, rollouts, batches, hidden)
+                    top = _top_tokens(parts, config, step, rollouts, own, hidden)
                 with watch.stage("student"):
-                    update = _update(parts, run, step, rollouts, batches, hidden)
+                    update = _update(parts, run, step, rollouts, own, hidden)
                 with watch.stage("sync"):
                     parts.rollout.sync()
                 with watch.stage("log"):
-                    metrics = _measure(parts, run, step, rollouts, batches, update, top)
+                    metrics = {"step": step, "mem/peak_gib": max(ranks.gather(peak_gib(engine.device)))}
+                    if ranks.is_main:
+                        metrics |= _measure(parts, run, step, rollouts, batches, update, top)
             metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
             metrics |= _evaluate_after(parts, run, step, tracker)
             tracker.step(metrics)
@@ -103,6 +118,7 @@ def _update(
     try:
         return parts.updater.run(batches, hidden, lr, seed, watch)
     except RunStopped as problem:
+        # Every rank has the step's rollouts and stops here; the first one writes.
         name = f"stopped_at_step_{step}"
         run.write_rollouts(name, rollouts, parts.tokenizer, None)
         raise RunStopped(
@@ -142,11 +158,10 @@ def _measure(
     update: Update,
     top: tuple[ModelTop, ModelTop] | None,
 ) -> dict[str, float]:
-    """The step's metrics but times and evaluation, and its files where they are due."""
+    """What the step's rollouts and update say, and its files where they are due."""
     config = run.config
     packed = sum(micro.input_ids_1L.numel() for micro in batches)
     metrics: dict[str, float] = {
-        "step": step,
         "loss/nats": update.loss_nats,
         "select/kept_frac": update.kept / update.tokens,
         "optim/grad_norm": update.grad_norm,
@@ -155,9 +170,8 @@ def _measure(
         "rollout/truncated_frac": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
         "batch/micro_batches": len(batches),
         "batch/fill_frac": packed / (len(batches) * config.engine.micro_batch_tokens),
-        "mem/peak_gib": peak_gib(parts.engine.device),
     }
-    rewards = grade_rollouts(rollouts, parts.evaluator.grader, parts.tokenizer)
+    rewards = parts.evaluator.rewards(rollouts)
     if rewards is not None:
         metrics["rollout/reward"] = sum(rewards) / len(rewards)
     partly = frozenset() if parts.selector is None else parts.selector.needs_kept - parts.selector.needs
@@ -188,7 +202,7 @@ def _evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> None:
     if not parts.evaluator.suites:
         return
     if config.eval.teacher:
-        result = run.read_eval("teacher")
+        result = parts.ranks.broadcast(run.read_eval("teacher"))
         if result is None:
             tracker.doing("evaluating the teacher")
             result = parts.evaluator.run(parts.teacher_rollout, config.teacher.model, None)
@@ -220,6 +234,9 @@ def _save(parts: Parts, run: RunFolder, step: int) -> None:
     if not (last or (every and step % every == 0)):
         return
     tensors, values = parts.engine.optimizer_state()
-    selector = {} if parts.selector is None else parts.selector.state_dict()
-    state = checkpoint.TrainerState(step, tensors, values, selector)
-    checkpoint.save(run.checkpoints, parts.engine.student.model, parts.tokenizer, state, run.config.checkpoint.keep)
+    weights = parts.engine.weights()
+    if parts.ranks.is_main:
+        selector = {} if parts.selector is None else parts.selector.state_dict()
+        state = checkpoint.TrainerState(step, tensors, values, selector)
+        model, keep = parts.engine.student.model, run.config.checkpoint.keep
+        checkpoint.save(run.checkpoints, model, parts.tokenizer, state, keep, weights)

@@ -26,8 +26,8 @@ from opsd.teacher import Teacher
 class Update:
     """What one update did. loss_nats: trained divergence per kept token. kept, tokens: counts over all ranks.
 
-    grad_norm: before clipping. kept_N: the mask over this rank's student tokens, micro-batch by micro-batch. stats:
-    their statistics; fields that nobody asked for are None.
+    grad_norm: before clipping. kept_N: the mask over all ranks' student tokens, rank by rank and there micro-batch by
+    micro-batch. stats: their statistics; fields that nobody asked for are None.
     """
 
     loss_nats: float
@@ -44,13 +44,15 @@ class Updater:
     def __init__(
         self, engine: Engine, teacher: Teacher, selector: TokenSelector | None, loss: LossConfig, vocab_size: int
     ) -> None:
-        self._engine, self._teacher, self._selector = engine, teacher, selector
+        self._engine, self._ranks, self._teacher, self._selector = engine, engine.ranks, teacher, selector
         self._loss, self._vocab_size = loss, vocab_size
 
     def run(
         self, batches: list[MicroBatch], teacher_hidden: list[Tensor], lr: float, seed: int, watch: frozenset[str]
     ) -> Update:
         """One optimiser step. seed: decides random selection. watch: fields to score over all tokens as well.
+
+        batches: this rank's share, as many as every other rank's (`opsd.batch.share`), with the teacher's states.
 
         Watching changes nothing that is trained. Raises RunStopped, the weights untouched, where the loss or its
         gradient is not finite, or where a selector keeps another count than it announced.
@@ -67,22 +69,19 @@ class Updater:
             self._backward(micro, hidden_NE, selection, kept, seed)
             for (micro, hidden_NE), selection in zip(pairs, chosen, strict=True)
         ]
-        loss_nats = self._engine.sum_over_ranks(sum(float(result.loss_sum) for result in results)) / kept
-        kept_N = torch.cat([result.kept_N for result in results])
+        loss_nats = self._ranks.sum(sum(float(result.loss_sum) for result in results)) / kept
+        kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
         if not math.isfinite(loss_nats):
             raise RunStopped(f"the loss is {loss_nats} nats a token")
-        if (found := self._engine.sum_over_ranks(int(kept_N.sum()))) != kept:
-            raise RunStopped(
-                f"the selector kept {found:.0f} tokens, its budget() says {kept:.0f}: set fixed_budget False"
-            )
+        if (found := int(kept_N.sum())) != kept:
+            raise RunStopped(f"the selector kept {found} tokens, its budget() says {kept}: set fixed_budget False")
         grad_norm = self._engine.step(lr)
         if not math.isfinite(grad_norm):
             raise RunStopped(f"the gradient's norm is {grad_norm}")
         if (end_step := getattr(self._selector, "end_step", None)) is not None:
-            end_step(self._engine.reduce)
-        stats = concatenate_stats([result.stats for result in results] if scored is None else scored)
-        tokens = self._engine.sum_over_ranks(kept_N.numel())
-        return Update(loss_nats, int(kept), int(tokens), grad_norm, kept_N, stats)
+            end_step(self._ranks.reduce)
+        stats = self._of_all_ranks([result.stats for result in results] if scored is None else scored)
+        return Update(loss_nats, kept, kept_N.numel(), grad_norm, kept_N, stats)
 
     def _chooses_beforehand(self) -> bool:
         """Whether masks must be known before the first gradient: they depend on the whole step, or the count does."""
@@ -108,14 +107,22 @@ class Updater:
         selector = self._selector
         assert selector is not None
         if selector.normalise_over == "batch":
-            selector.prepare(concatenate_stats(scored))
+            selector.prepare(self._of_all_ranks(scored))
         weigh = getattr(selector, "weigh", None) if selector.needs_kept else None
         selections = [selector(stats, seed) for stats in scored]
         if weigh is None:
             return [*selections]
         return [weigh(stats, selection) for stats, selection in zip(scored, selections, strict=True)]
 
-    def _kept_count(self, batches: list[MicroBatch], chosen: list[Selection | None]) -> float:
+    def _of_all_ranks(self, parts: list[TokenStats]) -> TokenStats:
+        """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
+        own = concatenate_stats(parts)
+        fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
+        common = set.intersection(*self._ranks.gather(set(fields)))
+        joined = {name: self._ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
+        return dataclasses.replace(own, **joined)
+
+    def _kept_count(self, batches: list[MicroBatch], chosen: list[Selection | None]) -> int:
         """How many tokens the step trains on, over all ranks: what the loss is divided by, once."""
         kept = 0
         for micro, selection in zip(batches, chosen, strict=True):
@@ -126,13 +133,13 @@ class Updater:
             else:
                 lengths = micro.rollout_N.unique(return_counts=True)[1]
                 kept += sum(self._selector.budget(length) for length in lengths.tolist())
-        total = self._engine.sum_over_ranks(kept)
+        total = int(self._ranks.sum(kept))
         if not total:
             raise RunStopped("there is no token to train on: every rollout is empty, or none was kept")
         return total
 
     def _backward(
-        self, micro: MicroBatch, teacher_NE: Tensor, selection: Selection | None, kept: float, seed: int
+        self, micro: MicroBatch, teacher_NE: Tensor, selection: Selection | None, kept: int, seed: int
     ) -> DistillResult:
         """Add one micro-batch's gradient; its result, the graph let go."""
 

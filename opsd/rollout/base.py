@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from opsd.prompts import Prompt
+from opsd.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,28 @@ class Rollout:
         return len(self.response_ids) if self.student_mask is None else sum(self.student_mask)
 
 
+def jobs_of(prompts: list[Prompt], samples: int, ranks: Ranks) -> list[tuple[int, Prompt]]:
+    """The rollouts that fall to this rank, as (id, prompt).
+
+    Ids count prompt by prompt over the whole step, whatever the number of ranks.
+    """
+    jobs = [(number * samples + k, prompt) for number, prompt in enumerate(prompts) for k in range(samples)]
+    return jobs[ranks.rank :: ranks.world_size]
+
+
+def gather_rollouts(own: list[Rollout], ranks: Ranks) -> list[Rollout]:
+    """All ranks' rollouts, by id, on every rank: token ids are small beside everything else."""
+    return sorted((rollout for part in ranks.gather(own) for rollout in part), key=lambda rollout: rollout.id)
+
+
 class RolloutEngine(Protocol):
-    """Samples from the current student."""
+    """Samples from the current student. Every rank calls, in the same order."""
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """`samples` rollouts for each prompt, prompt by prompt, ids counting from 0."""
+        """`samples` rollouts for each prompt, prompt by prompt, ids counting from 0; the same on every rank.
+
+        A rollout is a function of (seed, its id, its prompt, the weights).
+        """
         ...
 
     def sync(self) -> None:

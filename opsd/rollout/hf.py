@@ -10,16 +10,17 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from opsd.prompts import Prompt
-from opsd.rollout.base import Rollout, Sampling
-from opsd.seeding import derive_seed, seeded
+from opsd.ranks import ONE_RANK, Ranks
+from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
+from opsd.rollout.draws import DrawByRollout, processors
 
 
 class HFRollout:
     """RolloutEngine on a transformers model.
 
     model: a causal language model; it is put into eval mode while sampling. batch_rollouts: rollouts
-    generated side by side. autocast: context manager factory for the compute type.
-    Draws depend on (seed, place of the batch) alone.
+    generated side by side. context: within it the model generates (compute type, gathered weights); it is entered
+    on every rank, with or without work. Draws depend on (seed, rollout id) alone.
     """
 
     def __init__(
@@ -27,31 +28,31 @@ class HFRollout:
         model: PreTrainedModel,
         tokenizer: Any,
         batch_rollouts: int,
-        autocast: Any = contextlib.nullcontext,
+        context: Any = contextlib.nullcontext,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self._model, self._batch_rollouts, self._autocast = model, batch_rollouts, autocast
+        self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
         self._eos_ids = eos_token_ids(model, tokenizer)
         # Padding is masked and cut off, so any id does.
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(self._eos_ids), 0)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate. Prompts of like length go together, so that little is padded."""
-        jobs = [(number * samples + k, prompt) for number, prompt in enumerate(prompts) for k in range(samples)]
+        jobs = jobs_of(prompts, samples, self._ranks)
         jobs.sort(key=lambda job: (len(job[1].ids), job[0]))
         rollouts: list[Rollout] = []
-        with self._sampling_mode(sampling) as config:
+        with self._sampling_mode() as config, self._context():
+            config.max_new_tokens = sampling.max_new_tokens
             for first in range(0, len(jobs), self._batch_rollouts):
-                batch = jobs[first : first + self._batch_rollouts]
-                with seeded(derive_seed(seed, "generate", first), self._model.device):
-                    rollouts += self._generate_batch(batch, config, sampling.max_new_tokens)
-        return sorted(rollouts, key=lambda rollout: rollout.id)
+                rollouts += self._generate_batch(jobs[first : first + self._batch_rollouts], config, sampling, seed)
+        return gather_rollouts(rollouts, self._ranks)
 
     def sync(self) -> None:
         """Nothing to do: the sampler and the trainer share their weights."""
 
     @torch.no_grad()
     def _generate_batch(
-        self, batch: list[tuple[int, Prompt]], config: GenerationConfig, max_new_tokens: int
+        self, batch: list[tuple[int, Prompt]], config: GenerationConfig, sampling: Sampling, seed: int
     ) -> list[Rollout]:
         width = max(len(prompt.ids) for _, prompt in batch)
         ids_BL = torch.full((len(batch), width), self._pad_id)
@@ -60,27 +61,27 @@ class HFRollout:
             ids_BL[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask_BL[row, width - len(prompt.ids) :] = 1
         device = self._model.device
-        with self._autocast():
-            out_BL = self._model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), generation_config=config
-            )
+        draw = DrawByRollout(seed, [number for number, _ in batch], sampling.max_new_tokens, width)
+        out_BL = self._model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids_BL.to(device),
+            attention_mask=mask_BL.to(device),
+            generation_config=config,
+            logits_processor=processors(sampling, draw) if sampling.temperature > 0 else None,
+            synced_gpus=False,
+        )
         responses = out_BL[:, width:].tolist()
         return [
-            Rollout(number, prompt, *cut_at_eos(response, self._eos_ids, max_new_tokens))
+            Rollout(number, prompt, *cut_at_eos(response, self._eos_ids, sampling.max_new_tokens))
             for (number, prompt), response in zip(batch, responses, strict=True)
         ]
 
     @contextlib.contextmanager
-    def _sampling_mode(self, sampling: Sampling) -> Iterator[GenerationConfig]:
+    def _sampling_mode(self) -> Iterator[GenerationConfig]:
         """Eval mode, and a generation config of our own: nothing is inherited from the model's folder."""
         model, was_training, inherited = self._model, self._model.training, self._model.generation_config
-        greedy = sampling.temperature == 0
         config = GenerationConfig(
-            do_sample=not greedy,
-            temperature=None if greedy else sampling.temperature,
-            top_p=None if greedy else sampling.top_p,
-            top_k=None if greedy else sampling.top_k,
-            max_new_tokens=sampling.max_new_tokens,
+            # Drawing is ours, rollout by rollout: see DrawByRollout.
+            do_sample=False,
             eos_token_id=self._eos_ids or None,
             pad_token_id=self._pad_id,
             use_cache=True,

@@ -210,7 +210,7 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_weights(make_engine, teacher, rol
 
 def test_one_process_sums_to_its_own_value(make_engine):
     engine = make_engine()
-    assert (engine.rank, engine.world_size, engine.sum_over_ranks(2.5)) == (0, 1, 2.5)
+    assert (engine.ranks.rank, engine.ranks.world_size, engine.ranks.sum(2.5)) == (0, 1, 2.5)
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,11 @@ def test_what_was_written_past_the_checkpoint_is_cut_off_not_doubled(finished, s
     run, saves = tmp_path / "broken", []
     whole = checkpoint.save
 
-    def save(folder, model, tokenizer, state, keep):
+    def save(folder, model, tokenizer, state, *rest):
         saves.append(state.step)
         if state.step == 3:  # step 3 stands in metrics.jsonl by now, its checkpoint does not
             raise KeyboardInterrupt
-        return whole(folder, model, tokenizer, state, keep)
+        return whole(folder, model, tokenizer, state, *rest)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,34 @@
+"""What holds the student's weights and runs the optimiser step."""
+
+import importlib.util
+
+import torch
+
+from opsd.config import TrainConfig
+from opsd.engine.base import Engine, learning_rate
+from opsd.engine.plain import TorchEngine
+from opsd.errors import UserError
+from opsd.ranks import Ranks, world_size
+from opsd.student import Scorer
+
+__all__ = ["Engine", "TorchEngine", "build_engine", "check_engine", "learning_rate"]
+
+
+def check_engine(config: TrainConfig) -> None:
+    """Raises UserError where the engine that `config` names cannot run here."""
+    kind = config.engine.kind
+    if kind == "torch" and world_size() > 1:
+        raise UserError(
+            f"--engine.kind torch is one process, {world_size()} were started; give --engine.kind deepspeed"
+        )
+    if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError("--engine.kind deepspeed: DeepSpeed is not installed; run `make setup`, or give torch")
+
+
+def build_engine(config: TrainConfig, ranks: Ranks, student: Scorer, device: torch.device) -> Engine:
+    """The engine that `config` names, around `student`."""
+    if config.engine.kind == "torch":
+        return TorchEngine(student, config.engine, config.optim, device)
+    from opsd.engine.sharded import DeepSpeedEngine
+
+    return DeepSpeedEngine(student, config.engine, config.optim, device, ranks)

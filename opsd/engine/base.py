@@ -1,0 +1,89 @@
+"""What every engine must do, and the learning rate, which none of them keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Protocol
+
+import torch
+
+from opsd.batch import MicroBatch
+from opsd.config import OptimConfig
+from opsd.ranks import Ranks
+from opsd.student import HeadUse, Result, Scorer
+
+
+class Engine(Protocol):
+    """The student with its optimiser, on one or more ranks. Every method is called on every rank, in the same order."""
+
+    ranks: Ranks
+    device: torch.device
+    student: Scorer
+
+    def sampling(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it the student's own model generates: in the compute type, with whole weights on every rank."""
+        ...
+
+    def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
+        """use(student_hidden_ND, student_head_VD) inside the model's forward."""
+        ...
+
+    def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
+        """Add the gradient of loss_sum / global_count; global_count is over all micro-batches and ranks."""
+        ...
+
+    def step(self, lr: float) -> float:
+        """Clip, update with learning rate `lr`, clear the gradients; returns the gradient norm before clipping.
+
+        A norm that is not finite leaves the weights as they are.
+        """
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """The whole weights in full precision on the first rank, {} on the others; None: they lie in the model."""
+        ...
+
+    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Optimiser state as named whole tensors, on the first rank ({} on the others), and JSON values.
+
+        It does not depend on the number of ranks or on how they share the state.
+        """
+        ...
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """The inverse of `optimizer_state`; every rank is given the whole."""
+        ...
+
+
+def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
+    """The rate of 1-based `step`: linear warm-up to lr, then cosine towards lr·min_lr_fraction.
+
+    A pure function of the step, so that it cannot drift from it.
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    # The floor is reached one step behind the last, as with a scheduler that is stepped afterwards: the last step
+    # still learns.
+    progress = (step - 1 - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.lr * (optim.min_lr_fraction + (1.0 - optim.min_lr_fraction) * cosine)
+
+
+def parameter_groups(named: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups. Norm gains and biases are not decayed, as everywhere in the field."""
+    decayed = [p for p in named.values() if p.dim() >= 2]
+    plain = [p for p in named.values() if p.dim() < 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def adamw(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimiser of every engine."""
+    return torch.optim.AdamW(
+        parameter_groups(named, optim.weight_decay),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+    )

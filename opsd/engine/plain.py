@@ -1,0 +1,78 @@
+"""One process of plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+
+from opsd.batch import MicroBatch
+from opsd.config import EngineConfig, OptimConfig
+from opsd.engine.base import adamw
+from opsd.ranks import ONE_RANK
+from opsd.student import HeadUse, Result, Scorer
+
+
+class TorchEngine:
+    """Engine for one process: fp32 weights, AdamW, gradient clipping, autocast under bfloat16."""
+
+    ranks = ONE_RANK
+
+    def __init__(self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device) -> None:
+        self.student, self.device = student, device
+        self._dtype, self._max_norm = getattr(torch, engine.dtype), optim.max_grad_norm
+        if engine.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._named = dict(student.model.named_parameters())
+        self._optimizer = adamw(self._named, optim)
+        student.train()
+
+    def sampling(self) -> contextlib.AbstractContextManager[Any]:
+        """The compute type: bfloat16 with fp32 master weights, or nothing."""
+        if self._dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._dtype)
+
+    def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
+        """See Engine.forward."""
+        with self.sampling():
+            return self.student(micro.to(self.device), use)
+
+    def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
+        """See Engine.backward."""
+        (loss_sum / global_count).backward()
+
+    def step(self, lr: float) -> float:
+        """See Engine.step."""
+        limit = self._max_norm if self._max_norm > 0 else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), limit))
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self) -> None:
+        """See Engine.weights: they lie in the model, whole and in fp32."""
+
+    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See Engine.optimizer_state. Names are `parameter/moment`."""
+        state = self._optimizer.state
+        tensors = {
+            f"{name}/{key}": value
+            for name, parameter in self._named.items()
+            for key, value in state.get(parameter, {}).items()
+        }
+        return tensors, {"kind": "torch"}
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """See Engine.load_optimizer_state."""
+        if values["kind"] != "torch":
+            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the torch engine")
+        for name, tensor in tensors.items():
+            parameter, key = name.rsplit("/", 1)
+            moved = tensor if key == "step" else tensor.to(self.device)
+            self._optimizer.state[self._named[parameter]][key] = moved

@@ -1,0 +1,230 @@
+"""DeepSpeed: ZeRO 0 to 3 over any number of ranks, on CUDA (NCCL) or CPU (gloo)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from opsd.batch import MicroBatch
+from opsd.config import EngineConfig, OptimConfig
+from opsd.distill import DistillResult
+from opsd.engine.base import adamw
+from opsd.ranks import Ranks
+from opsd.student import HeadUse, Result, Scorer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedEngine:
+    """Engine on DeepSpeed: torch's AdamW over shards, fp32 master weights whatever the compute type.
+
+    What is called on one rank is called on all, and the same number of micro-batches goes through each (see
+    `opsd.batch.share`): under ZeRO every forward and backward is a collective.
+    """
+
+    def __init__(
+        self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.student, self.device, self.ranks = student, device, ranks
+        self._stage, self._dtype = engine.zero_stage, getattr(torch, engine.dtype)
+        self._max_norm = optim.max_grad_norm if optim.max_grad_norm > 0 else math.inf
+        if engine.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._named = dict(student.model.named_parameters())
+        exact = self._exact_copies() if self._rounds() else {}
+        buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+        optimizer = adamw(self._named, optim)
+        self._norm = math.nan
+        if self._stage == 0:
+            optimizer.register_step_pre_hook(self._clip)
+        self._deepspeed = _import_deepspeed(device)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=student, optimizer=optimizer, config=deepspeed_config(engine, optim)
+        )
+        self._allocate_moments()
+        for name, weight in exact.items():
+            self._tensor_api("safe_set_full_fp32_param")(self._named[name], weight.to(device))
+        for buffer, value in buffers:
+            # Rotary frequencies stay fp32: rounded, far positions would be others.
+            buffer.data = value
+        student.train()
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """See Engine.sampling. ZeRO-3 gathers once, so that ranks may then write answers of different lengths."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            if self._stage == 3:
+                from deepspeed.runtime.zero import unwrap_model_for_generation
+
+                stack.enter_context(unwrap_model_for_generation(self._engine))
+            yield
+
+    def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
+        """See Engine.forward: through DeepSpeed's wrapper, so that shards are gathered where a module needs them."""
+
+        def visible(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> tuple[list[torch.Tensor], Result]:
+            # DeepSpeed hangs its backward hooks on tensors that it finds in a module's output: the loss must be one.
+            result = use(hidden_ND, head_VD)
+            return [result.loss_sum] if isinstance(result, DistillResult) else [], result
+
+        with self._autocast():
+            found, result = self._engine(micro.to(self.device), visible)
+        return dataclasses.replace(result, loss_sum=found[0]) if found else result
+
+    def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
+        """See Engine.backward. DeepSpeed takes the mean over ranks: times their number, it is the sum."""
+        self._engine.backward(loss_sum * (self.ranks.world_size / global_count), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """See Engine.step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._stage == 0:
+            return self._norm
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.weights."""
+        if self._stage == 0:
+            return None
+        return self._collect({name: self._full_weight(p) for name, p in self._named.items()})
+
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter with its name, whole on every rank, one at a time: a second full copy never exists."""
+        for name, parameter in self._named.items():
+            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                yield name, parameter.data
+
+    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""
+        step = next(iter(self._torch_optimizer().state.values()))["step"]
+        found: dict[str, Callable[[], torch.Tensor]] = {}
+        for name, parameter in self._named.items():
+            for moment in MOMENTS:
+                found[f"{name}/{moment}"] = self._full_moment(parameter, moment)
+            found[f"{name}/step"] = lambda: step
+        return self._collect(found), {"kind": "torch"}
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """See Engine.load_optimizer_state."""
+        if values["kind"] != "torch":
+            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the deepspeed engine")
+        if not tensors:
+            return
+        optimizer = self._torch_optimizer()
+        step = next(tensor for name, tensor in tensors.items() if name.endswith("/step"))
+        for state in optimizer.state.values():
+            state["step"].copy_(step)
+        for name, parameter in self._named.items():
+            for moment in MOMENTS:
+                tensor = tensors[f"{name}/{moment}"].to(self.device)
+                if self._stage == 0:
+                    optimizer.state[parameter][moment].copy_(tensor)
+                else:
+                    self._tensor_api("safe_set_full_optimizer_state")(parameter, tensor, moment)
+
+    def _allocate_moments(self) -> None:
+        """AdamW's state before its first step, as it would make it then: so it can be read and loaded at any time.
+
+        DeepSpeed's ZeRO-1 and 2 would link only the first group's parameters to their moments.
+        """
+        optimizer = self._torch_optimizer()
+        shards = [shard for group in optimizer.param_groups for shard in group["params"]]
+        if self._stage == 3:
+            # They are in the groups during a step only.
+            shards = self._engine.optimizer.fp32_partitioned_groups_flat
+        for shard in shards:
+            zeros = {moment: torch.zeros_like(shard) for moment in MOMENTS}
+            optimizer.state[shard] = {"step": torch.tensor(0.0), **zeros}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _rounds(self) -> bool:
+        """Whether DeepSpeed turns the weights to the compute type, and takes its master copy from them."""
+        return self._stage > 0 and self._dtype != torch.float32
+
+    def _exact_copies(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._named.items()}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """ZeRO-0 keeps fp32 weights, as the torch engine; the other stages hold them in the compute type."""
+        if self._stage == 0 and self._dtype != torch.float32:
+            return torch.autocast(self.device.type, self._dtype)
+        return contextlib.nullcontext()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """ZeRO-0, on reduced gradients just before the update: measure, clip, drop them where they are no numbers."""
+        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm)
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            optimizer.zero_grad(set_to_none=True)
+
+    def _collect(self, whole: dict[str, Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Form each tensor in turn, on all ranks together; the first rank keeps them in host memory."""
+        kept = {}
+        for name, form in whole.items():
+            tensor = form()
+            if self.ranks.is_main:
+                kept[name] = tensor.detach().to("cpu", copy=True)
+        return kept
+
+    def _full_weight(self, parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
+        return lambda: self._tensor_api("safe_get_full_fp32_param")(parameter)
+
+    def _full_moment(self, parameter: torch.nn.Parameter, moment: str) -> Callable[[], torch.Tensor]:
+        if self._stage == 0:
+            return lambda: self._torch_optimizer().state[parameter][moment]
+        return lambda: self._tensor_api("safe_get_full_optimizer_state")(parameter, moment)
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside DeepSpeed's wrappers."""
+        return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+
+    def _tensor_api(self, name: str) -> Callable[..., Any]:
+        return getattr(self._deepspeed.utils, name)
+
+
+def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
+    """DeepSpeed's settings. Gradients add up until `step`, however many micro-batches there were."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    bfloat16 = engine.dtype == "bfloat16" and engine.zero_stage > 0
+    return {
+        # Counts that DeepSpeed wants stated; nothing of ours is divided by them.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # ZeRO-0 clips in its own hook, where the norm can be read.
+        "gradient_clipping": 0.0 if engine.zero_stage == 0 else optim.max_grad_norm,
+        "steps_per_print": None,
+    }
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told which accelerator to take and to keep quiet."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if device.type == "cpu":
+        # A faster all-reduce that DeepSpeed would compile at the first start: that needs a compiler, and a build that
+        # was killed leaves a lock behind which later starts wait for without end. gloo does as well here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
