@@ -76,6 +76,10 @@ class Evaluator:
         sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
         return {"model": model, "step": step, "sampling": sampling, "suites": results}
 
+    def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
+        """See `grade_rollouts`: what training logs as the reward."""
+        return grade_rollouts(rollouts, self.grader, self._tokenizer)
+
 
 def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> list[float] | None:
     """1.0 or 0.0 for each rollout; None unless every prompt has a gold answer. A truncated rollout is wrong."""
