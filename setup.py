@@ -17,7 +17,8 @@ CORE = [
     "math-verify>=0.9,<0.10",
 ]
 WANDB = ["wandb>=0.25,<0.32"]
-GPU = ["vllm>=0.32,<0.33", "deepspeed>=0.19,<0.20", "flash-attn>=2.8", *WANDB]
+DEEPSPEED = ["deepspeed>=0.19,<0.20"]
+GPU = ["vllm>=0.32,<0.33", "flash-attn>=2.8", *DEEPSPEED, *WANDB]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -39,7 +40,7 @@ setup(
     packages=find_packages(include=["opsd", "opsd.*", "tip_patch", "tip_patch.*"]),
     package_data={"opsd.viewer": ["*.html", "*.css", "*.js"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "wandb": WANDB, "test": TEST, "trl": ["trl>=1.16,<2"]},
+    extras_require={"gpu": GPU, "deepspeed": DEEPSPEED, "wandb": WANDB, "test": TEST, "trl": ["trl>=1.16,<2"]},
     entry_points={
         "console_scripts": ["opsd = opsd.__main__:main"],
         "opsd.selectors": [

@@ -116,6 +116,9 @@ def local_device(name: str) -> torch.device:
         raise UserError("--engine.device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        # transformers' helpers import DeepSpeed wherever it is installed, and it warns when it has to find this out.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "cuda" and world_size() > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

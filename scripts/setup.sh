@@ -113,7 +113,7 @@ LOG=$(mktemp) # outside .venv, which the first stage may empty
 trap finish EXIT
 trap 'exit 130' INT TERM
 PIP=("$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -c "constraints/$ACCELERATOR.txt")
-EXTRAS=test
+EXTRAS=deepspeed,test
 STAGES=3
 if [[ $ACCELERATOR == gpu ]]; then
     EXTRAS=gpu,test

@@ -1,0 +1,199 @@
+"""DeepSpeed on two CPU ranks does what plain torch does on one: `worker.py` trains, this file compares."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from opsd.config import from_json
+from opsd.train import start
+
+pytestmark = pytest.mark.e2e
+WORKER = Path(__file__).with_name("worker.py")
+HELPERS = runpy.run_path(str(WORKER))
+NAMES = [case.name for case in HELPERS["cases"](2) if case.engine is not None]
+EXACT = [name for name in NAMES if "bfloat16" not in name]
+
+
+def torchrun(ranks: int, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program on so many processes of one thread each; the launcher finds a free port."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment}
+    return subprocess.run([*launch, *args], env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def settings(folder: Path) -> dict:
+    """Settings of a three-step run of the trainer; `out` is where run folders go."""
+    data = folder / "sums.jsonl"
+    tasks = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
+    data.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    for name, seed in (("student", 0), ("teacher", 1)):
+        HELPERS["model"](True, seed).save_pretrained(folder / name)
+        HELPERS["tokenizer"]().save_pretrained(folder / name)
+    return {
+        "student": str(folder / "student"),
+        "teacher": {"model": str(folder / "teacher")},
+        "prompts": str(data),
+        "out": f"{folder}/",
+        "steps": 3,
+        "prompts_per_step": 3,
+        "prompt_format": "raw",
+        "rollout": {"samples_per_prompt": 2, "max_prompt_tokens": 8, "max_new_tokens": 6},
+        "select": {"by": "soft_or", "normalise_over": "batch"},
+        "optim": {"lr": 1e-2},
+        "engine": {"kind": "deepspeed", "zero_stage": 3, "device": "cpu", "micro_batch_tokens": 24},
+        "eval": {"suite": [f"sums={data}"], "samples": 2, "grader": "suffix", "limit": 5, "every": 2},
+        "checkpoint": {"every": 1, "keep": 3},
+        "telemetry": {"every": 2, "save_tokens": True, "save_rollouts_every": 1, "top_tokens": 2},
+        "track": {"progress": False},
+    }
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Where two ranks put what they made, and the plain run beside it."""
+    folder = tmp_path_factory.mktemp("scale")
+    values = settings(folder)
+    (folder / "settings.json").write_text(json.dumps(values))
+    done = torchrun(2, str(WORKER), str(folder))
+    assert done.returncode == 0, done.stderr[-4000:]
+    start(from_json({**values, "out": f"{folder}/plain", "engine": {"device": "cpu", "micro_batch_tokens": 24}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def tensors_of(out: Path, name: str, moments: bool) -> torch.Tensor:
+    """All weights of a case, or all moments, as one vector."""
+    found = load_file(out / f"{name.replace('/', '+')}.safetensors")
+    return torch.cat([found[key].flatten() for key in sorted(found) if ("/" in key) == moments])
+
+
+def reference(name: str) -> str:
+    return name.split("/")[1]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_five_steps_give_plain_torchs_losses_and_weights(out, results, name):
+    ours, plain = results["cases"][name], results["cases"][reference(name)]
+    assert ours["loss_nats"] == pytest.approx(plain["loss_nats"], rel=1e-5)
+    assert ours["reverse_kl_nats"] == pytest.approx(plain["reverse_kl_nats"], rel=1e-5)
+    assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    assert (ours["kept"], ours["tokens"]) == (plain["kept"], plain["tokens"])
+    for moments, tolerance in ((False, 1e-5), (True, 1e-4)):
+        one, other = (tensors_of(out, which, moments) for which in (name, reference(name)))
+        assert float((one - other).norm()) < tolerance * float(other.norm())
+
+
+def test_the_steps_were_large_enough_to_tell_runs_apart(out, results):
+    # Otherwise weights that never moved would agree as well. Every selector ends elsewhere, and clipping was at work.
+    plain = [name for name in results["cases"] if "/" not in name]
+    ends = {name: tensors_of(out, name, False) for name in plain if name.endswith("-tied")}
+    begin = torch.cat([p.detach().flatten() for _, p in sorted(HELPERS["model"](True, 0).named_parameters())])
+    assert all(float((end - begin).norm()) > 0.01 * float(begin.norm()) for end in ends.values())
+    assert float((ends["all-tied"] - ends["soft_or-tied"]).norm()) > 1e-3 * float(begin.norm())
+    assert all(min(results["cases"][name]["grad_norm"]) > HELPERS["OPTIM"].max_grad_norm for name in plain)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in EXACT])
+def test_bfloat16_stays_near_and_its_master_weights_are_finer_than_bfloat16(out, results, name):
+    ours, plain = results["cases"][name], results["cases"][reference(name)]
+    assert ours["loss_nats"] == pytest.approx(plain["loss_nats"], rel=0.03)
+    weights = tensors_of(out, name, False)
+    assert weights.dtype == torch.float32
+    assert not torch.equal(weights, weights.bfloat16().float())
+
+
+@pytest.mark.parametrize("way", ["3 to 1", "1 to 0", "0 to 2", "2 to 3"])
+def test_optimiser_state_goes_on_under_another_stage(results, way):
+    plain = results["cases"]["all-tied"]["loss_nats"][3:]
+    assert results["carried over"][way]["loss_nats"] == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_a_gradient_that_is_no_number_on_one_rank_moves_no_weight_on_any(results, stage):
+    norm, moved = results["not finite"][stage]
+    assert norm != norm or norm == float("inf")
+    assert not moved
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock and the machine decide."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "mem/"))} for line in lines]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_3").state_dict()
+
+
+def test_two_ranks_write_the_run_folder_that_one_process_writes(out):
+    names = [sorted(str(p.relative_to(out / run)) for p in (out / run).rglob("*")) for run in ("whole", "plain")]
+    assert names[0] == names[1]
+    for ours, plain in zip(metrics_of(out / "whole"), metrics_of(out / "plain"), strict=True):
+        assert ours.keys() == plain.keys()
+        assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_rollouts_do_not_depend_on_the_number_of_ranks(out, step):
+    ours, plain = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("whole", "plain"))
+    assert ours == plain
+    assert [json.loads(line)["id"] for line in ours.splitlines()] == list(range(6))
+
+
+def test_a_checkpoint_of_two_ranks_is_a_whole_model_folder(out):
+    ours, plain = weights_of(out / "whole"), weights_of(out / "plain")
+    assert ours.keys() == plain.keys()
+    assert all(torch.allclose(ours[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
+
+
+def test_a_resumed_run_of_two_ranks_ends_like_one_that_nothing_stopped(out):
+    assert metrics_of(out / "resumed") == metrics_of(out / "whole")
+    ours, whole = weights_of(out / "resumed"), weights_of(out / "whole")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_a_bfloat16_runs_checkpoint_holds_the_master_weights(out):
+    assert {weight.dtype for weight in load_file(out / "bfloat16/checkpoints/step_3/model.safetensors").values()} == {
+        torch.float32
+    }
+
+
+FAILING = """
+import sys
+import opsd.update
+from opsd.__main__ import main
+from opsd.errors import RunStopped
+from opsd.ranks import Ranks
+def run(self, *args):
+    if self._ranks.rank == 1:
+        raise RunStopped("only the second rank sees this")
+    return whole(self, *args)
+whole, opsd.update.Updater.run = opsd.update.Updater.run, run
+main()
+"""
+
+
+def test_an_error_on_one_rank_takes_all_down_with_one_line(tmp_path):
+    values = settings(tmp_path)
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    flags = ["--student", values["student"], "--teacher", values["teacher"]["model"], "--prompts", values["prompts"]]
+    flags += ["--out", str(tmp_path / "run"), "--prompt_format", "raw", "--rollout.max_new_tokens", "4"]
+    flags += ["--engine.kind", "deepspeed", "--engine.device", "cpu"]
+    done = torchrun(2, str(script), "train", *flags)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "ChildFailedError" not in line]
+    said = [line for line in lines if "opsd:" in line or "Error" in line]
+    assert len(said) == 1 and "only the second rank sees this" in said[0]

@@ -1,0 +1,268 @@
+"""Run by torchrun, once for all tests on so many ranks; what came out is JSON, safetensors and run folders.
+
+A case trains a tiny random student for five steps on rollouts fixed by hand, with an engine of its own. Then whole runs
+of the trainer, from settings that the tests wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+import opsd.train as train_module
+from opsd.batch import empty, pack, share
+from opsd.config import EngineConfig, LossConfig, OptimConfig, from_json
+from opsd.distill import DistillResult
+from opsd.engine import TorchEngine, learning_rate
+from opsd.engine.sharded import DeepSpeedEngine
+from opsd.hooks import load_selector
+from opsd.prompts import Prompt
+from opsd.ranks import join, leave
+from opsd.rollout import Rollout
+from opsd.student import Scorer
+from opsd.teacher import LocalTeacher
+from opsd.train import resume, start
+from opsd.update import Updater
+
+NOTHING: tuple = (None, None)
+CPU = torch.device("cpu")
+STEPS, VOCABULARY = 5, 49
+# Clipping is active in every step (norms are around 1), decay and warm-up are on.
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.25)
+LENGTHS = [1, 9, 4, 0, 7, 12, 2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """engine None: plain torch, one process. tokens: budget of a micro-batch; hand: micro-batches by rank instead."""
+
+    name: str
+    engine: EngineConfig | None
+    by: str = "all"
+    tied: bool = True
+    tokens: int = 16
+    hand: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def cases(ranks: int) -> list[Case]:
+    """Every stage meets every selector, both heads, both memory modes, and all layouts."""
+    batch = {"normalise_over": "batch"}
+    plain = [
+        Case("all-tied", None),
+        Case("entropy-untied", None, "entropy", tied=False),
+        Case("soft_or-tied", None, "soft_or", options=batch),
+        Case("soft_or-untied", None, "soft_or", tied=False, options=batch),
+    ]
+    found = list(plain)
+    # One rank has three micro-batches, the other one; then everything on the first rank, the rest runs empty.
+    uneven = (((1,), (0, 2), (4, 6)), ((5,),))
+    lone = (((1, 2), (0, 4, 5, 6)), ())
+    if ranks == 1:
+        uneven, lone = ((*uneven[0], *uneven[1]),), (lone[0],)
+    for stage in (0, 1, 2, 3):
+
+        def deepspeed(stage=stage, **more):
+            return EngineConfig(kind="deepspeed", zero_stage=stage, **more)
+
+        again = deepspeed(gradient_checkpointing=True)
+        found += [
+            Case(f"zero{stage}/all-tied", deepspeed()),
+            Case(f"zero{stage}/all-tied/lone rank", again, tokens=1000),
+            Case(f"zero{stage}/entropy-untied/uneven", again, "entropy", tied=False, hand=uneven),
+            Case(f"zero{stage}/soft_or-tied/lone rank", deepspeed(), "soft_or", hand=lone, options=batch),
+            Case(f"zero{stage}/soft_or-untied/uneven", again, "soft_or", tied=False, hand=uneven, options=batch),
+        ]
+        if stage:
+            found.append(Case(f"zero{stage}/all-tied/offload", deepspeed(offload_optimizer=True)))
+        found.append(Case(f"zero{stage}/all-tied/bfloat16", deepspeed(dtype="bfloat16")))
+    found.append(
+        Case(
+            "zero3/all-tied/offload all",
+            EngineConfig(kind="deepspeed", zero_stage=3, offload_optimizer=True, offload_parameters=True),
+        )
+    )
+    return found
+
+
+def model(tied: bool, seed: int):
+    """A random two-layer model; norms and embeddings as in the other tests' tiny models."""
+    config = Qwen3Config(
+        vocab_size=52,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+
+
+def tokenizer():
+    """One token a character, as in the other tests."""
+    vocabulary = ["<pad>", "<eos>", "<unk>", *"0123456789+=abcdefghijklmnopqrstuvwxyz-*/()., "][:VOCABULARY]
+    inner = Tokenizer(models.WordLevel({token: place for place, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
+
+
+def rollouts() -> list[Rollout]:
+    """Seven of uneven lengths; the fourth has no token."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(count):
+        return torch.randint(6, VOCABULARY, (count,), generator=generator).tolist()
+
+    return [
+        Rollout(number, Prompt(str(number), "", ids(3 + number % 2), None), ids(length), False)
+        for number, length in enumerate(LENGTHS)
+    ]
+
+
+def layout(case: Case, ranks):
+    """This rank's micro-batches."""
+    written = rollouts()
+    if case.engine is None:
+        return pack(written, case.tokens)
+    if not case.hand:
+        return share(pack(written, case.tokens), ranks.rank, ranks.world_size)
+    most = max(len(part) for part in case.hand)
+    own = [pack([written[number] for number in numbers], 1000)[0] for numbers in case.hand[ranks.rank]]
+    return own + [empty()] * (most - len(own))
+
+
+def build(case: Case, ranks, held=None):
+    """Engine, updater and teacher of a case; held: weights to start from."""
+    student = Scorer(model(case.tied, seed=0))
+    if held is not None:
+        missing, unknown = student.model.load_state_dict(held, strict=False)
+        assert (missing, unknown) == (["lm_head.weight"] if case.tied else [], [])
+    if case.engine is None:
+        engine = TorchEngine(student, EngineConfig(), OPTIM, CPU)
+    else:
+        engine = DeepSpeedEngine(student, case.engine, OPTIM, CPU, ranks)
+    selector = load_selector(case.by, retention=0.5, **case.options) if case.by != "all" else None
+    teacher = LocalTeacher(Scorer(model(True, seed=1)), CPU)
+    return engine, Updater(engine, teacher, selector, LossConfig(), VOCABULARY), teacher
+
+
+def train(case: Case, ranks, built, first: int, last: int) -> dict:
+    """Steps first to last; what the updates say."""
+    _, updater, teacher = built
+    record = {"loss_nats": [], "grad_norm": [], "kept": [], "tokens": [], "reverse_kl_nats": []}
+    batches = layout(case, ranks)
+    for step in range(first, last + 1):
+        lr = learning_rate(step, STEPS, OPTIM)
+        update = updater.run(batches, teacher.hidden(batches), lr, step, frozenset({"reverse_kl_N"}))
+        for name in ("loss_nats", "grad_norm", "kept", "tokens"):
+            record[name].append(getattr(update, name))
+        record["reverse_kl_nats"].append(float(update.stats.reverse_kl_N.mean()))
+        assert update.stats.reverse_kl_N.shape == update.kept_N.shape
+    return record
+
+
+def weights(engine) -> dict[str, torch.Tensor]:
+    whole = engine.weights()
+    return dict(engine.student.model.named_parameters()) if whole is None else whole
+
+
+def keep(out: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    tensors = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, out / f"{name.replace('/', '+')}.safetensors")
+
+
+def carry_over(ranks) -> dict[str, dict]:
+    """Three steps under one stage, the last two under another one, which is given weights and optimiser state."""
+    results = {}
+    for source, target in ((3, 1), (1, 0), (0, 2), (2, 3)):
+        first, second = (Case("", EngineConfig(kind="deepspeed", zero_stage=stage)) for stage in (source, target))
+        one = build(first, ranks)
+        train(first, ranks, one, 1, 3)
+        held, (moments, values) = weights(one[0]), one[0].optimizer_state()
+        held, moments = ranks.broadcast([{k: v.detach() for k, v in held.items()}, moments])
+        two = build(second, ranks, held)
+        two[0].load_optimizer_state(moments, values)
+        results[f"{source} to {target}"] = train(second, ranks, two, 4, 5)
+    return results
+
+
+def not_finite(ranks) -> dict[str, list]:
+    """A gradient that is no number on the last rank only: [the norm, whether any weight moved], by stage."""
+    results = {}
+    for stage in (0, 1, 2, 3):
+        case = Case("", EngineConfig(kind="deepspeed", zero_stage=stage))
+        engine, *_ = build(case, ranks)
+        before = {name: tensor.detach().clone() for name, tensor in weights(engine).items()}
+        factor = math.nan if ranks.rank == ranks.world_size - 1 else 1.0
+        for micro in layout(case, ranks):
+            loss = engine.forward(
+                micro, lambda hidden, _, factor=factor: DistillResult(hidden.sum() * factor, *NOTHING)
+            )
+            engine.backward(loss.loss_sum, 1)
+        norm = engine.step(1.0)
+        after = weights(engine)
+        results[str(stage)] = [norm, any(not torch.equal(after[name], before[name]) for name in before)]
+    return results
+
+
+def whole_runs(ranks, settings: Path) -> None:
+    """A run to its end; one that is stopped after its second step and resumed; one on a bfloat16 model."""
+
+    def config(name, **engine):
+        values = json.loads(settings.read_text())
+        values["out"] += name
+        values["engine"] |= engine
+        return from_json(values)
+
+    start(config("whole"))
+    whole = train_module._save
+
+    def stop_in_step_3(parts, run, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        whole(parts, run, step)
+
+    train_module._save = stop_in_step_3
+    try:
+        start(config("resumed"))
+    except KeyboardInterrupt:
+        train_module._save = whole
+    resume(Path(config("resumed").out))
+    start(config("bfloat16", dtype="bfloat16", zero_stage=1))
+
+
+def main(out: Path) -> None:
+    ranks = join(CPU)
+    results = {}
+    for case in cases(ranks.world_size):
+        built = build(case, ranks)
+        results[case.name] = train(case, ranks, built, 1, STEPS)
+        found, (moments, _) = weights(built[0]), built[0].optimizer_state()
+        if ranks.is_main:
+            keep(out, case.name, {**found, **moments})
+    extra = {"carried over": carry_over(ranks), "not finite": not_finite(ranks)}
+    if ranks.is_main:
+        (out / "results.json").write_text(json.dumps({"cases": results, **extra}))
+    whole_runs(ranks, out / "settings.json")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
