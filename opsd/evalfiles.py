@@ -27,7 +27,7 @@ class DoneProblem:
         values = {"suite": self.suite, **dataclasses.asdict(self.record)}
         if self.responses is not None:
             values["responses"] = self.responses
-        return json.dumps(values, ensure_ascii=False) + "\n"
+        return json.dumps(values) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> DoneProblem | None:
@@ -82,7 +82,7 @@ class EvalFiles:
         """
         done: dict[tuple[str, str], DoneProblem] = {}
         if self.records.exists():
-            for line in self.records.read_text(encoding="utf-8").split("\n"):
+            for line in self.records.read_text(encoding="utf-8").splitlines():
                 problem = DoneProblem.from_line(line)
                 if problem is not None:
                     done[problem.suite, problem.record.id] = problem

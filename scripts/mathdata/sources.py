@@ -106,11 +106,13 @@ def read_answer(value: Any, kind: str, where: str) -> str | None:
     kind "gsm8k": what stands behind the last ####, without thousands commas. "aime": an integer from 0 to 999, written
     without leading zeros (graders that compare text would take "025" and "25" for different). Else the text as it is.
     """
-    if value is None:
+    # NaN is how some tables write an empty cell of a column of numbers.
+    if value is None or value != value:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: its answer is a {type(value).__name__}; give a column of texts or numbers")
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    text = _whole(text, where)
     if kind == "gsm8k":
         _, mark, last = text.rpartition("####")
         if not mark:
@@ -188,12 +190,21 @@ def _find(record: dict[str, Any], column: str) -> tuple[Any] | None:
 def _problem_text(value: Any, where: str) -> str:
     """A text, or the one user message of a list of chat messages; blank for an empty cell."""
     if value is None or isinstance(value, str):
-        return value or ""
+        return _whole(value or "", where)
     if isinstance(value, list) and all(isinstance(message, dict) for message in value):
         said = [message.get("content") for message in value if message.get("role") == "user"]
         if len(said) == 1 and isinstance(said[0], str):
-            return said[0]
+            return _whole(said[0], where)
     raise UserError(f"{where}: its problem is neither a text nor a list of messages with one from the user")
+
+
+def _whole(text: str, where: str) -> str:
+    """The text, if it can be written to a file: JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds half a character ({error.reason}); mend the text") from error
+    return text
 
 
 def _first_line(error: Exception) -> str:

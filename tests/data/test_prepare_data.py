@@ -173,6 +173,8 @@ BAD = [
     (["--sets", "mine={unknown}"], ["row 1 holds an answer instruction that is not known"]),
     (["--sets", "mine={blank}"], ["none of its 1 rows is left"]),
     (["--sets", "mine={talk}"], ["neither a text nor a list of messages"]),
+    (["--sets", "mine={half}"], ["row 1 holds half a character"]),
+    (["--sets", "mine={halfgold}"], ["row 1 holds half a character"]),
     (["--sets", "gsm8k={mine}"], ["no '####'"]),
     (["--sets", "aime24={mine}"], ["integers from 0 to 999"]),
     (["--sets", "mine={mine}", "--decontaminate"], ["--decontaminate needs the training set 'dapo'"]),
@@ -190,6 +192,8 @@ def test_bad_input_is_one_line_exit_2_and_writes_nothing(arguments, said, files,
         "other": {"frage": "Find $y$.", "antwort": "1"},
         "unknown": {"problem": "Think step by step. Find $y$.", "answer": "1"},
         "blank": {"problem": "Find $y$.", "answer": ""},
+        "half": {"problem": "Find \ud83d.", "answer": "1"},
+        "halfgold": {"problem": "Find $y$.", "answer": "\ud83d"},
         "talk": {"problem": [{"role": "system", "content": "Be brief."}], "answer": "1"},
     }
     for name, row in rows.items():

@@ -181,6 +181,7 @@ def test_the_first_held_out_problems_are_no_sample_of_the_file_s_order():
         ("34", "dapo", "34"),
         ("", "aime", None),
         (None, "dapo", None),
+        (float("nan"), "aime", None),
     ],
 )
 def test_answers_are_read_as_their_set_writes_them(value, kind, text):
