@@ -61,11 +61,11 @@ class FirstFraction(Selector):
 
 @dataclass(eq=False)
 class PositionWeighted(Selector):
-    """Keep all tokens, with loss weights that rise (or fall) linearly along each rollout.
+    """Weigh the first ρ of each rollout (ρ = 1: all) by position, rising or falling, mean 1.
 
     After PW-OPSD (arXiv 2605.21606), whose weights increase with the position; the linear form is ours. slope: weights
     run from 1 − slope/2 at the first token to 1 + slope/2 at the last, in [−2, 2]; their mean is 1. A negative slope
-    favours early tokens, as arXiv 2606.22600 would have it. retention: the first ρ of a rollout are kept.
+    favours early tokens, as arXiv 2606.22600 would have it.
     """
 
     retention: float = 1.0

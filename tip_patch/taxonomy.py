@@ -25,6 +25,19 @@ def quadrant_labels(entropy_N: Tensor, reverse_kl_N: Tensor, entropy_split: floa
     return (4 - 2 * uncertain_N.to(torch.int8) - disputed_N.to(torch.int8)).to(torch.int8)
 
 
+def check_split(option: str, split: str | float) -> str:
+    """A split as `split_at` reads it. Raises UserError, naming `option`, for anything else."""
+    text = str(split).strip()
+    number = text.removeprefix("q")
+    try:
+        fits = text in ("median", "mean") or 0.0 <= float(number) <= (1.0 if number != text else float("inf"))
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UserError(f"{option} {split!r}: give median, mean, a quantile such as q0.8, or nats")
+    return text
+
+
 def split_at(values_N: Tensor, split: str) -> float:
     """Where an axis is split, in nats: "median", "mean", "q0.8" (that quantile) or a number; 0 for no values."""
     if split not in ("median", "mean") and not split.startswith("q"):
@@ -57,7 +70,7 @@ class QuadrantTelemetry:
 
     def __post_init__(self) -> None:
         for option in ("entropy_split", "divergence_split"):
-            setattr(self, option, _check_split(option, getattr(self, option)))
+            setattr(self, option, check_split(option, getattr(self, option)))
 
     def __call__(
         self, stats: TokenStats, kept_N: Tensor, selector: TokenSelector | None, seed: int
@@ -112,15 +125,3 @@ def _teacher(entropy_N: Tensor | None) -> dict[str, float]:
         "teacher/entropy_std_nats": float(entropy_N.double().std(correction=0)),
         "teacher/typical_prob_median": float(quantile(torch.exp(-entropy_N), 0.5)),
     }
-
-
-def _check_split(option: str, split: str | float) -> str:
-    text = str(split).strip()
-    number = text.removeprefix("q")
-    try:
-        fits = text in ("median", "mean") or 0.0 <= float(number) <= (1.0 if number != text else float("inf"))
-    except ValueError:
-        fits = False
-    if not fits:
-        raise UserError(f"quadrants: {option} {split!r}: give median, mean, a quantile such as q0.8, or nats")
-    return text

@@ -1,6 +1,11 @@
 """Proposition 1 by hand and against autograd, one token at a time."""
 
+import json
+import sys
+from pathlib import Path
+
 import numpy as np
+import oracle as oracle_script
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -134,3 +139,33 @@ class TestSignalToCurvature:
     def test_where_both_agree_it_is_zero(self):
         log_p = torch.tensor([[0.3, 0.7], [1.0, 0.0]]).log()
         assert signal_to_curvature(log_p, log_p).tolist() == [0.0, 0.0]
+
+
+class TestScript:
+    POCKET = Path(__file__).parents[2] / "assets" / "pocket"
+
+    def run(self, monkeypatch, out, *more):
+        models = [f"--{name}={self.POCKET / name}" for name in ("student", "teacher")]
+        prompts = f"--prompts={self.POCKET / 'train.jsonl'}"
+        argv = ["oracle.py", *models, prompts, f"--out={out}", "--rollouts=3", "--held_out=3", *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        oracle_script.main()
+
+    def test_numbers_and_picture_are_written(self, monkeypatch, tmp_path, capsys):
+        self.run(monkeypatch, tmp_path / "out")
+        found = json.loads((tmp_path / "out" / "oracle.json").read_text())
+        assert (tmp_path / "out" / "oracle.png").stat().st_size > 10_000
+        assert len(found["splits"]) == 3 and found["tokens"] > 100
+        for split in found["splits"]:
+            rows = [split[q] for q in ("q1", "q2", "q3", "q4") if q in split]
+            assert sum(row["share"] for row in rows) == pytest.approx(1.0)
+            assert sum(row["descent_share"] for row in rows) == pytest.approx(1.0)
+        assert "Q4" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("more", ["--splits=0.1", "--splits=low,0.1", "--rollouts=5000"])
+    def test_bad_input_is_one_line_and_exit_code_2(self, more, monkeypatch, tmp_path, capsys):
+        with pytest.raises(SystemExit) as caught:
+            self.run(monkeypatch, tmp_path / "out", more)
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "out").exists()

@@ -1,6 +1,10 @@
 """Masks against the paper's formulas in plain numpy, by hand, and across layouts, chunk sizes and ranks."""
 
 import dataclasses
+import re
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +55,7 @@ class TestAgainstNumpy:
         name=st.sampled_from(SCORED),
         scope=st.sampled_from(["micro_batch", "rollout", "batch"]),
     )
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     def test_adversarial_statistics(self, rows, retention, name, scope, make_stats, naive):
         rollout, h, delta, forward = zip(*rows, strict=True)
         stats = make_stats(rollout=rollout, h=h, delta=delta, forward=forward)
@@ -278,3 +282,29 @@ class TestOptions:
             bare = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
             bare = {k: v if k in selector.needs | always else None for k, v in bare.items()}
             assert selector(TokenStats(**bare)).kept_N.shape == (50,)
+
+
+def test_the_rule_in_the_documentation_works_as_shown(make_stats):
+    text = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text()
+    (code,) = re.findall(r"```python\n(from opsd\.hooks import Selection.*?)```", text, re.DOTALL)
+    assert code.count("\n") < 30
+    module = types.ModuleType("documented_rule")
+    exec(code, module.__dict__)
+    sys.modules[module.__name__] = module
+    try:
+        selector = load_selector("documented_rule:Disagreement", retention="0.5")
+    finally:
+        del sys.modules[module.__name__]
+    assert isinstance(selector, TokenSelector)
+    stats = make_stats(rollout=[0, 0, 0, 0, 4], h=[0.1, 0.9, 0.2, 0.3, 0.5])
+    stats = dataclasses.replace(stats, top1_agree_N=torch.tensor([True, True, False, True, True]))
+    assert selector(stats).kept_N.tolist() == [False, True, True, False, True]
+
+
+def test_the_documentation_names_every_rule_and_option():
+    text = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text()
+    for name in selector_names():
+        assert f"`{name}`" in text
+        if name != "all":
+            for option in dataclasses.fields(load_selector(name)):
+                assert f"`{option.name}`" in text
