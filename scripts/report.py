@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Run folders to a table beside the paper's, on the terminal and as files.
+"""Run folders to a table of the paper with ours beside, on the terminal and as files.
 
     python scripts/report.py runs/table5 --table table5 --out runs/table5/report
 
-Reads config.json, metrics.jsonl and eval/*.json of every run folder; writes table.md, table.json and figure.png.
+Reads config.json, metrics.jsonl, eval/*.json and tokens/*.parquet of every run folder; writes report.html (everything,
+with figures), table.md, table.csv, table.json and figure.png.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from report_csv import our_rows, paper_rows, write_csv
 from report_figure import Panel, draw
+from report_page import Section, page
+from report_paper import BENCHMARKS, TABLES, Paper
+from report_pictures import pictures
+from report_remarks import remarks
 from report_runs import CellName, Run, by_protocol, read_runs
-from report_stats import CellCost, CellStats, Estimate, cell_costs, cell_stats, reference, suite_names
-from report_tables import BENCHMARKS, Paper, TextTable, accuracy_table, aime_table, cost_table, remarks
+from report_stats import CellCost, CellStats, Estimate, best_of, cell_costs, cell_stats, reference, suite_names
+from report_tables import TextTable, accuracy_table, best_table, cost_table, others_table
 from rich.console import Console
 
 from opsd.errors import UserError
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
-TABLES = {"table5": "Table 5: all tokens, entropy sampling, Soft-OR"}
+FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class SuiteReport:
 
     name: str
     stats: list[CellStats]
+    best: list[tuple[CellName, Estimate | None]]
     before: Estimate | None
     teacher: Estimate | None
 
@@ -54,12 +61,16 @@ class GroupReport:
         return f"student {config['student']} ← teacher {teacher}, {config['steps']} steps"
 
 
-def report_group(group: list[Run], cells: list[CellName]) -> GroupReport:
+def report_group(group: list[Run], paper: Paper) -> GroupReport:
     """All numbers of one group; cells that the paper's table lacks come last."""
-    cells = list(dict.fromkeys([*cells, *(run.cell for run in group)]))
+    cells = list(dict.fromkeys([*paper.cells, *(run.cell for run in group)]))
     suites = [
         SuiteReport(
-            name, cell_stats(group, cells, name), reference(group, "step_0", name), reference(group, "teacher", name)
+            name,
+            cell_stats(group, cells, name, paper.baseline),
+            best_of(group, cells, name),
+            reference(group, "step_0", name),
+            reference(group, "teacher", name),
         )
         for name in suite_names(group)
     ]
@@ -69,40 +80,47 @@ def report_group(group: list[Run], cells: list[CellName]) -> GroupReport:
 def text_tables(group: GroupReport, paper: Paper) -> list[TextTable]:
     """The group's tables in reading order."""
     tables = [accuracy_table(suite.name, suite.stats, suite.before, suite.teacher, paper) for suite in group.suites]
-    if not any(suite.name in BENCHMARKS for suite in group.suites):
-        tables.append(aime_table(paper.cells, paper))
-    return [*tables, cost_table(group.costs)]
+    if paper.best:
+        tables += [best_table(suite.name, suite.best, paper) for suite in group.suites]
+    if not any(suite.name in paper.benchmarks for suite in group.suites):
+        others = others_table(paper.cells, paper)
+        tables += [] if others is None else [others]
+    return [*tables, cost_table(group.costs, paper)]
 
 
-def group_remarks(group: GroupReport) -> list[str]:
+def group_remarks(group: GroupReport, paper: Paper) -> list[str]:
     """What the group can and cannot show."""
     first = group.suites[0].stats if group.suites else []
-    return remarks(group.runs, [suite.name for suite in group.suites], first)
+    return remarks(group.runs, [suite.name for suite in group.suites], first, paper.baseline)
 
 
-def as_json(group: GroupReport) -> dict[str, Any]:
+def as_json(group: GroupReport, paper: Paper) -> dict[str, Any]:
     """The group's numbers as JSON values: fractions, GiB, seconds; what is missing is null."""
     return {
         "title": group.title,
         "runs": [str(run.path) for run in group.runs],
         "suites": [dataclasses.asdict(suite) for suite in group.suites],
         "costs": [dataclasses.asdict(cost) for cost in group.costs],
-        "remarks": group_remarks(group),
+        "remarks": group_remarks(group, paper),
     }
 
 
 def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
-    """table.md, table.json and figure.png."""
+    """All files of the report."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}\n"]
+    parts, sections, rows = [f"# {title}\n"], [], []
     for group in groups:
+        tables, lines = text_tables(group, paper), group_remarks(group, paper)
         parts.append(f"## {group.title}\n")
-        parts += [table.markdown() for table in text_tables(group, paper)]
-        parts.append("\n".join(f"- {line}" for line in group_remarks(group)) + "\n")
+        parts += [table.markdown() for table in tables]
+        parts.append("\n".join(f"- {line}" for line in lines) + "\n")
+        sections.append(Section(group.title, lines, tables, pictures(group.runs, group.suites, group.costs, paper)))
+        rows += our_rows(group.title, [(suite.name, suite.stats) for suite in group.suites], group.costs)
     (out / "table.md").write_text("\n".join(parts))
-    (out / "table.json").write_text(
-        json.dumps({"title": title, "groups": [as_json(g) for g in groups]}, indent=1) + "\n"
-    )
+    values = {"title": title, "groups": [as_json(group, paper) for group in groups]}
+    (out / "table.json").write_text(json.dumps(values, indent=1) + "\n")
+    write_csv([*rows, *paper_rows(paper)], out / "table.csv")
+    (out / "report.html").write_text(page(title, sections), encoding="utf-8")
     panels = [
         Panel(f"{BENCHMARKS.get(s.name, s.name)}\n{group.title}", s.stats, s.before, s.teacher, group.costs)
         for group in groups
@@ -120,16 +138,16 @@ def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None
         console.print(f"{group.title}\n", markup=False)
         for table in text_tables(group, paper):
             console.print(table.rich())
-        for line in group_remarks(group):
+        for line in group_remarks(group, paper):
             console.print(f"• {line}", markup=False)
     console.print()
-    for file in ("table.md", "table.json", "figure.png"):
+    for file in FILES:
         if (out / file).exists():
             console.print(f"{out / file}", markup=False, soft_wrap=True)
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path) -> None:
-    """Run folders to a table beside the paper's: table.md, table.json, figure.png, and the terminal.
+    """Run folders to a table beside the paper's, on the terminal and as files: report.html and its parts.
 
     Args:
         runs: Folder that holds the run folders.
@@ -139,7 +157,7 @@ def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path) -> 
     if table not in TABLES:
         raise UserError(f"--table {table} is unknown; give one of: {', '.join(TABLES)}")
     paper = Paper.read(PAPER, table)
-    groups = [report_group(group, paper.cells) for group in by_protocol(read_runs(runs))]
+    groups = [report_group(group, paper) for group in by_protocol(read_runs(runs))]
     write(groups, TABLES[table], paper, out)
     show(groups, TABLES[table], paper, out)
 

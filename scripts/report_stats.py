@@ -29,7 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class CellStats:
-    """One cell on one suite. seeds: the finished runs'. minus_all: paired with `all` by problem and seed."""
+    """One cell on one suite. seeds: the finished runs'. minus_all: paired with the baseline by problem and seed."""
 
     cell: CellName
     seeds: list[int]
@@ -73,7 +73,7 @@ def suite_names(group: list[Run]) -> list[str]:
     return list(names)
 
 
-def cell_stats(group: list[Run], cells: list[CellName], suite: str) -> list[CellStats]:
+def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: CellName = BASELINE) -> list[CellStats]:
     """Accuracy of every cell on a suite. Raises UserError where runs were evaluated on other problems."""
     scores = {
         (run.cell, run.seed): found
@@ -84,10 +84,10 @@ def cell_stats(group: list[Run], cells: list[CellName], suite: str) -> list[Cell
     stats = []
     for cell in cells:
         seeds = sorted(seed for other, seed in scores if other == cell)
-        shared = [seed for seed in seeds if (BASELINE, seed) in scores]
+        shared = [seed for seed in seeds if (baseline, seed) in scores]
         difference = None
-        if shared and cell != BASELINE:
-            difference = estimate(_stack(scores, cell, shared) - _stack(scores, BASELINE, shared))
+        if shared and cell != baseline:
+            difference = estimate(_stack(scores, cell, shared) - _stack(scores, baseline, shared))
         stats.append(CellStats(cell, seeds, estimate(_stack(scores, cell, seeds)) if seeds else None, difference))
     return stats
 
@@ -117,6 +117,17 @@ def cell_costs(group: list[Run], cells: list[CellName]) -> list[CellCost]:
             )
         )
     return costs
+
+
+def best_of(group: list[Run], cells: list[CellName], suite: str) -> list[tuple[CellName, Estimate | None]]:
+    """Each cell's best@k: the mean over its seeds, with their standard error."""
+    found = []
+    for cell in cells:
+        evaluations = [run.final_evaluation for run in group if run.done and run.cell == cell]
+        suites = [evaluation["suites"].get(suite, {}) for evaluation in evaluations if evaluation is not None]
+        values = np.array([one["best@k"] for one in suites if "best@k" in one])
+        found.append((cell, Estimate(float(values.mean()), None, standard_error(values)) if len(values) else None))
+    return found
 
 
 def _scores(evaluation: dict[str, Any] | None, suite: str) -> dict[str, float] | None:

@@ -123,7 +123,7 @@ class Page:
             case "Log.entryAdded":
                 self.problems.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
-                self.requests.append(params["request"]["url"])
+                self.requests.append(params["request"]["url"].partition(",")[0])
         return message
 
 

@@ -27,6 +27,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         suite: str = "pocket",
         metrics: tuple[dict[str, float], ...] = ({"step": 1}, {"step": 2}),
         name: str | None = None,
+        best: float | None = None,
     ) -> Path:
         run = tmp_path / "runs" / (name or f"{by}-{retention}-{steps}-seed{seed}")
         (run / "eval").mkdir(parents=True)
@@ -42,7 +43,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
         start = dict.fromkeys(scores, 0.25)
         for file, found in ((f"step_{steps}", scores), ("step_0", start), ("teacher", dict.fromkeys(scores, 1.0))):
-            evaluation: dict[str, Any] = {"model": "m", "suites": {suite: {"k": 16, "scores": found}}}
+            values = {"k": 16, "scores": found} | ({} if best is None else {"best@k": best})
+            evaluation: dict[str, Any] = {"model": "m", "suites": {suite: values}}
             (run / "eval" / f"{file}.json").write_text(json.dumps(evaluation))
         if done:
             (run / "DONE").touch()

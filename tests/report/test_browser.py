@@ -1,8 +1,9 @@
 """The pages in headless Chromium: nothing is empty, keys and pointer work, hostile text is text, nothing is loaded."""
 
 import pytest
+import report as report_script
 from browser import binary, browser
-from token_runs import HOSTILE
+from token_runs import HOSTILE, token_table
 
 from opsd.viewer.command import InspectConfig, inspect
 
@@ -116,3 +117,32 @@ def test_two_hundred_rollouts_fit_every_width_in_both_schemes(page, token_run, t
     picture = page.screenshot(tmp_path / "shot.png").read_bytes()
     assert len(picture) > 15_000  # a blank page of this size is under 5 kB
     assert page.problems == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_report_shows_every_table_and_figure(page, make_run, tmp_path, width, dark):
+    quadrants = {f"quadrant/q{n}_frac": 0.25 for n in (1, 2, 3, 4)}
+    metrics = tuple(
+        {"step": n, "loss/nats": 1 / n, "mem/peak_gib": 1.0, "time/step_s": 2.0, "time/rollout_s": 1.0, **quadrants}
+        for n in (1, 2, 3)
+    )
+    for by, kept in (("all", 1.0), ("soft_or", 0.5), ("soft_or", 0.2)):
+        folder = make_run(by, kept, {"a": kept, "b": 0.5}, metrics=metrics)
+    (folder / "all-1.0-2-seed0" / "tokens").mkdir()
+    token_table(2, 20, False).to_parquet(folder / "all-1.0-2-seed0" / "tokens" / "step_1.parquet")
+    report_script.main(folder, "table5", tmp_path / "out")
+    page.open(tmp_path / "out" / "report.html", width, 844, dark)
+    assert page.value("document.querySelectorAll('figure').length") == 5
+    assert page.value("[...document.images].every(image => image.complete && image.naturalWidth > 200)")
+    chosen = page.value("[...document.images].map(image => image.currentSrc)")
+    assert len(set(chosen)) == 5
+    # the rendering of this scheme, not the other
+    assert page.value("[...document.images].every(image => image.currentSrc === image.src)") is not dark
+    assert (
+        page.value(EMPTY_PARTS % "h1, h2, .findings li, caption, figcaption, thead th:not(:first-child), tbody th") == 0
+    )
+    assert page.value("document.documentElement.scrollWidth") <= width  # wide tables scroll within themselves
+    assert len(page.screenshot(tmp_path / "shot.png", whole=True).read_bytes()) > 100_000
+    assert page.problems == []
+    assert {url.partition(":")[0] for url in page.requests[-6:]} <= {"file", "data"}

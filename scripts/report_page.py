@@ -1,0 +1,45 @@
+"""report.html: one static page with every table and figure; no script, nothing loaded, all text escaped."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from report_tables import TextTable
+from report_theme import Picture
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Section:
+    """One group of comparable runs on the page."""
+
+    title: str
+    remarks: list[str]
+    tables: list[TextTable]
+    pictures: list[Picture]
+
+    def html(self) -> str:
+        """Findings first, then the tables, then the figures."""
+        findings = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks)
+        return "\n".join(
+            [
+                f"<section><h2>{html.escape(self.title)}</h2>",
+                f'<ul class="findings">{findings}</ul>',
+                *(table.html() for table in self.tables),
+                *(picture.html() for picture in self.pictures),
+                "</section>",
+            ]
+        )
+
+
+def page(title: str, sections: list[Section]) -> str:
+    """The whole page."""
+    return Template((FOLDER / "report_page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(title),
+        style=(FOLDER / "report_page.css").read_text(encoding="utf-8"),
+        groups="\n".join(section.html() for section in sections),
+    )

@@ -1,0 +1,113 @@
+"""The paper's numbers, read from assets/paper/tables.csv, and what its names mean."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from report_runs import CellName
+
+MISSING = "-"
+MEMORY = "peak_memory"
+TABLES = {
+    "table3": "Table 3: entropy sampling",
+    "table4": "Table 4: overconfident tokens alone (Q3)",
+    "table5": "Table 5: all tokens, entropy sampling, Soft-OR",
+    "table6": "Table 6: the top and the bottom half by Soft-OR",
+    "table7": "Table 7: planning with tools",
+    "table8_adaptive_kl": "Table 8 (v1): adaptive KL weights",
+    "table8_divergence_only": "Table 8 (v4): divergence alone",
+}
+BENCHMARKS = {
+    "math500": "MATH-500",
+    "aime24": "AIME 2024",
+    "aime25": "AIME 2025",
+    "math_dapo": "MATH-DAPO",
+    "deepplanning_travel": "DeepPlanning travel",
+}
+PAIRS = {
+    "qwen3": "Qwen3\n8B → 4B",
+    "llama": "Llama\n70B → 8B",
+    "qwen25": "Qwen2.5\n14B → 1.5B",
+    "agentic14": "Qwen3\n14B → 1.7B",
+    "agentic32": "Qwen3\n32B → 1.7B",
+    "unstated": "pair not\nstated",
+}
+# What the paper's rows are called here.
+METHODS = {"entropy_sample+adaptive_kl": "adaptive_kl"}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One table's rows of assets/paper/tables.csv, each a dict of its columns.
+
+    best: the rows of Figure 4, where the table is the agentic one (best@16; else empty).
+    """
+
+    rows: list[dict[str, str]]
+    best: list[dict[str, str]]
+
+    @classmethod
+    def read(cls, file: Path, table: str) -> Paper:
+        """The rows of `table`, e.g. table5."""
+        with file.open(newline="") as lines:
+            rows = [{**row, "method": METHODS.get(row["method"], row["method"])} for row in csv.DictReader(lines)]
+        best = [row for row in rows if row["table"] == "figure4" and table == "table7"]
+        return cls([row for row in rows if row["table"] == table], best)
+
+    @property
+    def cells(self) -> list[CellName]:
+        """The table's cells in the paper's order."""
+        return list(dict.fromkeys(_cell(row) for row in self.rows))
+
+    @property
+    def baseline(self) -> CellName:
+        """What the table compares with: its first cell, all tokens wherever the table has them."""
+        return self.cells[0]
+
+    @property
+    def pairs(self) -> list[str]:
+        """The table's model pairs in the paper's order."""
+        return list(dict.fromkeys(row["pair"] for row in self.rows))
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """The table's benchmarks in the paper's order."""
+        return list(dict.fromkeys(row["benchmark"] for row in self.rows if row["benchmark"] != MEMORY))
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the table states peak memory."""
+        return any(row["benchmark"] == MEMORY for row in self.rows)
+
+    def benchmark_of(self, suite: str) -> str:
+        """The benchmark that a suite of ours stands beside: its own, or the table's first."""
+        return suite if suite in self.benchmarks else self.benchmarks[0]
+
+    def number(self, pair: str, benchmark: str, cell: CellName) -> tuple[float, float | None] | None:
+        """A value and the paper's ±, in the paper's unit; None where it has none."""
+        return _find(self.rows, pair, benchmark, cell)
+
+    def best_of(self, pair: str, benchmark: str, cell: CellName) -> float | None:
+        """Figure 4's best@16, percent."""
+        found = _find(self.best, pair, benchmark, cell)
+        return None if found is None else found[0]
+
+    def value(self, pair: str, benchmark: str, cell: CellName) -> str:
+        """One number with the paper's ±, as printed there, or "-"."""
+        for row in self.rows:
+            if (row["pair"], row["benchmark"], _cell(row)) == (pair, benchmark, cell):
+                return f"{row['value']} ± {row['std']}" if row["std"] else row["value"]
+        return MISSING
+
+
+def _cell(row: dict[str, str]) -> CellName:
+    return CellName(row["method"], float(row["retention"]))
+
+
+def _find(rows: list[dict[str, str]], pair: str, benchmark: str, cell: CellName) -> tuple[float, float | None] | None:
+    for row in rows:
+        if (row["pair"], row["benchmark"], _cell(row)) == (pair, benchmark, cell):
+            return float(row["value"]), float(row["std"]) if row["std"] else None
+    return None

@@ -1,0 +1,71 @@
+"""Which figures a group of runs has, with their captions; one that has no data is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from report_paper import BENCHMARKS, Paper
+from report_plots import average_and_best, bars, costs, curve_names, curves, retention
+from report_runs import CellName, Run
+from report_stats import CellCost, CellStats, Estimate
+from report_theme import Picture, picture
+from report_tokens import plane, read_tokens
+
+
+class Suite(Protocol):
+    """One suite's numbers."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stats(self) -> list[CellStats]: ...
+    @property
+    def best(self) -> list[tuple[CellName, Estimate | None]]: ...
+    @property
+    def before(self) -> Estimate | None: ...
+    @property
+    def teacher(self) -> Estimate | None: ...
+
+
+def pictures(group: list[Run], suites: Sequence[Suite], cell_costs: list[CellCost], paper: Paper) -> list[Picture]:
+    """The group's figures in the paper's order, then curves, memory and time."""
+    found = [picture for suite in suites for picture in _of_suite(suite, paper)]
+    tokens = read_tokens(group)
+    if tokens is not None:
+        words = (
+            f"Measured: {tokens.source}. Dashed: where the quadrants are split (means over steps), so a token near a "
+            "line may lie on its other side in its own step. Values under 1e-6 nats are drawn there."
+        )
+        found.append(picture("Figure 2. Entropy and divergence of every token.", words, lambda: plane(tokens)))
+    if curve_names(group):
+        words = "Mean over seeds, shaded from the lowest to the highest, smoothed over a fortieth of the run."
+        found.append(picture("Training curves.", words, lambda: curves(group)))
+    cells = [cost.cell for cost in cell_costs if cost.peak_gib is not None]
+    if cells:
+        words = "Peak of the training process; the median step, by stage. log: telemetry, where it is due."
+        found.append(picture("Memory and time.", words, lambda: costs(group, cells)))
+    return found
+
+
+def _of_suite(suite: Suite, paper: Paper) -> list[Picture]:
+    name = BENCHMARKS.get(suite.name, suite.name)
+    measured = [row for row in suite.stats if row.accuracy is not None]
+    common = (suite.before, suite.teacher, suite.name, paper)
+    if not measured:
+        return []
+    words = (
+        f"Ours on {name}: ± the larger standard error, over problems or seeds; dashed the teacher, dotted the start."
+    )
+    found = [picture("Figure 1. Accuracy by rule.", words, lambda: bars(suite.stats, *common))]
+    rules: dict[str, set[float]] = {}
+    for row in measured:
+        rules.setdefault(row.cell.selector, set()).add(row.cell.retention)
+    if any(len(retentions) > 1 for retentions in rules.values()):
+        words = f"Ours on {name} with standard errors; the paper's with its ±. The band is training on all tokens."
+        found.append(picture("Figure 3. Accuracy against retention.", words, lambda: retention(suite.stats, *common)))
+    if paper.best and any(best is not None for _, best in suite.best):
+        words = "Bars: the mean over tries; diamonds: the best of them."
+        how = (suite.stats, suite.best, suite.name, paper)
+        found.append(picture("Figure 4. Average and best of k.", words, lambda: average_and_best(*how)))
+    return found

@@ -1,0 +1,239 @@
+"""The page's figures of accuracy and cost: Figures 1, 3 and 4 with ours beside, training curves, memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from report_paper import BENCHMARKS, PAIRS, Paper
+from report_runs import CellName, Run
+from report_stats import CellStats, Estimate
+from report_theme import colour_of, ink
+
+CURVES = (
+    ("loss/nats", "trained divergence, nats a kept token"),
+    ("student/reverse_kl_nats", "reverse KL over all tokens, nats"),
+    ("student/entropy_nats", "student entropy, nats"),
+    ("rollout/reward", "mean reward of the step's rollouts"),
+)
+STAGES = ("rollout", "teacher", "student", "sync", "log")
+STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#9aa7b1")
+
+
+def bars(stats: list[CellStats], before: Estimate | None, teacher: Estimate | None, suite: str, paper: Paper) -> Figure:
+    """Figure 1's form: accuracy by cell, ours on the left, the paper's pairs on the right."""
+    figure, (left, right) = _panels(2, height=3.6, widths=(1, 1 + 0.35 * len(paper.pairs)))
+    left.set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
+    for place, row in enumerate(stats):
+        if row.accuracy is None:
+            left.text(place, 1, "not run", ha="center", color=ink(), fontsize=8, rotation=90)
+            continue
+        mean, error = 100 * row.accuracy.mean, 100 * _error(row.accuracy)
+        left.bar(place, mean, yerr=error, color=colour_of(row.cell.selector), width=0.7, capsize=3, ecolor=ink())
+        left.text(place, mean + error + 0.8, f"{mean:.1f}", ha="center", fontsize=9)
+    for found, style in ((before, ":"), (teacher, "--")):
+        if found is not None:
+            left.axhline(100 * found.mean, color=ink(), linestyle=style, linewidth=1)
+    left.set_xticks(range(len(stats)), [label(row.cell) for row in stats], fontsize=8)
+    left.set_ylabel("mean@k, %")
+    _paper_bars(right, [row.cell for row in stats], paper.benchmark_of(suite), paper)
+    return figure
+
+
+def _paper_bars(ax: Axes, cells: list[CellName], benchmark: str, paper: Paper) -> None:
+    ax.set_title(f"the paper, {BENCHMARKS[benchmark]}")
+    known = [cell for cell in cells if cell in paper.cells]
+    for group, pair in enumerate(paper.pairs):
+        for place, cell in enumerate(known):
+            found = paper.number(pair, benchmark, cell)
+            if found is not None:
+                where = group * (len(known) + 1) + place
+                ax.bar(where, found[0], yerr=found[1], color=colour_of(cell.selector), width=0.9, ecolor=ink())
+                text = "" if cell.retention == 1 else f"{100 * cell.retention:g}"
+                ax.text(where, found[0] / 2, text, ha="center", va="center", fontsize=8, color="white")
+    middle = (len(known) - 1) / 2
+    ax.set_xticks(
+        [group * (len(known) + 1) + middle for group in range(len(paper.pairs))],
+        [PAIRS[pair] for pair in paper.pairs],
+        fontsize=8,
+    )
+    handles = {cell.selector: plt.Rectangle((0, 0), 1, 1, color=colour_of(cell.selector)) for cell in known}
+    ax.legend(handles.values(), handles.keys(), ncols=2, fontsize=8, loc="upper right")
+    ax.margins(y=0.25)
+
+
+def retention(
+    stats: list[CellStats], before: Estimate | None, teacher: Estimate | None, suite: str, paper: Paper
+) -> Figure:
+    """Figure 3's form: accuracy against retention, a line a rule; ours, then each pair of the paper."""
+    benchmark = paper.benchmark_of(suite)
+    figure, axes = _panels(1 + len(paper.pairs), height=3.2)
+    ours = {row.cell: (100 * row.accuracy.mean, 100 * _error(row.accuracy)) for row in stats if row.accuracy}
+    _lines(axes[0], ours)
+    axes[0].set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
+    axes[0].set_ylabel("mean@k, %")
+    for found, name in ((before, "before training"), (teacher, "teacher")):
+        if found is not None:
+            axes[0].axhline(100 * found.mean, color=ink(), linestyle=":", linewidth=1)
+            axes[0].text(0.02, 100 * found.mean, name, fontsize=8, va="bottom", transform=axes[0].get_yaxis_transform())
+    for ax, pair in zip(axes[1:], paper.pairs, strict=True):
+        theirs = {
+            cell: (found[0], found[1] or 0.0) for cell in paper.cells if (found := paper.number(pair, benchmark, cell))
+        }
+        _lines(ax, theirs)
+        ax.set_title(f"paper, {PAIRS[pair]}".replace("\n", " "))
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _lines(ax: Axes, points: dict[CellName, tuple[float, float]]) -> None:
+    """A line a selector over retention; all tokens belong to every line, at 100 %."""
+    everything = next((value for cell, value in points.items() if cell.selector == "all"), None)
+    for selector in dict.fromkeys(cell.selector for cell in points if cell.selector != "all"):
+        own = sorted((100 * cell.retention, *value) for cell, value in points.items() if cell.selector == selector)
+        own += [(100.0, *everything)] if everything else []
+        x, y, error = zip(*own, strict=True)
+        ax.errorbar(x, y, yerr=error, marker="o", markersize=4, capsize=3, color=colour_of(selector), label=selector)
+    if everything:
+        ax.axhspan(
+            everything[0] - everything[1], everything[0] + everything[1], color=colour_of("all"), alpha=0.18, lw=0
+        )
+        ax.axhline(everything[0], color=colour_of("all"), linewidth=1, label="all tokens")
+    ax.set_xlabel("tokens kept, %")
+
+
+def average_and_best(
+    stats: list[CellStats], best: list[tuple[CellName, Estimate | None]], suite: str, paper: Paper
+) -> Figure:
+    """Figure 4's form: the mean over tries beside the best of them."""
+    figure, axes = _panels(1 + len(paper.pairs), height=3.2)
+    ours = {row.cell: 100 * row.accuracy.mean for row in stats if row.accuracy}
+    ours_best = {cell: 100 * found.mean for cell, found in best if found}
+    _mean_and_best(axes[0], ours, ours_best, f"ours, {BENCHMARKS.get(suite, suite)}")
+    benchmark = paper.benchmark_of(suite)
+    for ax, pair in zip(axes[1:], paper.pairs, strict=True):
+        means = {cell: found[0] for cell in paper.cells if (found := paper.number(pair, benchmark, cell))}
+        tops = {cell: found for cell in paper.cells if (found := paper.best_of(pair, benchmark, cell)) is not None}
+        _mean_and_best(ax, means, tops, f"paper, {PAIRS[pair]}".replace("\n", " "))
+    return figure
+
+
+def _mean_and_best(ax: Axes, means: dict[CellName, float], best: dict[CellName, float], title: str) -> None:
+    ax.set_title(title)
+    for place, (cell, value) in enumerate(means.items()):
+        ax.barh(place, value, height=0.6, color=colour_of(cell.selector))
+        ax.text(value, place, f" {value:.1f}", va="center", fontsize=8)
+        if cell in best:
+            ax.plot(best[cell], place, marker="D", color=ink(), markersize=5)
+            ax.text(best[cell], place + 0.38, f"best {best[cell]:.1f}", ha="center", fontsize=7)
+    ax.set_yticks(range(len(means)), [str(cell) for cell in means], fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set_xlabel("%")
+
+
+def curve_names(group: list[Run]) -> list[tuple[str, str]]:
+    """The metrics that have a curve, each with its title."""
+    names = [(key, title) for key, title in CURVES if any(run.logged(key) for run in group)]
+    evaluated = sorted({key for run in group for line in run.steps for key in line if _is_mean(key)})
+    return names + [(key, f"{key.split('/')[1]}, {key.split('/')[2]}") for key in evaluated]
+
+
+def curves(group: list[Run]) -> Figure:
+    """Training curves: a line a cell, the mean over its seeds, smoothed."""
+    names = curve_names(group)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3.7 * columns, 2.6 * rows), squeeze=False, layout="constrained")
+    cells = list(dict.fromkeys(run.cell for run in group))
+    for ax, (key, title) in zip(grid.flat, names, strict=False):
+        ax.set_title(title)
+        ax.set_xlabel("step")
+        for cell in cells:
+            steps, values, low, high = _curve([run for run in group if run.cell == cell], key)
+            style = {"marker": "o", "markersize": 3} if len(steps) < 12 else {}
+            ax.plot(steps, values, color=colour_of(cell.selector), alpha=shade(cell), label=str(cell), lw=1.4, **style)
+            ax.fill_between(steps, low, high, color=colour_of(cell.selector), alpha=0.12, lw=0)
+    for ax in list(grid.flat)[len(names) :]:
+        ax.set_axis_off()
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    return figure
+
+
+def _curve(runs: list[Run], key: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that all seeds logged; mean, lowest and highest of the seeds, each smoothed over a fortieth of the run."""
+    series = [{int(line["step"]): line[key] for line in run.steps if key in line} for run in runs]
+    series = [one for one in series if one]
+    steps = sorted(set.intersection(*(set(one) for one in series))) if series else []
+    values_SK = np.array([[one[step] for step in steps] for one in series]).reshape(len(series), len(steps))
+    width = max(1, len(steps) // 40)
+    smooth_SK = np.array([_smooth(values_K, width) for values_K in values_SK]).reshape(values_SK.shape)
+    if not steps:
+        return [], np.array([]), np.array([]), np.array([])
+    return steps, smooth_SK.mean(0), smooth_SK.min(0), smooth_SK.max(0)
+
+
+def _smooth(values_K: np.ndarray, width: int) -> np.ndarray:
+    """The mean over the last `width` values, fewer at the start: nothing from the future, nothing lost."""
+    sums_K = np.cumsum(np.insert(values_K, 0, 0.0))
+    ends = np.arange(1, len(values_K) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums_K[ends] - sums_K[starts]) / (ends - starts)
+
+
+def costs(group: list[Run], cells: Iterable[CellName]) -> Figure:
+    """Peak memory of cells that logged it, and where a step's time goes (medians over steps, means over seeds)."""
+    rows = [(cell, [run for run in group if run.done and run.cell == cell]) for cell in cells]
+    figure, (left, right) = _panels(2, height=0.9 + 0.42 * len(rows))
+    left.set_title("peak memory, GiB")
+    right.set_title("a step's time, s")
+    for place, (cell, runs) in enumerate(rows):
+        peak = float(np.mean([max(run.logged("mem/peak_gib")) for run in runs if run.logged("mem/peak_gib")]))
+        left.barh(place, peak, height=0.6, color=colour_of(cell.selector), alpha=shade(cell))
+        left.text(peak, place, f" {peak:.2f}", va="center", fontsize=8)
+        start = 0.0
+        for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
+            found = [float(np.median(values)) for run in runs if (values := run.logged(f"time/{stage}_s"))]
+            if found:
+                right.barh(place, np.mean(found), left=start, height=0.6, color=colour)
+                start += float(np.mean(found))
+        right.text(start, place, f" {start:.2f}", va="center", fontsize=8)
+    for ax in (left, right):
+        ax.set_yticks(range(len(rows)), [str(cell) for cell, _ in rows], fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.15)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in STAGE_COLOURS]
+    figure.legend(handles, STAGES, loc="outside lower right", ncols=len(STAGES), fontsize=8)
+    return figure
+
+
+def label(cell: CellName) -> str:
+    """A cell's name for a narrow axis."""
+    name = cell.selector.replace("_", "\n", 1) if len(cell.selector) > 8 else cell.selector
+    return name if cell.selector == "all" else f"{name}\n{100 * cell.retention:g} %"
+
+
+def shade(cell: CellName) -> float:
+    """Fainter the fewer tokens: cells of one rule stay apart."""
+    return 0.35 + 0.65 * cell.retention if cell.retention < 0.5 else 1.0
+
+
+def _error(found: Estimate) -> float:
+    """The larger of the two standard errors, a fraction."""
+    return max(found.stderr_problems or 0.0, found.stderr_seeds or 0.0)
+
+
+def _is_mean(key: str) -> bool:
+    return key.startswith("eval/") and "/mean@" in key
+
+
+def _panels(count: int, height: float, widths: tuple[float, ...] | None = None) -> tuple[Figure, list[Axes]]:
+    width = 5.2 * count if count < 3 else 3.4 * count
+    figure, axes = plt.subplots(
+        1, count, figsize=(min(width, 13.0), height), squeeze=False, layout="constrained", width_ratios=widths
+    )
+    return figure, list(axes[0])
