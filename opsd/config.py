@@ -158,6 +158,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class EnvironmentConfig:
+    """Episodes of several turns with tools, in place of single answers. Off unless a kind is named."""
+
+    kind: Literal["none", "travel"] = "none"
+    """travel: --prompts and --eval.suite name travel task files, which python -m opsd.environments.travel writes;
+    a response is a whole episode, rollout.max_new_tokens counts the tools' tokens too."""
+    max_turns: int = 50
+    """Turns of the student in an episode; one that needs more is cut off and has no plan."""
+    tool_output_characters: int = 1024
+    """Most characters of a tool's output that the student sees, half from its head, half from its tail; 0 is all."""
+    deepplanning_root: str | None = None
+    """Your copy of the DeepPlanning benchmark: its prompt and schemas for its tasks, its commonsense score."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints are ordinary model folders plus the trainer's state; each appears whole or not at all."""
 
@@ -226,6 +241,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -288,6 +304,10 @@ def check(config: TrainConfig) -> None:
     if c.eval.every and not c.eval.suite:
         raise UserError(f"--eval.every {c.eval.every} without --eval.suite: name a suite, e.g. math500=FILE")
     _positive("checkpoint.keep", c.checkpoint.keep)
+    _positive("environment.max_turns", c.environment.max_turns)
+    _not_negative("environment.tool_output_characters", c.environment.tool_output_characters)
+    if c.environment.deepplanning_root is not None and c.environment.kind != "travel":
+        raise UserError("--environment.deepplanning_root is read with --environment.kind travel only; give both")
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -305,6 +325,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         "optim": OptimConfig,
         "engine": EngineConfig,
         "eval": EvalConfig,
+        "environment": EnvironmentConfig,
         "checkpoint": CheckpointConfig,
         "telemetry": TelemetryConfig,
         "track": TrackConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from opsd.config import SelectConfig, TrainConfig
 from opsd.engine import Engine, build_engine
+from opsd.environments.travel.evaluate import TravelEvaluator
+from opsd.environments.travel.world import TravelWorld
 from opsd.evaluate import Evaluator, load_suites
 from opsd.hooks import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.prompts import PromptFormat, PromptStream, load_prompts
@@ -37,7 +40,7 @@ class Parts:
     vocab_size: int
     engine: Engine
     updater: Updater
-    evaluator: Evaluator
+    evaluator: Evaluator | TravelEvaluator
     telemetry: list[TokenTelemetry]
 
 
@@ -52,26 +55,35 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     tokenizer = load_tokenizer(student_path, "--student")
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher")
     how = prompt_format(config)
-    prompts, dropped = load_prompts(config.prompts, tokenizer, how)
-    suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
-    evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
+    world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
+    if world is None:
+        prompts, dropped = load_prompts(config.prompts, tokenizer, how)
+        suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
+        evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
+    else:
+        prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
 
     device = local_device(config.engine.device)
     student = load_scorer(student_path, "--student", torch.float32, device)
     teacher = load_scorer(config.teacher.model, "--teacher", getattr(torch, config.engine.dtype), device)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher)
-    engine = build_engine(config, ranks, student, device)
     local_teacher = LocalTeacher(teacher, device)
+    engine = build_engine(config, ranks, student, device)
     r = config.rollout
+    rollout: RolloutEngine = HFRollout(student.model, tokenizer, r.generate_batch, engine.sampling, ranks)
+    teacher_rollout: RolloutEngine = HFRollout(teacher.model, tokenizer, config.eval.generate_batch, ranks=ranks)
+    if world is not None:
+        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks)
+        teacher_rollout = world.episodes(teacher_rollout, teacher.model, config.eval.generate_batch, nullcontext, ranks)
     return Parts(
         ranks=ranks,
         tokenizer=tokenizer,
         stream=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
-        rollout=HFRollout(student.model, tokenizer, r.generate_batch, engine.sampling, ranks),
+        rollout=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=local_teacher,
-        teacher_rollout=HFRollout(teacher.model, tokenizer, config.eval.generate_batch, ranks=ranks),
+        teacher_rollout=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,

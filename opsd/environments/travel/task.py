@@ -65,12 +65,17 @@ class TravelTask:
         """The seven tables by name, all values text. Raises UserError where the task has no database."""
         if self.given is not None:
             return self.given
-        if self.db_dir is None:
-            raise UserError(
-                f"travel task {self.id} ({self.lang}) has no database; unzip database_{self.lang}.zip "
-                "into database/ beside data/"
-            )
+        self.check_database()
+        assert self.db_dir is not None
         return read_tables(self.db_dir)
+
+    def check_database(self) -> None:
+        """Raises UserError where the tables cannot be read later on; reads none of them."""
+        if self.given is None and (self.db_dir is None or not all((self.db_dir / f).is_file() for f in FILES.values())):
+            raise UserError(
+                f"travel task {self.id} ({self.lang}) has no whole database; unzip database_{self.lang}.zip into "
+                "database/ beside data/, and write the task files again"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """The task as plain JSON values: a line of a task file."""
@@ -143,7 +148,7 @@ def _database(databases: Path, number: str) -> Path | None:
     return folder
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def read_tables(folder: Path) -> Tables:
     """The seven CSV files of one database; every value is text, so that coordinates keep their digits."""
     tables = {}

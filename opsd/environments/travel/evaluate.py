@@ -1,0 +1,93 @@
+"""Avg@k and Best@k on held-out trips: means of the fraction of hard constraints, with standard errors over trips."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from opsd.config import EvalConfig
+from opsd.environments.travel.score import PlanScore
+from opsd.environments.travel.talk import Talk
+from opsd.evaluate import Suite, standard_error
+from opsd.rollout import Rollout, RolloutEngine, Sampling
+from opsd.seeding import derive_seed
+
+
+class TravelEvaluator:
+    """What `opsd.evaluate.Evaluator` is for answers, for episodes: the same suites, the same sampling, any engine."""
+
+    def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, talk: Talk) -> None:
+        self.suites, self._config, self._talk = suites, config, talk
+        length = config.max_new_tokens or max_new_tokens
+        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
+
+    def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
+        """See `Evaluator.run`. A suite's result has the keys of any other, and those of `statistics`."""
+        results = {}
+        for suite in self.suites:
+            seed = derive_seed(self._config.seed, "eval", suite.name)
+            rollouts = engine.generate(suite.problems, self._config.samples, self._sampling, seed)
+            scores = [self._talk.score(rollout) for rollout in rollouts]
+            results[suite.name] = statistics(rollouts, scores, self._config.samples)
+        sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
+        return {"model": model, "step": step, "sampling": sampling, "suites": results}
+
+    def rewards(self, rollouts: list[Rollout]) -> list[float]:
+        """The fraction of hard constraints that each rollout's plan satisfies."""
+        return [self._talk.score(rollout).hard_fraction for rollout in rollouts]
+
+
+def statistics(rollouts: list[Rollout], scores: list[PlanScore], samples: int) -> dict[str, Any]:
+    """Statistics of P trips with `samples` episodes each, trip by trip. Fractions; lengths in response tokens.
+
+    mean@k is the paper's Avg@k: the mean over trips and samples of the fraction of hard constraints. best@k: the mean
+    over trips of the best sample's fraction. Standard errors take trips as the sample. constraints: for each key, the
+    share of the trips' samples that satisfy it, and of how many trips. hard_all: the share that satisfies all.
+    """
+    score_PK = np.array([score.hard_fraction for score in scores]).reshape(-1, samples)
+    best_P, score_P = score_PK.max(1), score_PK.mean(1)
+    trips = [rollout.prompt.id for rollout in rollouts[::samples]]
+    tokens = [len(rollout.response_ids) for rollout in rollouts]
+    commonsense = [score.commonsense or 0.0 for score in scores]
+    known = any(score.commonsense is not None for score in scores)
+    return {
+        "mean@k": float(score_PK.mean()),
+        "k": samples,
+        "problems": len(score_PK),
+        "stderr_problems": standard_error(score_P),
+        "std_samples": float(score_PK.mean(0).std(ddof=1)) if samples > 1 else None,
+        "best@k": float(best_P.mean()),
+        "stderr_best": standard_error(best_P),
+        "majority@k": None,
+        "constraints": by_constraint(scores, samples),
+        "hard_all": float(np.mean([score.hard_all for score in scores])),
+        "delivered_frac": float(np.mean([score.delivered for score in scores])),
+        "valid_frac": float(np.mean([score.valid for score in scores])),
+        "commonsense": float(np.mean(commonsense)) if known else None,
+        "mean_tokens": float(np.mean(tokens)),
+        "median_tokens": float(np.median(tokens)),
+        "max_tokens": max(tokens),
+        "mean_student_tokens": float(np.mean([rollout.student_tokens() for rollout in rollouts])),
+        "truncated_frac": float(np.mean([rollout.truncated for rollout in rollouts])),
+        "scores": {trip: float(score) for trip, score in zip(trips, score_P, strict=True)},
+    }
+
+
+def by_constraint(scores: list[PlanScore], samples: int) -> dict[str, dict[str, float]]:
+    """For each constraint's key: mean over the samples of the trips that have it, its standard error, their number."""
+    held: dict[str, list[bool]] = {}
+    for score in scores:
+        for key, value in score.hard.items():
+            held.setdefault(key, []).append(value)
+    result = {}
+    for key, values in sorted(held.items()):
+        of_trip = np.array(values, dtype=float).reshape(-1, samples).mean(1)
+        error = standard_error(of_trip)
+        result[key] = {
+            "mean": float(of_trip.mean()),
+            "trips": len(of_trip),
+            **({} if error is None else {"stderr_problems": error}),
+        }
+    return result

@@ -1,0 +1,78 @@
+"""Travel planning as the trainer's world: task files for prompts, episodes for rollouts, plan scores for grades."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from opsd.config import TrainConfig
+from opsd.environments.travel.env import TravelEnv
+from opsd.environments.travel.evaluate import TravelEvaluator
+from opsd.environments.travel.talk import Talk
+from opsd.environments.travel.task import read_task_file
+from opsd.errors import UserError
+from opsd.evaluate import Suite
+from opsd.prompts import Prompt
+from opsd.ranks import Ranks
+from opsd.rollout import RolloutEngine
+from opsd.rollout.agent import AgentRollout
+from opsd.rollout.cached import CachedAgentRollout
+
+
+class TravelWorld:
+    """What a run with --environment.kind travel is made of, beside its models.
+
+    prompts: the training tasks; dropped: how many were over-long. Raises UserError for files that cannot serve.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        env = config.environment
+        self._talk = Talk(
+            TravelEnv(env.deepplanning_root), tokenizer, config.thinking == "on", env.tool_output_characters
+        )
+        self.prompts, self.dropped = self._load(config.prompts, drop=config.rollout.overlong_prompts == "drop")
+        self._in_words = all(prompt.task.form == "words" for prompt in self.prompts)
+        suites = [self._suite(pair) for pair in config.eval.suite]
+        self.evaluator = TravelEvaluator(suites, config.eval, config.rollout.max_new_tokens, self._talk)
+
+    def episodes(
+        self, engine: RolloutEngine, model: PreTrainedModel, batch_rollouts: int, context: Any, ranks: Ranks
+    ) -> RolloutEngine:
+        """Episodes over `engine`; in the word form, where transformers samples, over one cache on `model` instead."""
+        turns = self._config.environment.max_turns
+        if self._in_words and self._config.rollout.engine == "hf":
+            return CachedAgentRollout(model, self._tokenizer, self._talk, turns, batch_rollouts, context, ranks)
+        return AgentRollout(engine, self._talk, turns)
+
+    def _suite(self, pair: str) -> Suite:
+        name, _, path = pair.partition("=")
+        if not name or not path:
+            raise UserError(f"--eval.suite {pair!r}: give NAME=FILE, e.g. travel=data/travel/held_out.jsonl")
+        prompts, _ = self._load(path, drop=False)
+        if len({prompt.id for prompt in prompts}) < len(prompts):
+            raise UserError(f"{path} holds a task twice; write it again with python -m opsd.environments.travel")
+        problems: list[Prompt] = [*prompts[: self._config.eval.limit]]
+        return Suite(name, problems)
+
+    def _load(self, path: str, drop: bool) -> tuple[list[Any], int]:
+        """A task file's prompts, and how many over-long ones were dropped."""
+        limit = self._config.rollout.max_prompt_tokens
+        prompts, dropped = [], 0
+        for task in read_task_file(Path(path)):
+            task.check_database()
+            prompt = self._talk.prompt(task)
+            if len(prompt.ids) <= limit:
+                prompts.append(prompt)
+            elif drop:
+                dropped += 1
+            else:
+                raise UserError(
+                    f"{path}: task {prompt.id} opens with {len(prompt.ids)} tokens, over --rollout.max_prompt_tokens "
+                    f"{limit}; raise it (the benchmark's own prompt needs 8192)"
+                )
+        if not prompts:
+            raise UserError(f"{path}: all {dropped} tasks are over --rollout.max_prompt_tokens {limit}; raise it")
+        return prompts, dropped
