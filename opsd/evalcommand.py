@@ -106,7 +106,7 @@ def evaluate(config: EvalCommand) -> None:
         done = files.begin(header, [[(group.suite, problem.id) for problem in group.problems] for group in groups])
         done += _run_groups(groups, done, files, engine, grader, tokenizer, config)
         records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
-        result = header | {"suites": {name: statistics(own) for name, own in records.items()}}
+        result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
         files.finish(result)
     else:
         Console(stderr=True).print(f"{files.result}: finished already", highlight=False, markup=False)

@@ -122,17 +122,18 @@ def score_suite(suite: Suite, rollouts: list[Rollout], samples: int, grader: Gra
     """Statistics of samples·problems rollouts, problem by problem; see `statistics`."""
     of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
     pairs = zip(suite.problems, of_problem, strict=True)
-    return statistics([score_problem(problem, own, grader, tokenizer) for problem, own in pairs])
+    records = [score_problem(problem, own, grader, tokenizer) for problem, own in pairs]
+    return statistics(records, grader.names_answers)
 
 
-def statistics(records: list[ProblemRecord]) -> dict[str, Any]:
+def statistics(records: list[ProblemRecord], names_answers: bool = True) -> dict[str, Any]:
     """Statistics of P problems with k samples each. Fractions; lengths in tokens.
 
     mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
     std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of problems
     solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
     `pass_at`). majority@k: share whose most frequent answer (the earlier one on a tie) is right; truncated rollouts
-    have no vote; None where the grader names no answers.
+    have no vote, a problem without votes is not solved; None where the grader is not one that names_answers.
     """
     correct_PK = np.array([record.correct for record in records], dtype=float)
     tokens_PK = np.array([record.tokens for record in records])
@@ -147,7 +148,7 @@ def statistics(records: list[ProblemRecord]) -> dict[str, Any]:
         "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
         "best@k": float(correct_PK.max(1).mean()),
         "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
-        "majority@k": _majority(records),
+        "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if names_answers else None,
         "mean_tokens": float(tokens_PK.mean()),
         "median_tokens": float(np.median(tokens_PK)),
         "max_tokens": int(tokens_PK.max()),
@@ -184,15 +185,10 @@ def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
     return flat
 
 
-def _majority(records: list[ProblemRecord]) -> float | None:
+def _majority_is_right(record: ProblemRecord) -> bool:
     """See `statistics`."""
-    right, named = 0, False
-    for record in records:
-        votes = Counter(answer for answer in record.answers if answer is not None)
-        if votes:
-            named = True
-            right += record.correct[record.answers.index(votes.most_common(1)[0][0])]
-    return right / len(records) if named else None
+    votes = Counter(answer for answer in record.answers if answer is not None)
+    return bool(votes) and record.correct[record.answers.index(votes.most_common(1)[0][0])]
 
 
 def _text(rollout: Rollout, tokenizer: Any) -> str:

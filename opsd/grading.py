@@ -38,7 +38,12 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
 
 class Grader(Protocol):
-    """Judges responses and names the answer that majority voting counts."""
+    """Judges responses and names the answer that majority voting counts.
+
+    names_answers: False where `answer` always gives None, so that there is no vote.
+    """
+
+    names_answers: bool
 
     def grade(self, response: str, gold: str) -> bool:
         """Whether the response's answer is the gold answer."""
@@ -51,6 +56,8 @@ class Grader(Protocol):
 
 class MathGrader:
     """Mathematical equality of the last boxed or final answer (math-verify)."""
+
+    names_answers = True
 
     def grade(self, response: str, gold: str) -> bool:
         """See `grade`."""
@@ -68,6 +75,8 @@ class MathGrader:
 class SuffixGrader:
     """A response is right when it ends with the gold answer, e.g. "…;A24"."""
 
+    names_answers = True
+
     def grade(self, response: str, gold: str) -> bool:
         """Whether the response ends with `gold`; an empty gold is never matched."""
         return bool(gold) and response.endswith(gold)
@@ -79,6 +88,8 @@ class SuffixGrader:
 
 class FunctionGrader:
     """A user's own function(response, gold) -> bool; it names no answers, so there is no majority vote."""
+
+    names_answers = False
 
     def __init__(self, function: Callable[[str, str], bool]) -> None:
         self._function = function

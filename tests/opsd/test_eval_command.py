@@ -163,7 +163,7 @@ def test_the_table_shows_percents_and_a_dash_for_what_is_not_known():
         "prompt_format": "raw", "thinking": "off", "grader": "a:b", "engine": "hf", "dtype": "auto", "device": "cpu"
     }  # fmt: skip
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "samples": 1, "seed": 0}
-    result = {"model": "m", "sampling": sampling, "settings": settings, "suites": {"s": statistics([one])}}
+    result = {"model": "m", "sampling": sampling, "settings": settings, "suites": {"s": statistics([one], False)}}
     row = next(line for line in table(result).splitlines() if line.startswith("| s |"))
     # one problem has no standard error, one sample no spread, a grader without answers no majority
     assert row == "| s | 1 | 100.0 | - | - | 100.0 | - | 10 | 0.0 |"

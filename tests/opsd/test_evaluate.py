@@ -112,6 +112,7 @@ def test_truncated_answers_are_wrong_and_have_no_vote(score):
     assert (result["mean@k"], result["majority@k"], result["truncated_frac"]) == (0.25, 1.0, 0.75)
     # none ends: no vote at all is a problem not solved
     assert score({"p": "a1", "q": "a2"}, {"p": ["a1…"], "q": ["a2"]})["majority@k"] == 0.5
+    assert score({"p": "a1"}, {"p": ["a1…", "a1…"]})["majority@k"] == 0.0
 
 
 def test_lengths_are_in_tokens(score):
