@@ -106,6 +106,21 @@ class TestRunning:
         for selector, part in zip(ranks, parts, strict=True):
             assert torch.equal(selector(part.stats).kept_N, kept[part.rows])
 
+    def test_a_step_of_several_micro_batches_is_learnt_whole_and_once(self, random_stats):
+        stats = random_stats(300, 6, seed=7)
+        mine = stats.rollout_N < 10
+        whole, pieces = SoftOr(normalise_over="running"), SoftOr(normalise_over="running")
+        whole(stats)
+        for part in (Rows(stats, mine), Rows(stats, ~mine)):
+            pieces(part.stats)
+        handed = []
+        for selector in (whole, pieces):
+            for _ in range(2):
+                selector.end_step(lambda counts: handed.append(int(counts.sum())) or counts)
+        # both statistics of all 300 tokens, then a step that saw nothing
+        assert handed == [600, 0, 600, 0]
+        assert whole.state_dict() == pieces.state_dict()
+
     def test_state_survives_json(self, random_stats):
         stats = random_stats(200, 5, seed=2)
         selector, resumed = SoftOr(normalise_over="running"), SoftOr(normalise_over="running")

@@ -105,6 +105,11 @@ class TestByHand:
         stats = make_stats(h=self.H, delta=self.DELTA, forward=self.FORWARD)
         assert select(name, stats, retention=0.5, clip_quantile=1.0).nonzero().flatten().tolist() == kept
 
+    def test_solved_tokens_keep_their_order_beside_a_large_one(self, make_stats):
+        # ĥ = 1, 1e-9, 2e-9, 3e-9: 1 − (1−ĥ)(1−δ̂) in fp32 would make the last three a tie
+        stats = make_stats(h=[1.0, 1e-9, 2e-9, 3e-9], delta=[0.0] * 4)
+        assert select("soft_or", stats, clip_quantile=1.0).tolist() == [True, False, False, True]
+
     @pytest.mark.parametrize("name", SCORED)
     def test_equal_scores_go_to_the_earlier_positions(self, name, make_stats):
         stats = make_stats(rollout=[5, 2, 5, 2, 5, 2], h=[0.7] * 6, delta=[0.7] * 6, forward=[0.7] * 6)
@@ -142,6 +147,10 @@ class TestBudget:
         assert load_selector("entropy", retention=0.29).budget(100) == 29
         assert load_selector("entropy", retention=0.57).budget(100) == 57
         assert load_selector("entropy", retention=0.5).budget(0) == 0
+
+    @pytest.mark.parametrize(("retention", "kept"), [(0.29, 29), (0.57, 57)])
+    def test_so_do_the_tokens_kept(self, retention, kept, make_stats):
+        assert int(load_selector("entropy", retention=retention)(make_stats(h=[0.5] * 100)).kept_N.sum()) == kept
 
 
 class TestSameMaskWhateverTheLayout:

@@ -96,6 +96,13 @@ class TestShadowMasks:
             other.prepare(stats)
             assert numbers[f"select/jaccard_{name}"] == jaccard(kept_N, other(stats, 5).kept_N)
 
+    def test_shadows_have_the_active_rules_clip(self, random_stats):
+        stats = random_stats(400, 6, seed=3)
+        kept_N = load_selector("q3", retention=0.3, clip_quantile=0.6)(stats).kept_N
+        numbers = ShadowMasks()(stats, kept_N, load_selector("divergence", clip_quantile=0.6), 0)
+        assert numbers["select/jaccard_q3"] == 1.0
+        assert ShadowMasks()(stats, kept_N, load_selector("divergence"), 0)["select/jaccard_q3"] < 1.0
+
     def test_a_rule_of_the_users_own_is_measured_by_what_it_kept(self, random_stats):
         stats = random_stats(100, 2, seed=1)
         numbers = ShadowMasks()(stats, load_selector("divergence", retention=0.4)(stats).kept_N, object(), 0)
