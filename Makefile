@@ -11,7 +11,7 @@ NEEDS := $(if $(DRY_RUN),,setup)
 # One thread a test worker; idle OpenMP threads that spin would slow the other worker down.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
 
-.PHONY: help setup demo test test-slow check table3 table4 table5 table6 table8 report bench clean
+.PHONY: help setup demo test test-slow check table3 table4 table5 table6 table7 table8 report bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ table5: $(NEEDS) ## the main result: all tokens, entropy sampling, Soft-OR
 
 table6: $(NEEDS) ## the upper half by Soft-OR against the lower half
 	@recipes/table6_top_vs_bottom.sh
+
+table7: $(NEEDS) ## planning with tools
+	@recipes/table7_agentic.sh
 
 table8: $(NEEDS) ## adaptive KL (version 1 of the paper), then divergence alone (version 4)
 	@recipes/table8_adaptive_kl.sh

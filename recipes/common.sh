@@ -22,6 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ! -d .venv ]] || export PATH="$PWD/.venv/bin:$PATH"
 SCALE=${SCALE:-paper}
 CELL_NAMES=() CELL_FLAGS=()
+PAPER_PAIRS=(qwen3 llama qwen25)
 
 fail() {
     echo "$(basename "$0"): $1" >&2
@@ -143,7 +144,7 @@ chosen() {
 choose() {
     local seed
     case $SCALE in
-        paper) chosen PAIRS "${PAIRS:-}" qwen3 llama qwen25 ;;
+        paper) chosen PAIRS "${PAIRS:-}" "${PAPER_PAIRS[@]}" ;;
         pocket) chosen PAIRS "${PAIRS:-}" pocket ;;
         *) fail "SCALE=$SCALE is unknown; give paper or pocket" ;;
     esac

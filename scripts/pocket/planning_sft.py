@@ -35,18 +35,19 @@ CONTEXT_TOKENS = 192
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model's training. steps: length of the cosine."""
+    """One model's training. steps: length of the cosine; stop: step after which training ends."""
 
     name: str
     habits: Habits
     steps: int
+    stop: int
     peak_lr: float
 
 
-TEACHER = Recipe("teacher", TEACHER_HABITS, steps=4000, peak_lr=3e-3)
-STUDENT = Recipe("student", STUDENT_HABITS, steps=150, peak_lr=1e-3)
-STUDENT_FROM_STEP = 2500
-"""The teacher's step that the student starts from."""
+TEACHER = Recipe("teacher", TEACHER_HABITS, steps=4000, stop=1500, peak_lr=3e-3)
+STUDENT = Recipe("student", STUDENT_HABITS, steps=150, stop=75, peak_lr=1e-3)
+STUDENT_FROM_STEP = 1000
+"""The teacher's step that the student starts from: it plans by then, not yet well."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -118,7 +119,7 @@ def make_batch(
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Rate of 1-based `step`: linear warm-up, then a cosine that reaches zero behind the last step."""
+    """Rate of 1-based `step`: linear warm-up, then a cosine that reaches zero behind the last of `steps`."""
     if step <= WARMUP_STEPS:
         return recipe.peak_lr * step / WARMUP_STEPS
     return recipe.peak_lr * 0.5 * (1 + math.cos(math.pi * (step - WARMUP_STEPS) / (recipe.steps - WARMUP_STEPS)))
@@ -129,7 +130,7 @@ def train(model: Qwen3ForCausalLM, recipe: Recipe, tokenizer: Any, seed: int) ->
     rng = Random(derive_seed(seed, "planning", recipe.name, "hand"))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     model.train()
-    for step in range(1, recipe.steps + 1):
+    for step in range(1, recipe.stop + 1):
         tasks = pocket_tasks(BATCH, derive_seed(seed, recipe.name, step), "sft")
         ids_BL, labels_BL, mask_BL = make_batch(tasks, recipe.habits, rng, tokenizer)
         logits_BLV = model(input_ids=ids_BL[:, :-1], attention_mask=mask_BL[:, :-1], use_cache=False).logits
