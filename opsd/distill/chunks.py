@@ -62,8 +62,10 @@ class Workspace:
     @classmethod
     def allocate(cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True) -> Workspace:
         """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
-        per_row = (2 + SCRATCH_BUFFERS) * vocab_size * wide.itemsize
-        block = max(1, min(rows, BLOCK_BYTES["cuda" if like.is_cuda else "cpu"] // per_row))
+        # Whole rows for each thread, and as many for one as for another.
+        threads = 1 if like.is_cuda else torch.get_num_threads()
+        per_step = threads * (2 + SCRATCH_BUFFERS) * vocab_size * wide.itemsize
+        block = min(rows, threads * max(1, BLOCK_BYTES["cuda" if like.is_cuda else "cpu"] // per_step))
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, vocab_size, dtype=wide, device=like.device)

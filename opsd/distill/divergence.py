@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,49 +28,81 @@ def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits_BV, -1, out=logits_BV)
 
 
-def reverse_kl_(log_p_BV: Tensor, log_q_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5) -> Tensor:
-    """KL(P_S‖P_T) in nats [B]; log_p_BV becomes its gradient with respect to the student's scaled logits.
+class Normaliser(NamedTuple):
+    """A row's ln Σ exp(logit) [B], in two parts so that differences of it keep their digits, and its softmax's mass.
 
-    With r = log p − log q and kl = Σ p·r, the gradient is p·(r − kl) (paper Eq. 1 and 3).
+    largest_B: the largest logit. above_B: what ln Σ exp lies above it. mass_B: what torch's softmax sums to. It adds
+    a row up in one go in fp32, which over 150,000 tokens is off by 1e-5; its results are to be divided by this.
     """
-    p_BV = torch.exp(log_p_BV, out=scratch_SBV[0])
-    ratio_BV = log_p_BV.sub_(log_q_BV)
-    weighted_BV = torch.mul(p_BV, ratio_BV, out=log_q_BV)
-    kl_B = weighted_BV.sum(-1)
-    torch.addcmul(weighted_BV, p_BV, kl_B[:, None], value=-1.0, out=log_p_BV)
-    return kl_B.clamp_min_(0.0)
+
+    largest_B: Tensor
+    above_B: Tensor
+    mass_B: Tensor
 
 
-def forward_kl_(log_p_BV: Tensor, log_q_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5) -> Tensor:
-    """KL(P_T‖P_S) in nats [B]; log_p_BV becomes its gradient p − q."""
-    q_BV = torch.exp(log_q_BV, out=scratch_SBV[0])
-    kl_B = log_q_BV.sub_(log_p_BV).mul_(q_BV).sum(-1)
-    log_p_BV.exp_().sub_(q_BV)
-    return kl_B.clamp_min_(0.0)
+def softmax_(logits_BV: Tensor, out_BV: Tensor) -> Normaliser:
+    """Probabilities times their mass into out_BV, which may be the logits."""
+    largest_B = logits_BV.amax(-1)
+    torch.softmax(logits_BV, -1, out=out_BV)
+    mass_B = out_BV.sum(-1)
+    # The largest one is 1 over torch's sum: no second pass of exponentials is needed to know that sum.
+    return Normaliser(largest_B, (mass_B / out_BV.amax(-1)).log_(), mass_B)
 
 
-def jsd_(log_p_BV: Tensor, log_q_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5) -> Tensor:
-    """β·KL(P_T‖M) + (1−β)·KL(P_S‖M) in nats [B], M = β·P_T + (1−β)·P_S; log_p_BV becomes its gradient.
+def reverse_kl_(
+    student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """KL(P_S‖P_T). With r = log p − log q and kl = Σ p·r the gradient is p·(r − kl) (paper Eq. 1 and 3).
+
+    The normalisers cancel in r − kl, so differences u of raw logits serve: p·(u − Σ p·u).
+    """
+    u_BV = torch.sub(student_BV, teacher_BV, out=scratch_SBV[0])
+    student, teacher = softmax_(student_BV, student_BV), softmax_(teacher_BV, teacher_BV)
+    p_BV = student_BV
+    weighted_BV = u_BV.mul_(p_BV)
+    mean_B = weighted_BV.sum(-1) / student.mass_B
+    torch.addcmul(weighted_BV, p_BV, mean_B[:, None], value=-1.0, out=p_BV)
+    kl_B = (mean_B - (student.largest_B - teacher.largest_B)) - (student.above_B - teacher.above_B)
+    return kl_B.clamp_min_(0.0), student.mass_B
+
+
+def forward_kl_(
+    student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """KL(P_T‖P_S), with gradient p − q."""
+    u_BV = torch.sub(teacher_BV, student_BV, out=scratch_SBV[0])
+    student, teacher = softmax_(student_BV, student_BV), softmax_(teacher_BV, teacher_BV)
+    mean_B = u_BV.mul_(teacher_BV).sum(-1) / teacher.mass_B
+    student_BV.addcmul_(teacher_BV, (student.mass_B / teacher.mass_B)[:, None], value=-1.0)
+    kl_B = (mean_B - (teacher.largest_B - student.largest_B)) - (teacher.above_B - student.above_B)
+    return kl_B.clamp_min_(0.0), student.mass_B
+
+
+def jsd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """β·KL(P_T‖M) + (1−β)·KL(P_S‖M), M = β·P_T + (1−β)·P_S.
 
     The gradient is (1−β)·p·(a − Σ p·a) with a = log(p/M). With x = log q − log p + log(β/(1−β)), a is
     −softplus(x) and log(q/M) is −softplus(−x) = x − softplus(x), but for constants: they cancel in the gradient
     and add up to the entropy H(β) of the mixture in the loss. No logarithm of a vanishing M is ever taken, and
     where p dominates M the gradient keeps its digits.
     """
-    p_BV = torch.exp(log_p_BV, out=scratch_SBV[0])
-    q_BV = torch.exp(log_q_BV, out=scratch_SBV[1])
-    x_BV = log_q_BV.sub_(log_p_BV).add_(math.log(beta) - math.log1p(-beta))
-    softplus_BV = torch.ops.aten.softplus.out(x_BV, 1, 40, out=log_p_BV)
-    teacher_B = x_BV.sub_(softplus_BV).mul_(q_BV).sum(-1)
+    x_BV = torch.sub(teacher_BV, student_BV, out=scratch_SBV[0])
+    student, teacher = softmax_(student_BV, student_BV), softmax_(teacher_BV, teacher_BV)
+    p_BV, q_BV = student_BV, teacher_BV
+    apart_B = (student.largest_B - teacher.largest_B) + (student.above_B - teacher.above_B)
+    x_BV.add_((apart_B + (math.log(beta) - math.log1p(-beta)))[:, None])
+    softplus_BV = torch.ops.aten.softplus.out(x_BV, 1, 40, out=scratch_SBV[1])
+    teacher_B = x_BV.sub_(softplus_BV).mul_(q_BV).sum(-1) / teacher.mass_B
     weighted_BV = softplus_BV.mul_(p_BV)
-    student_B = weighted_BV.sum(-1)
-    weighted_BV.addcmul_(p_BV, student_B[:, None], value=-1.0).mul_(beta - 1.0)
+    student_B = weighted_BV.sum(-1) / student.mass_B
+    p_BV.mul_(student_B[:, None]).sub_(weighted_BV).mul_(1.0 - beta)
     mixing = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
-    return (mixing + beta * teacher_B - (1.0 - beta) * student_B).clamp_min_(0.0)
+    return (mixing + beta * teacher_B - (1.0 - beta) * student_B).clamp_min_(0.0), student.mass_B
 
 
-# In place: (log_p, log_q, scratch, beta) -> nats [B], with the logit gradient left in log_p.
-GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+# In place: (student logits, teacher logits, scratch, beta) -> nats [B] and a mass [B]. In the student's logits is then
+# left the divergence's gradient with respect to them, times that mass.
+GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "reverse_kl": reverse_kl_,
     "forward_kl": forward_kl_,
     "jsd": jsd_,
@@ -101,43 +133,54 @@ def check_divergence(divergence: str, beta: float, temperature: float) -> None:
 
 def token_fields_(
     needs: frozenset[str],
-    log_p_BV: Tensor,
-    log_q_BV: Tensor | None,
+    student_BV: Tensor,
+    teacher_BV: Tensor | None,
     scratch_SBV: Tensor,
     temperature: float,
     token_ids_B: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The fields of `TokenStats` named in `needs`, each [B].
+    """The fields of `TokenStats` named in `needs`, each [B], from logits, which are overwritten.
 
-    log_q_BV may be None when `needs` names no teacher field. grad_norm_N is the norm with respect to the raw
-    logits, hence its 1/T.
+    teacher_BV may be None when `needs` names no teacher field. grad_norm_N is the norm with respect to the raw
+    logits, hence its 1/T. Entropies are taken from logits below the largest one: a sum of terms of one sign, so that
+    those of sure tokens keep their digits.
     """
     fields: dict[str, Tensor] = {}
-    exp_BV, work_BV = scratch_SBV
-    p_BV = torch.exp(log_p_BV, out=exp_BV)
+    exp_BV, u_BV = scratch_SBV
+    if teacher_BV is not None:
+        if "top1_agree_N" in needs:
+            best_B1 = student_BV.argmax(-1, keepdim=True)
+            fields["top1_agree_N"] = teacher_BV.gather(-1, best_B1).squeeze(-1) == teacher_BV.amax(-1)
+        if "teacher_rank_N" in needs:
+            assert token_ids_B is not None
+            fields["teacher_rank_N"] = (teacher_BV > teacher_BV.gather(-1, token_ids_B[:, None])).sum(-1)
+        torch.sub(student_BV, teacher_BV, out=u_BV)
+    student = softmax_(student_BV, exp_BV)
     if "entropy_N" in needs:
-        fields["entropy_N"] = torch.mul(p_BV, log_p_BV, out=work_BV).sum(-1).neg_().clamp_min_(0.0)
-    if log_q_BV is None:
+        fields["entropy_N"] = _entropy(student_BV, exp_BV, student)
+    if teacher_BV is None:
         return fields
+    mean_B = student.mass_B  # stands in where it is not read
     if needs & {"reverse_kl_N", "grad_norm_N"}:
-        torch.sub(log_p_BV, log_q_BV, out=work_BV)
-        kl_B = work_BV.mul_(p_BV).sum(-1)
+        weighted_BV = torch.mul(exp_BV, u_BV, out=student_BV)
+        mean_B = weighted_BV.sum(-1) / student.mass_B
         if "grad_norm_N" in needs:
-            work_BV.addcmul_(p_BV, kl_B[:, None], value=-1.0)
-            fields["grad_norm_N"] = torch.linalg.vector_norm(work_BV, dim=-1) / temperature
+            weighted_BV.addcmul_(exp_BV, mean_B[:, None], value=-1.0)
+            fields["grad_norm_N"] = torch.linalg.vector_norm(weighted_BV, dim=-1) / (student.mass_B * temperature)
+    if needs & {"reverse_kl_N", "forward_kl_N", "teacher_entropy_N"}:
+        teacher = softmax_(teacher_BV, exp_BV)
+        largest_B, above_B = student.largest_B - teacher.largest_B, student.above_B - teacher.above_B
         if "reverse_kl_N" in needs:
-            fields["reverse_kl_N"] = kl_B.clamp_min_(0.0)
-    if "top1_agree_N" in needs:
-        best_B1 = log_p_BV.argmax(-1, keepdim=True)
-        fields["top1_agree_N"] = log_q_BV.gather(-1, best_B1).squeeze(-1) == log_q_BV.amax(-1)
-    if "teacher_rank_N" in needs:
-        assert token_ids_B is not None
-        fields["teacher_rank_N"] = (log_q_BV > log_q_BV.gather(-1, token_ids_B[:, None])).sum(-1)
-    if needs & {"forward_kl_N", "teacher_entropy_N"}:
-        q_BV = torch.exp(log_q_BV, out=exp_BV)
-        if "teacher_entropy_N" in needs:
-            fields["teacher_entropy_N"] = torch.mul(q_BV, log_q_BV, out=work_BV).sum(-1).neg_().clamp_min_(0.0)
+            fields["reverse_kl_N"] = ((mean_B - largest_B) - above_B).clamp_min_(0.0)
         if "forward_kl_N" in needs:
-            torch.sub(log_q_BV, log_p_BV, out=work_BV)
-            fields["forward_kl_N"] = work_BV.mul_(q_BV).sum(-1).clamp_min_(0.0)
+            mean_B = u_BV.mul_(exp_BV).sum(-1) / teacher.mass_B
+            fields["forward_kl_N"] = (above_B - (mean_B - largest_B)).clamp_min_(0.0)
+        if "teacher_entropy_N" in needs:
+            fields["teacher_entropy_N"] = _entropy(teacher_BV, exp_BV, teacher)
     return fields
+
+
+def _entropy(logits_BV: Tensor, p_BV: Tensor, normaliser: Normaliser) -> Tensor:
+    """ln Σ exp − Σ p·logit in nats [B], both taken from the largest logit on. Overwrites the logits."""
+    below_B = logits_BV.sub_(normaliser.largest_B[:, None]).mul_(p_BV).sum(-1) / normaliser.mass_B
+    return (normaliser.above_B - below_B).clamp_min_(0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows
-from opsd.distill.divergence import GRADIENTS, log_softmax_
+from opsd.distill.divergence import GRADIENTS
 from opsd.distill.inputs import Inputs
 from opsd.distill.slices import slices
 
@@ -108,8 +108,8 @@ class _Run:
                 hidden_CD = inputs.student_ND[where]
                 logits_CV = student_head.project_(hidden_CD, work.student_CV[:count])
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-                loss_K[part] = self._differentiate_(logits_CV, teacher_CV, work)
-                scale_C1 = self._scale(part, loss_K)
+                loss_K[part], mass_C = self._differentiate_(logits_CV, teacher_CV, work)
+                scale_C1 = self._scale(part, mass_C)
                 if grad_ND is not None:
                     grad_ND[where] = student_head.hidden_gradient(logits_CV).mul_(scale_C1).to(grad_ND.dtype)
                 if grad_VD is not None:
@@ -117,16 +117,21 @@ class _Run:
                     student_head.add_weight_gradient_(logits_CV, scaled_CD, grad_VD[: inputs.vocab_size])
         return loss_K, grad_ND, grad_VD
 
-    def _differentiate_(self, student_CV: Tensor, teacher_CV: Tensor, work: Workspace) -> Tensor:
-        """Divergences [C] of a chunk; its student logits become their gradient (before weight and 1/T)."""
-        spec, losses = self.spec, []
+    def _differentiate_(self, student_CV: Tensor, teacher_CV: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+        """Divergences [C] of a chunk; its student logits become their gradient, before `_scale`, whose mass [C] is
+        the second."""
+        spec, losses, masses = self.spec, [], []
         for block, scratch_SBV in work.blocks(student_CV.shape[0]):
-            log_p_BV = log_softmax_(student_CV[block], spec.temperature)
-            log_q_BV = log_softmax_(teacher_CV[block], spec.temperature)
-            losses.append(GRADIENTS[spec.divergence](log_p_BV, log_q_BV, scratch_SBV, spec.beta))
-        return torch.cat(losses)
+            student_BV, teacher_BV = student_CV[block], teacher_CV[block]
+            if spec.temperature != 1.0:
+                student_BV.div_(spec.temperature)
+                teacher_BV.div_(spec.temperature)
+            loss_B, mass_B = GRADIENTS[spec.divergence](student_BV, teacher_BV, scratch_SBV, spec.beta)
+            losses.append(loss_B)
+            masses.append(mass_B)
+        return torch.cat(losses), torch.cat(masses)
 
-    def _scale(self, part: slice, like: Tensor) -> Tensor:
-        """weight/T of the chunk's rows [C, 1]: a row's factor costs nothing outside the [C, V] gradient."""
-        scale = like.new_full((part.stop - part.start, 1), 1.0 / self.spec.temperature)
-        return scale if self.weight_K is None else scale * self.weight_K[part, None]
+    def _scale(self, part: slice, mass_C: Tensor) -> Tensor:
+        """weight/(mass·T) of the chunk's rows [C, 1]: a row's factor costs nothing outside the [C, V] gradient."""
+        scale_C = 1.0 / (mass_C * self.spec.temperature)
+        return (scale_C if self.weight_K is None else scale_C * self.weight_K[part])[:, None]

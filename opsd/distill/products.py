@@ -1,23 +1,29 @@
 """The four matrix products of the loss, with fp32 accumulation whatever the input type.
 
-On CUDA half-precision inputs go to the tensor cores and the result comes out in fp32 (`out_dtype`). CPUs have no
-such product, and a bf16 result would round the logits: there the head is widened one tile of rows at a time
-and multiplied in fp32, which is exact for the inputs and keeps the copy small.
+On CUDA half-precision inputs go to the tensor cores and the result comes out in fp32 (`out_dtype`). CPUs have no such
+product in torch, and a bf16 result would round the logits. There the head is widened one tile of rows at a time, and
+oneDNN is allowed to multiply in bf16: what was bf16 before comes through unrounded, and sums and results stay fp32.
+fp32 products go to oneDNN too where the processor has AVX-512: torch's own `mm` uses MKL, which takes
+half as long a vector on processors of other makers than its own (docs/performance.md has the numbers).
 
-Legend: C rows of a chunk, V shared vocabulary, D hidden size.
+Legend: C rows of a chunk, V shared vocabulary, T rows of a tile of it, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from opsd.distill.slices import slices
 
-# What a CPU multiplies of the head at once, in wide precision: a tile stays in cache between widening and product.
+# What a CPU multiplies of the head at once: in wide precision a tile, and the chunk's logits over it, stay in cache
+# until they are used.
 TILE_BYTES = 8 * 2**20
+TILE_ROWS = 2048
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
@@ -25,6 +31,23 @@ def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return torch.promote_types(hidden.dtype, head.dtype)
+
+
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """Lets CPU products of fp32 tensors round their operands to bf16; sums and results stay fp32."""
+    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
+def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    """left · rightᵀ in fp32."""
+    return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 
 
 class Head:
@@ -38,34 +61,53 @@ class Head:
         self.on_cuda = weight_VD.is_cuda
         self.weight_VD = weight_VD.to(product) if self.on_cuda else weight_VD
         self.direct = self.weight_VD.dtype == product == wide
+        self.onednn = ONEDNN and not self.on_cuda and product == wide == torch.float32
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return bf16_products() if self.product == torch.bfloat16 else nullcontext()
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary with their rows, rounded to the product type and widened."""
         height, width = self.weight_VD.shape
-        for rows in slices(height, max(1, TILE_BYTES // (width * self.wide.itemsize))):
+        for rows in slices(height, max(1, min(TILE_ROWS, TILE_BYTES // (width * self.wide.itemsize)))):
             yield rows, self.weight_VD[rows].to(self.product).to(self.wide)
 
     def project_(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
         """out = hidden · headᵀ, in the wide type."""
         hidden_CD = hidden_CD.to(self.product)
-        if not self.on_cuda:
-            hidden_CD = hidden_CD.to(self.wide)
-            for rows, tile_TD in self._tiles():
-                torch.mm(hidden_CD, tile_TD.T, out=out_CV[:, rows])
-            return out_CV
-        if not self.direct:
+        if self.on_cuda:
+            if self.direct:
+                return torch.mm(hidden_CD, self.weight_VD.T, out=out_CV)
             return torch.mm(hidden_CD, self.weight_VD.T, out_dtype=self.wide, out=out_CV)
-        return torch.mm(hidden_CD, self.weight_VD.T, out=out_CV)
+        if not out_CV.numel():
+            return out_CV
+        hidden_CD = hidden_CD.to(self.wide).contiguous()
+        with self._precision():
+            for rows, tile_TD in self._tiles():
+                if self.onednn:
+                    out_CV[:, rows] = _onednn(hidden_CD, tile_TD)
+                else:
+                    torch.mm(hidden_CD, tile_TD.T, out=out_CV[:, rows])
+        return out_CV
 
     def hidden_gradient(self, grad_CV: Tensor) -> Tensor:
         """grad · head [C, D], in the wide type."""
         if self.on_cuda and not self.direct:
             return torch.mm(grad_CV.to(self.product), self.weight_VD, out_dtype=self.wide)
-        if self.direct:
+        if self.direct and not self.onednn:
             return torch.mm(grad_CV, self.weight_VD)
+        if self.weight_VD.dtype == self.product == torch.bfloat16:
+            # One sum over the whole vocabulary, in fp32; the result is rounded once, as the gradient itself will be.
+            return torch.mm(grad_CV.to(self.product), self.weight_VD).to(self.wide)
         total_CD = grad_CV.new_zeros(grad_CV.shape[0], self.weight_VD.shape[1])
-        for rows, tile_TD in self._tiles():
-            total_CD.addmm_(grad_CV[:, rows], tile_TD)
+        if not total_CD.numel():
+            return total_CD
+        with self._precision():
+            for rows, tile_TD in self._tiles():
+                if self.onednn:
+                    total_CD.add_(_onednn(grad_CV[:, rows].contiguous(), tile_TD.T))
+                else:
+                    total_CD.addmm_(grad_CV[:, rows], tile_TD)
         return total_CD
 
     def add_weight_gradient_(self, grad_CV: Tensor, hidden_CD: Tensor, total_VD: Tensor) -> None:
@@ -73,5 +115,12 @@ class Head:
         if self.on_cuda and not self.direct:
             grad_VC, hidden_CD = grad_CV.to(self.product).T, hidden_CD.to(self.product)
             torch.addmm(total_VD, grad_VC, hidden_CD, out_dtype=self.wide, out=total_VD)
-        else:
-            total_VD.addmm_(grad_CV.T, hidden_CD.to(self.wide))
+            return
+        hidden_CD = hidden_CD.to(self.wide)
+        if not self.onednn or not hidden_CD.numel():
+            with self._precision():
+                total_VD.addmm_(grad_CV.T, hidden_CD)
+            return
+        hidden_DC = hidden_CD.T.contiguous()
+        for rows in slices(total_VD.shape[0], TILE_ROWS):
+            total_VD[rows].add_(_onednn(grad_CV[:, rows].T.contiguous(), hidden_DC))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows
-from opsd.distill.divergence import check_divergence, log_softmax_, token_fields_
+from opsd.distill.divergence import check_divergence, token_fields_
 from opsd.distill.inputs import Inputs, check_inputs, per_row
 from opsd.distill.slices import slices
 from opsd.errors import UserError
@@ -111,13 +111,16 @@ def _score_chunk(
     temperature: float,
     token_ids_C: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The named fields [C] of one chunk, block by block; the logits become log-probabilities."""
+    """The named fields [C] of one chunk, block by block; the logits are used up."""
     found: dict[str, list[Tensor]] = {name: [] for name in needs}
     for block, scratch_SBV in work.blocks(student_CV.shape[0]):
-        log_p_BV = log_softmax_(student_CV[block], temperature)
-        log_q_BV = None if teacher_CV is None else log_softmax_(teacher_CV[block], temperature)
+        student_BV, teacher_BV = student_CV[block], None if teacher_CV is None else teacher_CV[block]
+        if temperature != 1.0:
+            student_BV.div_(temperature)
+            if teacher_BV is not None:
+                teacher_BV.div_(temperature)
         ids_B = None if token_ids_C is None else token_ids_C[block]
-        values = token_fields_(needs, log_p_BV, log_q_BV, scratch_SBV, temperature, ids_B)
+        values = token_fields_(needs, student_BV, teacher_BV, scratch_SBV, temperature, ids_B)
         for name in needs:
             found[name].append(values[name])
     return {name: torch.cat(parts) for name, parts in found.items()}

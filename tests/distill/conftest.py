@@ -195,7 +195,7 @@ class ProductCounter(TorchDispatchMode):
     """Adds up the multiplications and additions of every matrix product, in place or not (torch's own counter skips
     the in-place ones)."""
 
-    PRODUCTS: ClassVar = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2)}
+    PRODUCTS: ClassVar = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "_linear_pointwise": (0, 1)}
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,8 @@ class ProductCounter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in self.PRODUCTS:
             left, right = (args[place] for place in self.PRODUCTS[name])
-            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            # [M, K] by [K, N], or by [N, K] in a linear layer: M·K · K·N / K.
+            self.flops += 2 * left.numel() * right.numel() // left.shape[1]
         return func(*args, **(kwargs or {}))
 
 
