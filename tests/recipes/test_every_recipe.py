@@ -1,6 +1,7 @@
 """What holds for every recipe: it parses, stops at errors, quotes the paper rightly, and has the paper's cells."""
 
 import csv
+import itertools
 import re
 import shlex
 import subprocess
@@ -25,11 +26,13 @@ def table_of(recipe: str) -> str:
 
 
 def cells(project, recipe: str) -> list[dict[str, str]]:
-    """The flags of every pocket cell, as a dict."""
+    """The flags of every pocket cell, as a dict (of a flag with several values, the first)."""
     done = project.run(recipe=recipe, SCALE="pocket", DRY_RUN="1")
     assert done.returncode == 0, done.stderr
-    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if " train " in line]
-    return [dict(zip(command[::2], command[1::2], strict=False)) for command in commands]
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if " train " in line]
+    return [
+        {word: value for word, value in itertools.pairwise(command) if word.startswith("--")} for command in commands
+    ]
 
 
 @pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in ["common.sh", *RECIPES]), "scripts/setup.sh", ".ci/run"])
