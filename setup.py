@@ -16,7 +16,7 @@ CORE = [
     "psutil>=6",
     "math-verify>=0.9,<0.10",
 ]
-WANDB = ["wandb>=0.25,<0.32"]
+WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
 GPU = ["vllm>=0.32,<0.33", "flash-attn>=2.8", *DEEPSPEED, *WANDB]
 TEST = [

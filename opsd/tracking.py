@@ -8,18 +8,16 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from opsd.config import TrainConfig, to_json
+from opsd import wandbrun
+from opsd.config import TrainConfig
 from opsd.errors import UserError
 from opsd.runfolder import RunFolder
-from opsd.seeding import derive_seed
 
 
 class Stopwatch:
@@ -53,7 +51,7 @@ class Tracker:
         self._run, self._config = run, run.config
         self._console = Console(stderr=True)
         mode = run.config.track.wandb
-        self._wandb = None if mode == "off" else _start_wandb(run.config, run.path, mode)
+        self._wandb = None if mode == "off" else wandbrun.start(run.config, run.path, mode)
         self._latest_eval = ""
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -75,6 +73,7 @@ class Tracker:
     def __exit__(self, *problem: object) -> None:
         self._bar.stop()
         if self._wandb is not None:
+            self._wandb.summary.update(wandbrun.summary(self._run.path / "metrics.jsonl"))
             self._wandb.finish(exit_code=0 if problem[0] is None else 1)
 
     def say(self, text: str) -> None:
@@ -89,7 +88,9 @@ class Tracker:
         """Record one step; metrics["step"] is its number."""
         self._run.write_metrics(metrics)
         if self._wandb is not None:
-            self._wandb.log(metrics, step=int(metrics["step"]))
+            step = int(metrics["step"])
+            table = wandbrun.sample_table(self._run.path / "rollouts" / f"step_{step}.jsonl", step)
+            self._wandb.log(metrics if table is None else {**metrics, "rollout/samples": table}, step=step)
         self._latest_eval = _eval_text(metrics) or self._latest_eval
         self._bar.update(self._task, completed=metrics["step"], numbers=_numbers(metrics, self._latest_eval))
 
@@ -122,19 +123,3 @@ def check_wandb(config: TrainConfig) -> None:
     """Raises UserError where wandb is asked for and not installed."""
     if config.track.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--track.wandb {config.track.wandb}: wandb is not installed; pip install wandb")
-
-
-def _start_wandb(config: TrainConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
-    import wandb
-
-    # One id for the run folder's life: a resumed run goes on under it, and no other run has it.
-    return wandb.init(
-        project=config.track.project,
-        name=folder.name,
-        id=f"{derive_seed(str(folder.resolve())):016x}",
-        resume="allow",
-        mode=mode,
-        dir=str(folder),
-        config=to_json(config),
-        settings=wandb.Settings(silent=True),
-    )

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_a_run_folders_wandb_id_is_its_own_and_stays(make_run, monkeypatch):
     import wandb
 
     started = []
-    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings))
+    monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings) or MagicMock())
     runs = [make_run(name, wandb="offline") for name in ("a/run", "b/run")]
     for run in [*runs, runs[0]]:
         Tracker(run, 0)
@@ -181,7 +182,7 @@ def test_metrics_reach_wandb_step_by_step_and_a_failed_run_is_marked(make_run, m
 
     class Recorder:
         def __init__(self):
-            self.logged, self.exit_code = [], None
+            self.logged, self.exit_code, self.summary = [], None, {}
 
         def log(self, metrics, step):
             self.logged.append((step, metrics))

@@ -1,0 +1,82 @@
+"""The panels of the wandb workspace. Metric names are those of metrics.jsonl; see wandb_dashboard.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import wandb_workspaces.reports.v2 as panels
+import wandb_workspaces.workspaces as ws
+
+# Seeds of one cell are one line: their mean, shaded by its standard error.
+OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
+STAGES = ("rollout", "teacher", "student", "sync", "log")
+QUADRANTS = (1, 2, 3, 4)
+
+
+def sections(suites: tuple[str, ...], samples: int) -> list[ws.Section]:
+    """All sections; those that are looked at first stand open."""
+    found = {
+        "Accuracy": _accuracy(suites, samples),
+        "Memory": _memory(),
+        "Training": _training(),
+        "Selection": _selection(),
+        "Time": _time(),
+    }
+    return [ws.Section(name=name, panels=own, is_open=name in ("Accuracy", "Memory")) for name, own in found.items()]
+
+
+def _accuracy(suites: tuple[str, ...], samples: int) -> list[Any]:
+    return [
+        *(_bars(f"{suite}, at the end", f"summary/{suite}/final", "fraction") for suite in suites),
+        *(_against_retention(f"{suite} against retention", f"summary/{suite}/final") for suite in suites),
+        _lines("accuracy while training", *(f"eval/{suite}/mean@{samples}" for suite in suites), unit="fraction"),
+        _lines("reward of the step's rollouts", "rollout/reward", smoothing_type="average", smoothing_factor=0.6),
+    ]
+
+
+def _memory() -> list[Any]:
+    return [
+        _bars("peak memory", "summary/peak_gib", "GiB"),
+        _against_retention("peak memory against retention", "summary/peak_gib"),
+        _lines("peak memory so far", "mem/peak_gib", unit="GiB"),
+        _lines("how full micro-batches are", "batch/fill_frac", unit="fraction"),
+    ]
+
+
+def _training() -> list[Any]:
+    return [
+        _lines("trained divergence per kept token", "loss/nats", unit="nats"),
+        _lines("reverse KL over all tokens", "student/reverse_kl_nats", unit="nats"),
+        _lines("entropy", "student/entropy_nats", "teacher/entropy_nats", unit="nats"),
+        _lines("gradient norm before clipping", "optim/grad_norm", log_y=True),
+        _lines("learning rate", "optim/lr"),
+    ]
+
+
+def _selection() -> list[Any]:
+    return [
+        _lines("tokens by quadrant", *(f"quadrant/q{q}_frac" for q in QUADRANTS), unit="fraction"),
+        _lines("divergence by quadrant", *(f"quadrant/q{q}_loss_frac" for q in QUADRANTS), unit="fraction"),
+        _lines("tokens kept", "select/kept_frac", unit="fraction"),
+        _lines("overlap with other rules (Jaccard)", metric_regex="select/jaccard_.*"),
+        panels.MediaBrowser(title="rollouts", media_keys=["rollout/samples"]),
+    ]
+
+
+def _time() -> list[Any]:
+    return [
+        _lines("a step by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
+        _bars("mean step", "summary/mean_step_s", "s"),
+    ]
+
+
+def _lines(title: str, *metrics: str, unit: str = "", **options: Any) -> panels.LinePlot:
+    return panels.LinePlot(title=title, x="step", y=list(metrics), title_y=unit, **OVER_SEEDS, **options)
+
+
+def _bars(title: str, metric: str, unit: str) -> panels.BarPlot:
+    return panels.BarPlot(title=title, metrics=[panels.SummaryMetric(metric)], title_x=unit, **OVER_SEEDS)
+
+
+def _against_retention(title: str, metric: str) -> panels.ScatterPlot:
+    return panels.ScatterPlot(title=title, x=panels.Config("retention"), y=panels.SummaryMetric(metric))
