@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.divergence import GRADIENTS, check_divergence, log_softmax_, token_fields_
+from opsd.distill.divergence import GRADIENTS, check_divergence, token_fields_
 from opsd.errors import UserError
 from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, Selection, TokenSelector, TokenStats
 from opsd.seeding import derive_seed
@@ -116,8 +116,7 @@ def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk:
     found: dict[str, list[Tensor]] = {name: [] for name in needs & (STUDENT_FIELDS | TEACHER_FIELDS)}
     # A chunk without rows too, so that a call without tokens has empty fields rather than none.
     for student_CV, teacher_CV in zip(student_NV.split(chunk), teacher_NV.split(chunk), strict=True):
-        log_p_CV, log_q_CV, scratch_SCV = _wide(student_CV, teacher_CV)
-        fields = token_fields_(needs, log_p_CV, log_q_CV, scratch_SCV, 1.0, None)
+        fields = token_fields_(needs, *_wide(student_CV, teacher_CV), 1.0, None)
         for name, parts in found.items():
             parts.append(fields[name])
     fields = {name: torch.cat(parts) for name, parts in found.items()}
@@ -129,10 +128,9 @@ def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk:
 
 
 def _wide(student_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both log-probabilities of a chunk in fp32 and two scratch buffers, none of them the caller's memory."""
-    log_p_CV = log_softmax_(student_CV.to(torch.float32, copy=True), 1.0)
-    log_q_CV = log_softmax_(teacher_CV.to(torch.float32, copy=True), 1.0)
-    return log_p_CV, log_q_CV, torch.empty((2, *log_p_CV.shape), device=log_p_CV.device)
+    """Both logits of a chunk in fp32 and two scratch buffers, none of them the caller's memory."""
+    student_CV, teacher_CV = (logits.to(torch.float32, copy=True) for logits in (student_CV, teacher_CV))
+    return student_CV, teacher_CV, torch.empty((2, *student_CV.shape), device=student_CV.device)
 
 
 class _Divergence(torch.autograd.Function):
@@ -173,6 +171,6 @@ def _pieces(student_NV: Tensor, teacher_NV: Tensor, kept_K: Tensor, divergence: 
     for first in range(0, kept_K.shape[0], chunk):
         rows_C = slice(first, first + chunk)
         where_C = kept_K[rows_C]
-        log_p_CV, log_q_CV, scratch_SCV = _wide(student_NV[where_C], teacher_NV[where_C])
-        loss_C = GRADIENTS[divergence](log_p_CV, log_q_CV, scratch_SCV, beta)
-        yield rows_C, log_p_CV, loss_C
+        student_CV, teacher_CV, scratch_SCV = _wide(student_NV[where_C], teacher_NV[where_C])
+        loss_C, mass_C = GRADIENTS[divergence](student_CV, teacher_CV, scratch_SCV, beta)
+        yield rows_C, student_CV.div_(mass_C[:, None]), loss_C
