@@ -30,8 +30,8 @@ class TeacherConfig:
 class RolloutConfig:
     """How the student writes its answers."""
 
-    engine: Literal["hf"] = "hf"
-    """hf: transformers generate on the training weights."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: transformers generate on the training weights. vllm: vLLM in the training processes."""
     samples_per_prompt: int = 16
     """Rollouts per prompt and step."""
     max_prompt_tokens: int = 2048
@@ -45,7 +45,16 @@ class RolloutConfig:
     top_k: int = 0
     """Most likely tokens sampled from; 0 is off."""
     generate_batch: int = 64
-    """Rollouts generated side by side."""
+    """Rollouts generated side by side (vllm: by each sampler)."""
+    tensor_parallel: int = 1
+    """vllm: processes that share one sampler; divides their number."""
+    gpu_memory_share: float = 0.4
+    """vllm: fraction of each GPU's memory for its weights and key-value cache."""
+    sleep: bool = True
+    """vllm: give the GPU's memory back while the student is trained."""
+    probe_tolerance: float | None = None
+    """vllm: after each sync, how far the sampler's log-probabilities may be from the trainer's on a probe, in mean
+    nats a token; None: 1e-3 for float32, 0.1 for bfloat16."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
 
@@ -255,8 +264,12 @@ def check(config: TrainConfig) -> None:
     c = config
     _positive("steps", c.steps)
     _positive("prompts_per_step", c.prompts_per_step)
-    for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "generate_batch"):
+    for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "generate_batch", "tensor_parallel"):
         _positive(f"rollout.{name}", getattr(c.rollout, name))
+    if not 0.0 < c.rollout.gpu_memory_share < 1.0:
+        raise UserError(f"--rollout.gpu_memory_share {c.rollout.gpu_memory_share}: give a fraction between 0 and 1")
+    if c.rollout.probe_tolerance is not None:
+        _positive("rollout.probe_tolerance", c.rollout.probe_tolerance)
     _sampling("rollout", c.rollout.temperature, c.rollout.top_p, c.rollout.top_k)
     if not 0.0 < c.select.retention <= 1.0:
         raise UserError(f"--select.retention {c.select.retention}: give a fraction in (0, 1], e.g. 0.5")

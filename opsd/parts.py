@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import torch
 
-from opsd.config import SelectConfig, TrainConfig
+from opsd.config import RolloutConfig, SelectConfig, TrainConfig
 from opsd.engine import Engine, build_engine
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.world import TravelWorld
+from opsd.errors import UserError
 from opsd.evaluate import Evaluator, load_suites
 from opsd.hooks import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.prompts import PromptFormat, PromptStream, load_prompts
-from opsd.ranks import Ranks, local_device
+from opsd.ranks import Ranks, local_device, world_size
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
 from opsd.student import load_scorer, load_tokenizer, shared_vocabulary
 from opsd.teacher import LocalTeacher
@@ -50,6 +52,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     Raises UserError for whatever cannot serve. Writes nothing.
     """
     check_wandb(config)
+    check_rollout(config.rollout)
     selector = build_selector(config.select)
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student")
@@ -70,7 +73,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     local_teacher = LocalTeacher(teacher, device)
     engine = build_engine(config, ranks, student, device)
     r = config.rollout
-    rollout: RolloutEngine = HFRollout(student.model, tokenizer, r.generate_batch, engine.sampling, ranks)
+    rollout = build_rollout(config, student_path, tokenizer, engine)
     teacher_rollout: RolloutEngine = HFRollout(teacher.model, tokenizer, config.eval.generate_batch, ranks=ranks)
     if world is not None:
         rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks)
@@ -91,6 +94,29 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         evaluator=evaluator,
         telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
     )
+
+
+def check_rollout(rollout: RolloutConfig) -> None:
+    """Raises UserError where the sampler that is named cannot run here: before minutes are spent on loading."""
+    if rollout.engine == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("--rollout.engine vllm: vLLM is not installed; run `make setup`, or give hf")
+        if world_size() % rollout.tensor_parallel:
+            raise UserError(
+                f"--rollout.tensor_parallel {rollout.tensor_parallel} does not divide the {world_size()} processes; "
+                "give a number that does"
+            )
+
+
+def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine) -> RolloutEngine:
+    """The sampler that `config` names; path: the folder that the engine's student was loaded from."""
+    r = config.rollout
+    if r.engine == "hf":
+        return HFRollout(engine.student.model, tokenizer, r.generate_batch, engine.sampling, engine.ranks)
+    from opsd.rollout.vllm import VLLMRollout
+
+    longest = r.max_prompt_tokens + max(r.max_new_tokens, config.eval.max_new_tokens or 0)
+    return VLLMRollout(path, tokenizer, engine, r, config.engine, longest)
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:

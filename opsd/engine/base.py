@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,13 @@ class Engine(Protocol):
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The whole weights in full precision on the first rank, {} on the others; None: they lie in the model."""
+        ...
+
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter with its name, whole on every rank, one at a time: a second full copy never exists.
+
+        A tied head comes twice, under both of its names: who takes the weights over may keep two copies.
+        """
         ...
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

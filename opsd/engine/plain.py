@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ class TorchEngine:
 
     def weights(self) -> None:
         """See Engine.weights: they lie in the model, whole and in fp32."""
+
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Engine.gathered."""
+        for name, parameter in self.student.model.named_parameters(remove_duplicate=False):
+            yield name, parameter.data
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`."""

@@ -99,8 +99,8 @@ class DeepSpeedEngine:
         return self._collect({name: self._full_weight(p) for name, p in self._named.items()})
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter with its name, whole on every rank, one at a time: a second full copy never exists."""
-        for name, parameter in self._named.items():
+        """See Engine.gathered."""
+        for name, parameter in self.student.model.named_parameters(remove_duplicate=False):
             with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 yield name, parameter.data
 

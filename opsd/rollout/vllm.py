@@ -1,0 +1,176 @@
+"""Rollouts by vLLM, in the processes that train; its weights are renewed after every step, and checked."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.batch import pack
+from opsd.config import EngineConfig, RolloutConfig
+from opsd.engine import Engine
+from opsd.errors import RunStopped
+from opsd.prompts import Prompt
+from opsd.ranks import Ranks
+from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
+from opsd.rollout.hf import cut_at_eos, eos_token_ids
+from opsd.seeding import derive_seed
+
+# Mean difference of a probe's log-probabilities that rounding explains, in nats a token. Two fp32 programs differ by
+# 1e-5, two bfloat16 ones by 1e-2.
+TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.1}
+PROBE_TOKENS = 256
+
+
+class VLLMRollout:
+    """RolloutEngine on vLLM, one sampler to every `tensor_parallel` ranks, each on its share of the rollouts.
+
+    path: the model folder that `engine`'s student was loaded from. max_model_tokens: longest prompt and response.
+    Every rollout is a request with a seed of its own, (seed, rollout id): who samples it does not matter.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Any,
+        engine: Engine,
+        rollout: RolloutConfig,
+        compute: EngineConfig,
+        max_model_tokens: int,
+    ) -> None:
+        self._engine, self._ranks = engine, engine.ranks
+        self._width = rollout.tensor_parallel
+        self._eos_ids = eos_token_ids(engine.student.model, tokenizer)
+        self._sleeps = rollout.sleep and engine.device.type == "cuda"
+        self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
+        self._probe_ids: list[int] = []
+        self._vllm = _import_vllm(engine.device)
+        self._llm = self._vllm.LLM(
+            model=path,
+            dtype=compute.dtype,
+            max_model_len=max_model_tokens,
+            max_num_seqs=rollout.generate_batch,
+            tensor_parallel_size=self._width,
+            # Under a launcher the ranks are there already; vLLM takes them instead of starting processes.
+            distributed_executor_backend="external_launcher" if self._ranks.world_size > 1 else "uni",
+            gpu_memory_utilization=rollout.gpu_memory_share,
+            enable_sleep_mode=self._sleeps,
+            enforce_eager=engine.device.type == "cpu",
+            # Sampling is stated with every request; nothing is inherited from the model's folder.
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            seed=0,
+        )
+        self._rest()
+
+    def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
+        """See RolloutEngine.generate."""
+        samplers = Ranks(self._ranks.rank // self._width, self._ranks.world_size // self._width)
+        jobs = jobs_of(prompts, samples, samplers)
+        self._wake()
+        outputs = self._run(
+            [prompt.ids for _, prompt in jobs], [self._params(sampling, seed, number) for number, _ in jobs]
+        )
+        written = [
+            Rollout(
+                number, prompt, *cut_at_eos(list(output.outputs[0].token_ids), self._eos_ids, sampling.max_new_tokens)
+            )
+            for (number, prompt), output in zip(jobs, outputs, strict=True)
+        ]
+        # The ranks of one sampler all hold what it wrote.
+        rollouts = gather_rollouts(written if self._ranks.rank % self._width == 0 else [], self._ranks)
+        first_time = not self._probe_ids
+        if rollouts:
+            self._probe_ids = (rollouts[0].prompt.ids + rollouts[0].response_ids)[:PROBE_TOKENS]
+            if first_time:
+                self._check()
+        self._rest()
+        return rollouts
+
+    def sync(self) -> None:
+        """See RolloutEngine.sync: parameter by parameter, so that no second whole copy exists.
+
+        Raises RunStopped, on every rank, where sampler and trainer then disagree about a probe.
+        """
+        self._wake()
+        self._load_weights()
+        self._llm.reset_prefix_cache()
+        self._check()
+        self._rest()
+
+    def _load_weights(self) -> None:
+        weights = self._engine.gathered()
+        self._llm.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=weights))
+
+    def _check(self) -> None:
+        """Compare both programs' log-probabilities of the newest rollouts' first one."""
+        if len(self._probe_ids) < 2:
+            return
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._run([self._probe_ids], [params])
+        sampler = torch.tensor(
+            [
+                chances[token].logprob
+                for token, chances in zip(self._probe_ids[1:], output.prompt_logprobs[1:], strict=True)
+            ]
+        )
+        own = float((sampler - trainer_log_probs(self._engine, self._probe_ids)).abs().mean())
+        gap = max(self._ranks.gather(own if own == own else float("inf")))
+        if gap > self._allowed_nats:
+            raise RunStopped(
+                f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats a token on a probe "
+                f"(allowed: {self._allowed_nats:g}, --rollout.probe_tolerance): its weights are not the trained ones"
+            )
+
+    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
+        """vLLM's outputs, one a prompt, in order."""
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return self._llm.generate(requests, params, use_tqdm=False) if requests else []
+
+    def _params(self, sampling: Sampling, seed: int, number: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=derive_seed(seed, "draws", number),
+            stop_token_ids=self._eos_ids,
+            detokenize=False,
+        )
+
+    def _wake(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+
+    def _rest(self) -> None:
+        """Give the GPU memory back: weights to host memory, the key-value cache dropped."""
+        if self._sleeps:
+            self._llm.sleep(level=1)
+
+
+@torch.no_grad()
+def trainer_log_probs(engine: Engine, ids: list[int]) -> Tensor:
+    """The student's log-probability of every token but the first [L - 1], nats, on the CPU; a call of all ranks."""
+    (micro,) = pack([Rollout(0, Prompt("probe", "", ids[:1], None), ids[1:], truncated=True)], len(ids))
+
+    def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+        log_probs_NV = (hidden_ND @ head_VD.T).float().log_softmax(-1)
+        return log_probs_NV.gather(-1, micro.token_ids_N.to(log_probs_NV.device)[:, None])[:, 0].cpu()
+
+    return engine.forward(micro, use)
+
+
+def _import_vllm(device: torch.device) -> Any:
+    """vLLM, told to stay in this process and to keep quiet."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device.type == "cpu":
+        # Threads bound to cores would take them from the trainer's; by default the cache would take half the memory.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    import vllm
+
+    return vllm

@@ -1,0 +1,151 @@
+"""vLLM as the sampler: it says what transformers says, takes new weights, and is caught where it does not."""
+
+import json
+
+import pytest
+import torch
+
+from opsd.config import EngineConfig, OptimConfig, RolloutConfig, from_json
+from opsd.engine import TorchEngine
+from opsd.errors import RunStopped
+from opsd.prompts import Prompt
+from opsd.rollout import HFRollout, Sampling
+from opsd.student import load_scorer, load_tokenizer
+from opsd.train import start
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return load_tokenizer(str(smollm2.folder), "--student")
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2):
+    student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
+    return TorchEngine(student, EngineConfig(), OptimConfig(lr=1e-3), CPU)
+
+
+@pytest.fixture(scope="module")
+def vllm(smollm2, tokenizer, engine):
+    pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
+    from opsd.rollout.vllm import VLLMRollout
+
+    settings = RolloutConfig(engine="vllm", generate_batch=8)
+    return VLLMRollout(str(smollm2.folder), tokenizer, engine, settings, EngineConfig(), 96)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    texts = ["The capital of France is", "1, 2, 3, 4,", "Once upon a time"]
+    return [Prompt(str(place), text, tokenizer(text).input_ids, None) for place, text in enumerate(texts)]
+
+
+def hf(engine, tokenizer):
+    return HFRollout(engine.student.model, tokenizer, 8)
+
+
+def disturb(engine, seed):
+    """Move all weights, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in engine.student.model.parameters():
+            parameter.mul_(1 + 0.03 * torch.randn(parameter.shape, generator=generator))
+
+
+def ids_of(rollouts):
+    return [(rollout.id, rollout.prompt.id, rollout.response_ids, rollout.truncated) for rollout in rollouts]
+
+
+def test_greedy_answers_are_transformers(engine, tokenizer, vllm, prompts):
+    ours = vllm.generate(prompts, 2, GREEDY, seed=0)
+    assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 2, GREEDY, seed=0))
+    assert [rollout.id for rollout in ours] == list(range(6))
+
+
+def test_greedy_answers_are_transformers_on_new_weights(engine, tokenizer, vllm, prompts):
+    before = vllm.generate(prompts, 1, GREEDY, seed=0)
+    disturb(engine, 1)
+    vllm.sync()
+    ours = vllm.generate(prompts, 1, GREEDY, seed=0)
+    assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 1, GREEDY, seed=0))
+    assert ids_of(ours) != ids_of(before)  # the weights did change what is said
+
+
+def test_a_stale_sampler_is_caught(engine, vllm, prompts, monkeypatch):
+    vllm.generate(prompts, 1, GREEDY, seed=0)
+    vllm.sync()
+    disturb(engine, 2)
+    monkeypatch.setattr(vllm, "_load_weights", lambda: None)
+    with pytest.raises(RunStopped, match=r"differ from the trainer's by .* nats a token on a probe") as stop:
+        vllm.sync()
+    assert "\n" not in str(stop.value)
+    monkeypatch.undo()
+    vllm.sync()
+
+
+def test_a_rollout_is_drawn_by_its_own_seed_whatever_is_beside_it(vllm, prompts):
+    random = Sampling(max_new_tokens=8)
+    whole = vllm.generate(prompts, 2, random, seed=5)
+    assert ids_of(whole) == ids_of(vllm.generate(prompts, 2, random, seed=5))
+    assert ids_of(whole)[:2] == ids_of(vllm.generate(prompts[:1], 2, random, seed=5))
+    assert ids_of(whole) != ids_of(vllm.generate(prompts, 2, random, seed=6))
+    assert whole[0].response_ids != whole[1].response_ids  # two samples of one prompt
+
+
+def test_every_stop_token_ends_an_answer_with_itself_and_the_limit_is_flagged(engine, tokenizer, vllm, prompts):
+    free = vllm.generate(prompts, 1, GREEDY, seed=0)
+    assert all(rollout.truncated and len(rollout.response_ids) == 12 for rollout in free)
+    stop = free[0].response_ids[4]
+    vllm._eos_ids.append(stop)
+    ended = vllm.generate(prompts, 1, GREEDY, seed=0)[0]
+    vllm._eos_ids.remove(stop)
+    place = free[0].response_ids.index(stop)
+    assert (ended.response_ids, ended.truncated) == (free[0].response_ids[: place + 1], False)
+
+
+@pytest.fixture(scope="module")
+def run(smollm2, questions, tmp_path_factory):
+    """Three steps of SmolLM2 towards itself after a disturbance, rollouts by vLLM, on the command line's defaults."""
+    folder = tmp_path_factory.mktemp("vllm")
+    student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
+    disturb(TorchEngine(student, EngineConfig(), OptimConfig(), CPU), 3)
+    student.model.save_pretrained(folder / "student")
+    load_tokenizer(str(smollm2.folder), "--student").save_pretrained(folder / "student")
+    values = {
+        "student": str(folder / "student"),
+        "teacher": {"model": str(smollm2.folder)},
+        "prompts": str(questions),
+        "out": str(folder / "run"),
+        "steps": 3,
+        "prompts_per_step": 2,
+        "rollout": {"engine": "vllm", "samples_per_prompt": 2, "max_prompt_tokens": 48, "max_new_tokens": 8},
+        "select": {"by": "soft_or", "normalise_over": "batch"},
+        "optim": {"lr": 1e-4},
+        "engine": {"device": "cpu", "micro_batch_tokens": 256},
+        "telemetry": {"every": 0, "save_rollouts_every": 1},
+        "track": {"progress": False},
+    }
+    start(from_json(values))
+    return folder / "run"
+
+
+def test_three_steps_with_vllm_rollouts(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert (run / "DONE").exists()
+    assert all(line["rollout/tokens"] > 0 and line["loss/nats"] > 0 for line in lines)
+    assert all(line["time/sync_s"] > 0 for line in lines)
+
+
+def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run, tokenizer, prompts):
+    from opsd.rollout.vllm import VLLMRollout
+
+    path = str(run / "checkpoints" / "step_3")
+    engine = TorchEngine(load_scorer(path, "--student", torch.float32, CPU), EngineConfig(), OptimConfig(), CPU)
+    vllm = VLLMRollout(path, tokenizer, engine, RolloutConfig(engine="vllm"), EngineConfig(), 96)
+    ours = vllm.generate(prompts, 1, GREEDY, seed=0)
+    assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 1, GREEDY, seed=0))
