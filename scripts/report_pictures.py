@@ -38,6 +38,7 @@ def pictures(group: list[Run], suites: Sequence[Suite], cell_costs: list[CellCos
             "line may lie on its other side in its own step. Values under 1e-6 nats are drawn there."
         )
         found.append(picture("Figure 2. Entropy and divergence of every token.", words, lambda: plane(tokens)))
+    found.sort(key=lambda one: one.title)  # by the paper's numbers
     if curve_names(group):
         words = "Mean over seeds, shaded from the lowest to the highest, smoothed over a fortieth of the run."
         found.append(picture("Training curves.", words, lambda: curves(group)))
@@ -63,7 +64,13 @@ def _of_suite(suite: Suite, paper: Paper) -> list[Picture]:
         rules.setdefault(row.cell.selector, set()).add(row.cell.retention)
     if any(len(retentions) > 1 for retentions in rules.values()):
         words = f"Ours on {name} with standard errors; the paper's with its ±. The band is training on all tokens."
-        found.append(picture("Figure 3. Accuracy against retention.", words, lambda: retention(suite.stats, *common)))
+        found.append(
+            picture(
+                "Figure 3. Accuracy against retention.",
+                words,
+                lambda: retention(suite.stats, suite.before, suite.name, paper),
+            )
+        )
     if paper.best and any(best is not None for _, best in suite.best):
         words = "Bars: the mean over tries; diamonds: the best of them."
         how = (suite.stats, suite.best, suite.name, paper)

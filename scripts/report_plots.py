@@ -65,20 +65,21 @@ def _paper_bars(ax: Axes, cells: list[CellName], benchmark: str, paper: Paper) -
     ax.margins(y=0.25)
 
 
-def retention(
-    stats: list[CellStats], before: Estimate | None, teacher: Estimate | None, suite: str, paper: Paper
-) -> Figure:
-    """Figure 3's form: accuracy against retention, a line a rule; ours, then each pair of the paper."""
+def retention(stats: list[CellStats], before: Estimate | None, suite: str, paper: Paper) -> Figure:
+    """Figure 3's form: accuracy against retention, a line a rule; ours, then each pair of the paper.
+
+    The teacher is left out: far above, it would press the differences between cells into one line.
+    """
     benchmark = paper.benchmark_of(suite)
     figure, axes = _panels(1 + len(paper.pairs), height=3.2)
     ours = {row.cell: (100 * row.accuracy.mean, 100 * _error(row.accuracy)) for row in stats if row.accuracy}
     _lines(axes[0], ours)
     axes[0].set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
     axes[0].set_ylabel("mean@k, %")
-    for found, name in ((before, "before training"), (teacher, "teacher")):
-        if found is not None:
-            axes[0].axhline(100 * found.mean, color=ink(), linestyle=":", linewidth=1)
-            axes[0].text(0.02, 100 * found.mean, name, fontsize=8, va="bottom", transform=axes[0].get_yaxis_transform())
+    if before is not None:
+        start = 100 * before.mean
+        axes[0].axhline(start, color=ink(), linestyle=":", linewidth=1)
+        axes[0].text(0.02, start, "before training", fontsize=8, va="bottom", transform=axes[0].get_yaxis_transform())
     for ax, pair in zip(axes[1:], paper.pairs, strict=True):
         theirs = {
             cell: (found[0], found[1] or 0.0) for cell in paper.cells if (found := paper.number(pair, benchmark, cell))
@@ -155,7 +156,7 @@ def curves(group: list[Run]) -> Figure:
         for cell in cells:
             steps, values, low, high = _curve([run for run in group if run.cell == cell], key)
             style = {"marker": "o", "markersize": 3} if len(steps) < 12 else {}
-            ax.plot(steps, values, color=colour_of(cell.selector), alpha=shade(cell), label=str(cell), lw=1.4, **style)
+            ax.plot(steps, values, color=colour_of(cell.selector), ls=dashes(cell), label=str(cell), lw=1.4, **style)
             ax.fill_between(steps, low, high, color=colour_of(cell.selector), alpha=0.12, lw=0)
     for ax in list(grid.flat)[len(names) :]:
         ax.set_axis_off()
@@ -215,6 +216,11 @@ def label(cell: CellName) -> str:
     """A cell's name for a narrow axis."""
     name = cell.selector.replace("_", "\n", 1) if len(cell.selector) > 8 else cell.selector
     return name if cell.selector == "all" else f"{name}\n{100 * cell.retention:g} %"
+
+
+def dashes(cell: CellName) -> str:
+    """More broken the fewer tokens: lines of one rule stay apart."""
+    return "-" if cell.retention >= 0.5 else "--" if cell.retention >= 0.2 else ":"
 
 
 def shade(cell: CellName) -> float:

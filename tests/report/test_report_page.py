@@ -40,8 +40,8 @@ def test_a_figure_is_there_exactly_where_it_has_data(make_run):
     save_tokens(folder / "all-1.0-2-seed0", entropy=[0.1, 0.9], reverse_kl=[0.0, 2.0], quadrant=[4, 1])
     assert titles(write(folder)) == [
         "Figure 1. Accuracy by rule.",
-        "Figure 3. Accuracy against retention.",
         "Figure 2. Entropy and divergence of every token.",
+        "Figure 3. Accuracy against retention.",
         "Training curves.",
         "Memory and time.",
     ]
