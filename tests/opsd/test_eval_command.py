@@ -200,6 +200,24 @@ def test_a_model_whose_logits_are_not_hidden_times_head_can_be_evaluated(run, tm
     assert code == 0, error
 
 
+def test_each_group_draws_from_a_stream_of_its_own_whatever_other_suites_there_are(run, tmp_path, monkeypatch):
+    seeds, generate = {}, HFRollout.generate
+
+    def watched(self, prompts, samples, sampling, seed):
+        seeds[prompts[0].id] = seed
+        return generate(self, prompts, samples, sampling, seed)
+
+    monkeypatch.setattr(HFRollout, "generate", watched)
+    run(*arguments(tmp_path / "both.json"))
+    assert list(seeds) == GROUPED[::2] and len(set(seeds.values())) == 5
+    both = dict(seeds)
+    seeds.clear()
+    run(*arguments(tmp_path / "one.json", suite=["digits={digits}"]))
+    assert seeds == {name: seed for name, seed in both.items() if name.startswith("digits")}
+    run(*arguments(tmp_path / "other.json", seed=5))
+    assert not set(seeds.values()) & set(both.values())
+
+
 # ---- going on
 
 
