@@ -15,6 +15,7 @@ from opsd.errors import UserError
 from opsd.viewer.command import InspectConfig, inspect
 from opsd.viewer.examples import pick
 from opsd.viewer.page import embed
+from opsd.viewer.texts import Texts
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +112,24 @@ def test_the_last_recorded_step_is_shown_unless_one_is_named(token_run, tmp_path
     run = token_run(steps=(20, 100, 9))
     assert inspect(InspectConfig(run)).name == "inspect_step_100.html"
     assert data_of(inspect(InspectConfig(run, step=9)))["step"] == 9
+
+
+def test_half_characters_and_lost_spaces_are_spelled_out():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    # "é" is two bytes, Ã and © in a byte-level vocabulary; "Ġso" is " so"; nothing has id 9
+    inner = Tokenizer(models.WordLevel({"Ã": 0, "©": 1, "Ġso": 2, "Ċ": 3}, unk_token="Ã"))
+    inner.decoder = decoders.ByteLevel()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=inner))
+    assert [texts.number(token) for token in (0, 1, 2, 3, 9, 0)] == [0, 1, 2, 3, 4, 0]
+    assert texts.list() == ["Ã", "©", " so", "\n", "⟨9⟩"]
+    assert texts.whole([0, 1, 2]) == "é so"
+    pieces = Tokenizer(models.WordLevel({"▁so": 0}, unk_token="▁so"))
+    pieces.decoder = decoders.Metaspace()
+    texts = Texts(PreTrainedTokenizerFast(tokenizer_object=pieces))
+    texts.number(0)
+    assert texts.list() == [" so"]
 
 
 def rows(*values):
