@@ -86,6 +86,8 @@ class LossConfig:
     """Teacher's share of the JSD mixture, in (0, 1)."""
     temperature: float = 1.0
     """Divides both models' logits."""
+    reward_beta: float = 0.0
+    """Weigh a prompt's n rollouts by n·softmax(reward/β); needs gold answers. 0 is off."""
     memory: Literal["fused", "whole"] = "fused"
     """fused: memory flat in the number of tokens. whole: kept logits live through backward (baseline)."""
     chunk_tokens: int | Literal["auto"] = "auto"
@@ -277,6 +279,7 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--select.clip_quantile {c.select.clip_quantile}: give a quantile in (0, 1]")
     if c.loss.divergence == "jsd" and not 0.0 < c.loss.beta < 1.0:
         raise UserError(f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl")
+    _not_negative("loss.reward_beta", c.loss.reward_beta)
     if not (c.loss.temperature > 0.0 and math.isfinite(c.loss.temperature)):
         raise UserError(f"--loss.temperature {c.loss.temperature}: give a number above 0")
     if c.loss.chunk_tokens != "auto":

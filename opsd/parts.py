@@ -65,6 +65,12 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
     else:
         prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
+    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
+    if config.loss.reward_beta and world is None and unanswered:
+        raise UserError(
+            f"--loss.reward_beta {config.loss.reward_beta}: prompt {unanswered[0]} of {config.prompts} has no answer "
+            "to be rewarded for; give answers, or 0"
+        )
 
     device = local_device(config.engine.device)
     student = load_scorer(student_path, "--student", torch.float32, device)

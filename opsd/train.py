@@ -17,6 +17,7 @@ from opsd.evaluate import summary
 from opsd.hooks import TokenTelemetry
 from opsd.parts import Parts, assemble
 from opsd.ranks import ONE_RANK, Ranks, join, local_device
+from opsd.rewards import reward_weights
 from opsd.rollout import Rollout
 from opsd.runfolder import Follower, RunFolder
 from opsd.seeding import derive_seed
@@ -85,14 +86,16 @@ def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
                     hidden = parts.teacher.hidden(own)
                 with watch.stage("log"):
                     top = _top_tokens(parts, config, step, rollouts, own, hidden)
+                with watch.stage("reward"):
+                    rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
                 with watch.stage("student"):
-                    update = _update(parts, run, step, rollouts, own, hidden)
+                    update = _update(parts, run, step, rollouts, rewards, own, hidden)
                 with watch.stage("sync"):
                     parts.rollout.sync()
                 with watch.stage("log"):
                     metrics = {"step": step, "mem/peak_gib": max(ranks.gather(peak_gib(engine.device)))}
                     if ranks.is_main:
-                        metrics |= _measure(parts, run, step, rollouts, batches, update, top)
+                        metrics |= _measure(parts, run, step, rollouts, rewards, batches, update, top)
             metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
             metrics |= _evaluate_after(parts, run, step, tracker)
             tracker.step(metrics)
@@ -107,7 +110,13 @@ def _generate(parts: Parts, config: TrainConfig, step: int) -> list[Rollout]:
 
 
 def _update(
-    parts: Parts, run: RunFolder, step: int, rollouts: list[Rollout], batches: list[MicroBatch], hidden: list[Any]
+    parts: Parts,
+    run: RunFolder,
+    step: int,
+    rollouts: list[Rollout],
+    rewards: list[float] | None,
+    batches: list[MicroBatch],
+    hidden: list[Any],
 ) -> Update:
     """Train on the step's rollouts; where that cannot go on, keep them for a look."""
     config = run.config
@@ -115,8 +124,12 @@ def _update(
     watch = frozenset().union(*(telemetry.needs for telemetry in _due(parts, config, step)))
     if watch:
         watch |= frozenset(TOKEN_MEANS) | (RECORD_FIELDS if config.telemetry.save_tokens else frozenset())
+    weights = None
+    if config.loss.reward_beta and rewards is not None:
+        prompts = [rollout.id // config.rollout.samples_per_prompt for rollout in rollouts]
+        weights = reward_weights(rewards, prompts, config.loss.reward_beta)
     try:
-        return parts.updater.run(batches, hidden, lr, seed, watch)
+        return parts.updater.run(batches, hidden, lr, seed, watch, weights)
     except RunStopped as problem:
         # Every rank has the step's rollouts and stops here; the first one writes.
         name = f"stopped_at_step_{step}"
@@ -154,6 +167,7 @@ def _measure(
     run: RunFolder,
     step: int,
     rollouts: list[Rollout],
+    rewards: list[float] | None,
     batches: list[MicroBatch],
     update: Update,
     top: tuple[ModelTop, ModelTop] | None,
@@ -171,7 +185,6 @@ def _measure(
         "batch/micro_batches": len(batches),
         "batch/fill_frac": packed / (len(batches) * config.engine.micro_batch_tokens),
     }
-    rewards = parts.evaluator.rewards(rollouts)
     if rewards is not None:
         metrics["rollout/reward"] = sum(rewards) / len(rewards)
     partly = frozenset() if parts.selector is None else parts.selector.needs_kept - parts.selector.needs

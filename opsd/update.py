@@ -48,11 +48,18 @@ class Updater:
         self._loss, self._vocab_size = loss, vocab_size
 
     def run(
-        self, batches: list[MicroBatch], teacher_hidden: list[Tensor], lr: float, seed: int, watch: frozenset[str]
+        self,
+        batches: list[MicroBatch],
+        teacher_hidden: list[Tensor],
+        lr: float,
+        seed: int,
+        watch: frozenset[str],
+        rollout_weights: Tensor | None = None,
     ) -> Update:
         """One optimiser step. seed: decides random selection. watch: fields to score over all tokens as well.
 
         batches: this rank's share, as many as every other rank's (`opsd.batch.share`), with the teacher's states.
+        rollout_weights: loss weight of each of the step's rollouts, by id; they never change the count.
 
         Watching changes nothing that is trained. Raises RunStopped, the weights untouched, where the loss or its
         gradient is not finite, or where a selector keeps another count than it announced.
@@ -66,7 +73,7 @@ class Updater:
             chosen = self._choose(scored, seed)
         kept = self._kept_count(batches, chosen)
         results = [
-            self._backward(micro, hidden_NE, selection, kept, seed)
+            self._backward(micro, hidden_NE, selection, kept, seed, rollout_weights)
             for (micro, hidden_NE), selection in zip(pairs, chosen, strict=True)
         ]
         loss_nats = self._ranks.sum(sum(float(result.loss_sum) for result in results)) / kept
@@ -96,9 +103,8 @@ class Updater:
             needs = needs | self._selector.needs | self._selector.needs_kept
 
         def use(student_ND: Tensor, head_VD: Tensor) -> TokenStats:
-            return token_stats(
-                student_ND, head_VD, teacher_NE, self._teacher.head(), needs=needs, **self._common(micro)
-            )
+            states_NE = teacher_NE.to(student_ND.device, non_blocking=True)
+            return token_stats(student_ND, head_VD, states_NE, self._teacher.head(), needs=needs, **self._common(micro))
 
         return self._engine.forward(micro, use)
 
@@ -139,19 +145,30 @@ class Updater:
         return total
 
     def _backward(
-        self, micro: MicroBatch, teacher_NE: Tensor, selection: Selection | None, kept: int, seed: int
+        self,
+        micro: MicroBatch,
+        teacher_NE: Tensor,
+        selection: Selection | None,
+        kept: int,
+        seed: int,
+        rollout_weights: Tensor | None,
     ) -> DistillResult:
         """Add one micro-batch's gradient; its result, the graph let go."""
+        weight_N = (
+            None if rollout_weights is None else rollout_weights[micro.rollout_N.cpu()].to(micro.rollout_N.device)
+        )
+        if selection is not None and selection.weight_N is not None:
+            weight_N = selection.weight_N if weight_N is None else selection.weight_N * weight_N
 
         def use(student_ND: Tensor, head_VD: Tensor) -> DistillResult:
             return distill_loss(
                 student_ND,
                 head_VD,
-                teacher_NE,
+                teacher_NE.to(student_ND.device, non_blocking=True),
                 self._teacher.head(),
                 selector=self._selector if selection is None else None,
                 kept_N=None if selection is None else selection.kept_N,
-                weight_N=None if selection is None else selection.weight_N,
+                weight_N=weight_N,
                 divergence=self._loss.divergence,
                 beta=self._loss.beta,
                 memory=self._loss.memory,

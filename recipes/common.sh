@@ -15,7 +15,7 @@
 #   (or MODEL_PATH and TEACHER_MODEL_PATH where PAIRS names one pair)
 #   DATA_DIR: holds dapo_train.jsonl, math500.jsonl, aime24.jsonl, aime25.jsonl (fields prompt and answer)
 #   NUM_GPUS TRAIN_BATCH_SIZE LEARNING_RATE TOTAL_EPOCHS MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH ROLLOUT_N TEMPERATURE
-#   TOP_P TOP_K OPD_LOSS_TYPE OPD_CHUNK_SIZE OPD_MAX_LENGTH ENABLE_THINKING SAVE_FREQ TEST_FREQ VAL_TEMPERATURE VAL_TOP_P
+#   TOP_P TOP_K OPD_LOSS_TYPE OPD_REWARD_BETA OPD_CHUNK_SIZE OPD_MAX_LENGTH ENABLE_THINKING SAVE_FREQ TEST_FREQ VAL_TEMPERATURE VAL_TOP_P
 #   VAL_TOP_K VAL_N VAL_BEFORE_TRAIN
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -79,6 +79,7 @@ paper_flags() {
     setting --rollout.top_k 0 "$(top_k "${TOP_K:-}")"                       # base repository: off
     setting --thinking off "$thinking"                                      # base repository: what its launcher passes
     setting --loss.divergence reverse_kl "${OPD_LOSS_TYPE:-}"               # Eq. 1
+    setting --loss.reward_beta 0 "${OPD_REWARD_BETA:-}"                     # base repository: off
     setting --loss.chunk_tokens 512 "${OPD_CHUNK_SIZE:-}"                   # Table 9, "OPD chunk"
     setting --engine.micro_batch_tokens 16384 "${OPD_MAX_LENGTH:-}"         # Table 9, "OPD max length"
     setting --engine.dtype bfloat16                                         # our choice: fp32 master weights stay

@@ -77,11 +77,12 @@ CASES = [
     (["--step", "3"], ["unknown option --step", "did you mean --steps?"]),
     (["--select.by"], ["Missing value", "--select.by"]),
     (["--loss.divergence", "jsd", "--loss.beta", "1"], ["--loss.beta 1.0", "reverse_kl or forward_kl"]),
+    (["--prompts", "{unanswered}", "--loss.reward_beta", "1"], ["--loss.reward_beta 1.0", "has no answer"]),
     (["--loss.divergence", "kl"], ["'kl'", "reverse_kl"]),
     (["--optim.lr", "-1"], ["--optim.lr -1.0", "above 0"]),
     (["--optim.warmup_steps", "9"], ["--optim.warmup_steps 9", "--steps (2)"]),
     (["--rollout.top_p", "0"], ["--rollout.top_p 0.0", "(0, 1]"]),
-    (["--engine.kind", "deepspeed"], ["deepspeed", "'torch'"]),
+    (["--engine.kind", "fsdp"], ["fsdp", "'torch'"]),
     (["--engine.device", "cuda"], ["no CUDA device"]),
     (["--telemetry.options", "h_threshold", "high"], ["h_threshold"]),
 ]

@@ -233,3 +233,13 @@ def test_bfloat16_trains_fp32_weights(settings, tmp_path):
     start(settings(tmp_path / "run", steps=1, engine__dtype="bfloat16", eval__suite=[]))
     weights = weights_of(tmp_path / "run" / "checkpoints" / "step_1")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_rewards_weigh_a_prompts_rollouts(settings, tmp_path):
+    common = {"steps": 1, "eval__suite": [], "select": {"by": "all"}, "optim__lr": 1e-9}
+    start(settings(tmp_path / "plain", **common))
+    start(settings(tmp_path / "weighed", **common, loss={"reward_beta": 0.5}))
+    (plain,), (weighed,) = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "weighed")
+    assert plain["rollout/reward"] == weighed["rollout/reward"]
+    # Every rollout here is wrong, so a prompt's rollouts are weighed alike: by 1.
+    assert weighed["rollout/reward"] == 0.0 and weighed["loss/nats"] == pytest.approx(plain["loss/nats"], rel=1e-6)

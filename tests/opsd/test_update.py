@@ -55,12 +55,14 @@ class Learner:
         self.engine = engine(Scorer(make_model(seed=0)), EngineConfig(), OptimConfig(lr=1e-2), CPU)
         self.teacher = LocalTeacher(Scorer(make_model(seed=teacher_seed)), CPU)
 
-    def run(self, by="all", max_tokens=1000, watch=frozenset(), seed=3, loss=None, selector=None, **options):
+    def run(
+        self, by="all", max_tokens=1000, watch=frozenset(), seed=3, loss=None, selector=None, weights=None, **options
+    ):
         if selector is None:
             selector = None if by == "all" else load_selector(by, retention=0.5, **options)
         updater = Updater(self.engine, self.teacher, selector, loss or LossConfig(), 49)
         batches = pack(self.rollouts, max_tokens)
-        return updater.run(batches, self.teacher.hidden(batches), 1e-2, seed, watch)
+        return updater.run(batches, self.teacher.hidden(batches), 1e-2, seed, watch, weights)
 
     def weights(self):
         return {name: p.detach().clone() for name, p in self.engine.student.model.named_parameters()}
@@ -166,3 +168,13 @@ def test_tool_tokens_are_neither_counted_nor_kept(learner, make_rollout):
     result = learner.run("entropy", watch=frozenset({"entropy_N"}))
     assert (result.kept, result.tokens) == (2, 4)
     assert result.stats.token_ids_N.tolist() == [9, 10, 13, 14]
+
+
+@pytest.mark.parametrize(("by", "options"), SELECTORS)
+def test_a_rollouts_weight_multiplies_its_loss_and_not_the_count(learner, by, options):
+    whole = learner.run(by, **options, watch=frozenset({"reverse_kl_N"}))
+    expected = whole.stats.reverse_kl_N * torch.tensor([0.0, 2.0, 1.0, 0.5, 1.0, 1.5])[whole.stats.rollout_N]
+    weights = torch.tensor([0.0, 2.0, 1.0, 0.5, 1.0, 1.5])
+    weighted = learner.run(by, **options, max_tokens=16, weights=weights)
+    assert weighted.kept == whole.kept
+    assert weighted.loss_nats == pytest.approx(float(expected[whole.kept_N].sum()) / whole.kept, rel=1e-5)

@@ -99,6 +99,7 @@ def test_the_base_repositorys_variables_reach_their_flags_and_the_runs_name(proj
         "TOP_P": ("0.95", "--rollout.top_p", "0.95"),
         "TOP_K": ("-1", "--rollout.top_k", "0"),
         "OPD_LOSS_TYPE": ("jsd", "--loss.divergence", "jsd"),
+        "OPD_REWARD_BETA": ("0.5", "--loss.reward_beta", "0.5"),
         "OPD_CHUNK_SIZE": ("256", "--loss.chunk_tokens", "256"),
         "OPD_MAX_LENGTH": ("10240", "--engine.micro_batch_tokens", "10240"),
         "ENABLE_THINKING": ("True", "--thinking", "on"),

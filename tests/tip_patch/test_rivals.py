@@ -8,7 +8,7 @@ import torch
 from opsd.distill import distill_loss
 from opsd.errors import UserError
 from opsd.hooks import Selection
-from tip_patch.rivals import AdaptiveKL, FirstFraction, PositionWeighted, Verify, reward_weights
+from tip_patch.rivals import AdaptiveKL, FirstFraction, PositionWeighted, Verify
 
 
 class TestAdaptiveKL:
@@ -61,20 +61,3 @@ def test_verify_keeps_what_the_teacher_ranks_high(make_stats):
     selector = Verify(top_k=2)
     assert selector(make_stats(rank=[0, 1, 2, 30])).kept_N.tolist() == [True, True, False, False]
     assert not selector.fixed_budget and selector.budget(7) == 7
-
-
-class TestRewardWeights:
-    def test_by_hand(self):
-        # β = 1/log 3: exp(reward/β) = 3, 1 → n·softmax = 1.5, 0.5; the other prompt's equal rewards give ones
-        beta = 1 / math.log(3)
-        weights = reward_weights([1.0, 0.5, 0.0, 0.5], ["a", "b", "a", "b"], beta)
-        assert weights.tolist() == pytest.approx([1.5, 1.0, 0.5, 1.0])
-
-    def test_a_wide_temperature_weighs_all_alike_and_huge_rewards_stay_finite(self):
-        assert reward_weights([5.0, -5.0], [0, 0], 1e9).tolist() == pytest.approx([1.0, 1.0])
-        assert reward_weights([1e6, 0.0], [0, 0], 0.1).tolist() == [2.0, 0.0]
-
-    @pytest.mark.parametrize(("rewards", "beta"), [([1.0, 2.0], 0.0), ([1.0], 1.0), ([1.0, 2.0], float("nan"))])
-    def test_what_does_not_fit_is_refused(self, rewards, beta):
-        with pytest.raises(UserError):
-            reward_weights(rewards, [0, 0], beta)
