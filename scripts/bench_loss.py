@@ -1,0 +1,130 @@
+"""Time and memory of the distillation loss, against the usual ways to write it.
+
+    python scripts/bench_loss.py                     all cases, about 20 minutes on two quiet cores
+    python scripts/bench_loss.py --quick             a few small ones, two minutes
+    python scripts/bench_loss.py --tokens 1024 --widths 1024 --dtypes bfloat16
+
+Each case is a process of its own, whose first call counts. Writes into --out: cases.jsonl (a line a case, written as
+it ends; a case that is there already is not run again), table.md and figure.png. Ratios hold within one run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import tyro
+from bench_loss_case import Case
+from bench_loss_report import draw, table
+
+# What a kept graph holds for each token and vocabulary entry: three fp32 values and a half, as measured.
+GRAPH_BYTES = 14.2
+RETENTIONS = (0.5, 0.2, 0.1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which cases run. Token counts and widths (hidden sizes of both models) each cross with the methods."""
+
+    out: Path = Path("runs/bench")
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    widths: tuple[int, ...] = (256, 1024)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    methods: tuple[str, ...] = ("ours", "graph_kept", "recomputed", "liger")
+    selected_tokens: int = 2048
+    """Tokens of the cases that train on a part of them."""
+    vocab: int = 151_936
+    chunk: int = 256
+    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+    repeats: int = 1
+    quick: bool = False
+    """512 and 1024 tokens at width 256 in fp32 only."""
+
+
+def main() -> None:
+    """Run what is missing, then write table and figure from all that is there."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.quick:
+        options = dataclasses.replace(
+            options, tokens=(512, 1024), widths=(256,), dtypes=("float32",), selected_tokens=1024
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "cases.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    wanted = list(dict.fromkeys(plan(options)))
+    for repeat in range(options.repeats):
+        for case in wanted:
+            if sum(matches(row, case) for row in rows) > repeat:
+                continue
+            row = run(case)
+            rows.append(row)
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            print(describe(row), flush=True)
+    text = table(rows)
+    (options.out / "table.md").write_text(text)
+    draw(rows, options.out / "figure.png")
+    print(text)
+
+
+def plan(options: Options) -> Iterator[Case]:
+    """All cases, those that are compared next to each other."""
+    for dtype in options.dtypes:
+        for width in options.widths:
+
+            def case(method: str, tokens: int, dtype: str = dtype, width: int = width, **more: Any) -> Case:
+                shape = {"vocab": options.vocab, "chunk": options.chunk, "threads": options.threads}
+                return Case(method, tokens, width, dtype, **shape, **more)
+
+            yield case("rate", 1)
+            for tokens in sorted(options.tokens):
+                for method in options.methods:
+                    if method != "graph_kept" or fits(tokens, options.vocab):
+                        yield case(method, tokens)
+            for retention in RETENTIONS:
+                for selector in ("soft_or", "entropy"):
+                    yield case("ours", options.selected_tokens, selector=selector, retention=retention)
+
+
+def fits(tokens: int, vocab: int) -> bool:
+    """Whether a kept graph of so many tokens leaves a third of the free memory alone."""
+    return GRAPH_BYTES * tokens * vocab < 0.67 * psutil.virtual_memory().available
+
+
+def matches(row: dict[str, Any], case: Case) -> bool:
+    return all(row[name] == value for name, value in dataclasses.asdict(case).items())
+
+
+def run(case: Case) -> dict[str, Any]:
+    """The case's measurements, from a process of its own; one that fails is recorded as missing, with its last line."""
+    script = Path(__file__).with_name("bench_loss_case.py")
+    command = [sys.executable, str(script), json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
+    if done.returncode == 0:
+        return json.loads(lines[-1])
+    reason = "killed, out of memory?" if done.returncode == -9 else lines[-1]
+    return {**dataclasses.asdict(case), "gflop": case.flop / 1e9, "missing": reason}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A case in one line, for the console."""
+    kept = f"{row['selector']} {row['retention']:g}" if row["selector"] != "all" else "all"
+    name = f"{row['method']:11} {row['dtype']:9} d {row['width']:5} N {row['tokens']:5} {kept:13}"
+    if "missing" in row:
+        return f"{name} - ({row['missing']})"
+    if row["method"] == "rate":
+        return f"{name} mm {row['mm_gflops']:.0f} GFLOP/s, best {row['best_gflops']:.0f}"
+    return f"{name} {row['seconds']:7.2f} s {row['cpu_seconds']:7.2f} CPU s {row['peak_gib']:6.2f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What the loss is compared with: the usual ways to write it, and Liger's where it is installed.
+
+Each gives a function (student hidden, student head, teacher hidden, teacher head) -> loss sum over all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Unavailable(Exception):
+    """A baseline that cannot run here, and why."""
+
+
+def divergence_sum(
+    divergence: str, student_CD: Tensor, student_VD: Tensor, teacher_CE: Tensor, teacher_VE: Tensor
+) -> Tensor:
+    """A chunk's divergence as its definition, logits in fp32, for autograd to differentiate."""
+    log_p = torch.log_softmax((student_CD @ student_VD.T).float(), -1)
+    with torch.no_grad():
+        log_q = torch.log_softmax((teacher_CE @ teacher_VE.T).float(), -1)
+    if divergence == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum()
+    if divergence == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum()
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    return 0.5 * (log_q.exp() * (log_q - log_m)).sum() + 0.5 * (log_p.exp() * (log_p - log_m)).sum()
+
+
+def graph_kept(divergence: str, chunk: int) -> Loss:
+    """A chunk loop inside autograd: every chunk's logits and probabilities live until the backward pass."""
+
+    def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
+        total = student_ND.new_zeros((), dtype=torch.float32)
+        for student_CD, teacher_CE in zip(student_ND.split(chunk), teacher_NE.split(chunk), strict=True):
+            total = total + divergence_sum(divergence, student_CD, student_VD, teacher_CE, teacher_VE)
+        return total
+
+    return loss
+
+
+def recomputed(divergence: str, chunk: int) -> Loss:
+    """The same loop with each chunk under torch's checkpoint: projected again in the backward pass."""
+
+    def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
+        total = student_ND.new_zeros((), dtype=torch.float32)
+        for student_CD, teacher_CE in zip(student_ND.split(chunk), teacher_NE.split(chunk), strict=True):
+            arguments = (divergence, student_CD, student_VD, teacher_CE, teacher_VE)
+            total = total + checkpoint(divergence_sum, *arguments, use_reentrant=False)
+        return total
+
+    return loss
+
+
+def liger(divergence: str, chunk: int) -> Loss:
+    """Liger's fused linear distillation loss, eager, whose beta of 1 is the reverse KL.
+
+    Compiled it takes longer on a cold first call. Its labels serve the hard loss, which is weighed 0.
+    """
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel is not installed ({error})") from error
+    beta = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}[divergence]
+    criterion = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, compiled=False, chunk_size=chunk)
+
+    def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
+        labels = torch.zeros(student_ND.shape[0], dtype=torch.int64)
+        return criterion(student_ND, student_VD, teacher_NE, teacher_VE, labels) * student_ND.shape[0]
+
+    return loss
+
+
+BASELINES: dict[str, Callable[[str, int], Loss]] = {
+    "graph_kept": graph_kept,
+    "recomputed": recomputed,
+    "liger": liger,
+}
