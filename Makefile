@@ -8,7 +8,8 @@ PY := .venv/bin/python
 TABLE ?= table5
 RUNS ?= runs/$(TABLE)
 NEEDS := $(if $(DRY_RUN),,setup)
-# One thread a test worker, a file of tests to one worker (they share what is slow to start); idle OpenMP threads that spin would slow the other worker down.
+# A file of tests stays with one worker: its tests share what is slow to start. One thread each; idle OpenMP threads
+# that spin would slow the other worker down.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-slow check table3 table4 table5 table6 table7 table8 report bench clean

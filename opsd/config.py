@@ -22,8 +22,21 @@ class TeacherConfig:
 
     model: Annotated[str, arg(name="")]
     """Folder (or hub name) of the teacher."""
-    kind: Literal["local"] = "local"
-    """local: in this process, full vocabulary, hidden states cached for the step."""
+    kind: Literal["local", "vllm"] = "local"
+    """local: in these processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both give hidden states, and the
+    loss the exact divergence over the whole vocabulary."""
+    offload: bool = False
+    """local: keep the teacher in host memory but while it computes; its head stays on the device."""
+    cache: Literal["device", "host"] = "device"
+    """Where its hidden states wait for the student's turn; host memory is pinned beside a GPU."""
+    urls: tuple[str, ...] = ("http://127.0.0.1:8000",)
+    """vllm: one or more replicas."""
+    api_key_env: str | None = None
+    """vllm: the environment variable that holds the servers' key; the key itself is never written anywhere."""
+    timeout_s: float = 300.0
+    """vllm: seconds that a request may take."""
+    retries: int = 3
+    """vllm: further tries of a request that failed, each on the next replica, before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +279,7 @@ def check(config: TrainConfig) -> None:
     c = config
     _positive("steps", c.steps)
     _positive("prompts_per_step", c.prompts_per_step)
+    _teacher(c)
     for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "generate_batch", "tensor_parallel"):
         _positive(f"rollout.{name}", getattr(c.rollout, name))
     if not 0.0 < c.rollout.gpu_memory_share < 1.0:
@@ -366,6 +380,17 @@ def _positive(name: str, value: float) -> None:
 def _not_negative(name: str, value: float) -> None:
     if not value >= 0:
         raise UserError(f"--{name} {value}: give 0 or more")
+
+
+def _teacher(c: TrainConfig) -> None:
+    _positive("teacher.timeout_s", c.teacher.timeout_s)
+    _not_negative("teacher.retries", c.teacher.retries)
+    if c.teacher.kind != "vllm":
+        return
+    if not c.teacher.urls:
+        raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
+    if c.eval.suite and c.eval.teacher:
+        raise UserError("--teacher.kind vllm gives hidden states and no answers: give --eval.teacher False")
 
 
 def _offload(engine: EngineConfig) -> None:

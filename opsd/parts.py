@@ -21,7 +21,7 @@ from opsd.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.ranks import Ranks, local_device, world_size
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
 from opsd.student import load_scorer, load_tokenizer, shared_vocabulary
-from opsd.teacher import LocalTeacher
+from opsd.teacher import LocalTeacher, Teacher
 from opsd.tracking import check_wandb
 from opsd.update import Updater
 
@@ -36,8 +36,8 @@ class Parts:
     dropped_prompts: int
     rollout: RolloutEngine
     sampling: Sampling
-    teacher: LocalTeacher
-    teacher_rollout: RolloutEngine
+    teacher: Teacher
+    teacher_rollout: RolloutEngine | None
     selector: TokenSelector | None
     vocab_size: int
     engine: Engine
@@ -74,16 +74,19 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
 
     device = local_device(config.engine.device)
     student = load_scorer(student_path, "--student", torch.float32, device)
-    teacher = load_scorer(config.teacher.model, "--teacher", getattr(torch, config.engine.dtype), device)
-    vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher)
-    local_teacher = LocalTeacher(teacher, device)
+    teacher, teacher_model, context = build_teacher(config, ranks, device)
+    vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     engine = build_engine(config, ranks, student, device)
     r = config.rollout
     rollout = build_rollout(config, student_path, tokenizer, engine)
-    teacher_rollout: RolloutEngine = HFRollout(teacher.model, tokenizer, config.eval.generate_batch, ranks=ranks)
+    teacher_rollout: RolloutEngine | None = None
+    if isinstance(teacher, LocalTeacher):
+        model, batch = teacher_model.model, config.eval.generate_batch
+        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks)
+        if world is not None:
+            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks)
     if world is not None:
         rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks)
-        teacher_rollout = world.episodes(teacher_rollout, teacher.model, config.eval.generate_batch, nullcontext, ranks)
     return Parts(
         ranks=ranks,
         tokenizer=tokenizer,
@@ -91,12 +94,12 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         dropped_prompts=dropped,
         rollout=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
-        teacher=local_teacher,
+        teacher=teacher,
         teacher_rollout=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,
-        updater=Updater(engine, local_teacher, selector, config.loss, vocab_size),
+        updater=Updater(engine, teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,
         telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
     )
@@ -112,6 +115,21 @@ def check_rollout(rollout: RolloutConfig) -> None:
                 f"--rollout.tensor_parallel {rollout.tensor_parallel} does not divide the {world_size()} processes; "
                 "give a number that does"
             )
+
+
+def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> tuple[Teacher, Any, Any]:
+    """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
+    t, dtype = config.teacher, getattr(torch, config.engine.dtype)
+    if t.kind == "local":
+        scorer = load_scorer(t.model, "--teacher", dtype, device)
+        local = LocalTeacher(scorer, device, t.offload, t.cache)
+        return local, scorer, local.present
+    from opsd.teacher.vllm import VLLMTeacher, as_model, read_head
+
+    head_VE = read_head(t.model, dtype)
+    served = VLLMTeacher(t, head_VE, device, ranks.rank)
+    served.connect()
+    return served, as_model(head_VE), nullcontext
 
 
 def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine) -> RolloutEngine:

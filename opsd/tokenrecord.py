@@ -64,7 +64,7 @@ def score_top(
             return top_tokens(
                 student_ND[row_R],
                 head_VD,
-                teacher_NE[row_R],
+                teacher_NE.to(student_ND.device)[row_R],
                 teacher.head(),
                 token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
                 k=k,

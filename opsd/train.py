@@ -218,6 +218,7 @@ def _evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> None:
         result = parts.ranks.broadcast(run.read_eval("teacher"))
         if result is None:
             tracker.doing("evaluating the teacher")
+            assert parts.teacher_rollout is not None
             result = parts.evaluator.run(parts.teacher_rollout, config.teacher.model, None)
             run.write_eval("teacher", result)
         metrics |= summary(result, "teacher_eval")

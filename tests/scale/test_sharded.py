@@ -64,7 +64,10 @@ def out(tmp_path_factory) -> Path:
     (folder / "settings.json").write_text(json.dumps(values))
     done = torchrun(2, str(WORKER), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
-    start(from_json({**values, "out": f"{folder}/plain", "engine": {"device": "cpu", "micro_batch_tokens": 24}}))
+    one = {**values, "engine": {"device": "cpu", "micro_batch_tokens": 24}}
+    start(from_json({**one, "out": f"{folder}/plain"}))
+    saving = {**values["teacher"], "offload": True, "cache": "host"}
+    start(from_json({**one, "out": f"{folder}/saving", "teacher": saving}))
     return folder
 
 
@@ -143,6 +146,12 @@ def test_two_ranks_write_the_run_folder_that_one_process_writes(out):
     for ours, plain in zip(metrics_of(out / "whole"), metrics_of(out / "plain"), strict=True):
         assert ours.keys() == plain.keys()
         assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+
+
+def test_a_teacher_that_makes_room_between_its_turns_changes_no_number(out):
+    assert metrics_of(out / "saving") == metrics_of(out / "plain")
+    plain = (out / "plain" / "eval" / "teacher.json").read_text()
+    assert (out / "saving" / "eval" / "teacher.json").read_text() == plain
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

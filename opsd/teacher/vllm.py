@@ -1,0 +1,176 @@
+"""A teacher served by vLLM: final hidden states over HTTP, so that the loss keeps the exact whole-vocabulary KL.
+
+The server is a vLLM pooling engine (scripts/serve_teacher.sh); servers of log-probabilities give only a top few.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from opsd.batch import MicroBatch
+from opsd.config import TeacherConfig
+from opsd.errors import RunStopped, UserError
+
+# Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
+SEQUENCES_PER_REQUEST = 64
+BACKOFF_S = 0.5
+# Settings of a model's configuration that change logits behind the head; the loss knows none of them.
+BENT_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class VLLMTeacher:
+    """Teacher on one or more replicas of a vLLM pooling server. head_VE: its projection, read from the model folder.
+
+    Requests go round the replicas; one that fails is tried again on the next, config.retries times, then the run stops.
+    """
+
+    def __init__(self, config: TeacherConfig, head_VE: Tensor, device: torch.device, rank: int = 0) -> None:
+        self._config, self._head_VE, self._device, self._rank = config, head_VE.to(device), device, rank
+        self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+        # The teacher is near: a proxy meant for the wide network would only be in the way.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._pool = ThreadPoolExecutor(2 * len(config.urls))
+        self._names: dict[str, str] = {}
+
+    def connect(self) -> None:
+        """Ask every replica what it serves, and for the states of one token. Raises UserError where that fails."""
+        for url in self._config.urls:
+            try:
+                self._names[url] = json.loads(self._call(url, "/v1/models", None)[1])["data"][0]["id"]
+                (states,) = self._states(url, [[0]])
+            except (OSError, ValueError, LookupError) as error:
+                raise UserError(
+                    f"--teacher.urls {url}: no pooling server answers there ({_reason(error)}); start one with "
+                    "scripts/serve_teacher.sh"
+                ) from error
+            if states.shape[1] != self._head_VE.shape[1]:
+                raise UserError(
+                    f"--teacher.urls {url}: it gives {states.shape[1]} numbers a token, the head of --teacher "
+                    f"{self._config.model} takes {self._head_VE.shape[1]}; serve that model"
+                )
+
+    def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
+        """See Teacher.hidden. Raises RunStopped where no replica answers."""
+        return list(self._pool.map(self._of_batch, range(len(batches)), batches))
+
+    def head(self) -> Tensor:
+        """See Teacher.head."""
+        return self._head_VE
+
+    def _of_batch(self, place: int, micro: MicroBatch) -> Tensor:
+        if not micro.student_tokens():
+            return self._head_VE.new_zeros(0, self._head_VE.shape[1])
+        sequences = split(micro)
+        rows = []
+        for first in range(0, len(sequences), SEQUENCES_PER_REQUEST):
+            rows += self._with_retries(place, sequences[first : first + SEQUENCES_PER_REQUEST])
+        return torch.cat(rows).index_select(0, micro.rows_N).to(self._device, self._head_VE.dtype)
+
+    def _with_retries(self, place: int, sequences: list[list[int]]) -> list[Tensor]:
+        urls = self._config.urls
+        last: Exception | None = None
+        for attempt in range(self._config.retries + 1):
+            url = urls[(self._rank + place + attempt) % len(urls)]
+            try:
+                return self._states(url, sequences)
+            except urllib.error.HTTPError as error:
+                if error.code < 500:
+                    # A request that is refused once is refused always.
+                    raise RunStopped(f"the teacher at {url} refuses a request: {_reason(error)}") from error
+                last = error
+            except (OSError, ValueError, LookupError) as error:
+                last = error
+            if attempt < self._config.retries:
+                time.sleep(BACKOFF_S * 2**attempt)
+        assert last is not None
+        raise RunStopped(
+            f"the teacher does not answer: {self._config.retries + 1} tries over {', '.join(urls)}, the last ended "
+            f"with {_reason(last)}; restart it, then go on with --resume"
+        ) from last
+
+    def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
+        """Final hidden states [L, E] of each sequence, on the CPU."""
+        kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._head_VE.dtype]
+        request = {
+            "model": self._names[url],
+            "input": sequences,
+            "task": "token_embed",
+            "encoding_format": "bytes",
+            "embed_dtype": kind,
+        }
+        header, body = self._call(url, "/pooling", json.dumps(request).encode())
+        whole = bytearray(body)
+        found = []
+        for part, sequence in zip(json.loads(header["metadata"])["data"], sequences, strict=True):
+            flat = torch.frombuffer(whole, dtype=self._head_VE.dtype, offset=part["start"], count=_count(part))
+            if part["shape"][0] != len(sequence):
+                raise ValueError(f"{part['shape'][0]} states for {len(sequence)} tokens")
+            found.append(flat.view(part["shape"]))
+        return found
+
+    def _call(self, url: str, path: str, body: bytes | None) -> tuple[Any, bytes]:
+        request = urllib.request.Request(url.rstrip("/") + path, body, {"Content-Type": "application/json"})
+        if self._key:
+            request.add_header("Authorization", f"Bearer {self._key}")
+        with self._opener.open(request, timeout=self._config.timeout_s) as answer:
+            return answer.headers, answer.read()
+
+
+def split(micro: MicroBatch) -> list[list[int]]:
+    """The sequences that a packed micro-batch holds: positions restart at 0 with each."""
+    starts = (micro.position_ids_1L[0] == 0).nonzero().flatten().tolist()
+    ids = micro.input_ids_1L[0].tolist()
+    return [ids[first:last] for first, last in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def read_head(path: str, dtype: torch.dtype) -> Tensor:
+    """A model folder's vocabulary projection [V, E], read alone. Raises UserError where it cannot serve."""
+    folder = Path(path)
+    settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    bent = [name for name in BENT_LOGITS if settings.get(name) not in (None, 1, 1.0)]
+    if bent:
+        raise UserError(
+            f"--teacher {path}: its config.json sets {bent[0]}; this trainer needs plain hidden·head logits"
+        )
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: file for name in tensors.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        for name, file in found.items():
+            if name.endswith(ending):
+                with safe_open(file, "pt") as tensors:
+                    return tensors.get_tensor(name).to(dtype)
+    raise UserError(
+        f"--teacher {path}: no lm_head or embed_tokens weight in its safetensors; give a whole model folder"
+    )
+
+
+def as_model(head_VE: Tensor) -> Any:
+    """The head where a model's is looked for."""
+    return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
+
+
+def _count(part: dict[str, Any]) -> int:
+    rows, width = part["shape"]
+    return rows * width
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line; never a header, which may hold the key."""
+    if isinstance(error, urllib.error.HTTPError):
+        said = error.read(300).decode(errors="replace").strip().replace("\n", " ")
+        return f"status {error.code} {said}".strip()
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
