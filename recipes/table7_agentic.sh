@@ -109,3 +109,6 @@ elif [[ ! -e $DATA_DIR/split.json ]]; then
 fi
 
 run_table table7 "$@"
+
+by_constraint=(python scripts/pocket/planning_constraints.py "$RUNS" --out "$RUNS/report")
+if [[ -n ${DRY_RUN:-} ]]; then line_of "${by_constraint[@]}"; else "${by_constraint[@]}"; fi
