@@ -110,11 +110,10 @@ class _Run:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
                 loss_K[part], mass_C = self._differentiate_(logits_CV, teacher_CV, work)
                 scale_C1 = self._scale(part, mass_C)
-                if grad_ND is not None:
-                    grad_ND[where] = student_head.hidden_gradient(logits_CV).mul_(scale_C1).to(grad_ND.dtype)
-                if grad_VD is not None:
-                    scaled_CD = hidden_CD * scale_C1
-                    student_head.add_weight_gradient_(logits_CV, scaled_CD, grad_VD[: inputs.vocab_size])
+                total_VD = None if grad_VD is None else grad_VD[: inputs.vocab_size]
+                grad_CD = student_head.gradients_(logits_CV, self.hidden_wanted, hidden_CD * scale_C1, total_VD)
+                if grad_ND is not None and grad_CD is not None:
+                    grad_ND[where] = grad_CD.mul_(scale_C1).to(grad_ND.dtype)
         return loss_K, grad_ND, grad_VD
 
     def _differentiate_(self, student_CV: Tensor, teacher_CV: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:

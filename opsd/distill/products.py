@@ -22,7 +22,7 @@ from opsd.distill.slices import slices
 # What a CPU multiplies of the head at once: in wide precision a tile, and the chunk's logits over it, stay in cache
 # until they are used.
 TILE_BYTES = 8 * 2**20
-TILE_ROWS = 2048
+TILE_ROWS = 1024
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -90,37 +90,47 @@ class Head:
                     torch.mm(hidden_CD, tile_TD.T, out=out_CV[:, rows])
         return out_CV
 
-    def hidden_gradient(self, grad_CV: Tensor) -> Tensor:
-        """grad · head [C, D], in the wide type."""
+    def gradients_(
+        self, grad_CV: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
+    ) -> Tensor | None:
+        """total += gradᵀ · hidden where a total is given; returns grad · head [C, D] where wanted. In the wide type."""
+        if self.onednn and grad_CV.numel():
+            return self._tiled_gradients_(grad_CV, hidden_wanted, hidden_CD, total_VD)
+        with self._precision():
+            if total_VD is not None:
+                self._add_weight_gradient_(grad_CV, hidden_CD, total_VD)
+            return self._hidden_gradient(grad_CV) if hidden_wanted else None
+
+    def _tiled_gradients_(
+        self, grad_CV: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
+    ) -> Tensor | None:
+        """Both products of a tile while it is in cache: the chunk's gradient is read from memory once."""
+        sum_CD = torch.zeros_like(hidden_CD) if hidden_wanted else None
+        hidden_DC = hidden_CD.T.contiguous()
+        for rows, tile_TD in self._tiles():
+            grad_CT = grad_CV[:, rows].contiguous()
+            if sum_CD is not None:
+                sum_CD.add_(_onednn(grad_CT, tile_TD.T))
+            if total_VD is not None:
+                total_VD[rows].add_(_onednn(grad_CT.T.contiguous(), hidden_DC))
+        return sum_CD
+
+    def _hidden_gradient(self, grad_CV: Tensor) -> Tensor:
         if self.on_cuda and not self.direct:
             return torch.mm(grad_CV.to(self.product), self.weight_VD, out_dtype=self.wide)
-        if self.direct and not self.onednn:
+        if self.direct:
             return torch.mm(grad_CV, self.weight_VD)
         if self.weight_VD.dtype == self.product == torch.bfloat16:
             # One sum over the whole vocabulary, in fp32; the result is rounded once, as the gradient itself will be.
             return torch.mm(grad_CV.to(self.product), self.weight_VD).to(self.wide)
-        total_CD = grad_CV.new_zeros(grad_CV.shape[0], self.weight_VD.shape[1])
-        if not total_CD.numel():
-            return total_CD
-        with self._precision():
-            for rows, tile_TD in self._tiles():
-                if self.onednn:
-                    total_CD.add_(_onednn(grad_CV[:, rows].contiguous(), tile_TD.T))
-                else:
-                    total_CD.addmm_(grad_CV[:, rows], tile_TD)
-        return total_CD
+        sum_CD = grad_CV.new_zeros(grad_CV.shape[0], self.weight_VD.shape[1])
+        for rows, tile_TD in self._tiles():
+            sum_CD.addmm_(grad_CV[:, rows], tile_TD)
+        return sum_CD
 
-    def add_weight_gradient_(self, grad_CV: Tensor, hidden_CD: Tensor, total_VD: Tensor) -> None:
-        """total += gradᵀ · hidden, accumulated in the wide type."""
+    def _add_weight_gradient_(self, grad_CV: Tensor, hidden_CD: Tensor, total_VD: Tensor) -> None:
         if self.on_cuda and not self.direct:
             grad_VC, hidden_CD = grad_CV.to(self.product).T, hidden_CD.to(self.product)
             torch.addmm(total_VD, grad_VC, hidden_CD, out_dtype=self.wide, out=total_VD)
-            return
-        hidden_CD = hidden_CD.to(self.wide)
-        if not self.onednn or not hidden_CD.numel():
-            with self._precision():
-                total_VD.addmm_(grad_CV.T, hidden_CD)
-            return
-        hidden_DC = hidden_CD.T.contiguous()
-        for rows in slices(total_VD.shape[0], TILE_ROWS):
-            total_VD[rows].add_(_onednn(grad_CV[:, rows].T.contiguous(), hidden_DC))
+        else:
+            total_VD.addmm_(grad_CV.T, hidden_CD.to(self.wide))

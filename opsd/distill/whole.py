@@ -62,11 +62,13 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_KD, head_VD = ctx.saved_tensors
         head = ctx.inputs.student_head()
-        grad_KD = grad_VD = None
-        if ctx.needs_input_grad[0]:
-            grad_KD = head.hidden_gradient(grad_KV).to(hidden_KD.dtype)
+        grad_VD = total_VD = None
         if ctx.needs_input_grad[1]:
             grad_VD = torch.zeros_like(head_VD, dtype=ctx.inputs.wide)
-            head.add_weight_gradient_(grad_KV, hidden_KD, grad_VD[: ctx.inputs.vocab_size])
-            grad_VD = grad_VD.to(head_VD.dtype)
-        return grad_KD, grad_VD, None
+            total_VD = grad_VD[: ctx.inputs.vocab_size]
+        grad_KD = head.gradients_(grad_KV, ctx.needs_input_grad[0], hidden_KD.to(ctx.inputs.wide), total_VD)
+        return (
+            None if grad_KD is None else grad_KD.to(hidden_KD.dtype),
+            None if grad_VD is None else grad_VD.to(head_VD.dtype),
+            None,
+        )
