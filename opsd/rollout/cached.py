@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -20,6 +21,36 @@ from opsd.rollout.agent import Conversation, Episode
 from opsd.rollout.base import Rollout, Sampling, jobs_of
 from opsd.rollout.draws import DrawByRollout, processors
 from opsd.rollout.hf import eos_token_ids
+
+
+@dataclass
+class _Row:
+    """An episode in the batch: the turn that the student is writing, and what the environment forces next."""
+
+    episode: Episode
+    turn: list[int] = field(default_factory=list)
+    queue: deque[int] = field(default_factory=deque)
+
+    def next(self, drawn: int, eos_ids: frozenset[int], conversation: Conversation) -> int:
+        """The token to feed: a forced one, or the student's, which may end its turn; any behind the end."""
+        if self.queue:
+            return self.queue.popleft()
+        if not self.episode.done:
+            self.turn.append(drawn)
+            ended = drawn in eos_ids
+            if ended or len(self.turn) == self.episode.room:
+                self.queue.extend(self.episode.take(self.turn, not ended, conversation))
+                self.turn = []
+        return drawn
+
+
+def _chooser(rows: list[_Row], sampling: Sampling, seed: int, width: int) -> Callable[[Any, Any], torch.Tensor]:
+    """Scores whose maximum is each row's next token, from (anything as wide as what was read, logits [B, V])."""
+    if sampling.temperature == 0:
+        return lambda _, logits_BV: logits_BV
+    ids = [row.episode.id for row in rows]
+    steps = processors(sampling, DrawByRollout(seed, ids, sampling.max_new_tokens, width))
+    return lambda read_BL, logits_BV: steps(read_BL, logits_BV)
 
 
 class CachedAgentRollout:
@@ -61,14 +92,11 @@ class CachedAgentRollout:
     @torch.no_grad()
     def _play(self, episodes: list[Episode], sampling: Sampling, seed: int) -> None:
         """Episodes side by side to their ends; position t of all responses is decided in step t."""
-        ids_BL, mask_BL = self._padded(episodes)
-        width, cache = ids_BL.shape[1], DynamicCache(config=self._model.config)
-        draw = DrawByRollout(seed, [episode.id for episode in episodes], sampling.max_new_tokens, width)
-        choose = processors(sampling, draw) if sampling.temperature > 0 else None
-        turns: list[list[int]] = [[] for _ in episodes]
-        queues: list[deque[int]] = [deque() for _ in episodes]
+        feed_BL, mask_BL = self._padded(episodes)
+        width, cache = feed_BL.shape[1], DynamicCache(config=self._model.config)
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-        feed_BL = ids_BL
+        rows = [_Row(episode) for episode in episodes]
+        choose = _chooser(rows, sampling, seed, width)
         while True:
             logits_BV = self._model(
                 input_ids=feed_BL,
@@ -79,27 +107,21 @@ class CachedAgentRollout:
                 logits_to_keep=1,
             ).logits[:, -1]
             # The draw reads how far we are off the width of what it is shown.
-            scores_BV: Any = logits_BV if choose is None else choose(cast(Any, mask_BL), cast(Any, logits_BV))
-            drawn = scores_BV.argmax(-1).tolist()
-            fed = [
-                queue.popleft() if queue else self._student(episode, turn, queue, token)
-                for episode, turn, queue, token in zip(episodes, turns, queues, drawn, strict=True)
-            ]
-            if all(episode.done for episode in episodes):
+            drawn = choose(mask_BL, logits_BV).argmax(-1).tolist()
+            fed = [row.next(token, self._eos_ids, self._conversation) for row, token in zip(rows, drawn, strict=True)]
+            playing = [place for place, row in enumerate(rows) if not row.episode.done]
+            if not playing:
                 return
-            feed_BL = torch.tensor(fed, device=ids_BL.device)[:, None]
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(episodes), 1)], dim=1)
+            if 2 * len(playing) <= len(rows):
+                # Most are finished: go on with the others alone.
+                rows, fed = [rows[place] for place in playing], [fed[place] for place in playing]
+                kept_B = torch.tensor(playing, device=mask_BL.device)
+                cache.batch_select_indices(kept_B)
+                mask_BL, positions_BL = mask_BL[kept_B], positions_BL[kept_B]
+                choose = _chooser(rows, sampling, seed, width)
+            feed_BL = torch.tensor(fed, device=mask_BL.device)[:, None]
+            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
             positions_BL = positions_BL[:, -1:] + 1
-
-    def _student(self, episode: Episode, turn: list[int], queue: deque[int], token: int) -> int:
-        """Take the student's token; where it ends the turn, queue what the environment answers."""
-        if not episode.done:
-            turn.append(token)
-            ended = token in self._eos_ids
-            if ended or len(turn) == episode.room:
-                queue.extend(episode.take(list(turn), not ended, self._conversation))
-                turn.clear()
-        return token
 
     def _padded(self, episodes: list[Episode]) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompts [B, L], padded at the left, and their mask; any id pads, it is masked."""
