@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 # Kind, how many, which quadrant; `left_out` is the fifth kind: the dearest tokens that were not trained on.
-KINDS = (("q3", 3), ("q1", 3), ("q2", 1), ("q4", 1), ("left_out", 1))
+KINDS = (("q3", 3), ("q1", 2), ("q2", 1), ("q4", 1), ("left_out", 1))
 
 
 def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -16,7 +16,8 @@ def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]]) -> list[dict[str, 
 
     table: the rows of `rollouts`, in their order. Clearest means far from both splits: with h and δ scaled to [0, 1]
     by their largest value, δ̂·(1 − ĥ) for Q3, ĥ·δ̂ for Q1, ĥ·(1 − δ̂) for Q2, (1 − ĥ)·(1 − δ̂) for Q4; plain δ among
-    tokens left out of training. Two examples of a kind never show the same token against the same wish of the teacher.
+    tokens left out of training. No two examples of a kind show the same two first choices (in a record without
+    likeliest tokens: the same token).
     """
     if table.empty or not {"entropy", "reverse_kl"} <= set(table):
         return []
@@ -56,9 +57,10 @@ def _ranked(table: pd.DataFrame, kind: str, clear: np.ndarray) -> np.ndarray:
 
 
 def _key(table: pd.DataFrame, index: int) -> tuple[int, int]:
-    """The token and what the teacher would rather have."""
-    wish = int(table["teacher_top_ids"].iloc[index][0]) if "teacher_top_ids" in table else -1
-    return int(table["token_id"].iloc[index]), wish
+    """Both models' first choices, or the token itself: rollouts of one prompt repeat the same places."""
+    if "teacher_top_ids" not in table:
+        return int(table["token_id"].iloc[index]), -1
+    return int(table["student_top_ids"].iloc[index][0]), int(table["teacher_top_ids"].iloc[index][0])
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:

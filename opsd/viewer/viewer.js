@@ -72,7 +72,8 @@ function legend() {
   } else {
     const ramp = make("span", "ramp");
     ramp.style.background = `linear-gradient(90deg, transparent, color-mix(in srgb, var(${mode.colour}) 70%, transparent))`;
-    box.append(mode.what, "0", ramp, `${nats(data.scale[mode.key])} nats and above`);
+    const words = [mode.what, "0", `${nats(data.scale[mode.key])} nats and above`].map((text) => make("span", "", text));
+    box.append(words[0], words[1], ramp, words[2]);
   }
 }
 

@@ -166,6 +166,14 @@ def test_examples_of_a_kind_differ_and_are_at_most_three():
     assert [(e["kind"], e["row"]) for e in found] == [("q3", 0), ("q3", 4), ("q3", 5)]
 
 
+def test_rollouts_of_one_prompt_do_not_fill_the_examples():
+    # the same place thrice, another token sampled each time; the fourth is less clear, but new
+    table = rows(*[(0, token, 0.0, 9.0, 3, True) for token in (1, 2, 3)], (0, 4, 0.0, 8.0, 3, True))
+    table["student_top_ids"] = [[1, 2], [1, 2], [1, 2], [5, 6]]
+    table["teacher_top_ids"] = [[7, 1], [7, 1], [7, 1], [7, 1]]
+    assert [(e["kind"], e["row"]) for e in pick(table, [{"id": 0}])] == [("q3", 0), ("q3", 3)]
+
+
 def test_nothing_is_picked_where_nothing_was_recorded_or_left_out():
     assert pick(rows(), []) == []
     all_kept = pick(rows((0, 1, 0.5, 1.0, 1, True)), [{"id": 0}])
