@@ -360,6 +360,28 @@ def test_a_cached_episode_depends_on_its_own_stream_alone(tokenizer, talker, que
     assert [rollout.id for rollout in whole] == list(range(8)) and whole[2].prompt is questions[1]
 
 
+class OneOfTwo:
+    """Ranks of which the other has played already: `others` is what it hands over."""
+
+    def __init__(self, rank, others):
+        self.rank, self.world_size, self.others, self.own = rank, 2, others, None
+
+    def gather(self, value):
+        self.own = value
+        return [value, self.others]
+
+
+def test_two_ranks_play_the_episodes_of_one(tokenizer, talker, questions):
+    how = Sampling(max_new_tokens=30)
+    alone = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64).generate(questions[:5], 3, how, 7)
+    first = OneOfTwo(0, [])
+    play = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64, ranks=first)
+    half = play.generate(questions[:5], 3, how, 7)
+    second = OneOfTwo(1, first.own)
+    whole = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64, ranks=second).generate(questions[:5], 3, how, 7)
+    assert len(half) == 8 and len(second.own) == 7 and whole == alone
+
+
 def test_cached_draws_follow_the_models_distribution(tokenizer, talker, questions):
     """First tokens of 4,000 episodes of one prompt against the softmax; a right sampler is about 0.04 away."""
     agent = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 4000)
