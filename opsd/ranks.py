@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from opsd.errors import UserError
 Value = TypeVar("Value")
 # Where ranks meet before anything else, and where the first of them to fail says so.
 _store: Any = None
+_closers: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,15 @@ def join(device: torch.device) -> Ranks:
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
+def before_leaving(close: Callable[[], None]) -> None:
+    """Have `close` called by `leave`, for what works over the ranks' group and must end before it."""
+    _closers.append(close)
+
+
 def leave() -> None:
     """Part from the other processes, at the end of a run that went well."""
+    while _closers:
+        _closers.pop()()
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

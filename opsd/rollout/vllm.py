@@ -13,7 +13,7 @@ from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
 from opsd.errors import RunStopped
 from opsd.prompts import Prompt
-from opsd.ranks import Ranks
+from opsd.ranks import Ranks, before_leaving
 from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.seeding import derive_seed
@@ -64,6 +64,8 @@ class VLLMRollout:
             disable_log_stats=True,
             seed=0,
         )
+        # vLLM takes the ranks' group down with it: it must go first.
+        before_leaving(self._llm.llm_engine.engine_core.shutdown)
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:

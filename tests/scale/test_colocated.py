@@ -1,0 +1,72 @@
+"""ZeRO-3 and vLLM in the same two processes: one sampler over both ranks, or one on each, make the same run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """What two ranks wrote, with 1 and with 2 ranks to a sampler."""
+    pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
+    folder = tmp_path_factory.mktemp("colocated")
+    data = folder / "sums.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a in range(4) for b in range(4)))
+    values = {
+        "student": str(folder / "student"),
+        "teacher": {"model": str(folder / "teacher")},
+        "prompts": str(data),
+        "steps": 3,
+        "prompts_per_step": 3,
+        "prompt_format": "raw",
+        "rollout": {
+            "engine": "vllm",
+            "samples_per_prompt": 2,
+            "max_prompt_tokens": 8,
+            "max_new_tokens": 6,
+            "generate_batch": 4,
+        },
+        "optim": {"lr": 1e-2},
+        "engine": {"kind": "deepspeed", "zero_stage": 3, "device": "cpu", "micro_batch_tokens": 24},
+        "telemetry": {"every": 0, "save_rollouts_every": 1},
+        "track": {"progress": False},
+    }
+    (folder / "settings.json").write_text(json.dumps(values))
+    worker = str(Path(__file__).with_name("vllm_worker.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    for width in (2, 1):
+        done = subprocess.run([*launch, str(width)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss/nats"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_sampler_over_two_ranks_follows_zero_3_for_three_steps(out):
+    assert json.loads((out / "said2.json").read_text()) == [None, None]
+    assert (out / "run2" / "DONE").exists()
+    first, *_, last = losses(out / "run2")
+    assert len(losses(out / "run2")) == 3 and last < first
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_who_samples_a_rollout_does_not_change_it(out, step):
+    ours, theirs = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("run1", "run2"))
+    assert ours == theirs
+    assert losses(out / "run1")[step - 1] == pytest.approx(losses(out / "run2")[step - 1], rel=1e-5)
+
+
+def test_one_stale_sampler_stops_every_rank_with_the_same_line(out):
+    # The second rank alone kept its old weights at the third sync.
+    said = json.loads((out / "said1.json").read_text())
+    assert said[0] == said[1] and "its weights are not the trained ones" in said[0]
+    assert len(losses(out / "run1")) == 2
