@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Table 7 by constraint: for each cell the share of episodes that satisfy it, from the run folders' last evaluations.
+"""Table 7 in full: Avg@k and Best@k of each cell with standard errors, and the share of episodes that satisfy each
+constraint, from the run folders' last evaluations.
 
     python scripts/pocket/planning_constraints.py runs/table7 --out runs/table7/report
 
@@ -24,23 +25,34 @@ from report_tables import TextTable
 from opsd.errors import UserError
 
 Shares = dict[str, dict[str, float]]
-"""Of one evaluation: for each constraint mean, trips, and stderr_problems where there are several trips."""
+"""Of one evaluation: for avg@k, best@k and each constraint, mean and (with several trips) stderr_problems."""
 
 
-def constraints_of(evaluation: dict[str, Any] | None) -> dict[str, Shares]:
-    """The constraints of every suite of an evaluation that has them."""
+def shares_of(evaluation: dict[str, Any] | None) -> dict[str, Shares]:
+    """The numbers of every suite of an evaluation that has constraints."""
     suites = {} if evaluation is None else evaluation["suites"]
-    return {name: suite["constraints"] for name, suite in suites.items() if "constraints" in suite}
+    return {name: _shares(suite) for name, suite in suites.items() if "constraints" in suite}
+
+
+def _shares(suite: dict[str, Any]) -> Shares:
+    k = suite["k"]
+    errors = {"avg": suite["stderr_problems"], "best": suite["stderr_best"]}
+    means = {"avg": suite["mean@k"], "best": suite["best@k"]}
+    whole = {
+        f"{name}@{k}": {"mean": mean, **({} if errors[name] is None else {"stderr_problems": errors[name]})}
+        for name, mean in means.items()
+    }
+    return {**whole, **suite["constraints"]}
 
 
 def rows_of(runs: list[Run], suite: str) -> dict[str, list[Shares]]:
     """Row heads to one Shares a seed: before training, the teacher, then the cells in the order of their folders."""
     rows: dict[str, list[Shares]] = {}
     for head, name in (("before training", "step_0"), ("teacher", "teacher")):
-        found = [constraints_of(run.evaluation(name)).get(suite) for run in runs]
+        found = [shares_of(run.evaluation(name)).get(suite) for run in runs]
         rows[head] = [shares for shares in found if shares is not None][:1]
     for run in runs:
-        shares = constraints_of(run.final_evaluation).get(suite)
+        shares = shares_of(run.final_evaluation).get(suite)
         if run.done and shares is not None:
             rows.setdefault(str(run.cell), []).append(shares)
     return {head: found for head, found in rows.items() if found}
@@ -49,12 +61,16 @@ def rows_of(runs: list[Run], suite: str) -> dict[str, list[Shares]]:
 def table_of(runs: list[Run], suite: str) -> TextTable:
     """The table of one suite; percent."""
     rows = rows_of(runs, suite)
-    keys = sorted({key for found in rows.values() for shares in found for key in shares})
+    keys = list(dict.fromkeys(key for found in rows.values() for shares in found for key in shares))
     lines = [
         [head, *(_cell([shares[key] for shares in found if key in shares]) for key in keys)]
         for head, found in rows.items()
     ]
-    return TextTable(f"Constraints satisfied on {suite}, %", ["", *(key.replace("_", " ") for key in keys)], lines)
+    return TextTable(
+        f"Fraction of constraints on {suite}, and each by itself, %",
+        ["", *(key.replace("_", " ") for key in keys)],
+        lines,
+    )
 
 
 def _cell(entries: list[dict[str, float]]) -> str:
@@ -67,14 +83,14 @@ def _cell(entries: list[dict[str, float]]) -> str:
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
-    """Constraint by constraint, what each cell's episodes satisfy.
+    """Avg@k and Best@k, and constraint by constraint what each cell's episodes satisfy.
 
     Args:
         runs: Folder that holds the run folders.
         out: Folder to write constraints.md to.
     """
     found = read_runs(runs)
-    suites = sorted({suite for run in found for suite in constraints_of(run.final_evaluation)})
+    suites = sorted({suite for run in found for suite in shares_of(run.final_evaluation)})
     if not suites:
         raise UserError(f"{runs} holds no evaluated run with constraints; run recipes/table7_agentic.sh first")
     out.mkdir(parents=True, exist_ok=True)

@@ -28,11 +28,13 @@ class _Day:
     activities: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, minutes: int, kind: str, **details: Any) -> None:
+        """One line of the plan, from now on."""
         slot = "-".join(f"{at // 60:02d}:{at % 60:02d}" for at in (self.now, self.now + minutes))
         self.activities.append({"time_slot": slot, "type": kind, "details": details})
         self.now += minutes
 
     def wait_until(self, minute: int, why: str) -> None:
+        """A buffer, where there is time to fill."""
         if minute > self.now:
             self.add(minute - self.now, "buffer", description=why)
 
@@ -49,10 +51,12 @@ class _Day:
         self.at = place
 
     def visit(self, row: Row) -> None:
+        """Go to an attraction and see it."""
         self.go(row["attraction_name"])
         self.add(VISIT_MINUTES, "attraction", name=row["attraction_name"], cost=float(row["ticket_price"]))
 
     def eat(self, row: Row, meal: str, not_before: int) -> None:
+        """Go to a restaurant and eat there, from `not_before` (minutes) on."""
         self.go(row["restaurant_name"])
         self.wait_until(not_before, "Free time")
         cost = float(row["price_per_person"])
