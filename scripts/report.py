@@ -23,8 +23,8 @@ from report_page import Section, page
 from report_paper import BENCHMARKS, TABLES, Paper
 from report_pictures import pictures
 from report_remarks import remarks
-from report_runs import CellName, Run, by_protocol, read_runs
-from report_stats import CellCost, CellStats, Estimate, best_of, cell_costs, cell_stats, reference, suite_names
+from report_runs import Run, by_protocol, read_runs
+from report_stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from report_tables import TextTable, accuracy_table, best_table, cost_table, others_table
 from rich.console import Console
 
@@ -32,17 +32,6 @@ from opsd.errors import UserError
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")
-
-
-@dataclass(frozen=True)
-class SuiteReport:
-    """One suite's numbers in one group of comparable runs."""
-
-    name: str
-    stats: list[CellStats]
-    best: list[tuple[CellName, Estimate | None]]
-    before: Estimate | None
-    teacher: Estimate | None
 
 
 @dataclass(frozen=True)

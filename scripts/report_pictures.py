@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 from report_paper import BENCHMARKS, Paper
 from report_plots import average_and_best, bars, costs, curve_names, curves, retention
-from report_runs import CellName, Run
-from report_stats import CellCost, CellStats, Estimate
+from report_runs import Run
+from report_stats import CellCost, SuiteReport
 from report_theme import Picture, picture
 from report_tokens import plane, read_tokens
 
 
-class Suite(Protocol):
-    """One suite's numbers."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def stats(self) -> list[CellStats]: ...
-    @property
-    def best(self) -> list[tuple[CellName, Estimate | None]]: ...
-    @property
-    def before(self) -> Estimate | None: ...
-    @property
-    def teacher(self) -> Estimate | None: ...
-
-
-def pictures(group: list[Run], suites: Sequence[Suite], cell_costs: list[CellCost], paper: Paper) -> list[Picture]:
+def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellCost], paper: Paper) -> list[Picture]:
     """The group's figures in the paper's order, then curves, memory and time."""
     found = [picture for suite in suites for picture in _of_suite(suite, paper)]
     tokens = read_tokens(group)
@@ -49,7 +31,7 @@ def pictures(group: list[Run], suites: Sequence[Suite], cell_costs: list[CellCos
     return found
 
 
-def _of_suite(suite: Suite, paper: Paper) -> list[Picture]:
+def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
     name = BENCHMARKS.get(suite.name, suite.name)
     measured = [row for row in suite.stats if row.accuracy is not None]
     common = (suite.before, suite.teacher, suite.name, paper)

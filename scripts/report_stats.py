@@ -38,6 +38,17 @@ class CellStats:
 
 
 @dataclass(frozen=True)
+class SuiteReport:
+    """One suite's numbers in one group of comparable runs."""
+
+    name: str
+    stats: list[CellStats]
+    best: list[tuple[CellName, Estimate | None]]
+    before: Estimate | None
+    teacher: Estimate | None
+
+
+@dataclass(frozen=True)
 class CellCost:
     """What a cell trained on and what it took: means over seeds.
 
