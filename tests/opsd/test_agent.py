@@ -13,7 +13,8 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
 from opsd.batch import pack
-from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks
+from opsd.config import from_json
+from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks, write_task_file
 from opsd.environments.travel.oracle import oracle_plan, plan_text
 from opsd.environments.travel.talk import Talk, last_turn
 from opsd.environments.travel.words import golds
@@ -25,6 +26,7 @@ from opsd.rollout.agent import AgentRollout
 from opsd.rollout.cached import CachedAgentRollout
 from opsd.rollout.calls import ChatTurns, cut_middle, read_calls
 from opsd.seeding import derive_seed
+from opsd.train import start
 
 # The shape of Qwen3's template: tools in the system message, tool outputs in a user turn.
 HERMES = (
@@ -419,3 +421,35 @@ def test_prompts_of_an_episode_are_plain_prompts_that_grow(chat_tokenizer, tasks
     first, second = seen
     assert type(second) is Prompt and second.ids[: len(first.ids)] == first.ids == rollout.prompt.ids
     assert [*second.ids, *last_turn(rollout)] == [*rollout.prompt.ids, *rollout.response_ids]
+
+
+@pytest.mark.e2e
+def test_a_whole_run_in_the_chat_form(chat_tokenizer, make_model, make_folder, tmp_path):
+    """One step of random models on generated trips: their babble is no plan, and everything around it works."""
+    settings = {"vocab_size": len(chat_tokenizer) + 1, "max_position_embeddings": 16_384}
+    student, teacher = (make_folder(make_model(seed=seed, **settings), chat_tokenizer) for seed in (0, 1))
+    write_task_file(generate_tasks(2, 0), tmp_path / "trips.jsonl")
+    config = {
+        "student": str(student),
+        "teacher": {"model": str(teacher)},
+        "prompts": str(tmp_path / "trips.jsonl"),
+        "out": str(tmp_path / "run"),
+        "steps": 1,
+        "prompts_per_step": 1,
+        "environment": {"kind": "travel", "max_turns": 2},
+        "rollout": {"samples_per_prompt": 2, "max_prompt_tokens": 16_000, "max_new_tokens": 20},
+        "engine": {"device": "cpu", "micro_batch_tokens": 16_384},
+        "eval": {
+            "suite": [f"synthetic-travel={tmp_path / 'trips.jsonl'}"],
+            "samples": 1,
+            "at_start": False,
+            "teacher": False,
+        },
+        "telemetry": {"every": 0},
+        "track": {"progress": False},
+    }
+    start(from_json(config))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["rollout/reward"] == 0.0 == line["eval/synthetic-travel/mean@1"] and 2 <= line["rollout/tokens"] <= 40
+    suite = json.loads((tmp_path / "run" / "eval" / "step_1.json").read_text())["suites"]["synthetic-travel"]
+    assert suite["delivered_frac"] == 0.0 and set(suite["scores"]) == {"en-synthetic-0-0", "en-synthetic-0-1"}
