@@ -2,7 +2,7 @@
 
 from opsd.config import EvalConfig, OptimConfig, RolloutConfig, SelectConfig, TeacherConfig, TrainConfig
 from opsd.train import start
-from tip_patch.base import Selector
+from tip_patch.base import Selector, read_field
 
 
 class Product(Selector):
@@ -11,7 +11,7 @@ class Product(Selector):
     name, needs = "product", frozenset({"entropy_N", "reverse_kl_N"})
 
     def score(self, stats, rollouts, seed):
-        return stats.entropy_N * stats.reverse_kl_N
+        return read_field(stats, "entropy_N", self.name) * read_field(stats, "reverse_kl_N", self.name)
 
 
 if __name__ == "__main__":
