@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from opsd.commandline import flags_of
+from opsd.config import TrainConfig
 from opsd.hooks import load_selector
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,16 @@ def test_every_script_parses(script):
 @pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in RECIPES), "scripts/setup.sh", ".ci/run"])
 def test_every_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("scale", ["paper", "pocket"])
+def test_every_flag_is_one_that_the_trainer_takes(project, recipe, scale):
+    done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    commands = [line.split("opsd train ")[1] for line in done.stdout.splitlines() if "opsd train " in line]
+    named = {word for command in commands for word in shlex.split(command) if word.startswith("--")}
+    assert commands and named <= set(flags_of(TrainConfig))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from opsd.commandline import flags_of
-from opsd.config import TrainConfig
-
 ROOT = Path(__file__).parents[2]
 CELLS = ["all", "entropy_sample-50", "entropy_sample-20", "soft_or-50", "soft_or-20"]
 
@@ -122,12 +119,6 @@ def test_the_base_repositorys_variables_reach_their_flags_and_the_runs_name(proj
     name = Path(value(command, "--out")).name
     for part in ("-lr_5e-6", "-divergence_jsd", "-thinking_on", "-prompts_per_step_16"):
         assert part in name
-
-
-def test_flags_exist_in_the_trainers_configuration(project):
-    known = set(flags_of(TrainConfig))
-    for command in commands(project.run(SCALE="pocket", DRY_RUN="1").stdout):
-        assert {word for word in command if word.startswith("--")} <= known
 
 
 def test_pairs_cells_and_seeds_narrow_the_runs(project):
