@@ -7,6 +7,7 @@ import pytest
 
 from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks
 from opsd.environments.travel.official import Official
+from opsd.environments.travel.task import travel_folder
 
 QUERIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "deepplanning"
 
@@ -33,10 +34,12 @@ def word_tasks():
 
 @pytest.fixture(scope="session")
 def queries():
-    """The folder with the 240 public queries."""
-    if not QUERIES.is_dir():
-        pytest.skip(f"the public queries are not at {QUERIES}")
-    return QUERIES
+    """The folder with the 240 public queries: beside the project, or in the benchmark's copy."""
+    if QUERIES.is_dir():
+        return QUERIES
+    if root := os.environ.get("DEEPPLANNING_ROOT"):
+        return travel_folder(Path(root)) / "data"
+    pytest.skip(f"the public queries are not at {QUERIES}, and DEEPPLANNING_ROOT is not set")
 
 
 @pytest.fixture(scope="session")
