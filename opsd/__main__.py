@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -107,10 +108,12 @@ def _selectors(args: list[str]) -> None:
 
 def _quiet() -> None:
     """Libraries' own progress bars and notices would tear ours apart."""
-    from transformers.utils import logging
+    # transformers' helpers import DeepSpeed wherever it is installed, and it reports on the machine.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _speaks() -> bool:

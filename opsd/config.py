@@ -25,6 +25,9 @@ class TeacherConfig:
     kind: Literal["local", "vllm"] = "local"
     """local: in these processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both give hidden states, and the
     loss the exact divergence over the whole vocabulary."""
+    shard: bool = False
+    """local: spread its weights over the processes (ZeRO-3), where one GPU cannot hold it; needs engine.kind
+    deepspeed."""
     offload: bool = False
     """local: keep the teacher in host memory but while it computes; its head stays on the device."""
     cache: Literal["device", "host"] = "device"
@@ -385,12 +388,13 @@ def _not_negative(name: str, value: float) -> None:
 def _teacher(c: TrainConfig) -> None:
     _positive("teacher.timeout_s", c.teacher.timeout_s)
     _not_negative("teacher.retries", c.teacher.retries)
-    if c.teacher.kind != "vllm":
-        return
-    if not c.teacher.urls:
+    served = c.teacher.kind == "vllm"
+    if served and not c.teacher.urls:
         raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
-    if c.eval.suite and c.eval.teacher:
-        raise UserError("--teacher.kind vllm gives hidden states and no answers: give --eval.teacher False")
+    if c.teacher.shard and (served or c.engine.kind != "deepspeed"):
+        raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
+    if (served or c.teacher.shard) and c.eval.suite and c.eval.teacher:
+        raise UserError("a teacher that is served or sharded gives no answers of its own: give --eval.teacher False")
 
 
 def _offload(engine: EngineConfig) -> None:

@@ -6,9 +6,11 @@ import importlib.util
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opsd.config import RolloutConfig, SelectConfig, TrainConfig
 from opsd.engine import Engine, build_engine
@@ -120,16 +122,26 @@ def check_rollout(rollout: RolloutConfig) -> None:
 def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> tuple[Teacher, Any, Any]:
     """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
     t, dtype = config.teacher, getattr(torch, config.engine.dtype)
+    if t.shard:
+        from opsd.teacher.sharded import ShardedTeacher
+
+        sharded = ShardedTeacher(t.model, dtype, device, t.offload)
+        return sharded, as_model(sharded.head()), nullcontext
     if t.kind == "local":
         scorer = load_scorer(t.model, "--teacher", dtype, device)
         local = LocalTeacher(scorer, device, t.offload, t.cache)
         return local, scorer, local.present
-    from opsd.teacher.vllm import VLLMTeacher, as_model, read_head
+    from opsd.teacher.vllm import VLLMTeacher, read_head
 
     head_VE = read_head(t.model, dtype)
     served = VLLMTeacher(t, head_VE, device, ranks.rank)
     served.connect()
     return served, as_model(head_VE), nullcontext
+
+
+def as_model(head_VE: Tensor) -> Any:
+    """A head where a model's is looked for."""
+    return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
 
 
 def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine) -> RolloutEngine:

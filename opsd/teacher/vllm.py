@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ from torch import Tensor
 from opsd.batch import MicroBatch
 from opsd.config import TeacherConfig
 from opsd.errors import RunStopped, UserError
+from opsd.teacher.base import check_logit_settings
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64
 BACKOFF_S = 0.5
-# Settings of a model's configuration that change logits behind the head; the loss knows none of them.
-BENT_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class VLLMTeacher:
@@ -138,12 +136,9 @@ def split(micro: MicroBatch) -> list[list[int]]:
 def read_head(path: str, dtype: torch.dtype) -> Tensor:
     """A model folder's vocabulary projection [V, E], read alone. Raises UserError where it cannot serve."""
     folder = Path(path)
-    settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    bent = [name for name in BENT_LOGITS if settings.get(name) not in (None, 1, 1.0)]
-    if bent:
-        raise UserError(
-            f"--teacher {path}: its config.json sets {bent[0]}; this trainer needs plain hidden·head logits"
-        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--teacher {path}: no config.json there; give the folder of the model that is served")
+    check_logit_settings(json.loads((folder / "config.json").read_text()), path)
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -156,11 +151,6 @@ def read_head(path: str, dtype: torch.dtype) -> Tensor:
     raise UserError(
         f"--teacher {path}: no lm_head or embed_tokens weight in its safetensors; give a whole model folder"
     )
-
-
-def as_model(head_VE: Tensor) -> Any:
-    """The head where a model's is looked for."""
-    return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
 
 
 def _count(part: dict[str, Any]) -> int:

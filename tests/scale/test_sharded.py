@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
-from opsd.train import start
+from opsd.ranks import leave
+from opsd.train import resume, start
 
 pytestmark = pytest.mark.e2e
 WORKER = Path(__file__).with_name("worker.py")
@@ -154,6 +155,12 @@ def test_a_teacher_that_makes_room_between_its_turns_changes_no_number(out):
     assert (out / "saving" / "eval" / "teacher.json").read_text() == plain
 
 
+@pytest.mark.parametrize("name", ["sharded teacher", "sharded teacher, offloaded"])
+def test_a_teacher_in_shards_gives_the_same_run(out, name):
+    for ours, whole in zip(metrics_of(out / name), metrics_of(out / "whole"), strict=True):
+        assert ours == pytest.approx({key: whole[key] for key in ours}, rel=1e-5)
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_rollouts_do_not_depend_on_the_number_of_ranks(out, step):
     ours, plain = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("whole", "plain"))
@@ -171,6 +178,15 @@ def test_a_resumed_run_of_two_ranks_ends_like_one_that_nothing_stopped(out):
     assert metrics_of(out / "resumed") == metrics_of(out / "whole")
     ours, whole = weights_of(out / "resumed"), weights_of(out / "whole")
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_one_process_goes_on_where_two_stopped(out):
+    resume(out / "half")
+    leave()
+    for ours, whole in zip(metrics_of(out / "half"), metrics_of(out / "whole"), strict=True):
+        assert ours == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    texts = [(out / run / "rollouts" / "step_3.jsonl").read_text() for run in ("half", "whole")]
+    assert texts[0] == texts[1]
 
 
 def test_a_bfloat16_runs_checkpoint_holds_the_master_weights(out):

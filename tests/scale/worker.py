@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,11 @@ def whole_runs(ranks, settings: Path) -> None:
         return from_json(values)
 
     start(config("whole"))
+    values = json.loads(settings.read_text())
+    for offload in (False, True):
+        out = f"{values['out']}sharded teacher{', offloaded' if offload else ''}"
+        teacher = {**values["teacher"], "shard": True, "offload": offload}
+        start(from_json({**values, "out": out, "teacher": teacher, "eval": {**values["eval"], "teacher": False}}))
     whole = train_module._save
 
     def stop_in_step_3(parts, run, step):
@@ -244,6 +250,9 @@ def whole_runs(ranks, settings: Path) -> None:
         start(config("resumed"))
     except KeyboardInterrupt:
         train_module._save = whole
+    if ranks.is_main:
+        # For one process to go on from.
+        shutil.copytree(config("resumed").out, f"{values['out']}half")
     resume(Path(config("resumed").out))
     start(config("bfloat16", dtype="bfloat16", zero_stage=1))
 
