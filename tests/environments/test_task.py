@@ -100,16 +100,32 @@ def test_compact_tables_hold_three_to_five_rows_a_call(compact_tasks):
 
 
 def test_the_answers_of_generated_tasks_are_unique(compact_tasks, full_tasks):
-    for task in [*compact_tasks, *full_tasks]:
+    seen = set()
+    for task in [*compact_tasks, *full_tasks, *generate_tasks(120, 8)]:
         for key, gold in task.constraints.items():
             if key in ("train_cheapest_direct", "flight_cheapest_direct"):
                 kind = key.split("_")[0]
                 rows = [r for r in task.tables[f"{kind}s"] if r["origin_city"] == task.meta["org"]]
                 least = min(float(r["price"]) for r in rows)
-                assert [r[f"{kind}_no"] for r in rows if float(r["price"]) == least] == [gold[f"outbound_{kind}_no"]]
-            if key == "hotel_highest_rated":
-                most = max(float(r["score"]) for r in task.tables["hotels"])
-                assert [r["name"] for r in task.tables["hotels"] if float(r["score"]) == most] == [gold["hotel_name"]]
+                found, right = (
+                    [r[f"{kind}_no"] for r in rows if float(r["price"]) == least],
+                    gold[f"outbound_{kind}_no"],
+                )
+            elif key == "hotel_highest_rated":
+                rows = task.tables["hotels"]
+                most = max(float(r["score"]) for r in rows)
+                found, right = [r["name"] for r in rows if float(r["score"]) == most], gold["hotel_name"]
+            elif key == "attraction_type_highest_rated":
+                (right,) = gold["attraction_names"]
+                kind = next(r["attraction_type"] for r in task.tables["attractions"] if r["attraction_name"] == right)
+                rows = [r for r in task.tables["attractions"] if r["attraction_type"] == kind]
+                most = max(float(r["rating"]) for r in rows)
+                found = [r["attraction_name"] for r in rows if float(r["rating"]) == most]
+            else:
+                continue
+            assert found == [right]
+            seen.add(key)
+    assert len(seen) == 4
 
 
 def test_in_the_word_form_a_value_names_one_row_and_the_overall_best_hotel_misleads():
