@@ -125,7 +125,7 @@ def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> tu
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 
-        sharded = ShardedTeacher(t.model, dtype, device, t.offload)
+        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache)
         return sharded, as_model(sharded.head()), nullcontext
     if t.kind == "local":
         scorer = load_scorer(t.model, "--teacher", dtype, device)

@@ -81,12 +81,13 @@ def world_size() -> int:
 def join(device: torch.device) -> Ranks:
     """Meet the other processes. device: where tensors that they exchange may lie, besides the CPU."""
     global _store
+    if world_size() == 1:
+        # What a launcher would have said; DeepSpeed asks for it.
+        os.environ.setdefault("LOCAL_RANK", "0")
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if world_size() == 1:
             _store, rank, size = distributed.HashStore(), 0, 1
-            # What a launcher would have said; DeepSpeed asks for it.
-            os.environ.setdefault("LOCAL_RANK", "0")
         else:
             _store, rank, size = next(rendezvous("env://"))
         group_store = distributed.PrefixStore("opsd", _store)

@@ -1,13 +1,14 @@
 """What every teacher must do."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from opsd.batch import MicroBatch
 from opsd.errors import UserError
 
+Cache = Literal["device", "host"]
 # Settings of a model's configuration that change logits behind the head; the loss knows none of them.
 BENT_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -34,3 +35,11 @@ def check_logit_settings(settings: Mapping[str, Any], path: str) -> None:
         raise UserError(
             f"--teacher {path}: its config.json sets {bent[0]}; this trainer needs plain hidden·head logits"
         )
+
+
+def cached(hidden_NE: torch.Tensor, where: Cache) -> torch.Tensor:
+    """The states as they wait for the student's turn: where they are, or in host memory (pinned beside a GPU)."""
+    if where == "device":
+        return hidden_NE
+    host_NE = torch.empty(hidden_NE.shape, dtype=hidden_NE.dtype, pin_memory=hidden_NE.is_cuda)
+    return host_NE.copy_(hidden_NE)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from opsd.batch import MicroBatch
 from opsd.student import Scorer
+from opsd.teacher.base import Cache, cached
 
 
 class LocalTeacher:
@@ -25,10 +25,11 @@ class LocalTeacher:
         scorer: Scorer,
         device: torch.device,
         offload: bool = False,
-        cache: Literal["device", "host"] = "device",
+        cache: Cache = "device",
     ) -> None:
         self._scorer, self._device = scorer.eval().requires_grad_(False), device
-        self._offload, self._to_host = offload, cache == "host"
+        self._offload = offload
+        self._cache: Cache = cache
         # Where nothing is offloaded this is the model's own tensor.
         self._head_VE = scorer.head.weight.detach()
         if offload:
@@ -39,7 +40,7 @@ class LocalTeacher:
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
         """See Teacher.hidden. The states are kept until the step is over."""
         with self.present():
-            return [self._kept(self._scorer.hidden(micro.to(self._device))) for micro in batches]
+            return [cached(self._scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
 
     def head(self) -> Tensor:
         """See Teacher.head."""
@@ -55,9 +56,3 @@ class LocalTeacher:
         finally:
             if self._offload:
                 self._scorer.to("cpu")
-
-    def _kept(self, hidden_NE: Tensor) -> Tensor:
-        if not self._to_host:
-            return hidden_NE
-        host_NE = torch.empty(hidden_NE.shape, dtype=hidden_NE.dtype, pin_memory=hidden_NE.is_cuda)
-        return host_NE.copy_(hidden_NE)

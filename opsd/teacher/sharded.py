@@ -10,7 +10,7 @@ from torch import Tensor
 from opsd.batch import MicroBatch
 from opsd.engine.sharded import import_deepspeed
 from opsd.student import Scorer, check_packing, disable_dropout, load_model
-from opsd.teacher.base import check_logit_settings
+from opsd.teacher.base import Cache, cached, check_logit_settings
 
 
 class ShardedTeacher:
@@ -20,8 +20,9 @@ class ShardedTeacher:
     offload: shards lie in host memory while no layer needs them.
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, device: torch.device, offload: bool = False) -> None:
+    def __init__(self, path: str, dtype: torch.dtype, device: torch.device, offload: bool, cache: Cache) -> None:
         self._device = device
+        self._cache: Cache = cache
         deepspeed = import_deepspeed(device)
         settings = _settings(dtype, offload)
         model = _load_in_shards(path, dtype, device, settings)
@@ -36,7 +37,7 @@ class ShardedTeacher:
     @torch.no_grad()
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
         """See Teacher.hidden."""
-        return [self._scorer.hidden(micro.to(self._device)) for micro in batches]
+        return [cached(self._scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
 
     def head(self) -> Tensor:
         """See Teacher.head."""

@@ -35,7 +35,9 @@ class VLLMTeacher:
     """
 
     def __init__(self, config: TeacherConfig, head_VE: Tensor, device: torch.device, rank: int = 0) -> None:
-        self._config, self._head_VE, self._device, self._rank = config, head_VE.to(device), device, rank
+        self._config, self._head_VE, self._rank = config, head_VE.to(device), rank
+        # Where the states wait for the student's turn.
+        self._waits = device if config.cache == "device" else torch.device("cpu")
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         # The teacher is near: a proxy meant for the wide network would only be in the way.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -74,7 +76,7 @@ class VLLMTeacher:
         rows = []
         for first in range(0, len(sequences), SEQUENCES_PER_REQUEST):
             rows += self._with_retries(place, sequences[first : first + SEQUENCES_PER_REQUEST])
-        return torch.cat(rows).index_select(0, micro.rows_N).to(self._device, self._head_VE.dtype)
+        return torch.cat(rows).index_select(0, micro.rows_N).to(self._waits, self._head_VE.dtype)
 
     def _with_retries(self, place: int, sequences: list[list[int]]) -> list[Tensor]:
         urls = self._config.urls

@@ -236,7 +236,7 @@ def whole_runs(ranks, settings: Path) -> None:
     values = json.loads(settings.read_text())
     for offload in (False, True):
         out = f"{values['out']}sharded teacher{', offloaded' if offload else ''}"
-        teacher = {**values["teacher"], "shard": True, "offload": offload}
+        teacher = {**values["teacher"], "shard": True, "offload": offload, "cache": "host" if offload else "device"}
         start(from_json({**values, "out": out, "teacher": teacher, "eval": {**values["eval"], "teacher": False}}))
     whole = train_module._save
 
