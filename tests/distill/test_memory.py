@@ -54,8 +54,9 @@ def peak_mib(tokens, chunk=128, dtype="float32", memory="fused"):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_does_not_grow_with_the_tokens(dtype):
     few, many = peak_mib(1024, dtype=dtype), peak_mib(8192, dtype=dtype)
-    # Two [128, 12000] buffers in fp32 are 11.7 MiB. All logits of one model at 8192 tokens would be 375 MiB.
-    assert many == pytest.approx(few, rel=0.05, abs=1.0)
+    # Two [128, 12000] buffers in fp32 are 11.7 MiB. A byte for each of 7168 further tokens and 12000 entries would be
+    # 82 MiB; the allocator leaves up to 3 MiB unused between small pieces.
+    assert many == pytest.approx(few, abs=4.0)
     assert many < 40
 
 
