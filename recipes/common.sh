@@ -95,6 +95,8 @@ paper_flags() {
     setting --eval.top_p 1.0 "${VAL_TOP_P:-}"                               # paper
     setting --eval.top_k 0 "$(top_k "${VAL_TOP_K:-}")"                      # paper
     [[ $at_start == on ]] || setting --eval.at_start True False             # paper: also before training
+    # 70 billion parameters fit no single GPU beside a student; a teacher in shards is not evaluated.
+    [[ $1 != llama ]] || FLAGS+=(--teacher.shard True --eval.teacher False)
     FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
     FLAGS+=(--eval.suite "math500=$DATA/math500.jsonl" "aime24=$DATA/aime24.jsonl" "aime25=$DATA/aime25.jsonl")
 }
