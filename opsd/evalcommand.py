@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from opsd.errors import UserError
 from opsd.evalfiles import DoneProblem, EvalFiles, Header, table
@@ -22,6 +23,7 @@ from opsd.evaluate import Suite, load_suites, score_problem, statistics
 from opsd.grading import Grader, load_grader
 from opsd.prompts import Prompt, PromptFormat
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
+from opsd.rollout.hf import eos_token_ids
 from opsd.seeding import derive_seed
 from opsd.student import load_model, load_tokenizer
 
@@ -63,8 +65,10 @@ class EvalCommand:
     """Column that holds the prompt (a string or a list of chat messages)."""
     answer_field: str = "answer"
     """Column that holds the gold answer."""
-    engine: Literal["hf"] = "hf"
-    """hf: transformers generate."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: transformers generate. vllm: faster, where it is installed."""
+    gpu_memory_share: float = 0.9
+    """vllm: fraction of the GPU's memory that it may take."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights; auto is what the model's config.json says."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,6 +91,10 @@ class EvalCommand:
             raise UserError(f"--top_p {self.top_p}: give a mass in (0, 1]")
         if self.top_k < 0:
             raise UserError(f"--top_k {self.top_k}: give 0 or more")
+        if not 0.0 < self.gpu_memory_share < 1.0:
+            raise UserError(f"--gpu_memory_share {self.gpu_memory_share}: give a fraction in (0, 1)")
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise UserError("--engine vllm: vLLM is not installed; run make setup, or give hf")
         if not self.suite:
             raise UserError("--suite is empty; give NAME=FILE, e.g. math500=data/math500.jsonl")
 
@@ -201,16 +209,42 @@ def _weights_digest(folder: Path) -> str | None:
 
 def _engine(config: EvalCommand, tokenizer: Any, suites: list[Suite], device: torch.device) -> RolloutEngine:
     """The sampler of the settings. Raises UserError for a model that cannot be loaded or cannot hold the responses."""
+    longest = max(len(problem.ids) for suite in suites for problem in suite.problems)
+    if config.engine == "vllm":
+        return _vllm_engine(config, tokenizer, longest, device)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_model(config.model, "--model", dtype, device)
-    _check_length(model, config, max(len(problem.ids) for suite in suites for problem in suite.problems))
+    _check_length(model.config, config, longest)
     _check_finite(model, config)
     return HFRollout(model, tokenizer, config.generate_batch)
 
 
-def _check_length(model: PreTrainedModel, config: EvalCommand, longest_prompt: int) -> None:
+def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, device: torch.device) -> RolloutEngine:
+    from opsd.rollout.vllm import VLLMSampler
+
+    try:
+        model_config = AutoConfig.from_pretrained(config.model)
+        _check_length(model_config, config, longest_prompt)
+        generation = GenerationConfig.from_model_config(model_config)
+        if (Path(config.model) / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(config.model)
+        return VLLMSampler(
+            config.model,
+            eos_token_ids(generation, tokenizer),
+            device,
+            config.dtype,
+            longest_prompt + config.max_new_tokens,
+            config.generate_batch,
+            config.gpu_memory_share,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
+
+
+def _check_length(settings: PretrainedConfig, config: EvalCommand, longest_prompt: int) -> None:
     """Past the positions that a model knows it writes nonsense, which would count as its score."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest_prompt + config.max_new_tokens > positions:
         raise UserError(
             f"--max_new_tokens {config.max_new_tokens} and a prompt of {longest_prompt} tokens are over the "

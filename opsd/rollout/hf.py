@@ -32,7 +32,7 @@ class HFRollout:
         ranks: Ranks = ONE_RANK,
     ) -> None:
         self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
-        self._eos_ids = eos_token_ids(model, tokenizer)
+        self._eos_ids = eos_token_ids(model.generation_config, tokenizer)
         # Padding is masked and cut off, so any id does.
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(self._eos_ids), 0)
 
@@ -95,9 +95,9 @@ class HFRollout:
             model.train(was_training)
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the model's generation config may name several (Llama 3, Qwen)."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: a model's generation config may name several (Llama 3, Qwen)."""
+    named = None if generation is None else generation.eos_token_id
     ids = [named] if isinstance(named, int) else list(named or [])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, in the processes that train; its weights are renewed after every step, and checked."""
+"""Rollouts by vLLM, inside our own processes. In training its weights are renewed after every step, and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
 from opsd.errors import RunStopped
 from opsd.prompts import Prompt
-from opsd.ranks import Ranks, before_leaving
+from opsd.ranks import ONE_RANK, Ranks, before_leaving
 from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.seeding import derive_seed
@@ -24,11 +24,91 @@ TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.1}
 PROBE_TOKENS = 256
 
 
-class VLLMRollout:
-    """RolloutEngine on vLLM, one sampler to every `tensor_parallel` ranks, each on its share of the rollouts.
+class VLLMSampler:
+    """A model folder in vLLM, inside this process: RolloutEngine on weights that stay as they are.
+
+    dtype: "float32", "bfloat16" or "auto" (what config.json says). max_model_tokens: longest prompt and response.
+    batch_rollouts: sampled side by side. memory_share: of a GPU. Under several `ranks` every `tensor_parallel` of them
+    are one sampler, and each sampler takes its share of the rollouts. Every rollout is a request with a seed of its
+    own, (seed, rollout id): who samples it does not matter.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        eos_ids: list[int],
+        device: torch.device,
+        dtype: str,
+        max_model_tokens: int,
+        batch_rollouts: int,
+        memory_share: float = 0.9,
+        tensor_parallel: int = 1,
+        ranks: Ranks = ONE_RANK,
+        sleeps: bool = False,
+    ) -> None:
+        self._ranks, self._width, self._eos_ids = ranks, tensor_parallel, eos_ids
+        self._sleeps = sleeps and device.type == "cuda"
+        self._vllm = _import_vllm(device)
+        self._llm = self._vllm.LLM(
+            model=path,
+            dtype=dtype,
+            max_model_len=max_model_tokens,
+            max_num_seqs=batch_rollouts,
+            tensor_parallel_size=self._width,
+            # Under a launcher the ranks are there already; vLLM takes them instead of starting processes.
+            distributed_executor_backend="external_launcher" if ranks.world_size > 1 else "uni",
+            gpu_memory_utilization=memory_share,
+            enable_sleep_mode=self._sleeps,
+            enforce_eager=device.type == "cpu",
+            # Sampling is stated with every request; nothing is inherited from the model's folder.
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            seed=0,
+        )
+        # vLLM takes the ranks' group down with it: it must go first.
+        before_leaving(self._llm.llm_engine.engine_core.shutdown)
+
+    def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
+        """See RolloutEngine.generate."""
+        samplers = Ranks(self._ranks.rank // self._width, self._ranks.world_size // self._width)
+        jobs = jobs_of(prompts, samples, samplers)
+        outputs = self._run(
+            [prompt.ids for _, prompt in jobs], [self._params(sampling, seed, number) for number, _ in jobs]
+        )
+        written = [
+            Rollout(
+                number, prompt, *cut_at_eos(list(output.outputs[0].token_ids), self._eos_ids, sampling.max_new_tokens)
+            )
+            for (number, prompt), output in zip(jobs, outputs, strict=True)
+        ]
+        # The ranks of one sampler all hold what it wrote.
+        return gather_rollouts(written if self._ranks.rank % self._width == 0 else [], self._ranks)
+
+    def sync(self) -> None:
+        """Nothing to do: the weights are a folder's."""
+
+    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
+        """vLLM's outputs, one a prompt, in order."""
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return self._llm.generate(requests, params, use_tqdm=False) if requests else []
+
+    def _params(self, sampling: Sampling, seed: int, number: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_new_tokens,
+            seed=derive_seed(seed, "draws", number),
+            stop_token_ids=self._eos_ids,
+            detokenize=False,
+        )
+
+
+class VLLMRollout(VLLMSampler):
+    """A sampler that follows the student in training: new weights after every step, checked by a probe.
 
     path: the model folder that `engine`'s student was loaded from. max_model_tokens: longest prompt and response.
-    Every rollout is a request with a seed of its own, (seed, rollout id): who samples it does not matter.
     """
 
     def __init__(
@@ -40,50 +120,27 @@ class VLLMRollout:
         compute: EngineConfig,
         max_model_tokens: int,
     ) -> None:
-        self._engine, self._ranks = engine, engine.ranks
-        self._width = rollout.tensor_parallel
-        self._eos_ids = eos_token_ids(engine.student.model, tokenizer)
-        self._sleeps = rollout.sleep and engine.device.type == "cuda"
+        super().__init__(
+            path,
+            eos_token_ids(engine.student.model.generation_config, tokenizer),
+            engine.device,
+            compute.dtype,
+            max_model_tokens,
+            rollout.generate_batch,
+            rollout.gpu_memory_share,
+            rollout.tensor_parallel,
+            engine.ranks,
+            rollout.sleep,
+        )
+        self._engine = engine
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
         self._probe_ids: list[int] = []
-        self._vllm = _import_vllm(engine.device)
-        self._llm = self._vllm.LLM(
-            model=path,
-            dtype=compute.dtype,
-            max_model_len=max_model_tokens,
-            max_num_seqs=rollout.generate_batch,
-            tensor_parallel_size=self._width,
-            # Under a launcher the ranks are there already; vLLM takes them instead of starting processes.
-            distributed_executor_backend="external_launcher" if self._ranks.world_size > 1 else "uni",
-            gpu_memory_utilization=rollout.gpu_memory_share,
-            enable_sleep_mode=self._sleeps,
-            enforce_eager=engine.device.type == "cpu",
-            # Sampling is stated with every request; nothing is inherited from the model's folder.
-            generation_config="vllm",
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            seed=0,
-        )
-        # vLLM takes the ranks' group down with it: it must go first.
-        before_leaving(self._llm.llm_engine.engine_core.shutdown)
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""
-        samplers = Ranks(self._ranks.rank // self._width, self._ranks.world_size // self._width)
-        jobs = jobs_of(prompts, samples, samplers)
         self._wake()
-        outputs = self._run(
-            [prompt.ids for _, prompt in jobs], [self._params(sampling, seed, number) for number, _ in jobs]
-        )
-        written = [
-            Rollout(
-                number, prompt, *cut_at_eos(list(output.outputs[0].token_ids), self._eos_ids, sampling.max_new_tokens)
-            )
-            for (number, prompt), output in zip(jobs, outputs, strict=True)
-        ]
-        # The ranks of one sampler all hold what it wrote.
-        rollouts = gather_rollouts(written if self._ranks.rank % self._width == 0 else [], self._ranks)
+        rollouts = super().generate(prompts, samples, sampling, seed)
         first_time = not self._probe_ids
         if rollouts:
             self._probe_ids = (rollouts[0].prompt.ids + rollouts[0].response_ids)[:PROBE_TOKENS]
@@ -126,22 +183,6 @@ class VLLMRollout:
                 f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats a token on a probe "
                 f"(allowed: {self._allowed_nats:g}, --rollout.probe_tolerance): its weights are not the trained ones"
             )
-
-    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
-        """vLLM's outputs, one a prompt, in order."""
-        requests = [{"prompt_token_ids": ids} for ids in prompts]
-        return self._llm.generate(requests, params, use_tqdm=False) if requests else []
-
-    def _params(self, sampling: Sampling, seed: int, number: int) -> Any:
-        return self._vllm.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
-            seed=derive_seed(seed, "draws", number),
-            stop_token_ids=self._eos_ids,
-            detokenize=False,
-        )
 
     def _wake(self) -> None:
         if self._sleeps:

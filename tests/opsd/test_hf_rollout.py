@@ -108,11 +108,11 @@ def test_a_model_that_knows_no_eos_writes_to_the_limit(make_model, make_tokenize
 def test_every_eos_of_the_models_own_configuration_counts(make_model, tokenizer):
     model = make_model()
     model.generation_config.eos_token_id = [7, 8]
-    assert eos_token_ids(model, tokenizer) == [7, 8, EOS]
+    assert eos_token_ids(model.generation_config, tokenizer) == [7, 8, EOS]
     model.generation_config.eos_token_id = EOS
-    assert eos_token_ids(model, tokenizer) == [EOS]
+    assert eos_token_ids(model.generation_config, tokenizer) == [EOS]
     model.generation_config = None
-    assert eos_token_ids(model, tokenizer) == [EOS]
+    assert eos_token_ids(model.generation_config, tokenizer) == [EOS]
 
 
 def test_the_same_seed_gives_the_same_answers_whatever_torch_drew_before(model, tokenizer, prompts):

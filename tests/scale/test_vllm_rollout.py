@@ -8,6 +8,7 @@ import torch
 from opsd.config import EngineConfig, OptimConfig, RolloutConfig, from_json
 from opsd.engine import TorchEngine
 from opsd.errors import RunStopped
+from opsd.evalcommand import EvalCommand, evaluate
 from opsd.prompts import Prompt
 from opsd.rollout import HFRollout, Sampling
 from opsd.student import load_scorer, load_tokenizer
@@ -149,3 +150,31 @@ def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run, tokeniz
     vllm = VLLMRollout(path, tokenizer, engine, RolloutConfig(engine="vllm"), EngineConfig(), 96)
     ours = vllm.generate(prompts, 1, GREEDY, seed=0)
     assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 1, GREEDY, seed=0))
+
+
+def test_an_evaluation_by_vllm_is_transformers_evaluation(smollm2, questions, tmp_path):
+    records = [{"prompt": json.loads(line)["prompt"], "answer": "4"} for line in questions.read_text().splitlines()]
+    suite = tmp_path / "questions.jsonl"
+    suite.write_text("".join(json.dumps(record) + "\n" for record in records))
+    said = {}
+    for sampler in ("hf", "vllm"):
+        out = tmp_path / f"{sampler}.json"
+        evaluate(
+            EvalCommand(
+                model=str(smollm2.folder),
+                suite=(f"questions={suite}",),
+                out=str(out),
+                samples=1,
+                temperature=0.0,
+                max_new_tokens=12,
+                engine=sampler,
+                dtype="float32",
+                device="cpu",
+                save_responses=True,
+                progress=False,
+            )
+        )
+        assert json.loads(out.read_text())["settings"]["engine"] == sampler
+        lines = (tmp_path / f"{sampler}.records.jsonl").read_text().splitlines()
+        said[sampler] = [json.loads(line)["responses"] for line in lines]
+    assert len(said["hf"]) == len(records) and said["vllm"] == said["hf"]
