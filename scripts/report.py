@@ -25,7 +25,7 @@ from report_pictures import pictures
 from report_remarks import remarks
 from report_runs import Run, by_protocol, read_runs
 from report_stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
-from report_tables import TextTable, accuracy_table, best_table, cost_table, others_table
+from report_tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 from rich.console import Console
 
 from opsd.errors import UserError
@@ -72,8 +72,7 @@ def text_tables(group: GroupReport, paper: Paper) -> list[TextTable]:
     if paper.best:
         tables += [best_table(suite.name, suite.best, paper) for suite in group.suites]
     if not any(suite.name in paper.benchmarks for suite in group.suites):
-        others = others_table(paper.cells, paper)
-        tables += [] if others is None else [others]
+        tables += others_tables(paper.cells, paper)
     return [*tables, cost_table(group.costs, paper)]
 
 
@@ -127,6 +126,7 @@ def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None
         console.print(f"{group.title}\n", markup=False)
         for table in text_tables(group, paper):
             console.print(table.rich())
+            console.print()
         for line in group_remarks(group, paper):
             console.print(f"• {line}", markup=False)
     console.print()

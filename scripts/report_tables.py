@@ -22,9 +22,12 @@ class TextTable:
 
     def rich(self) -> Table:
         """For the terminal."""
-        table = Table(title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        style = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
+        table = Table(title=self.title, pad_edge=False, **style)
         for place, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if place else "left", no_wrap=place == 0)
+            # Heads may break, numbers never do: "18.4 ± 1.8" over two lines cannot be read down a column.
+            width = max((len(row[place]) for row in self.rows), default=0)
+            table.add_column(column, justify="right" if place else "left", min_width=width, no_wrap=place == 0)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -80,16 +83,16 @@ def accuracy_table(
     return TextTable(title, ["", *ours, *[f"paper\n{PAIRS[pair]}" for pair in pairs]], rows)
 
 
-def others_table(cells: list[CellName], paper: Paper) -> TextTable | None:
-    """The paper's other benchmarks; None where it has one alone."""
-    others = paper.benchmarks[1:]
-    if not others:
-        return None
-    columns = [(benchmark, pair) for benchmark in others for pair in paper.pairs]
-    heads = ["", *[f"{BENCHMARKS[benchmark]}\n{PAIRS[pair]}" for benchmark, pair in columns]]
-    rows = [[str(cell), *[paper.value(pair, benchmark, cell) for benchmark, pair in columns]] for cell in cells]
-    names = "AIME" if all(name.startswith("aime") for name in others) else "its other benchmarks"
-    return TextTable(f"The paper on {names} (mean@16, %)", heads, rows)
+def others_tables(cells: list[CellName], paper: Paper) -> list[TextTable]:
+    """The paper's further benchmarks, one table each, so that it fits a terminal."""
+    return [
+        TextTable(
+            f"The paper on {BENCHMARKS[benchmark]} (mean@16, %)",
+            ["", *[PAIRS[pair] for pair in paper.pairs]],
+            [[str(cell), *[paper.value(pair, benchmark, cell) for pair in paper.pairs]] for cell in cells],
+        )
+        for benchmark in paper.benchmarks[1:]
+    ]
 
 
 def best_table(suite: str, best: list[tuple[CellName, Estimate | None]], paper: Paper) -> TextTable:
