@@ -7,12 +7,12 @@ states one, else what the base repository's users expect.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from opsd.configcheck import check
 from opsd.errors import UserError
 
 
@@ -277,72 +277,6 @@ class TrainConfig:
         check(self)
 
 
-def check(config: TrainConfig) -> None:
-    """The one place for checks of values and of fields against each other. Raises UserError."""
-    c = config
-    _positive("steps", c.steps)
-    _positive("prompts_per_step", c.prompts_per_step)
-    _teacher(c)
-    for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "generate_batch", "tensor_parallel"):
-        _positive(f"rollout.{name}", getattr(c.rollout, name))
-    if not 0.0 < c.rollout.gpu_memory_share < 1.0:
-        raise UserError(f"--rollout.gpu_memory_share {c.rollout.gpu_memory_share}: give a fraction between 0 and 1")
-    if c.rollout.probe_tolerance is not None:
-        _positive("rollout.probe_tolerance", c.rollout.probe_tolerance)
-    _sampling("rollout", c.rollout.temperature, c.rollout.top_p, c.rollout.top_k)
-    if not 0.0 < c.select.retention <= 1.0:
-        raise UserError(f"--select.retention {c.select.retention}: give a fraction in (0, 1], e.g. 0.5")
-    if not 0.0 < c.select.clip_quantile <= 1.0:
-        raise UserError(f"--select.clip_quantile {c.select.clip_quantile}: give a quantile in (0, 1]")
-    if c.loss.divergence == "jsd" and not 0.0 < c.loss.beta < 1.0:
-        raise UserError(f"--loss.beta {c.loss.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl")
-    _not_negative("loss.reward_beta", c.loss.reward_beta)
-    if not (c.loss.temperature > 0.0 and math.isfinite(c.loss.temperature)):
-        raise UserError(f"--loss.temperature {c.loss.temperature}: give a number above 0")
-    if c.loss.chunk_tokens != "auto":
-        _positive("loss.chunk_tokens", c.loss.chunk_tokens)
-    if not (c.optim.lr > 0.0 and math.isfinite(c.optim.lr)):
-        raise UserError(f"--optim.lr {c.optim.lr}: give a learning rate above 0")
-    if not 0 <= c.optim.warmup_steps <= c.steps:
-        raise UserError(f"--optim.warmup_steps {c.optim.warmup_steps}: give 0 to --steps ({c.steps})")
-    for name in ("weight_decay", "max_grad_norm", "min_lr_fraction", "beta1", "beta2", "eps"):
-        _not_negative(f"optim.{name}", getattr(c.optim, name))
-    for name in ("beta1", "beta2"):
-        if getattr(c.optim, name) >= 1.0:
-            raise UserError(f"--optim.{name} {getattr(c.optim, name)}: give a decay in [0, 1)")
-    if c.optim.min_lr_fraction > 1.0:
-        raise UserError(f"--optim.min_lr_fraction {c.optim.min_lr_fraction}: give a fraction in [0, 1]")
-    _positive("engine.micro_batch_tokens", c.engine.micro_batch_tokens)
-    _offload(c.engine)
-    for name, value in (
-        ("eval.every", c.eval.every),
-        ("checkpoint.every", c.checkpoint.every),
-        ("telemetry.every", c.telemetry.every),
-        ("telemetry.save_rollouts_every", c.telemetry.save_rollouts_every),
-    ):
-        _not_negative(name, value)
-    _not_negative("telemetry.top_tokens", c.telemetry.top_tokens)
-    _positive("telemetry.max_rollouts_saved", c.telemetry.max_rollouts_saved)
-    if c.telemetry.top_tokens and not (c.telemetry.save_tokens and c.telemetry.every):
-        raise UserError(
-            f"--telemetry.top_tokens {c.telemetry.top_tokens} is part of the token record: "
-            "give --telemetry.save_tokens True and a --telemetry.every above 0"
-        )
-    _positive("eval.samples", c.eval.samples)
-    _positive("eval.generate_batch", c.eval.generate_batch)
-    _sampling("eval", c.eval.temperature, c.eval.top_p, c.eval.top_k)
-    for name in ("limit", "max_new_tokens"):
-        if getattr(c.eval, name) is not None:
-            _positive(f"eval.{name}", getattr(c.eval, name))
-    if c.eval.every and not c.eval.suite:
-        raise UserError(f"--eval.every {c.eval.every} without --eval.suite: name a suite, e.g. math500=FILE")
-    _positive("checkpoint.keep", c.checkpoint.keep)
-    _positive("environment.max_turns", c.environment.max_turns)
-    _not_negative("environment.tool_output_characters", c.environment.tool_output_characters)
-    if c.environment.deepplanning_root is not None and c.environment.kind != "travel":
-        raise UserError("--environment.deepplanning_root is read with --environment.kind travel only; give both")
-
-
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration as plain JSON values."""
     return dataclasses.asdict(config)
@@ -373,41 +307,3 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         return TrainConfig(**built)
     except (TypeError, AttributeError) as error:
         raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
-
-
-def _positive(name: str, value: float) -> None:
-    if not value > 0:  # so that NaN is refused too
-        raise UserError(f"--{name} {value}: give a number above 0")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise UserError(f"--{name} {value}: give 0 or more")
-
-
-def _teacher(c: TrainConfig) -> None:
-    _positive("teacher.timeout_s", c.teacher.timeout_s)
-    _not_negative("teacher.retries", c.teacher.retries)
-    served = c.teacher.kind == "vllm"
-    if served and not c.teacher.urls:
-        raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
-    if c.teacher.shard and (served or c.engine.kind != "deepspeed"):
-        raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
-    if (served or c.teacher.shard) and c.eval.suite and c.eval.teacher:
-        raise UserError("a teacher that is served or sharded gives no answers of its own: give --eval.teacher False")
-
-
-def _offload(engine: EngineConfig) -> None:
-    sharded = engine.kind == "deepspeed"
-    if engine.offload_optimizer and not (sharded and engine.zero_stage >= 1):
-        raise UserError("--engine.offload_optimizer True needs --engine.kind deepspeed with --engine.zero_stage 1 to 3")
-    if engine.offload_parameters and not (sharded and engine.zero_stage == 3):
-        raise UserError("--engine.offload_parameters True needs --engine.kind deepspeed with --engine.zero_stage 3")
-
-
-def _sampling(part: str, temperature: float, top_p: float, top_k: int) -> None:
-    if not (temperature >= 0.0 and math.isfinite(temperature)):
-        raise UserError(f"--{part}.temperature {temperature}: give 0 (greedy) or more")
-    if not 0.0 < top_p <= 1.0:
-        raise UserError(f"--{part}.top_p {top_p}: give a mass in (0, 1]")
-    _not_negative(f"{part}.top_k", top_k)
