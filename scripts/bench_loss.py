@@ -22,8 +22,9 @@ from typing import Any
 import psutil
 import torch
 import tyro
-from bench_loss_case import Case
-from bench_loss_report import draw, table
+
+from bench.case import Case
+from bench.report import draw, table
 
 # What a kept graph holds for each token and vocabulary entry: three fp32 values and a half, as measured.
 GRAPH_BYTES = 14.2
@@ -105,9 +106,8 @@ def matches(row: dict[str, Any], case: Case) -> bool:
 
 def run(case: Case) -> dict[str, Any]:
     """The case's measurements, from a process of its own; one that fails is recorded as missing, with its last line."""
-    script = Path(__file__).with_name("bench_loss_case.py")
-    command = [sys.executable, str(script), json.dumps(dataclasses.asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.case", json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
     if done.returncode == 0:
         return json.loads(lines[-1])

@@ -21,7 +21,6 @@ from typing import Any, Literal
 from mathdata.clean import Counts, collect, split, without
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
-
 from opsd.commandline import parse
 from opsd.errors import UserError
 

@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from report_csv import our_rows, paper_rows, write_csv
-from report_figure import Panel, draw
-from report_page import Section, page
-from report_paper import BENCHMARKS, TABLES, Paper
-from report_pictures import pictures
-from report_remarks import remarks
-from report_runs import Run, by_protocol, read_runs
-from report_stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
-from report_tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 from rich.console import Console
 
 from opsd.errors import UserError
+from reporting.csv import our_rows, paper_rows, write_csv
+from reporting.figure import Panel, draw
+from reporting.page import Section, page
+from reporting.paper import BENCHMARKS, TABLES, Paper
+from reporting.pictures import pictures
+from reporting.remarks import remarks
+from reporting.runs import Run, by_protocol, read_runs
+from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
+from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")

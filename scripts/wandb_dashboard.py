@@ -27,6 +27,7 @@ def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], sam
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("wandb-workspaces is not installed; pip install wandb-workspaces")
     import wandb_workspaces.workspaces as ws
+
     from wandb_sections import sections
 
     return ws.Workspace(

@@ -19,10 +19,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report_runs import Run, read_runs
-from report_tables import TextTable
-
 from opsd.errors import UserError
+from reporting.runs import Run, read_runs
+from reporting.tables import TextTable
 
 Shares = dict[str, dict[str, float]]
 """Of one evaluation: for avg@k, best@k and each constraint, mean and (with several trips) stderr_problems."""

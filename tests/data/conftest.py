@@ -4,8 +4,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import prepare_data
 import pytest
+
+import prepare_data
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "math"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from mathdata.problems import INSTRUCTIONS, problem_key
 from mathdata.sources import KNOWN
-
 from opsd.grading import grade
 from opsd.prompts import read_records
 

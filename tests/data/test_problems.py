@@ -1,10 +1,10 @@
 """When two texts are one problem, what is taken off a text, and how a set becomes problems."""
 
 import pytest
+
 from mathdata.clean import collect, split
 from mathdata.problems import INSTRUCTIONS, Problem, problem_key, strip_instruction
 from mathdata.sources import Row, read_answer
-
 from opsd.errors import UserError
 from opsd.grading import extract_answer
 

@@ -1,8 +1,9 @@
 """The benchmark's table says what its cases say, and marks what was not measured."""
 
 import pytest
-from bench_loss_case import Case
-from bench_loss_report import HEADER, draw, table
+
+from bench.case import Case
+from bench.report import HEADER, draw, table
 
 
 def row(method, tokens, seconds, **more):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pocket.planning_sft import make_tokenizer as make_word_tokenizer
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
@@ -27,6 +26,7 @@ from opsd.rollout.cached import CachedAgentRollout
 from opsd.rollout.calls import ChatTurns, cut_middle, read_calls
 from opsd.seeding import derive_seed
 from opsd.train import start
+from pocket.planning_sft import make_tokenizer as make_word_tokenizer
 
 # The shape of Qwen3's template: tools in the system message, tool outputs in a user turn.
 HERMES = (

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opsd.errors import UserError
 from pocket.make import SAMPLES, as_jsonl, as_prompts, make, make_model, make_problems
 from pocket.measure import greedy_habits, measure
 from pocket.measure import main as measure_main
 from pocket.sft import STUDENT, TEACHER
 from pocket.task import fresh_problems
 from pocket.tokenizer import make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from opsd.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 ASSETS = REPOSITORY / "assets" / "pocket"

@@ -5,6 +5,7 @@ from itertools import islice
 from random import Random
 
 import pytest
+
 from pocket.sft import NO_LOSS, STEPS, learning_rate, make_batch
 from pocket.task import (
     PROMPT_TOKENS,

@@ -1,10 +1,10 @@
 """The pages in headless Chromium: nothing is empty, keys and pointer work, hostile text is text, nothing is loaded."""
 
 import pytest
-import report as report_script
 from browser import binary, browser
 from token_runs import HOSTILE, token_table
 
+import report as report_script
 from opsd.viewer.command import InspectConfig, inspect
 
 pytestmark = [

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import report as report_script
-from report_paper import TABLES, Paper
 
+import report as report_script
 from opsd.errors import UserError
+from reporting.paper import TABLES, Paper
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "assets" / "paper" / "tables.csv"

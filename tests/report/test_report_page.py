@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-import report as report_script
-from report_plots import _curve, _smooth
-from report_runs import by_protocol, read_runs
-from report_tokens import plane, read_tokens
 
+import report as report_script
 from opsd.errors import UserError
+from reporting.plots import _curve, _smooth
+from reporting.runs import by_protocol, read_runs
+from reporting.tokens import plane, read_tokens
 
 ALL = {"a": 0.5, "b": 0.5, "c": 0.75, "d": 0.25}
 STEPS = tuple(

@@ -1,10 +1,10 @@
 """The report's numbers against hand arithmetic on four problems."""
 
 import pytest
-from report_runs import CellName, by_protocol, read_runs
-from report_stats import BASELINE, cell_costs, cell_stats, reference, suite_names
 
 from opsd.errors import UserError
+from reporting.runs import CellName, by_protocol, read_runs
+from reporting.stats import BASELINE, cell_costs, cell_stats, reference, suite_names
 
 SOFT_OR = CellName("soft_or", 0.5)
 ALL_0 = {"a": 0.5, "b": 0.5, "c": 0.75, "d": 0.25}

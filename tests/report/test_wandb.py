@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import wandb_dashboard
 
+import wandb_dashboard
 from opsd import wandbrun
 from opsd.config import from_json
 from opsd.errors import UserError

@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import oracle as oracle_script
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import oracle as oracle_script
 from opsd.batch import pack
 from opsd.prompts import Prompt
 from opsd.rollout import Rollout

@@ -8,10 +8,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report_paper import BENCHMARKS, PAIRS, Paper
-from report_runs import CellName, Run
-from report_stats import CellStats, Estimate
-from report_theme import colour_of, ink
+
+from reporting.paper import BENCHMARKS, PAIRS, Paper
+from reporting.runs import CellName, Run
+from reporting.stats import CellStats, Estimate
+from reporting.theme import colour_of, ink
 
 CURVES = (
     ("loss/nats", "trained divergence, nats a kept token"),

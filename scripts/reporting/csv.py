@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from report_paper import Paper
-from report_runs import CellName
-from report_stats import CellCost, CellStats
+from reporting.paper import Paper
+from reporting.runs import CellName
+from reporting.stats import CellCost, CellStats
 
 COLUMNS: tuple[str, ...] = (
     "source",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from report_paper import BENCHMARKS
-from report_runs import CellName, Run
-from report_stats import BASELINE, CellStats
+from reporting.paper import BENCHMARKS
+from reporting.runs import CellName, Run
+from reporting.stats import BASELINE, CellStats
 
 
 def remarks(group: list[Run], suites: list[str], stats: list[CellStats], baseline: CellName = BASELINE) -> list[str]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from report_runs import CellName, Run
 
 from opsd.errors import UserError
+from reporting.runs import CellName, Run
 
 BASELINE = CellName("all", 1.0)
 QUADRANTS = ("q1", "q2", "q3", "q4")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from report_paper import BENCHMARKS, Paper
-from report_plots import average_and_best, bars, costs, curve_names, curves, retention
-from report_runs import Run
-from report_stats import CellCost, SuiteReport
-from report_theme import Picture, picture
-from report_tokens import plane, read_tokens
+from reporting.paper import BENCHMARKS, Paper
+from reporting.plots import average_and_best, bars, costs, curve_names, curves, retention
+from reporting.runs import Run
+from reporting.stats import CellCost, SuiteReport
+from reporting.theme import Picture, picture
+from reporting.tokens import plane, read_tokens
 
 
 def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellCost], paper: Paper) -> list[Picture]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from report_tables import TextTable
-from report_theme import Picture
+from reporting.tables import TextTable
+from reporting.theme import Picture
 
 FOLDER = Path(__file__).parent
 
@@ -38,8 +38,8 @@ class Section:
 
 def page(title: str, sections: list[Section]) -> str:
     """The whole page."""
-    return Template((FOLDER / "report_page.html").read_text(encoding="utf-8")).substitute(
+    return Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
-        style=(FOLDER / "report_page.css").read_text(encoding="utf-8"),
+        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
         groups="\n".join(section.html() for section in sections),
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 
-from report_paper import BENCHMARKS, MEMORY, MISSING, PAIRS, Paper
-from report_runs import CellName
-from report_stats import BASELINE, CellCost, CellStats, Estimate
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from reporting.paper import BENCHMARKS, MEMORY, MISSING, PAIRS, Paper
+from reporting.runs import CellName
+from reporting.stats import BASELINE, CellCost, CellStats, Estimate
 
 
 @dataclass(frozen=True)

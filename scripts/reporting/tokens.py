@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from report_runs import Run
-from report_stats import BASELINE
-from report_theme import QUADRANT_COLOURS, count_colours, ink
 
 from opsd.errors import UserError
+from reporting.runs import Run
+from reporting.stats import BASELINE
+from reporting.theme import QUADRANT_COLOURS, count_colours, ink
 
 # Values below this are drawn here: a logarithmic axis has no zero.
 FLOOR_NATS = 1e-6

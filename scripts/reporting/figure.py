@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from report_stats import CellCost, CellStats, Estimate
+
+from reporting.stats import CellCost, CellStats, Estimate
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 SELECTOR_COLOURS = {"all": "#6b6b6b", "entropy_sample": "#e69f00", "soft_or": "#0072b2"}

@@ -17,9 +17,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from bench_loss_baselines import BASELINES, Unavailable
 from torch import Tensor
 
+from bench.baselines import BASELINES, Unavailable
 from opsd.distill import distill_loss
 from opsd.hooks import load_selector
 

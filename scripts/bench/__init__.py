@@ -1,0 +1,1 @@
+"""What scripts/bench_loss.py is made of."""

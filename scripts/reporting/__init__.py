@@ -1,0 +1,1 @@
+"""What scripts/report.py is made of: run folders in, tables, figures and a page out."""
