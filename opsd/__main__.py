@@ -34,6 +34,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _stop(130, "interrupted; go on with: opsd train --resume RUN (an evaluation: the same command again)")
     except Exception:
+        # A defect of ours keeps its traceback. Only ranks that fall because another has spoken already end without one.
         if not _speaks():
             sys.exit(1)
         raise

@@ -69,8 +69,11 @@ class Selector:
         return Selection(rollouts.top(self.score(stats, rollouts, seed), budget_R))
 
     def score(self, stats: TokenStats, rollouts: Rollouts, seed: int) -> Tensor:
-        """What rows are ranked by, highest first [N]."""
-        raise NotImplementedError
+        """What rows are ranked by, highest first [N]; a rule that does not rank overrides `choose` instead.
+
+        Errors: UserError for a rule that has neither.
+        """
+        raise UserError(f"selector {type(self).__name__} has neither score nor choose: write one of them")
 
     def prepare(self, all_stats: TokenStats) -> None:
         """Learn the scale of the whole step (scope "batch")."""
