@@ -12,7 +12,7 @@ NEEDS := $(if $(DRY_RUN),,setup)
 # that spin would slow the other worker down.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow check table3 table4 table5 table6 table7 table8 report bench clean
+.PHONY: help setup demo test test-slow faults check table3 table4 table5 table6 table7 table8 report bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test: setup ## all tests but the slow ones
 
 test-slow: setup ## the tests that take minutes each
 	@$(PYTEST) -m slow
+
+faults: setup ## the fault suite: kills, full disks, damaged files, hostile input; its table in docs/reliability.md (10 minutes)
+	@$(PY) scripts/faults.py
 
 check: setup ## lint, format, types and the fast tests, under 90 seconds
 	@$(PY) -m ruff check --quiet .
