@@ -1,0 +1,120 @@
+"""Results as one small file: every run's score on every problem, and where they come from.
+
+Legend: S seeds, P problems.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd.errors import UserError
+from reporting.runs import Run, read_runs
+from reporting.stats import QUADRANTS, Estimate, estimate
+
+# What recipes call a run folder: PAIR-CELL-seedN.
+_NAME = re.compile(r"(?P<pair>[a-z0-9]+)-(?P<cell>.+)-seed(?P<seed>\d+)")
+# Logged means that stand beside the scores.
+LOGGED = {
+    "kept_frac": "select/kept_frac",
+    "student_entropy_nats": "student/entropy_nats",
+    "teacher_entropy_nats": "teacher/entropy_nats",
+    **{f"{q}_frac": f"quadrant/{q}_frac" for q in QUADRANTS},
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """values: the file as JSON values; see `collect`."""
+
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> Results:
+        """A file that `collect` made. Raises UserError where it cannot be read."""
+        try:
+            values = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}); make it with scripts/results.py collect") from error
+        if not isinstance(values, dict) or "runs" not in values:
+            raise UserError(f"{file} holds no results; make it with scripts/results.py collect")
+        return cls(values)
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of the cells, in the file's order."""
+        return list(dict.fromkeys(run["cell"] for run in self.values["runs"]))
+
+    def seeds(self, cell: str) -> list[int]:
+        """The seeds that `cell` was run with."""
+        return sorted(run["seed"] for run in self.values["runs"] if run["cell"] == cell)
+
+    def scores_SP(self, cell: str, seeds: list[int]) -> np.ndarray:
+        """Scores [S, P] of `cell`, fractions, in the order of `seeds` and of the file's problems."""
+        found = {run["seed"]: run["scores"] for run in self.values["runs"] if run["cell"] == cell}
+        return np.array([found[seed] for seed in seeds])
+
+    def difference(self, cell: str, minus: str) -> tuple[Estimate, list[int]] | None:
+        """`cell` minus `minus`, paired by seed and problem, and the seeds that both have; None where there is none."""
+        seeds = [seed for seed in self.seeds(cell) if seed in self.seeds(minus)]
+        if not seeds:
+            return None
+        return estimate(self.scores_SP(cell, seeds) - self.scores_SP(minus, seeds)), seeds
+
+    def logged(self, cell: str, name: str) -> float | None:
+        """The mean over seeds of one of LOGGED."""
+        found = [run[name] for run in self.values["runs"] if run["cell"] == cell and run[name] is not None]
+        return float(np.mean(found)) if found else None
+
+
+def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
+    """All finished runs under `folder`. Raises UserError where they were made or evaluated in different ways.
+
+    command: what made them. Scores are fractions of k samples, rounded to 6 digits, in the order of `problems`.
+    """
+    finished = [run for run in read_runs(folder) if run.done and run.final_evaluation is not None]
+    if not finished:
+        raise UserError(f"{folder} holds no finished run with an evaluation; run a recipe first")
+    suite = next(iter((finished[0].final_evaluation or {})["suites"]))
+    problems = list(_scores(finished[0], f"step_{finished[0].config['steps']}", suite))
+    runs = []
+    for run in finished:
+        name = _NAME.fullmatch(run.path.name)
+        if name is None:
+            raise UserError(f"{run.path} is not named as recipes name runs (PAIR-CELL-seedN); move it away")
+        scores = _scores(run, f"step_{run.config['steps']}", suite)
+        if list(scores) != problems:
+            raise UserError(f"{run.path} was evaluated on other problems than {finished[0].path}")
+        means = {key: _mean(run.logged(metric)) for key, metric in LOGGED.items()}
+        runs.append({"cell": name["cell"], "seed": run.seed, **means, "scores": _rounded(scores)})
+    runs.sort(key=lambda run: (run["cell"], run["seed"]))
+    first = finished[0]
+    return {
+        "commit": commit,
+        "command": command,
+        "suite": suite,
+        "samples": first.config["eval"]["samples"],
+        "steps": first.config["steps"],
+        "before": _rounded(_scores(first, "step_0", suite)),
+        "teacher": _rounded(_scores(first, "teacher", suite)),
+        "problems": problems,
+        "runs": runs,
+    }
+
+
+def _scores(run: Run, evaluation: str, suite: str) -> dict[str, float]:
+    found = run.evaluation(evaluation)
+    return {} if found is None else dict(sorted(found["suites"][suite]["scores"].items()))
+
+
+def _rounded(scores: dict[str, float]) -> list[float]:
+    return [round(score, 6) for score in scores.values()]
+
+
+def _mean(values: list[float]) -> float | None:
+    return round(float(np.mean(values)), 6) if values else None
