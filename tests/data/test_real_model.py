@@ -15,6 +15,7 @@ from opsd.batch import pack
 from opsd.errors import UserError
 from opsd.prompts import PromptFormat, load_prompts
 from opsd.rollout import HFRollout, Sampling
+from smollm2 import thin
 
 pytestmark = pytest.mark.e2e
 
@@ -104,12 +105,7 @@ def test_ids_are_passed_on_and_no_text_is_tokenised_again(smollm2, tokenizer, da
 def student(smollm2, tmp_path_factory) -> Path:
     """The teacher's embedding, head and every second of its 30 layers."""
     model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
-    model.model.layers = model.model.layers[::2]
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = number
-    model.config.num_hidden_layers = len(model.model.layers)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[::2]
+    thin(model, 2)
     folder = tmp_path_factory.mktemp("student")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2.folder).save_pretrained(folder)

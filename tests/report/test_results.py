@@ -51,7 +51,7 @@ def test_a_file_of_results_holds_every_run_and_where_it_came_from(results):
 def test_an_interval_joins_the_errors_over_problems_and_over_seeds(results):
     verdict = judge(claim("above"), {"pocket": results}, margin=0.02)
     # test_report_stats.py: mean 0.0625, error over problems 0.080687, over seeds 0.0625
-    assert verdict.difference.mean == 0.0625 and verdict.seeds == [0, 1]
+    assert verdict.difference is not None and verdict.difference.mean == 0.0625 and verdict.seeds == [0, 1]
     assert verdict.error == pytest.approx(math.hypot(0.080687, 0.0625), abs=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_an_interval_joins_the_errors_over_problems_and_over_seeds(results):
     ],
 )
 def test_a_claim_is_judged_by_where_its_whole_interval_lies(mean, error, expected, word):
-    # four problems' differences of mean `mean` and error `error` over problems, the same under both seeds: no error there
+    # four problems' differences, the same under both seeds: no error over those
     step = error * math.sqrt(3)  # deviation √(4·step²/3)/√4 = step/√3
     other = [mean + step, mean - step, mean + step, mean - step]
     values = [("all", seed, [0.0] * 4) for seed in (0, 1)] + [("x", seed, other) for seed in (0, 1)]
