@@ -129,6 +129,11 @@ class OptimConfig:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped here; 0 is off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is no finite number, or that has no token to train on: stop the run, or leave the
+    step out (optim/skipped is then 1, its rollouts are kept)."""
+    max_skipped_steps: int = 10
+    """skip: most steps in a row that are left out; one more stops the run."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ def _optimiser(c: TrainConfig) -> None:
     for name in ("beta1", "beta2"):
         if getattr(c.optim, name) >= 1.0:
             raise UserError(f"--optim.{name} {getattr(c.optim, name)}: give a decay in [0, 1)")
+    _not_negative("optim.max_skipped_steps", c.optim.max_skipped_steps)
     if c.optim.min_lr_fraction > 1.0:
         raise UserError(f"--optim.min_lr_fraction {c.optim.min_lr_fraction}: give a fraction in [0, 1]")
 

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early on purpose."""
+"""The ways in which a command, or a step, ends early on purpose."""
 
 
 class UserError(Exception):
@@ -13,4 +13,12 @@ class RunStopped(Exception):
 
     The command line prints it on stderr and exits with code 1; the run folder can be looked at, and resumed from its
     newest checkpoint.
+    """
+
+
+class StepUnusable(RunStopped):
+    """A step cannot be trained on: its numbers are no numbers, or it has no token. The message is one line.
+
+    Every rank raises it, with the weights, the optimiser and the selector as they were before the step: the run can
+    stop, or leave the step out (--optim.on_nonfinite).
     """

@@ -19,6 +19,7 @@ from opsd.environments.travel.world import TravelWorld
 from opsd.errors import UserError
 from opsd.evaluate import Evaluator, load_suites
 from opsd.hooks import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
+from opsd.memory import memory_for
 from opsd.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.ranks import Ranks, local_device, world_size
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
@@ -48,6 +49,7 @@ class Parts:
     telemetry: list[TokenTelemetry]
 
 
+@memory_for("loading of the models", "then start again")
 def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 

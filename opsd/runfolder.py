@@ -15,7 +15,7 @@ from opsd.config import TrackConfig, TrainConfig, from_json, to_json
 from opsd.errors import UserError
 from opsd.rollout import Rollout
 
-_STEP_FILE = re.compile(r"step_(\d+)\.\w+")
+_STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
 
 class RunFolder:
@@ -76,10 +76,17 @@ class RunFolder:
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= last]
             _write(metrics, "".join(line + "\n" for line in kept))
         for folder in ("rollouts", "tokens", "eval"):
-            for file in (self.path / folder).glob("step_*"):
+            for file in (self.path / folder).glob("*step_*"):
                 match = _STEP_FILE.fullmatch(file.name)
                 if match and int(match[1]) > last:
                     file.unlink()
+
+    def skipped_in_row(self) -> int:
+        """How many of the newest steps were skipped (--optim.on_nonfinite), counted back from the last line."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        used = (place for place, line in enumerate(reversed(lines)) if not json.loads(line).get("optim/skipped"))
+        return next(used, len(lines))
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
         """Append one step's line; it is on its way to the disk when this returns."""
@@ -142,6 +149,10 @@ class Follower(RunFolder):
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
         """See finish."""
+
+    def skipped_in_row(self) -> int:
+        """Known to the first rank."""
+        return 0
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """See finish."""

@@ -12,9 +12,10 @@ from opsd.batch import MicroBatch, pack, share
 from opsd.config import TrainConfig
 from opsd.distill.topk import ModelTop
 from opsd.engine import check_engine, learning_rate
-from opsd.errors import RunStopped, UserError
+from opsd.errors import RunStopped, StepUnusable, UserError
 from opsd.evaluate import summary
 from opsd.hooks import TokenTelemetry
+from opsd.memory import memory_for
 from opsd.parts import Parts, assemble
 from opsd.ranks import ONE_RANK, Ranks, join, local_device
 from opsd.rewards import reward_weights
@@ -74,13 +75,15 @@ def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
         if parts.dropped_prompts and ranks.is_main:
             tracker.say(f"{parts.dropped_prompts} prompts over --rollout.max_prompt_tokens were left out")
         if done_steps == 0:
-            _evaluate_before(parts, run, tracker)
+            with memory_for("evaluation"):
+                _evaluate_before(parts, run, tracker)
+        skipped = ranks.broadcast(run.skipped_in_row())
         for step in range(done_steps + 1, config.steps + 1):
             watch = Stopwatch(engine.device)
             with watch.stage("step"):
-                with watch.stage("rollout"):
+                with watch.stage("rollout"), memory_for("rollout"):
                     rollouts = _generate(parts, config, step)
-                with watch.stage("teacher"):
+                with watch.stage("teacher"), memory_for("teacher"):
                     batches = pack(rollouts, config.engine.micro_batch_tokens)
                     own = share(batches, ranks.rank, ranks.world_size)
                     hidden = parts.teacher.hidden(own)
@@ -89,17 +92,23 @@ def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
                 with watch.stage("reward"):
                     rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
                 with watch.stage("student"):
-                    update = _update(parts, run, step, rollouts, rewards, own, hidden)
+                    update = _update(parts, run, step, skipped, rollouts, rewards, own, hidden)
+                    skipped = 0 if update is not None else skipped + 1
                 with watch.stage("sync"):
                     parts.rollout.sync()
                 with watch.stage("log"):
-                    metrics = {"step": step, "mem/peak_gib": max(ranks.gather(peak_gib(engine.device)))}
+                    metrics: dict[str, float] = {
+                        "step": step,
+                        "mem/peak_gib": max(ranks.gather(peak_gib(engine.device))),
+                    }
                     if ranks.is_main:
                         metrics |= _measure(parts, run, step, rollouts, rewards, batches, update, top)
             metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
-            metrics |= _evaluate_after(parts, run, step, tracker)
+            with memory_for("evaluation"):
+                metrics |= _evaluate_after(parts, run, step, tracker)
             tracker.step(metrics)
-            _save(parts, run, step)
+            with memory_for("checkpoint"):
+                _save(parts, run, step)
         run.finish()
 
 
@@ -113,12 +122,16 @@ def _update(
     parts: Parts,
     run: RunFolder,
     step: int,
+    skipped: int,
     rollouts: list[Rollout],
     rewards: list[float] | None,
     batches: list[MicroBatch],
     hidden: list[Any],
-) -> Update:
-    """Train on the step's rollouts; where that cannot go on, keep them for a look."""
+) -> Update | None:
+    """Train on the step's rollouts; where that cannot be, keep them for a look, and stop.
+
+    None where the step is left out instead, as --optim.on_nonfinite says. skipped: how many in front of it were.
+    """
     config = run.config
     lr, seed = learning_rate(step, config.steps, config.optim), derive_seed(config.seed, "select", step)
     watch = frozenset().union(*(telemetry.needs for telemetry in _due(parts, config, step)))
@@ -131,11 +144,17 @@ def _update(
     try:
         return parts.updater.run(batches, hidden, lr, seed, watch, weights)
     except RunStopped as problem:
-        # Every rank has the step's rollouts and stops here; the first one writes.
-        name = f"stopped_at_step_{step}"
-        run.write_rollouts(name, rollouts, parts.tokenizer, None)
+        # Every rank has the step's rollouts and decides alike; the first one writes.
+        optim, unusable = config.optim, isinstance(problem, StepUnusable)
+        skips = unusable and optim.on_nonfinite == "skip"
+        leave_out = skips and skipped < optim.max_skipped_steps
+        name = f"{'skipped' if leave_out else 'stopped'}_at_step_{step}"
+        run.write_rollouts(name, rollouts, parts.tokenizer, rewards)
+        if leave_out:
+            return None
+        many = f" ({skipped} steps before it were skipped, --optim.max_skipped_steps)" if skips else ""
         raise RunStopped(
-            f"step {step}: {problem}; its rollouts are in {run.path / 'rollouts' / name}.jsonl, "
+            f"step {step}: {problem}{many}; its rollouts are in {run.path / 'rollouts' / name}.jsonl, "
             f"the weights of the newest checkpoint in {run.checkpoints} are sound"
         ) from problem
 
@@ -155,7 +174,7 @@ def _top_tokens(
 ) -> tuple[ModelTop, ModelTop] | None:
     """Both models' likeliest tokens for the token record, before the update changes one of them; None if not due."""
     wanted = config.telemetry
-    if not (wanted.top_tokens and _due(parts, config, step)):
+    if not (wanted.top_tokens and batches and _due(parts, config, step)):
         return None
     recorded = recorded_rollouts(rollouts, wanted.max_rollouts_saved)
     common = (config.loss, parts.vocab_size)
@@ -169,24 +188,45 @@ def _measure(
     rollouts: list[Rollout],
     rewards: list[float] | None,
     batches: list[MicroBatch],
-    update: Update,
+    update: Update | None,
     top: tuple[ModelTop, ModelTop] | None,
 ) -> dict[str, float]:
-    """What the step's rollouts and update say, and its files where they are due."""
+    """What the step's rollouts and update (None: it was skipped) say, and its files where they are due."""
     config = run.config
     packed = sum(micro.input_ids_1L.numel() for micro in batches)
     metrics: dict[str, float] = {
-        "loss/nats": update.loss_nats,
-        "select/kept_frac": update.kept / update.tokens,
-        "optim/grad_norm": update.grad_norm,
+        "optim/skipped": int(update is None),
         "optim/lr": learning_rate(step, config.steps, config.optim),
-        "rollout/tokens": update.tokens,
+        "rollout/tokens": sum(rollout.student_tokens() for rollout in rollouts),
         "rollout/truncated_frac": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
         "batch/micro_batches": len(batches),
-        "batch/fill_frac": packed / (len(batches) * config.engine.micro_batch_tokens),
     }
+    if batches:
+        metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
     if rewards is not None:
         metrics["rollout/reward"] = sum(rewards) / len(rewards)
+    every = config.telemetry.save_rollouts_every
+    if every and step % every == 0:
+        run.write_rollouts(f"step_{step}", rollouts, parts.tokenizer, rewards)
+    return metrics if update is None else metrics | _measure_update(parts, run, step, rollouts, update, top)
+
+
+def _measure_update(
+    parts: Parts,
+    run: RunFolder,
+    step: int,
+    rollouts: list[Rollout],
+    update: Update,
+    top: tuple[ModelTop, ModelTop] | None,
+) -> dict[str, float]:
+    """What the step's update says, and the token record where it is due."""
+    config = run.config
+    metrics: dict[str, float] = {
+        "loss/nats": update.loss_nats,
+        "loss/chunk_halvings": update.chunk_halvings,
+        "select/kept_frac": update.kept / update.tokens,
+        "optim/grad_norm": update.grad_norm,
+    }
     partly = frozenset() if parts.selector is None else parts.selector.needs_kept - parts.selector.needs
     due = _due(parts, config, step)
     for field, name in TOKEN_MEANS.items():
@@ -202,9 +242,6 @@ def _measure(
             labels |= {} if label_tokens is None else label_tokens(update.stats)
         recorded = recorded_rollouts(rollouts, config.telemetry.max_rollouts_saved)
         run.write_tokens(step, token_table(step, rollouts, recorded, update.stats, update.kept_N, labels, top))
-    every = config.telemetry.save_rollouts_every
-    if every and step % every == 0:
-        run.write_rollouts(f"step_{step}", rollouts, parts.tokenizer, rewards)
     return metrics
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from opsd.batch import MicroBatch
 from opsd.config import LossConfig
 from opsd.distill import DistillResult, concatenate_stats, distill_loss, token_stats
+from opsd.distill.chunks import ChunkBound
 from opsd.engine import Engine
-from opsd.errors import RunStopped
+from opsd.errors import RunStopped, StepUnusable
 from opsd.hooks import Selection, TokenSelector, TokenStats
+from opsd.memory import memory_for
 from opsd.teacher import Teacher
 
 
@@ -27,7 +29,8 @@ class Update:
     """What one update did. loss_nats: trained divergence per kept token. kept, tokens: counts over all ranks.
 
     grad_norm: before clipping. kept_N: the mask over all ranks' student tokens, rank by rank and there micro-batch by
-    micro-batch. stats: their statistics; fields that nobody asked for are None.
+    micro-batch. stats: their statistics; fields that nobody asked for are None. chunk_halvings: how often, since the
+    update before and over all ranks, the loss ran out of memory and went on with half of the rows in a chunk.
     """
 
     loss_nats: float
@@ -36,6 +39,7 @@ class Update:
     grad_norm: float
     kept_N: Tensor
     stats: TokenStats
+    chunk_halvings: int
 
 
 class Updater:
@@ -46,6 +50,7 @@ class Updater:
     ) -> None:
         self._engine, self._ranks, self._teacher, self._selector = engine, engine.ranks, teacher, selector
         self._loss, self._vocab_size = loss, vocab_size
+        self._chunks, self._halvings_told = ChunkBound(loss.chunk_tokens), 0
 
     def run(
         self,
@@ -61,34 +66,73 @@ class Updater:
         batches: this rank's share, as many as every other rank's (`opsd.batch.share`), with the teacher's states.
         rollout_weights: loss weight of each of the step's rollouts, by id; they never change the count.
 
-        Watching changes nothing that is trained. Raises RunStopped, the weights untouched, where the loss or its
-        gradient is not finite, or where a selector keeps another count than it announced.
+        Watching changes nothing that is trained. Raises StepUnusable, on every rank and with all as it was before the
+        step, where the step has no token to train on, or where the teacher's states, the loss or its gradient are not
+        finite; RunStopped where a selector keeps another count than it announced, or where memory runs out.
         """
+        try:
+            self._check_usable(batches, teacher_hidden)
+            return self._run(batches, teacher_hidden, lr, seed, watch, rollout_weights)
+        except StepUnusable:
+            if self._selector is not None:
+                # Within a step its state stands still: loading it drops what it has seen of this one.
+                self._selector.load_state_dict(self._selector.state_dict())
+            raise
+
+    def _run(
+        self,
+        batches: list[MicroBatch],
+        teacher_hidden: list[Tensor],
+        lr: float,
+        seed: int,
+        watch: frozenset[str],
+        rollout_weights: Tensor | None,
+    ) -> Update:
+        """See `run`, on a step with tokens and a sound teacher."""
         pairs = list(zip(batches, teacher_hidden, strict=True))
         chosen: list[Selection | None] = [None] * len(pairs)
         scored = None
-        if watch or self._chooses_beforehand():
-            scored = [self._score(micro, hidden_NE, watch) for micro, hidden_NE in pairs]
-        if scored is not None and self._chooses_beforehand():
-            chosen = self._choose(scored, seed)
-        kept = self._kept_count(batches, chosen)
-        results = [
-            self._backward(micro, hidden_NE, selection, kept, seed, rollout_weights)
-            for (micro, hidden_NE), selection in zip(pairs, chosen, strict=True)
-        ]
+        with memory_for("student's forward and backward"):
+            if watch or self._chooses_beforehand():
+                scored = [self._score(micro, hidden_NE, watch) for micro, hidden_NE in pairs]
+            if scored is not None and self._chooses_beforehand():
+                chosen = self._choose(scored, seed)
+            kept = self._kept_count(batches, chosen)
+            results = [
+                self._backward(micro, hidden_NE, selection, kept, seed, rollout_weights)
+                for (micro, hidden_NE), selection in zip(pairs, chosen, strict=True)
+            ]
         loss_nats = self._ranks.sum(sum(float(result.loss_sum) for result in results)) / kept
         kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
         if not math.isfinite(loss_nats):
-            raise RunStopped(f"the loss is {loss_nats} nats a token")
+            self._engine.discard()
+            raise StepUnusable(f"the loss is {loss_nats} nats a token")
         if (found := int(kept_N.sum())) != kept:
             raise RunStopped(f"the selector kept {found} tokens, its budget() says {kept}: set fixed_budget False")
-        grad_norm = self._engine.step(lr)
+        with memory_for("optimiser"):
+            grad_norm = self._engine.step(lr)
         if not math.isfinite(grad_norm):
-            raise RunStopped(f"the gradient's norm is {grad_norm}")
+            raise StepUnusable(f"the gradient's norm is {grad_norm}")
         if (end_step := getattr(self._selector, "end_step", None)) is not None:
             end_step(self._ranks.reduce)
         stats = self._of_all_ranks([result.stats for result in results] if scored is None else scored)
-        return Update(loss_nats, kept, kept_N.numel(), grad_norm, kept_N, stats)
+        return Update(loss_nats, kept, kept_N.numel(), grad_norm, kept_N, stats, self._new_halvings())
+
+    def _check_usable(self, batches: list[MicroBatch], teacher_hidden: list[Tensor]) -> None:
+        """Raises StepUnusable, on every rank, where none has a token, or where a teacher gave what is no number."""
+        tokens = sum(micro.student_tokens() for micro in batches)
+        # Summed by rows: a mask of every number would be a quarter of the states themselves.
+        bad = sum(int((~hidden_NE.sum(-1, dtype=torch.float32).isfinite()).sum()) for hidden_NE in teacher_hidden)
+        found = self._ranks.gather((tokens, bad))
+        if not sum(tokens for tokens, _ in found):
+            raise StepUnusable("there is no token to train on: every rollout is empty")
+        if bad := sum(bad for _, bad in found):
+            raise StepUnusable(f"the teacher's states of {bad} tokens are not finite")
+
+    def _new_halvings(self) -> int:
+        """The chunk bound's halvings since the last update, over all ranks."""
+        told, self._halvings_told = self._halvings_told, self._chunks.halvings
+        return int(self._ranks.sum(self._halvings_told - told))
 
     def _chooses_beforehand(self) -> bool:
         """Whether masks must be known before the first gradient: they depend on the whole step, or the count does."""
@@ -141,7 +185,7 @@ class Updater:
                 kept += sum(self._selector.budget(length) for length in lengths.tolist())
         total = int(self._ranks.sum(kept))
         if not total:
-            raise RunStopped("there is no token to train on: every rollout is empty, or none was kept")
+            raise StepUnusable("there is no token to train on: the selector kept none")
         return total
 
     def _backward(
@@ -186,5 +230,5 @@ class Updater:
             "token_ids_N": micro.token_ids_N,
             "vocab_size": self._vocab_size,
             "temperature": self._loss.temperature,
-            "chunk_tokens": self._loss.chunk_tokens,
+            "chunk_tokens": self._chunks,
         }

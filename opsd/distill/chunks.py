@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -14,8 +14,23 @@ from torch import Tensor
 from opsd.distill.divergence import SCRATCH_BUFFERS
 from opsd.distill.slices import slices
 from opsd.errors import UserError
+from opsd.memory import is_out_of_memory
 
-ChunkTokens = int | Literal["auto"]
+Result = TypeVar("Result")
+
+
+@dataclass
+class ChunkBound:
+    """Most tokens whose logits exist at once, over a run's life: it falls by halves where memory runs out.
+
+    tokens: the bound as it is now. halvings: how often it fell.
+    """
+
+    tokens: int | Literal["auto"]
+    halvings: int = 0
+
+
+ChunkTokens = int | Literal["auto"] | ChunkBound
 
 # "auto" takes this share of the free memory, within bounds: more rows stop paying once the products run at full
 # rate (the head's gradient is read and written once a chunk, which 256 rows hide well on a CPU).
@@ -32,6 +47,8 @@ def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tens
 
     "auto" asks the free memory of `like`'s device. Raises UserError for a bound below 1.
     """
+    if isinstance(chunk_tokens, ChunkBound):
+        chunk_tokens = chunk_tokens.tokens
     if chunk_tokens == "auto":
         bytes_per_row = 2 * vocab_size * wide.itemsize + (2 * vocab_size if like.is_cuda else 0)
         most = MAX_CHUNK_TOKENS["cuda" if like.is_cuda else "cpu"]
@@ -42,6 +59,33 @@ def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tens
     else:
         raise UserError(f"chunk_tokens {chunk_tokens!r}: give a number of tokens from 1, or 'auto'")
     return math.ceil(rows / math.ceil(rows / bound)) if rows else 1
+
+
+def in_chunks(
+    run: Callable[[int], Result],
+    chunk_tokens: ChunkTokens,
+    rows: int,
+    vocab_size: int,
+    like: Tensor,
+    wide: torch.dtype,
+) -> Result:
+    """run(rows a chunk), a whole pass; where memory runs out, the pass again from its start with half of the rows.
+
+    So the result is that of the smaller chunk, and nothing is counted twice. A `ChunkBound` stays at what it fell to.
+    The pass must undo what an earlier try of it left. Memory that runs out on a single row is the caller's to name.
+    """
+    bound = chunk_tokens if isinstance(chunk_tokens, ChunkBound) else ChunkBound(chunk_tokens)
+    while True:
+        chunk = chunk_rows(bound, rows, vocab_size, like, wide)
+        try:
+            return run(chunk)
+        except Exception as error:
+            if chunk == 1 or not is_out_of_memory(error):
+                raise
+        # Behind the except clause: its traceback held the buffers.
+        bound.tokens, bound.halvings = chunk // 2, bound.halvings + 1
+        if like.is_cuda:
+            torch.cuda.empty_cache()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows
+from opsd.distill.chunks import ChunkTokens, Workspace, in_chunks
 from opsd.distill.divergence import GRADIENTS
 from opsd.distill.inputs import Inputs
 from opsd.distill.slices import slices
@@ -95,11 +95,21 @@ class _Run:
         rows = inputs.rows if self.kept_K is None else self.kept_K.shape[0]
         loss_K = torch.zeros(rows, dtype=inputs.wide, device=inputs.student_ND.device)
         grad_ND = torch.zeros_like(inputs.student_ND) if self.hidden_wanted else None
-        grad_VD = torch.zeros_like(inputs.student_head_VD, dtype=inputs.wide) if self.head_wanted else None
+        grad_VD = torch.empty_like(inputs.student_head_VD, dtype=inputs.wide) if self.head_wanted else None
         if not rows:
-            return loss_K, grad_ND, grad_VD
+            return loss_K, grad_ND, None if grad_VD is None else grad_VD.zero_()
+        shape = (rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+        in_chunks(lambda chunk: self._pass_(chunk, loss_K, grad_ND, grad_VD), spec.chunk_tokens, *shape)
+        return loss_K, grad_ND, grad_VD
+
+    def _pass_(self, chunk: int, loss_K: Tensor, grad_ND: Tensor | None, grad_VD: Tensor | None) -> None:
+        """Fill in the results, `chunk` rows at a time."""
+        inputs, rows = self.inputs, loss_K.shape[0]
+        total_VD = None
+        if grad_VD is not None:
+            # The one sum over chunks: what a pass that ran out of memory left in it is dropped.
+            total_VD = grad_VD.zero_()[: inputs.vocab_size]
         student_head, teacher_head = inputs.student_head(), inputs.teacher_head()
-        chunk = chunk_rows(spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
         work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide)
         with torch.autocast(inputs.student_ND.device.type, enabled=False):
             for part in slices(rows, chunk):
@@ -110,11 +120,9 @@ class _Run:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
                 loss_K[part], mass_C = self._differentiate_(logits_CV, teacher_CV, work)
                 scale_C1 = self._scale(part, mass_C)
-                total_VD = None if grad_VD is None else grad_VD[: inputs.vocab_size]
                 grad_CD = student_head.gradients_(logits_CV, self.hidden_wanted, hidden_CD * scale_C1, total_VD)
                 if grad_ND is not None and grad_CD is not None:
                     grad_ND[where] = grad_CD.mul_(scale_C1).to(grad_ND.dtype)
-        return loss_K, grad_ND, grad_VD
 
     def _differentiate_(self, student_CV: Tensor, teacher_CV: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
         """Divergences [C] of a chunk; its student logits become their gradient, before `_scale`, whose mass [C] is

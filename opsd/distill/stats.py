@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, Workspace, chunk_rows
+from opsd.distill.chunks import ChunkTokens, Workspace, in_chunks
 from opsd.distill.divergence import check_divergence, token_fields_
 from opsd.distill.inputs import Inputs, check_inputs, per_row
 from opsd.distill.slices import slices
@@ -78,8 +78,26 @@ def score_rows(
     fields = {name: _blank(name, inputs) for name in needs}
     if not fields or not rows:
         return fields
-    teacher = bool(needs & TEACHER_FIELDS)
-    chunk = chunk_rows(chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+
+    def fill(chunk: int) -> None:
+        for where, values in _scored_chunks(inputs, needs, temperature, chunk, token_ids_N, kept_K):
+            for name, values_C in values.items():
+                fields[name][where] = values_C
+
+    in_chunks(fill, chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    return fields
+
+
+def _scored_chunks(
+    inputs: Inputs,
+    needs: frozenset[str],
+    temperature: float,
+    chunk: int,
+    token_ids_N: Tensor | None,
+    kept_K: Tensor | None,
+) -> Iterator[tuple[slice | Tensor, dict[str, Tensor]]]:
+    """Which rows, and the named fields [C] of these, `chunk` rows at a time."""
+    rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
     work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide, teacher)
     student_head, teacher_head = inputs.student_head(), inputs.teacher_head() if teacher else None
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
@@ -91,10 +109,7 @@ def score_rows(
             if teacher_head is not None:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
             ids_C = None if token_ids_N is None else token_ids_N[where]
-            values = _score_chunk(needs, student_CV, teacher_CV, work, temperature, ids_C)
-            for name, values_C in values.items():
-                fields[name][where] = values_C
-    return fields
+            yield where, _score_chunk(needs, student_CV, teacher_CV, work, temperature, ids_C)
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, chunk_rows
+from opsd.distill.chunks import ChunkTokens, in_chunks
 from opsd.distill.divergence import check_divergence, log_softmax_
 from opsd.distill.inputs import check_inputs, per_row
 from opsd.distill.slices import slices
@@ -60,18 +60,21 @@ def top_tokens(
     tops = (_blank(inputs.rows, k, ids_N), _blank(inputs.rows, k, ids_N))
     if not inputs.rows:
         return tops
-    chunk = chunk_rows(chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
-    # One buffer serves both models in turn.
-    buffer_CV = torch.empty(chunk, inputs.vocab_size, dtype=inputs.wide, device=inputs.student_ND.device)
-    models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
-    with torch.autocast(inputs.student_ND.device.type, enabled=False):
-        for part in slices(inputs.rows, chunk):
-            logits_CV = buffer_CV[: part.stop - part.start]
-            for (hidden, head), top in zip(models, tops, strict=True):
-                log_p_CV = log_softmax_(head.project_(hidden[part], logits_CV), temperature)
-                top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
-                sampled_C = log_p_CV.gather(-1, inside_N1[part]).squeeze(-1)
-                top.sampled_N[part] = sampled_C.masked_fill(outside_N[part], float("-inf"))
+
+    def fill(chunk: int) -> None:
+        # One buffer serves both models in turn.
+        buffer_CV = torch.empty(chunk, inputs.vocab_size, dtype=inputs.wide, device=inputs.student_ND.device)
+        models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
+        with torch.autocast(inputs.student_ND.device.type, enabled=False):
+            for part in slices(inputs.rows, chunk):
+                logits_CV = buffer_CV[: part.stop - part.start]
+                for (hidden, head), top in zip(models, tops, strict=True):
+                    log_p_CV = log_softmax_(head.project_(hidden[part], logits_CV), temperature)
+                    top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
+                    sampled_C = log_p_CV.gather(-1, inside_N1[part]).squeeze(-1)
+                    top.sampled_N[part] = sampled_C.masked_fill(outside_N[part], float("-inf"))
+
+    in_chunks(fill, chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
     return tops
 
 

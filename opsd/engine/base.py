@@ -41,6 +41,10 @@ class Engine(Protocol):
         """
         ...
 
+    def discard(self) -> None:
+        """Drop the gradients that `backward` has added since the last step; weights and optimiser stay as they are."""
+        ...
+
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The whole weights in full precision on the first rank, {} on the others; None: they lie in the model."""
         ...

@@ -56,6 +56,10 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def discard(self) -> None:
+        """See Engine.discard."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     def weights(self) -> None:
         """See Engine.weights: they lie in the model, whole and in fp32."""
 

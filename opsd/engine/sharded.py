@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from opsd.batch import MicroBatch
+from opsd.batch import MicroBatch, empty
 from opsd.config import EngineConfig, OptimConfig
 from opsd.distill import DistillResult
 from opsd.engine.base import adamw
@@ -92,6 +92,21 @@ class DeepSpeedEngine:
         if self._stage == 0:
             return self._norm
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
+
+    def discard(self) -> None:
+        """See Engine.discard.
+
+        ZeRO keeps gradients in buffers of its own, which a step empties. So one is taken that DeepSpeed refuses by
+        itself: a gradient that is no number joins the others.
+        """
+
+        def spoil(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> DistillResult:
+            nothing: Any = None
+            return DistillResult(math.nan * (hidden_ND.sum() + head_VD.sum()), nothing, nothing)
+
+        self.backward(self.forward(empty(), spoil).loss_sum, 1.0)
+        if math.isfinite(self.step(0.0)):
+            raise RuntimeError("DeepSpeed took a step with a gradient that is no number")
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """See Engine.weights."""
