@@ -112,8 +112,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay."""
+    """AdamW or plain SGD, with warm-up and cosine decay."""
 
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """adamw scales every weight's step to about lr, however small its gradient. sgd (without momentum) does not: a
+    tiny gradient stays a tiny step. It wants an lr of another size, reads no beta or eps and keeps no state."""
     lr: float = 1e-6
     """Peak learning rate."""
     warmup_steps: int = 0

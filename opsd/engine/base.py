@@ -85,17 +85,15 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 
 
 def parameter_groups(named: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups. Norm gains and biases are not decayed, as everywhere in the field."""
+    """The optimiser's groups. Norm gains and biases are not decayed, as everywhere in the field."""
     decayed = [p for p in named.values() if p.dim() >= 2]
     plain = [p for p in named.values() if p.dim() < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def adamw(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """The optimiser of every engine."""
-    return torch.optim.AdamW(
-        parameter_groups(named, optim.weight_decay),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-    )
+def optimizer_of(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of every engine. SGD's decay is AdamW's: without momentum, lr·decay·w is taken off either way."""
+    groups = parameter_groups(named, optim.weight_decay)
+    if optim.kind == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)

@@ -11,13 +11,13 @@ import torch
 
 from opsd.batch import MicroBatch
 from opsd.config import EngineConfig, OptimConfig
-from opsd.engine.base import adamw
+from opsd.engine.base import optimizer_of
 from opsd.ranks import ONE_RANK
 from opsd.student import HeadUse, Result, Scorer
 
 
 class TorchEngine:
-    """Engine for one process: fp32 weights, AdamW, gradient clipping, autocast under bfloat16."""
+    """Engine for one process: fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16."""
 
     ranks = ONE_RANK
 
@@ -27,7 +27,7 @@ class TorchEngine:
         if engine.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._named = dict(student.model.named_parameters())
-        self._optimizer = adamw(self._named, optim)
+        self._optimizer = optimizer_of(self._named, optim)
         student.train()
 
     def sampling(self) -> contextlib.AbstractContextManager[Any]:

@@ -121,6 +121,31 @@ def test_adamw_by_hand_with_decay_on_matrices_only(make_engine):
         torch.testing.assert_close(after, before[name] * kept - 0.01, rtol=1e-5, atol=1e-6)
 
 
+def test_sgd_by_hand_with_decay_on_matrices_only(make_engine):
+    # w ← w·(1 − lr·decay) − lr·g: a gradient of 1e-6 stays a step of 1e-8, where Adam would move every weight by lr
+    for gradient in (3.0, 1e-6):
+        engine = make_engine(OptimConfig(kind="sgd", weight_decay=0.5, max_grad_norm=0.0))
+        before = weights(engine)
+        put_gradients(engine, gradient)
+        engine.step(0.01)
+        for name, after in weights(engine).items():
+            kept = 1 - 0.01 * 0.5 if after.dim() >= 2 else 1.0
+            torch.testing.assert_close(after, before[name] * kept - 0.01 * gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_sgd_takes_the_clipped_gradient_and_keeps_no_state(make_engine):
+    # m parameters with gradient 2 each, clipped to norm 1: each is 1/√m
+    engine = make_engine(OptimConfig(kind="sgd", max_grad_norm=1.0))
+    before = weights(engine)["model.norm.weight"]
+    put_gradients(engine, 2.0)
+    count = sum(p.numel() for p in engine.student.model.parameters())
+    engine.step(0.5)
+    torch.testing.assert_close(weights(engine)["model.norm.weight"], before - 0.5 / math.sqrt(count))
+    tensors, values = engine.optimizer_state()
+    assert tensors == {}
+    make_engine(OptimConfig(kind="sgd")).load_optimizer_state(tensors, values)
+
+
 def test_the_rate_given_to_step_is_the_rate_used(make_engine):
     # Adam's first step moves each weight by lr, whatever optim.lr says
     engine = make_engine(OptimConfig(lr=123.0, max_grad_norm=0.0))
