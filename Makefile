@@ -7,15 +7,18 @@ MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
 TABLE ?= table5
 RUNS ?= runs/$(TABLE)
+FROM ?= runs
+comma := ,
 NEEDS := $(if $(DRY_RUN),,setup)
 # A file of tests stays with one worker: its tests share what is slow to start. One thread each; idle OpenMP threads
 # that spin would slow the other worker down.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow faults check table3 table4 table5 table6 table7 table8 report bench clean
+.PHONY: help setup demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
+	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures report bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with all packages (PYTHON=, ACCELERATOR=cpu|gpu, TORCH_INDEX_URL= override)
 	@scripts/setup.sh
@@ -42,8 +45,26 @@ table8: $(NEEDS) ## adaptive KL (version 1 of the paper), then divergence alone 
 	@recipes/table8_adaptive_kl.sh
 	@recipes/table8_divergence_only.sh
 
-report: setup ## read the run folders of TABLE= under RUNS= again: table and picture
-	@$(PY) scripts/report.py $(RUNS) --table $(TABLE) --out $(RUNS)/report
+sweep-retention: $(NEEDS) ## accuracy against retention, five rules (all sweeps: the tables' variables; Figure 3)
+	@recipes/sweep_retention.sh
+
+sweep-selector: $(NEEDS) ## every selection rule at 50 and 20 %
+	@recipes/sweep_selector.sh
+
+sweep-divergence: $(NEEDS) ## reverse KL, forward KL and JSD, on all tokens and by Soft-OR
+	@recipes/sweep_divergence.sh
+
+sweep-normalise: $(NEEDS) ## where Soft-OR takes min and max, and how it tames outliers
+	@recipes/sweep_normalise.sh
+
+sweep-seeds: $(NEEDS) ## Table 5 with seeds 0 to 4
+	@recipes/sweep_seeds.sh
+
+figures: $(NEEDS) ## Figures 1 to 4 from the run folders that there are under runs/ (FROM=): a page and PNGs
+	@$(if $(DRY_RUN),echo )$(PY) scripts/figures.py $(FROM) --out $(FROM)/figures
+
+report: setup ## read the run folders of TABLE= (a table or sweep_…) under RUNS= again: table and picture (CELLS= only these)
+	@$(PY) scripts/report.py $(RUNS) --table $(TABLE) --out $(RUNS)/report $(if $(CELLS),--cells $(subst $(comma), ,$(CELLS)))
 
 test: setup ## all tests but the slow ones
 	@$(PYTEST) -m "not slow and not gpu"

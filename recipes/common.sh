@@ -30,17 +30,30 @@ fail() {
     exit 2
 }
 
-# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell; its name is what CELLS and run folders call it.
+# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell; its name is what CELLS, run folders and the report call it. Flags are
+# part of the name where they are not what the paper's cell of that name has (scripts/reporting/runs.py: the same rule).
 cell() {
-    local selector=$1 retention=${2:-1.0}
-    if [[ $selector == all ]]; then
-        CELL_NAMES+=(all)
-        CELL_FLAGS+=("--select.by all")
-        return
+    local name=$1 flags="--select.by $1"
+    shift
+    if [[ $name != all ]]; then
+        flags+=" --select.retention $1"
+        name+=-$(awk "BEGIN { print 100 * $1 }")
+        shift
     fi
-    shift 2
-    CELL_NAMES+=("$selector-$(awk "BEGIN { print 100 * $retention }")")
-    CELL_FLAGS+=("--select.by $selector --select.retention $retention${*:+ $*}")
+    CELL_FLAGS+=("$flags${*:+ $*}")
+    while (($#)); do
+        case "$1 $2" in
+            "--select.normalise_over batch" | "--loss.divergence reverse_kl") ;;
+            "--select.normalise_over "* | "--loss.divergence "* | "--optim.kind "*) name+=-$2 ;;
+            "--select.options "*)
+                name+=-$2=$3
+                shift
+                ;;
+            *) name+=-${1##*.}=$2 ;;
+        esac
+        shift 2
+    done
+    CELL_NAMES+=("$name")
 }
 
 # setting FLAG VALUE [OVERRIDE]: adds the flag; a value that is not the recipe's own becomes part of the run's name.
@@ -253,5 +266,7 @@ run_table() {
         done
     done
     report=(python scripts/report.py "$RUNS" --table "$table" --out "$RUNS/report")
+    # RUNS may be shared by several tables. Flags of the user's own can make cells of other names: then all are shown.
+    (($#)) || report+=(--cells "${CELL_NAMES[@]}")
     if [[ -n ${DRY_RUN:-} ]]; then line_of "${report[@]}"; else "${report[@]}"; fi
 }

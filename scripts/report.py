@@ -23,10 +23,10 @@ from opsd.errors import UserError
 from reporting.csv import our_rows, paper_rows, write_csv
 from reporting.figure import Panel, draw
 from reporting.page import Section, page
-from reporting.paper import BENCHMARKS, TABLES, Paper
+from reporting.paper import BENCHMARKS, LAYOUTS, Paper
 from reporting.pictures import pictures
 from reporting.remarks import remarks
-from reporting.runs import Run, by_protocol, read_runs
+from reporting.runs import CellName, Run, by_protocol, read_runs
 from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 
@@ -50,9 +50,11 @@ class GroupReport:
         return f"student {config['student']} ← teacher {teacher}, {config['steps']} steps"
 
 
-def report_group(group: list[Run], paper: Paper) -> GroupReport:
-    """All numbers of one group; cells that the paper's table lacks come last."""
-    cells = list(dict.fromkeys([*paper.cells, *(run.cell for run in group)]))
+def report_group(group: list[Run], paper: Paper, named: tuple[str, ...] = ()) -> GroupReport:
+    """All numbers of one group: the cells that are `named`, or the paper's, then what else was run."""
+    known = {cell.slug: cell for cell in [*paper.cells, *(run.cell for run in group)]}
+    cells = [known[slug] if slug in known else CellName.parse(slug) for slug in named or known]
+    group = [run for run in group if run.cell in cells]
     suites = [
         SuiteReport(
             name,
@@ -135,20 +137,25 @@ def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None
             console.print(f"{out / file}", markup=False, soft_wrap=True)
 
 
-def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path) -> None:
+def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path, cells: tuple[str, ...] = ()) -> None:
     """Run folders to a table beside the paper's, on the terminal and as files: report.html and its parts.
 
     Args:
         runs: Folder that holds the run folders.
-        table: Which table of the paper, e.g. table5.
+        table: Which table of the paper, e.g. table5, or which sweep, e.g. sweep_retention.
         out: Folder to write to.
+        cells: Only these cells, by the names that recipes give them, e.g. all soft_or-50; none: all that is there.
     """
-    if table not in TABLES:
-        raise UserError(f"--table {table} is unknown; give one of: {', '.join(TABLES)}")
-    paper = Paper.read(PAPER, table)
-    groups = [report_group(group, paper) for group in by_protocol(read_runs(runs))]
-    write(groups, TABLES[table], paper, out)
-    show(groups, TABLES[table], paper, out)
+    if table not in LAYOUTS:
+        raise UserError(f"--table {table} is unknown; give one of: {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[table]
+    paper = Paper.read(PAPER, *layout.tables)
+    found = [report_group(group, paper, cells) for group in by_protocol(read_runs(runs, layout.axes))]
+    groups = [group for group in found if group.runs]
+    if not groups:
+        raise UserError(f"{runs} holds none of --cells {' '.join(cells)}; leave the flag out to see what it holds")
+    write(groups, layout.title, paper, out)
+    show(groups, layout.title, paper, out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ COLUMNS: tuple[str, ...] = (
     "benchmark",
     "selector",
     "retention",
+    "variant",
     "quantity",
     "value",
     "unit",
@@ -84,4 +85,5 @@ def _place(source: str, models: str, benchmark: str, cell: CellName) -> dict[str
         "benchmark": benchmark,
         "selector": cell.selector,
         "retention": cell.retention,
+        "variant": cell.variant,
     }

@@ -100,4 +100,5 @@ def _label(row: CellStats) -> str:
     name = row.cell.selector
     if len(name) > 10:
         name = name.replace("_", "\n", 1)
-    return name if name == "all" else f"{name}\n{100 * row.cell.retention:g} %"
+    rule = name if name == "all" else f"{name}\n{100 * row.cell.retention:g} %"
+    return "\n".join([rule, *row.cell.words])

@@ -19,6 +19,28 @@ TABLES = {
     "table8_adaptive_kl": "Table 8 (v1): adaptive KL weights",
     "table8_divergence_only": "Table 8 (v4): divergence alone",
 }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One report: its title, the paper's tables beside it, and what its rows may differ in (see runs.AXES)."""
+
+    title: str
+    tables: tuple[str, ...]
+    axes: tuple[str, ...] = ()
+
+
+SWEEPS = {
+    "sweep_retention": Layout("Sweep over retention", ("table3", "table5", "table4", "table8_divergence_only")),
+    "sweep_selector": Layout("Sweep over selection rules", ("table5", "table4", "table8_divergence_only")),
+    "sweep_divergence": Layout("Sweep over the trained divergence", ("table5",), ("divergence",)),
+    "sweep_normalise": Layout("Sweep over where min and max are taken", ("table5",)),
+}
+# Table 6's bottom half tells AdamW from SGD.
+LAYOUTS = {
+    **{name: Layout(title, (name,), ("optim",) if name == "table6" else ()) for name, title in TABLES.items()},
+    **SWEEPS,
+}
 BENCHMARKS = {
     "math500": "MATH-500",
     "aime24": "AIME 2024",
@@ -40,7 +62,7 @@ METHODS = {"entropy_sample+adaptive_kl": "adaptive_kl"}
 
 @dataclass(frozen=True)
 class Paper:
-    """One table's rows of assets/paper/tables.csv, each a dict of its columns.
+    """Some tables' rows of assets/paper/tables.csv, each a dict of its columns; a number that several have comes once.
 
     best: the rows of Figure 4, where the table is the agentic one (best@16; else empty).
     """
@@ -49,12 +71,15 @@ class Paper:
     best: list[dict[str, str]]
 
     @classmethod
-    def read(cls, file: Path, table: str) -> Paper:
-        """The rows of `table`, e.g. table5."""
+    def read(cls, file: Path, *tables: str) -> Paper:
+        """The rows of `tables`, e.g. table5, in this order."""
         with file.open(newline="") as lines:
             rows = [{**row, "method": METHODS.get(row["method"], row["method"])} for row in csv.DictReader(lines)]
-        best = [row for row in rows if row["table"] == "figure4" and table == "table7"]
-        return cls([row for row in rows if row["table"] == table], best)
+        best = [row for row in rows if row["table"] == "figure4" and "table7" in tables]
+        own: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in sorted((row for row in rows if row["table"] in tables), key=lambda row: tables.index(row["table"])):
+            own.setdefault((row["pair"], row["benchmark"], row["method"], row["retention"]), row)
+        return cls(list(own.values()), best)
 
     @property
     def cells(self) -> list[CellName]:

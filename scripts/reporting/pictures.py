@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reporting.paper import BENCHMARKS, Paper
-from reporting.plots import average_and_best, bars, costs, curve_names, curves, retention
+from reporting.plots import average_and_best, bars, costs, crowded, curve_names, curves, retention
 from reporting.runs import Run
 from reporting.stats import CellCost, SuiteReport
 from reporting.theme import Picture, picture
@@ -38,7 +38,8 @@ def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
     if not measured:
         return []
     words = (
-        f"Ours on {name}: ± the larger standard error, over problems or seeds; dashed the teacher, dotted the start."
+        f"Ours on {name}: ± the larger standard error, over problems or seeds; dotted the start"
+        f"{'' if crowded(suite.stats) else ', dashed the teacher'}."
     )
     found = [picture("Figure 1. Accuracy by rule.", words, lambda: bars(suite.stats, *common))]
     rules: dict[str, set[float]] = {}

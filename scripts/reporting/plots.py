@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from reporting.paper import BENCHMARKS, PAIRS, Paper
 from reporting.runs import CellName, Run
-from reporting.stats import CellStats, Estimate
-from reporting.theme import colour_of, ink
+from reporting.stats import BASELINE, CellStats, Estimate
+from reporting.theme import colour_of, ink, tones
 
 CURVES = (
     ("loss/nats", "trained divergence, nats a kept token"),
@@ -21,19 +21,24 @@ CURVES = (
     ("rollout/reward", "mean reward of the step's rollouts"),
 )
 STAGES = ("rollout", "teacher", "student", "sync", "log")
+# Line and mark of a rule's variants in the order in which they come.
+VARIANT_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#9aa7b1")
 
 
 def bars(stats: list[CellStats], before: Estimate | None, teacher: Estimate | None, suite: str, paper: Paper) -> Figure:
-    """Figure 1's form: accuracy by cell, ours on the left, the paper's pairs on the right."""
+    """Figure 1's form: accuracy by cell, ours on the left, the paper's pairs on the right; of many cells ours alone."""
+    if crowded(stats):
+        return _bars_across(stats, before, suite)
     figure, (left, right) = _panels(2, height=3.6, widths=(1, 1 + 0.35 * len(paper.pairs)))
     left.set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
+    colours = tones([row.cell for row in stats])
     for place, row in enumerate(stats):
         if row.accuracy is None:
             left.text(place, 1, "not run", ha="center", color=ink(), fontsize=8, rotation=90)
             continue
         mean, error = 100 * row.accuracy.mean, 100 * _error(row.accuracy)
-        left.bar(place, mean, yerr=error, color=colour_of(row.cell.selector), width=0.7, capsize=3, ecolor=ink())
+        left.bar(place, mean, yerr=error, color=colours[row.cell], width=0.7, capsize=3, ecolor=ink())
         left.text(place, mean + error + 0.8, f"{mean:.1f}", ha="center", fontsize=9)
     for found, style in ((before, ":"), (teacher, "--")):
         if found is not None:
@@ -41,6 +46,32 @@ def bars(stats: list[CellStats], before: Estimate | None, teacher: Estimate | No
     left.set_xticks(range(len(stats)), [label(row.cell) for row in stats], fontsize=8)
     left.set_ylabel("mean@k, %")
     _paper_bars(right, [row.cell for row in stats], paper.benchmark_of(suite), paper)
+    return figure
+
+
+def crowded(stats: list[CellStats]) -> bool:
+    """Whether bars side by side would write their names over each other."""
+    return len(stats) > (6 if any(row.cell.variant for row in stats) else 13)
+
+
+def _bars_across(stats: list[CellStats], before: Estimate | None, suite: str) -> Figure:
+    """Bars from left to right under each other: names of any number of cells stay readable."""
+    figure, (ax,) = _panels(1, height=0.9 + 0.26 * len(stats))
+    figure.set_figwidth(8.0)
+    ax.set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
+    colours = tones([row.cell for row in stats])
+    for place, row in enumerate(stats):
+        if row.accuracy is None:
+            ax.text(0.5, place, "not run", va="center", color=ink(), fontsize=8)
+            continue
+        mean, error = 100 * row.accuracy.mean, 100 * _error(row.accuracy)
+        ax.barh(place, mean, xerr=error, color=colours[row.cell], height=0.7, capsize=2, ecolor=ink())
+        ax.text(mean + error, place, f" {mean:.1f}", va="center", fontsize=8)
+    if before is not None:
+        ax.axvline(100 * before.mean, color=ink(), linestyle=":", linewidth=1)
+    ax.set_yticks(range(len(stats)), [str(row.cell) for row in stats], fontsize=8)
+    ax.set_ylim(len(stats) - 0.4, -0.6)
+    ax.set_xlabel("mean@k, %")
     return figure
 
 
@@ -72,7 +103,7 @@ def retention(stats: list[CellStats], before: Estimate | None, suite: str, paper
     The teacher is left out: far above, it would press the differences between cells into one line.
     """
     benchmark = paper.benchmark_of(suite)
-    figure, axes = _panels(1 + len(paper.pairs), height=3.2)
+    figure, axes = _panels(1 + len(paper.pairs), height=3.6)
     ours = {row.cell: (100 * row.accuracy.mean, 100 * _error(row.accuracy)) for row in stats if row.accuracy}
     _lines(axes[0], ours)
     axes[0].set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
@@ -87,18 +118,34 @@ def retention(stats: list[CellStats], before: Estimate | None, suite: str, paper
         }
         _lines(ax, theirs)
         ax.set_title(f"paper, {PAIRS[pair]}".replace("\n", " "))
-    axes[0].legend(fontsize=8)
+    named = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    loc = "outside lower center"
+    figure.legend(list(named.values()), list(named), loc=loc, ncols=min(6, len(named)), fontsize=8)
     return figure
 
 
 def _lines(ax: Axes, points: dict[CellName, tuple[float, float]]) -> None:
-    """A line a selector over retention; all tokens belong to every line, at 100 %."""
-    everything = next((value for cell, value in points.items() if cell.selector == "all"), None)
-    for selector in dict.fromkeys(cell.selector for cell in points if cell.selector != "all"):
-        own = sorted((100 * cell.retention, *value) for cell, value in points.items() if cell.selector == selector)
-        own += [(100.0, *everything)] if everything else []
+    """A line a rule over retention; all tokens belong to every line, at 100 %. Variants differ in dashes and marks."""
+    everything = points.get(BASELINE)
+    rules = list(dict.fromkeys((cell.selector, cell.variant) for cell in points if cell.selector != "all"))
+    variants = list(dict.fromkeys(variant for _, variant in rules))
+    colours = tones([CellName(selector, 0.5, variant) for selector, variant in rules])
+    for rule in rules:
+        own = sorted(
+            (100 * cell.retention, *value) for cell, value in points.items() if (cell.selector, cell.variant) == rule
+        )
+        whole = points.get(CellName("all", 1.0, rule[1]), everything)
+        own += [(100.0, *whole)] if whole else []
         x, y, error = zip(*own, strict=True)
-        ax.errorbar(x, y, yerr=error, marker="o", markersize=4, capsize=3, color=colour_of(selector), label=selector)
+        dash, mark = VARIANT_STYLES[variants.index(rule[1]) % len(VARIANT_STYLES)]
+        style = {
+            "ls": dash,
+            "marker": mark,
+            "markersize": 4,
+            "capsize": 3,
+            "color": colours[CellName(rule[0], 0.5, rule[1])],
+        }
+        ax.errorbar(x, y, yerr=error, label=" ".join(rule).rstrip(), **style)
     if everything:
         ax.axhspan(
             everything[0] - everything[1], everything[0] + everything[1], color=colour_of("all"), alpha=0.18, lw=0
@@ -149,20 +196,23 @@ def curves(group: list[Run]) -> Figure:
     names = curve_names(group)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(3.7 * columns, 2.6 * rows), squeeze=False, layout="constrained")
     cells = list(dict.fromkeys(run.cell for run in group))
+    across = min(columns + 1, len(cells))
+    size = (3.7 * columns, 2.6 * rows + 0.2 * (len(cells) // across))
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    colours = tones(cells)
     for ax, (key, title) in zip(grid.flat, names, strict=False):
         ax.set_title(title)
         ax.set_xlabel("step")
         for cell in cells:
             steps, values, low, high = _curve([run for run in group if run.cell == cell], key)
             style = {"marker": "o", "markersize": 3} if len(steps) < 12 else {}
-            ax.plot(steps, values, color=colour_of(cell.selector), ls=dashes(cell), label=str(cell), lw=1.4, **style)
-            ax.fill_between(steps, low, high, color=colour_of(cell.selector), alpha=0.12, lw=0)
+            ax.plot(steps, values, color=colours[cell], ls=dashes(cell), label=str(cell), lw=1.4, **style)
+            ax.fill_between(steps, low, high, color=colours[cell], alpha=0.12, lw=0)
     for ax in list(grid.flat)[len(names) :]:
         ax.set_axis_off()
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, fontsize=8)
     return figure
 
 
@@ -191,11 +241,12 @@ def costs(group: list[Run], cells: Iterable[CellName]) -> Figure:
     """Peak memory of cells that logged it, and where a step's time goes (medians over steps, means over seeds)."""
     rows = [(cell, [run for run in group if run.done and run.cell == cell]) for cell in cells]
     figure, (left, right) = _panels(2, height=0.9 + 0.42 * len(rows))
+    colours = tones([cell for cell, _ in rows])
     left.set_title("peak memory, GiB")
     right.set_title("a step's time, s")
     for place, (cell, runs) in enumerate(rows):
         peak = float(np.mean([max(run.logged("mem/peak_gib")) for run in runs if run.logged("mem/peak_gib")]))
-        left.barh(place, peak, height=0.6, color=colour_of(cell.selector), alpha=shade(cell))
+        left.barh(place, peak, height=0.6, color=colours[cell], alpha=shade(cell))
         left.text(peak, place, f" {peak:.2f}", va="center", fontsize=8)
         start = 0.0
         for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
@@ -216,7 +267,8 @@ def costs(group: list[Run], cells: Iterable[CellName]) -> Figure:
 def label(cell: CellName) -> str:
     """A cell's name for a narrow axis."""
     name = cell.selector.replace("_", "\n", 1) if len(cell.selector) > 8 else cell.selector
-    return name if cell.selector == "all" else f"{name}\n{100 * cell.retention:g} %"
+    rule = name if cell.selector == "all" else f"{name}\n{100 * cell.retention:g} %"
+    return "\n".join([rule, *cell.words])
 
 
 def dashes(cell: CellName) -> str:

@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from opsd.config import TrainConfig
 from opsd.errors import UserError
 
 # What may differ between runs that one table compares; everything else is the protocol they share.
 NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry"})
+# Rules that scale by min and max: for others, normalise_over and clip_quantile change nothing. A test holds it against
+# the rules themselves, which take seconds to import.
+NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})
+# What a table may compare beside rules: which settings each axis is made of.
+AXES = {"divergence": ("loss", ("divergence", "beta")), "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps"))}
+_SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<variant>(?:-.+)?)")
 
 
 @dataclass(frozen=True)
 class CellName:
-    """One row of a table: a selection rule at a retention (fraction of tokens kept)."""
+    """One row of a table: a selection rule at a retention (fraction of tokens kept).
+
+    variant: in what else it differs from the paper's row of that name, joined by "-", e.g. "running" or "sgd-lr=0.3".
+    """
 
     selector: str
     retention: float
+    variant: str = ""
 
     def __str__(self) -> str:
-        return self.selector if self.selector == "all" else f"{self.selector} {100 * self.retention:g} %"
+        rule = self.selector if self.selector == "all" else f"{self.selector} {100 * self.retention:g} %"
+        return f"{rule} ({', '.join(self.words)})" if self.variant else rule
+
+    @property
+    def words(self) -> list[str]:
+        """The variant's parts."""
+        return re.split(r"-(?=[A-Za-z])", self.variant) if self.variant else []
+
+    @property
+    def slug(self) -> str:
+        """What recipes call it, e.g. soft_or-50-running."""
+        rule = self.selector if self.selector == "all" else f"{self.selector}-{100 * self.retention:g}"
+        return f"{rule}-{self.variant}" if self.variant else rule
+
+    @classmethod
+    def parse(cls, slug: str) -> CellName:
+        """The inverse of `slug`. Raises UserError for a text that is none."""
+        found = _SLUG.fullmatch(slug)
+        if found is None or (found["selector"] == "all") != (found["percent"] is None):
+            raise UserError(f"--cells {slug}: give names as recipes have them, e.g. all soft_or-50 soft_or-50-running")
+        return cls(found["selector"], float(found["percent"] or 100) / 100, found["variant"].removeprefix("-"))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. config: config.json as it is. done: whether the run finished."""
+    """One run folder. config: config.json as it is. done: whether the run finished.
+
+    axes: which of AXES a row may differ in; differences in others make another protocol.
+    """
 
     path: Path
     config: dict[str, Any]
     done: bool
+    axes: tuple[str, ...] = ()
 
     @property
     def cell(self) -> CellName:
         """The table row this run belongs to."""
         select = self.config["select"]
-        return CellName(select["by"], 1.0 if select["by"] == "all" else float(select["retention"]))
+        variant = "-".join([*_selection(select), *self._off_axes()])
+        return CellName(select["by"], 1.0 if select["by"] == "all" else float(select["retention"]), variant)
 
     @property
     def seed(self) -> int:
@@ -48,7 +86,33 @@ class Run:
     @property
     def protocol(self) -> str:
         """Everything that must be equal for two runs to be compared, as canonical JSON."""
-        return json.dumps({k: v for k, v in self.config.items() if k not in NOT_PROTOCOL}, sort_keys=True)
+        return json.dumps(_comparable(self.config), sort_keys=True)
+
+    @property
+    def shared(self) -> str:
+        """The protocol without what the axes are made of."""
+        values = _comparable(self.config)
+        for axis in self.axes:
+            part, names = AXES[axis]
+            values[part] = {name: value for name, value in values[part].items() if name not in names}
+        return json.dumps(values, sort_keys=True)
+
+    @property
+    def varies(self) -> bool:
+        """Whether it is off the protocol along one of the axes."""
+        return bool(self._off_axes())
+
+    def _off_axes(self) -> list[str]:
+        """In words, where the run is not reverse KL under AdamW, the paper's choice on both axes."""
+        loss, optim = ({**_DEFAULTS[part], **self.config.get(part, {})} for part in ("loss", "optim"))
+        words = []
+        if "divergence" in self.axes and loss["divergence"] != "reverse_kl":
+            words.append(loss["divergence"])
+            if loss["divergence"] == "jsd" and loss["beta"] != _DEFAULTS["loss"]["beta"]:
+                words.append(f"beta={loss['beta']:g}")
+        if "optim" in self.axes and optim["kind"] != "adamw":
+            words += [optim["kind"], f"lr={optim['lr']:g}"]
+        return words
 
     @cached_property
     def steps(self) -> list[dict[str, float]]:
@@ -75,8 +139,8 @@ class Run:
         return [line[key] for line in self.steps if key in line]
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """The run folders directly under `folder`, by name. Raises UserError where there is none."""
+def read_runs(folder: Path, axes: tuple[str, ...] = ()) -> list[Run]:
+    """The run folders directly under `folder`, by name; rows may differ along `axes`. UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder that holds the run folders")
     runs = []
@@ -84,22 +148,58 @@ def read_runs(folder: Path) -> list[Run]:
         config = _json(file.read_text(), str(file))
         if "select" not in config or "steps" not in config:
             raise UserError(f"{file} is no run's configuration; move its folder out of {folder}")
-        runs.append(Run(file.parent, config, (file.parent / "DONE").exists()))
+        runs.append(Run(file.parent, config, (file.parent / "DONE").exists(), axes))
     if not runs:
         raise UserError(f"{folder} holds no run folder (with a config.json); run a recipe first")
     return runs
 
 
 def by_protocol(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that may be compared with each other, together. Raises UserError for the same cell and seed twice."""
+    """Runs that may be compared with each other, together. Raises UserError for the same cell and seed twice.
+
+    A run that is off the protocol along an axis joins every group that is equal apart from the axes: an SGD run has a
+    learning rate of its own and stands beside AdamW's at each of theirs.
+    """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
-        group = groups.setdefault(run.protocol, [])
-        for other in group:
-            if (other.cell, other.seed) == (run.cell, run.seed):
-                raise UserError(f"{other.path} and {run.path} are the same cell and seed; move one of them away")
-        group.append(run)
+    for run in sorted(runs, key=lambda run: run.varies):
+        homes = [group for group in groups.values() if run.varies and not group[0].varies]
+        homes = [group for group in homes if group[0].shared == run.shared]
+        for group in homes or [groups.setdefault(run.shared if run.varies else run.protocol, [])]:
+            for other in group:
+                if (other.cell, other.seed) == (run.cell, run.seed):
+                    raise UserError(f"{other.path} and {run.path} are the same cell and seed; move one of them away")
+            group.append(run)
     return list(groups.values())
+
+
+def _selection(select: dict[str, Any]) -> list[str]:
+    """In words, where a selection is not the paper's of that name; unstated settings are taken for the paper's."""
+    rule, words = select["by"], []
+    if rule in NORMALISING:
+        words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
+        quantile = select.get("clip_quantile", 0.98)
+        words += [f"clip_quantile={quantile:g}"] if quantile != 0.98 else []
+    elif ":" in rule and (scope := select.get("normalise_over", "micro_batch")) != "micro_batch":
+        words.append(scope)  # a rule of the user's own may read it
+    return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
+
+
+def _defaults() -> dict[str, dict[str, Any]]:
+    """What each part of a configuration holds where nothing is set."""
+    return {
+        field.name: dataclasses.asdict(field.default_factory())
+        for field in dataclasses.fields(TrainConfig)
+        if field.default_factory is not dataclasses.MISSING
+    }
+
+
+_DEFAULTS = _defaults()
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """What makes the protocol. Settings that a folder's version of opsd did not have yet count as unset."""
+    whole = {**config, **{part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}}
+    return {name: value for name, value in whole.items() if name not in NOT_PROTOCOL}
 
 
 def _json(text: str, where: str) -> Any:

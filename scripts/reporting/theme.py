@@ -14,8 +14,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+
+from reporting.runs import CellName
 
 # Okabe and Ito's colours, told apart by colour-blind readers; by selector, so that a rule looks the same everywhere.
 COLOURS = {
@@ -31,18 +33,25 @@ COLOURS = {
 }
 OTHER_COLOUR = "#009e73"
 QUADRANT_COLOURS = ("#e2703a", "#e8ba3a", "#c765ab", "#9aa7b1")
+# How a rule's variants part from its colour: towards the text's or the paper's, by how much.
+TONES = (("ink", 0.0), ("paper", 0.5), ("ink", 0.5), ("paper", 0.75), ("ink", 0.75), ("paper", 0.3))
 INK = {"light": "#1d2126", "dark": "#e6e4df"}
 SOFT = {"light": "#5d6670", "dark": "#9aa3ad"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: its caption, what it shows in words, and both renderings as SVG."""
+    """A figure of the page: its caption, what it shows in words, both renderings as SVG, and how it is drawn."""
 
     title: str
     words: str
     light: bytes
     dark: bytes
+    draw: Callable[[], Figure]
+
+    def png(self) -> bytes:
+        """The light rendering on white, 150 dots an inch."""
+        return _render(self.draw, "light", format="png", dpi=150, facecolor="white")
 
     def html(self) -> str:
         """The rendering that fits the reader's colour scheme."""
@@ -55,15 +64,8 @@ class Picture:
 
 def picture(title: str, words: str, draw: Callable[[], Figure]) -> Picture:
     """`draw` in both schemes; it makes a figure under the settings that it finds."""
-    rendered = {}
-    for scheme in ("light", "dark"):
-        with matplotlib.rc_context(_settings(scheme)):  # pyright: ignore[reportArgumentType]
-            figure = draw()
-            file = io.BytesIO()
-            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            plt.close(figure)
-        rendered[scheme] = file.getvalue()
-    return Picture(title, words, rendered["light"], rendered["dark"])
+    how = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
+    return Picture(title, words, _render(draw, "light", **how), _render(draw, "dark", **how), draw)
 
 
 def ink() -> str:
@@ -80,6 +82,30 @@ def count_colours() -> Colormap:
 def colour_of(selector: str) -> str:
     """A selector's colour."""
     return COLOURS.get(selector, OTHER_COLOUR)
+
+
+def tones(cells: list[CellName]) -> dict[CellName, Any]:
+    """Each cell's colour: its rule's, nearer to the ink or to the paper where the rule comes in several variants."""
+    variants: dict[str, list[str]] = {}
+    for cell in cells:
+        known = variants.setdefault(cell.selector, [])
+        known += [cell.variant] if cell.variant not in known else []
+    return {cell: _toned(colour_of(cell.selector), variants[cell.selector].index(cell.variant)) for cell in cells}
+
+
+def _toned(colour: str, number: int) -> Any:
+    towards, share = TONES[number % len(TONES)]
+    other = ink() if towards == "ink" else INK["light" if ink() == INK["dark"] else "dark"]
+    return tuple((1 - share) * np.array(to_rgb(colour)) + share * np.array(to_rgb(other)))
+
+
+def _render(draw: Callable[[], Figure], scheme: str, **how: Any) -> bytes:
+    with matplotlib.rc_context(_settings(scheme)):  # pyright: ignore[reportArgumentType]
+        figure = draw()
+        file = io.BytesIO()
+        figure.savefig(file, **how)
+        plt.close(figure)
+    return file.getvalue()
 
 
 def _settings(scheme: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What holds for every recipe: it parses, stops at errors, quotes the paper rightly, and has the paper's cells."""
 
 import csv
+import importlib.metadata
 import itertools
 import re
 import shlex
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from opsd.commandline import flags_of
-from opsd.config import TrainConfig
+from opsd.commandline import flags_of, parse
+from opsd.config import TrainConfig, to_json
 from opsd.hooks import load_selector
+from reporting.paper import LAYOUTS
+from reporting.runs import Run
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("table*.sh"))
+SWEEPS = sorted(path.name for path in (ROOT / "recipes").glob("sweep_*.sh"))
 # The name a cell has in tables.csv, where it is not our selector's.
 PAPER_NAMES = {"adaptive_kl": "entropy_sample+adaptive_kl"}
 with (ROOT / "assets" / "paper" / "tables.csv").open(newline="") as lines:
@@ -37,17 +41,19 @@ def cells(project, recipe: str) -> list[dict[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in ["common.sh", *RECIPES]), "scripts/setup.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS]), "scripts/setup.sh", ".ci/run"]
+)
 def test_every_script_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in RECIPES), "scripts/setup.sh", ".ci/run"])
+@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS]), "scripts/setup.sh", ".ci/run"])
 def test_every_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
 @pytest.mark.parametrize("scale", ["paper", "pocket"])
 def test_every_flag_is_one_that_the_trainer_takes(project, recipe, scale):
     done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1")
@@ -83,3 +89,33 @@ def test_numbers_quoted_in_the_header_stand_in_the_data_file(recipe):
     text = " ".join(line.lstrip("# ") for line in header.splitlines())
     quoted = re.findall(r"(?<![\d.])\d+\.\d(?: ± \d+\.\d)?(?![\d.B])", text.replace("Qwen2.5", ""))
     assert quoted and set(quoted) <= known
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
+def test_a_runs_folder_and_the_reports_cells_have_the_name_that_the_report_gives_it(project, recipe):
+    done = project.run(recipe=recipe, SCALE="pocket", DRY_RUN="1", SEEDS="0")
+    lines = done.stdout.splitlines()
+    configs = [parse(TrainConfig, shlex.split(line)[2:], "opsd train") for line in lines if " train " in line]
+    asked = next(shlex.split(line) for line in lines if "scripts/report.py" in line)
+    axes = LAYOUTS[asked[asked.index("--table") + 1]].axes
+    slugs = [Run(Path(config.out), to_json(config), done=True, axes=axes).cell.slug for config in configs]
+    assert slugs and [Path(config.out).name for config in configs] == [f"pocket-{slug}-seed0" for slug in slugs]
+    assert asked[asked.index("--cells") + 1 :] == slugs
+    assert len({Run(Path(c.out), to_json(c), done=True, axes=axes).shared for c in configs}) == 1  # one table
+
+
+def test_flags_of_the_users_own_make_the_report_show_all_cells(project):
+    done = project.run("--select.normalise_over", "rollout", SCALE="pocket", DRY_RUN="1")
+    assert "--cells" not in done.stdout
+
+
+def test_the_sweep_of_rules_has_every_rule(project):
+    rules = {entry.name for entry in importlib.metadata.entry_points(group="opsd.selectors")}
+    assert {flags["--select.by"] for flags in cells(project, "sweep_selector.sh")} == {"all", *rules}
+
+
+def test_the_sweep_of_seeds_is_table_5_with_five_seeds(project):
+    done = project.run(recipe="sweep_seeds.sh", SCALE="pocket", DRY_RUN="1")
+    one = project.run(SCALE="pocket", DRY_RUN="1", SEEDS="0 1 2 3 4")
+    assert done.stdout == one.stdout and done.stdout.count(" train ") == 25

@@ -28,6 +28,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         metrics: tuple[dict[str, float], ...] = ({"step": 1}, {"step": 2}),
         name: str | None = None,
         best: float | None = None,
+        settings: dict[str, dict[str, Any]] | None = None,
     ) -> Path:
         run = tmp_path / "runs" / (name or f"{by}-{retention}-{steps}-seed{seed}")
         (run / "eval").mkdir(parents=True)
@@ -39,6 +40,8 @@ def make_run(tmp_path: Path) -> MakeRun:
             "out": str(run),
             "select": {"by": by, "retention": retention},
         }
+        for part, values in (settings or {}).items():
+            config[part] = {**config.get(part, {}), **values}
         (run / "config.json").write_text(json.dumps(config))
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
         start = dict.fromkeys(scores, 0.25)

@@ -10,7 +10,7 @@ import pytest
 
 import report as report_script
 from opsd.errors import UserError
-from reporting.paper import TABLES, Paper
+from reporting.paper import LAYOUTS, TABLES, Paper
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "assets" / "paper" / "tables.csv"
@@ -23,11 +23,11 @@ def report(capsys, monkeypatch):
     """Runs the script in this process: reports a folder of runs into its neighbour `out`, returns what was printed."""
     monkeypatch.setenv("COLUMNS", "110")
 
-    def run(folder: Path, table: str = "table5", figures: bool = False) -> str:
+    def run(folder: Path, table: str = "table5", figures: bool = False, cells: tuple[str, ...] = ()) -> str:
         if not figures:  # they take a second
             monkeypatch.setattr(report_script, "pictures", lambda *_: [])
             monkeypatch.setattr(report_script, "draw", lambda *_: None)
-        report_script.main(folder, table, folder.parent / "out")
+        report_script.main(folder, table, folder.parent / "out", cells)
         return capsys.readouterr().out
 
     return run
@@ -65,7 +65,9 @@ def test_a_missing_cell_prints_a_dash_and_is_null(make_run, report):
     assert "| soft_or 20 % | - | - | - | - | - | - | - |" in table  # the cost table
     values = json.loads((folder.parent / "out" / "table.json").read_text())
     (row,) = [
-        s for s in values["groups"][0]["suites"][0]["stats"] if s["cell"] == {"selector": "soft_or", "retention": 0.2}
+        s
+        for s in values["groups"][0]["suites"][0]["stats"]
+        if s["cell"] == {"selector": "soft_or", "retention": 0.2, "variant": ""}
     ]
     assert row["accuracy"] is None and row["minus_all"] is None
 
@@ -110,7 +112,7 @@ def test_unusable_input_is_one_line(make_run, report, break_it, message):
 def test_an_unknown_table_is_one_line_and_exit_2(make_run):
     done = command(make_run("all", 1.0, ALL), "table99")
     assert done.returncode == 2
-    assert done.stderr == f"report: --table table99 is unknown; give one of: {', '.join(TABLES)}\n"
+    assert done.stderr == f"report: --table table99 is unknown; give one of: {', '.join(LAYOUTS)}\n"
 
 
 def test_the_papers_cells_and_numbers_are_those_of_the_data_file():
@@ -167,7 +169,7 @@ def test_every_recipe_has_its_table():
         for line in file.read_text().splitlines()
         if line.startswith("run_table ")
     }
-    assert called and called <= set(TABLES)
+    assert called and called <= set(LAYOUTS)
 
 
 def test_a_table_without_all_tokens_compares_with_its_first_cell(make_run, report):

@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Figures 1 to 4 from whatever run folders there are: one page, and a PNG each.
+
+    python scripts/figures.py runs --out runs/figures
+
+Each figure is drawn from the first of its folders under RUNS that holds finished runs; a figure without one is named
+with the command that makes its runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from opsd.errors import UserError
+from report import PAPER, report_group
+from reporting.page import Section, page
+from reporting.paper import LAYOUTS, Paper
+from reporting.pictures import pictures
+from reporting.runs import by_protocol, read_runs
+from reporting.theme import Picture
+
+PAGE = "figures.html"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a figure's runs may lie: tables or sweeps, the best first; also the names of their folders."""
+
+    figure: int
+    tables: tuple[str, ...]
+
+    @property
+    def missing(self) -> str:
+        """What to do where none of the folders holds a finished run."""
+        target = self.tables[0].replace("_", "-")
+        return f"Figure {self.figure}: no finished run in {' or '.join(self.tables)}; make {target} makes them"
+
+
+SOURCES = (
+    Source(1, ("table5",)),
+    Source(2, ("table5", "table3", "sweep_retention")),
+    Source(3, ("sweep_retention", "table5", "table3")),
+    Source(4, ("table7",)),
+)
+
+
+def drawn(runs: Path, source: Source) -> tuple[str, list[tuple[str, Picture]]]:
+    """The figure's first folder that has it, and what it shows there, each with its group's title; none: ("", [])."""
+    for table in source.tables:
+        layout = LAYOUTS[table]
+        if not any((runs / table).glob("*/DONE")):
+            continue
+        paper = Paper.read(PAPER, *layout.tables)
+        found = []
+        for group in by_protocol(read_runs(runs / table, layout.axes)):
+            report = report_group(group, paper)
+            kept = pictures(report.runs, report.suites, report.costs, paper)
+            found += [(report.title, one) for one in kept if one.title.startswith(f"Figure {source.figure}.")]
+        if found:
+            return table, found
+    return "", []
+
+
+def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
+    """Redraw every figure whose runs are there, and say which are missing.
+
+    Args:
+        runs: Folder that holds the tables' and sweeps' folders, as recipes name them (runs/table5, …).
+        out: Folder to write to.
+    """
+    sections, lines = [], []
+    out.mkdir(parents=True, exist_ok=True)
+    for source in SOURCES:
+        table, found = drawn(runs, source)
+        if not found:
+            lines.append(source.missing)
+        for number, (title, picture) in enumerate(found, start=1):
+            file = out / f"figure{source.figure}{f'_{number}' if len(found) > 1 else ''}.png"
+            file.write_bytes(picture.png())
+            sections.append(Section(f"{LAYOUTS[table].title}: {title}", [], [], [picture]))
+            lines.append(f"{file}: from {runs / table}")
+    if not sections:
+        raise UserError(f"{runs} holds no finished runs of table5, table7 or a sweep; make demo is the quickest to run")
+    (out / PAGE).write_text(page("Figures", sections), encoding="utf-8")
+    print("\n".join([*lines, str(out / PAGE)]))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        print(f"figures: {error}", file=sys.stderr)
+        sys.exit(2)
