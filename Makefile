@@ -15,7 +15,7 @@ NEEDS := $(if $(DRY_RUN),,setup)
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
-	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures report bench clean
+	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ sweep-normalise: $(NEEDS) ## where Soft-OR takes min and max, and how it tames o
 
 sweep-seeds: $(NEEDS) ## Table 5 with seeds 0 to 4
 	@recipes/sweep_seeds.sh
+
+grpo-teacher: $(NEEDS) ## the teacher of the pair qwen3: GRPO by TRL, our grader as the reward
+	@recipes/grpo_teacher.sh
 
 figures: $(NEEDS) ## Figures 1 to 4 from the run folders that there are under runs/ (FROM=): a page and PNGs
 	@$(if $(DRY_RUN),echo )$(PY) scripts/figures.py $(FROM) --out $(FROM)/figures

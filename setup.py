@@ -18,6 +18,7 @@ CORE = [
 ]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
+TRL = ["trl>=1.16,<2"]
 GPU = ["vllm>=0.32,<0.33", "flash-attn>=2.8", *DEEPSPEED, *WANDB]
 TEST = [
     "pytest>=8",
@@ -28,6 +29,8 @@ TEST = [
     # What transformers needs to read SmolLM2's GGUF file.
     "accelerate>=1.10",
     "gguf>=0.17",
+    # For recipes/grpo_teacher.sh.
+    *TRL,
     *WANDB,
 ]
 
@@ -40,7 +43,7 @@ setup(
     packages=find_packages(include=["opsd", "opsd.*", "tip_patch", "tip_patch.*"]),
     package_data={"opsd.viewer": ["*.html", "*.css", "*.js"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "deepspeed": DEEPSPEED, "wandb": WANDB, "test": TEST, "trl": ["trl>=1.16,<2"]},
+    extras_require={"gpu": GPU, "deepspeed": DEEPSPEED, "wandb": WANDB, "test": TEST, "trl": TRL},
     entry_points={
         "console_scripts": ["opsd = opsd.__main__:main"],
         "opsd.selectors": [

@@ -140,19 +140,20 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _hub_records(dataset: str, config: str | None, split: str, name: str) -> Iterable[dict[str, Any]]:
-    """Rows of a hub dataset by the package `datasets`, which is not installed with this project."""
+    """Rows of a hub dataset by the package `datasets`, which comes with the extra `test` only."""
     try:
-        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+        from datasets import load_dataset
     except ImportError as error:
         raise UserError(
             f"--sets {name}: the hub needs the package datasets; pip install datasets, or give a file: {name}=FILE"
         ) from error
     try:
-        return load_dataset(dataset, config, split=split)
+        rows: Any = load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--sets {name}: {dataset} cannot be loaded ({_first_line(error)}); give a file: {name}=FILE"
         ) from error
+    return rows
 
 
 def _guess_columns(record: dict[str, Any], name: str, where: str) -> tuple[str, str]:

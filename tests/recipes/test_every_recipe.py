@@ -42,13 +42,16 @@ def cells(project, recipe: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "script", [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS]), "scripts/setup.sh", ".ci/run"]
+    "script",
+    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", ".ci/run"],
 )
 def test_every_script_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS]), "scripts/setup.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", ".ci/run"]
+)
 def test_every_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
 

@@ -1,0 +1,221 @@
+#!/usr/bin/env python
+"""A teacher by GRPO, as the paper's Qwen3 teacher is one: TRL's trainer, this project's prompts and grader.
+
+    python scripts/grpo_teacher.py --model MODEL --prompts prompts.jsonl --out runs/teacher --steps 100
+    accelerate launch … scripts/grpo_teacher.py … --vllm colocate --dtype bfloat16
+
+Needs the extra `trl`. Writes OUT/model (a folder that `opsd train --teacher` takes), OUT/metrics.jsonl, OUT/DONE, and
+TRL's checkpoints, from which the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from opsd.commandline import parse
+from opsd.errors import UserError
+from opsd.grading import Grader, load_grader
+from opsd.prompts import PromptFormat, load_prompts, read_records
+from opsd.student import load_tokenizer
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """What is trained on what, and how long; names as in `opsd train`."""
+
+    model: str
+    """Folder (or hub name) of the model to start from."""
+    prompts: str
+    """Training prompts with gold answers: .jsonl or .parquet with fields prompt and answer."""
+    out: str
+    """Folder to write to."""
+    steps: int = 100
+    """Optimiser steps."""
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 16
+    """Completions of a prompt, whose rewards are compared with each other."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are left out."""
+    max_new_tokens: int = 8192
+    """A completion that reaches it has no end and so no reward."""
+    prompt_format: Literal["chat", "raw"] = "chat"
+    thinking: Literal["on", "off"] = "off"
+    grader: str = "math"
+    """math, suffix or module:function, as --eval.grader of `opsd train`."""
+    grade_seconds: float = 300.0
+    """Most seconds that one process grades a batch; what is left then counts as wrong, logged as grade/late_frac."""
+    temperature: float = 1.0
+    lr: float = 1e-6
+    """Peak learning rate; cosine."""
+    warmup_steps: int = 0
+    beta: float = 0.0
+    """Weight of the KL to the starting model; 0 is off and loads no second copy."""
+    micro_batch: int = 1
+    """Completions in one forward pass of a process."""
+    vllm: Literal["off", "colocate", "server"] = "off"
+    """off: transformers generate. colocate: vLLM in the training processes. server: `trl vllm-serve` elsewhere."""
+    gpu_memory_share: float = 0.3
+    """colocate: fraction of each GPU's memory for vLLM."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; weights stay fp32."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: give a number above 0")
+        if self.samples_per_prompt < 2:
+            raise UserError(f"--samples_per_prompt {self.samples_per_prompt}: GRPO compares samples; give 2 or more")
+
+
+class GradeReward:
+    """The reward of TRL: 1.0 where the grader finds the gold answer, else 0.0; a completion without its end has 0.0.
+
+    A text is read by the grader, never run. Each question has the grader's own time limit, a batch has `seconds`;
+    what is not graded by then is 0.0. Equal (completion, gold) pairs are graded once.
+    """
+
+    __name__ = "grade"  # what TRL calls the metric
+
+    def __init__(self, grader: Grader, eos_id: int, seconds: float) -> None:
+        self._grader, self._eos_id, self._seconds = grader, eos_id, seconds
+
+    def __call__(
+        self, *, completions: list[Any], completion_ids: list[list[int]], answer: list[str], **more: Any
+    ) -> list[float | None]:
+        """One reward a completion; `completions` are texts, or lists of chat messages of which the last counts."""
+        end, late = time.monotonic() + self._seconds, 0
+        known: dict[tuple[str, str], float] = {}
+        rewards: list[float | None] = []
+        for completion, ids, gold in zip(completions, completion_ids, answer, strict=True):
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            if not ids or ids[-1] != self._eos_id:
+                rewards.append(0.0)
+                continue
+            if (text, gold) not in known:
+                if time.monotonic() >= end:
+                    late += 1
+                    rewards.append(0.0)
+                    continue
+                known[text, gold] = float(self._grader.grade(text, gold))
+            rewards.append(known[text, gold])
+        if "log_metric" in more:
+            more["log_metric"]("grade/late_frac", late / max(1, len(completions)))
+        return rewards
+
+
+def training_rows(config: GrpoConfig, tokenizer: Any) -> list[dict[str, Any]]:
+    """Prompt (a text, or chat messages) and gold answer of every record that is short enough.
+
+    Raises UserError for a file that cannot be read, and where an answer is missing: it would be no reward but noise.
+    """
+    how = PromptFormat(config.prompt_format, config.thinking, max_tokens=config.max_prompt_tokens, overlong="drop")
+    kept, _ = load_prompts(config.prompts, tokenizer, how)
+    rows, waiting = [], iter(kept)
+    due = next(waiting, None)
+    for number, record in enumerate(read_records(config.prompts)):
+        name = str(number if record.get("id") is None else record["id"])
+        if due is None or due.id != name:
+            continue
+        if due.answer is None:
+            raise UserError(f"{config.prompts} record {number + 1} has no answer; GRPO needs one for each prompt")
+        content = record["prompt"]
+        if config.prompt_format == "chat" and isinstance(content, str):
+            content = [{"role": "user", "content": content}]
+        rows.append({"prompt": content, "answer": due.answer})
+        due = next(waiting, None)
+    return rows
+
+
+def trainer_settings(config: GrpoConfig, processes: int, cuda: bool) -> dict[str, Any]:
+    """GRPOConfig's fields. Raises UserError where the completions of a step do not divide over the processes."""
+    total, at_once = config.prompts_per_step * config.samples_per_prompt, config.micro_batch * processes
+    if total % at_once:
+        raise UserError(
+            f"{total} completions a step do not divide over {processes} processes times --micro_batch "
+            f"{config.micro_batch}; change one of them"
+        )
+    bfloat16 = config.dtype == "bfloat16"
+    return {
+        "output_dir": config.out,
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": total // at_once,
+        "num_generations": config.samples_per_prompt,
+        "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature,
+        "learning_rate": config.lr,
+        "warmup_steps": config.warmup_steps,
+        "lr_scheduler_type": "cosine",
+        "beta": config.beta,
+        "bf16": bfloat16,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "model_init_kwargs": {"dtype": "float32"},
+        "chat_template_kwargs": {"enable_thinking": config.thinking == "on"},
+        "use_vllm": config.vllm != "off",
+        **({} if config.vllm == "off" else {"vllm_mode": config.vllm}),
+        **({"vllm_gpu_memory_utilization": config.gpu_memory_share} if config.vllm == "colocate" else {}),
+        "save_steps": config.checkpoint_every,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": config.seed,
+    }
+
+
+def train(config: GrpoConfig) -> Path:
+    """Train, or go on from the newest checkpoint; the folder of the finished model."""
+    try:
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        raise UserError(f"TRL is not installed ({error}); run: pip install -e '.[trl]'") from error
+    import torch
+    from datasets import Dataset
+    from transformers.trainer_utils import get_last_checkpoint
+
+    out = Path(config.out)
+    tokenizer = load_tokenizer(config.model, "--model")
+    rows = training_rows(config, tokenizer)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = trainer_settings(config, processes, torch.cuda.is_available())
+    trainer = GRPOTrainer(
+        model=config.model,
+        reward_funcs=GradeReward(load_grader(config.grader, "--grader"), tokenizer.eos_token_id, config.grade_seconds),
+        args=GRPOConfig(**settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    newest = get_last_checkpoint(config.out) if out.is_dir() else None
+    trainer.train(resume_from_checkpoint=newest)
+    trainer.save_model(str(out / "model"))
+    if trainer.accelerator.is_main_process:
+        lines = [json.dumps(line) + "\n" for line in trainer.state.log_history]
+        (out / "metrics.jsonl").write_text("".join(lines))
+        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        (out / "DONE").touch()
+    return out / "model"
+
+
+def main() -> None:
+    """See the module's docstring."""
+    try:
+        model = train(parse(GrpoConfig, sys.argv[1:], "grpo_teacher"))
+    except UserError as error:
+        print(f"grpo_teacher: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{model}: a teacher; opsd train --teacher takes it")
+
+
+if __name__ == "__main__":
+    main()
