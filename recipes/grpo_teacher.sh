@@ -5,7 +5,7 @@
 # are published models. SCALE=pocket trains the pocket student instead: 100 steps take it from 17.5 ± 1.7 to 27.7 ± 1.8 %
 # (mean@16 on 256 sums, seed 0, ± over problems), by
 #   opsd eval --model runs/grpo_teacher/pocket-grpo/model --suite pocket=assets/pocket/eval.jsonl --samples 16 \
-#       --out grpo.json --prompt_format raw --grader suffix --max_new_tokens 40
+#       --out grpo.json --prompt_format raw --grader suffix --max_new_tokens 40 --generate_batch 1024
 # Hardware: 8×H200; hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, a few minutes.
 # Try it:      SCALE=pocket STEPS=20 RUNS=runs/try recipes/grpo_teacher.sh
 # Look first:  DRY_RUN=1 recipes/grpo_teacher.sh
