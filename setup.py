@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 CORE = [
     "torch>=2.11,<2.15",
     "transformers>=5.16.1,<5.20",
+    "peft>=0.19,<0.22",
     "safetensors>=0.6",
     "numpy>=2.0",
     "pandas>=2.2",

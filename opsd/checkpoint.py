@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from opsd.errors import UserError
+from opsd.lora import ADAPTER_FOLDER, save_adapters
 
 _NAME = re.compile(r"step_(\d+)")
 _TEMPORARY = ".tmp-"
@@ -42,10 +43,12 @@ def save(
     state: TrainerState,
     keep: int,
     weights: dict[str, torch.Tensor] | None = None,
+    adapters: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write `folder`/step_N, then remove all but the newest `keep`. Returns its path.
 
-    weights: they stand for the model's own, where those are shards or rounded.
+    weights: they stand for the model's own, where those are shards, rounded or without their adapters.
+    adapters: what LoRA trains; `load_adapters` takes it up from the folder `adapter`, in peft's format.
     A kill at any moment leaves the older checkpoints untouched and at worst a folder named .tmp-*.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +56,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
+    if adapters is not None:
+        save_adapters(model, adapters, temporary / ADAPTER_FOLDER)
     trainer = temporary / "trainer"
     trainer.mkdir()
     save_file({name: t.contiguous() for name, t in state.optimizer_tensors.items()}, trainer / "optimizer.safetensors")

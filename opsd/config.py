@@ -140,6 +140,22 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen student, in place of training all of its weights. Off unless a rank is given."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha/rank."""
+    use_rslora: bool = False
+    """Multiply by alpha/√rank instead: the output's size then does not depend on the rank."""
+    dropout: float = 0.0
+    """Stays 0: scores and gradients must speak of one distribution."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Last names of the layers that get an adapter, e.g. q_proj v_proj; all-linear is all but the head."""
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """What holds the weights and runs the step."""
 
@@ -274,6 +290,7 @@ class TrainConfig:
     select: SelectConfig = field(default_factory=SelectConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -298,6 +315,7 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
         "select": SelectConfig,
         "loss": LossConfig,
         "optim": OptimConfig,
+        "lora": LoraConfig,
         "engine": EngineConfig,
         "eval": EvalConfig,
         "environment": EnvironmentConfig,

@@ -15,7 +15,7 @@ def check(config: TrainConfig) -> None:
     """The one place for checks of values and of fields against each other. Raises UserError."""
     _positive("steps", config.steps)
     _positive("prompts_per_step", config.prompts_per_step)
-    for part in (_teacher, _rollout, _selection_and_loss, _optimiser, _evaluation, _telemetry, _environment):
+    for part in (_teacher, _rollout, _selection_and_loss, _optimiser, _lora, _evaluation, _telemetry, _environment):
         part(config)
     _positive("engine.micro_batch_tokens", config.engine.micro_batch_tokens)
     _offload(config.engine)
@@ -72,6 +72,24 @@ def _optimiser(c: TrainConfig) -> None:
     _not_negative("optim.max_skipped_steps", c.optim.max_skipped_steps)
     if c.optim.min_lr_fraction > 1.0:
         raise UserError(f"--optim.min_lr_fraction {c.optim.min_lr_fraction}: give a fraction in [0, 1]")
+
+
+def _lora(c: TrainConfig) -> None:
+    lora = c.lora
+    _not_negative("lora.rank", lora.rank)
+    if lora.dropout:
+        raise UserError(
+            f"--lora.dropout {lora.dropout}: give 0; scores and gradients must speak of one distribution, so this "
+            "trainer uses no dropout"
+        )
+    if not (lora.alpha > 0.0 and math.isfinite(lora.alpha)):
+        raise UserError(f"--lora.alpha {lora.alpha}: give a number above 0")
+    if not lora.target_modules or ("all-linear" in lora.target_modules and len(lora.target_modules) > 1):
+        raise UserError(
+            f"--lora.target_modules {' '.join(lora.target_modules)}: give all-linear alone, or names of layers"
+        )
+    if not lora.rank and lora != type(lora)():
+        raise UserError("--lora.* is set but --lora.rank is 0, which trains all weights; give a rank, e.g. 16")
 
 
 def _evaluation(c: TrainConfig) -> None:

@@ -19,11 +19,12 @@ from opsd.environments.travel.world import TravelWorld
 from opsd.errors import UserError
 from opsd.evaluate import Evaluator, load_suites
 from opsd.hooks import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
+from opsd.lora import ADAPTER_FOLDER, add_adapters, load_adapters
 from opsd.memory import memory_for
 from opsd.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.ranks import Ranks, local_device, world_size
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
-from opsd.student import load_scorer, load_tokenizer, shared_vocabulary
+from opsd.student import Scorer, load_scorer, load_tokenizer, shared_vocabulary
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.tracking import check_wandb
 from opsd.update import Updater
@@ -77,7 +78,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         )
 
     device = local_device(config.engine.device)
-    student = load_scorer(student_path, "--student", torch.float32, device)
+    student = load_student(config, student_path, device)
     teacher, teacher_model, context = build_teacher(config, ranks, device)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     engine = build_engine(config, ranks, student, device)
@@ -107,6 +108,20 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         evaluator=evaluator,
         telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
     )
+
+
+def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer:
+    """The student of `path`: config.student, or a checkpoint of this run.
+
+    Under LoRA a checkpoint's own weights are merged ones; training goes on with the base and the adapters.
+    """
+    if not config.lora.rank:
+        return load_scorer(path, "--student", torch.float32, device)
+    student = load_scorer(config.student, "--student", torch.float32, device)
+    add_adapters(student.model, config.lora, config.seed, config.student)
+    if path != config.student:
+        load_adapters(student.model, Path(path) / ADAPTER_FOLDER)
+    return student
 
 
 def check_rollout(rollout: RolloutConfig) -> None:
@@ -147,7 +162,7 @@ def as_model(head_VE: Tensor) -> Any:
 
 
 def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine) -> RolloutEngine:
-    """The sampler that `config` names; path: the folder that the engine's student was loaded from."""
+    """The sampler that `config` names; path: a folder with the plain weights of the engine's student."""
     r = config.rollout
     if r.engine == "hf":
         return HFRollout(engine.student.model, tokenizer, r.generate_batch, engine.sampling, engine.ranks)

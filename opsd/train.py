@@ -285,9 +285,9 @@ def _save(parts: Parts, run: RunFolder, step: int) -> None:
     if not (last or (every and step % every == 0)):
         return
     tensors, values = parts.engine.optimizer_state()
-    weights = parts.engine.weights()
+    weights, adapters = parts.engine.weights(), parts.engine.adapters()
     if parts.ranks.is_main:
         selector = {} if parts.selector is None else parts.selector.state_dict()
         state = checkpoint.TrainerState(step, tensors, values, selector)
         model, keep = parts.engine.student.model, run.config.checkpoint.keep
-        checkpoint.save(run.checkpoints, model, parts.tokenizer, state, keep, weights)
+        checkpoint.save(run.checkpoints, model, parts.tokenizer, state, keep, weights, adapters)

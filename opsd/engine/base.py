@@ -46,11 +46,20 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """The whole weights in full precision on the first rank, {} on the others; None: they lie in the model."""
+        """The plain model's whole weights in full precision on the first rank, {} on the others.
+
+        Adapters are merged in. None: they lie in the model.
+        """
+        ...
+
+    def adapters(self) -> dict[str, torch.Tensor] | None:
+        """The adapters' whole tensors in full precision on the first rank, {} on the others; None without adapters."""
         ...
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter with its name, whole on every rank, one at a time: a second full copy never exists.
+        """Every parameter of the plain model with its name, whole on every rank, one at a time.
+
+        A second full copy never exists. Adapters are merged in.
 
         A tied head comes twice, under both of its names: who takes the weights over may keep two copies.
         """
@@ -85,10 +94,11 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 
 
 def parameter_groups(named: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser's groups. Norm gains and biases are not decayed, as everywhere in the field."""
+    """The optimiser's groups, none empty. Norm gains and biases are not decayed, as everywhere in the field."""
     decayed = [p for p in named.values() if p.dim() >= 2]
     plain = [p for p in named.values() if p.dim() < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def optimizer_of(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:

@@ -12,12 +12,16 @@ import torch
 from opsd.batch import MicroBatch
 from opsd.config import EngineConfig, OptimConfig
 from opsd.engine.base import optimizer_of
+from opsd.lora import has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.ranks import ONE_RANK
 from opsd.student import HeadUse, Result, Scorer
 
 
 class TorchEngine:
-    """Engine for one process: fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16."""
+    """Engine for one process: fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16.
+
+    Frozen weights are in the compute type.
+    """
 
     ranks = ONE_RANK
 
@@ -26,7 +30,8 @@ class TorchEngine:
         self._dtype, self._max_norm = getattr(torch, engine.dtype), optim.max_grad_norm
         if engine.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._named = dict(student.model.named_parameters())
+        self._named = trained(student.model)
+        hold_frozen_in(self._dtype, student.model)
         self._optimizer = optimizer_of(self._named, optim)
         student.train()
 
@@ -60,13 +65,23 @@ class TorchEngine:
         """See Engine.discard."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> None:
-        """See Engine.weights: they lie in the model, whole and in fp32."""
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.weights: without adapters they lie in the model, whole and in fp32."""
+        if not has_adapters(self.student.model):
+            return None
+        return {
+            plain.name: plain.formed(plain.weight, plain.a, plain.b).detach().to("cpu", torch.float32)
+            for plain in plain_weights(self.student.model)
+        }
+
+    def adapters(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.adapters."""
+        return {name: p.data for name, p in self._named.items()} if has_adapters(self.student.model) else None
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Engine.gathered."""
-        for name, parameter in self.student.model.named_parameters(remove_duplicate=False):
-            yield name, parameter.data
+        for plain in plain_weights(self.student.model, remove_duplicate=False):
+            yield plain.name, plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`."""

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from opsd.batch import MicroBatch, empty
 from opsd.config import EngineConfig, OptimConfig
 from opsd.distill import DistillResult
 from opsd.engine.base import optimizer_of
+from opsd.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.ranks import Ranks
 from opsd.student import HeadUse, Result, Scorer
 
@@ -40,8 +41,10 @@ class DeepSpeedEngine:
         self._max_norm = optim.max_grad_norm if optim.max_grad_norm > 0 else math.inf
         if engine.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._named = dict(student.model.named_parameters())
+        self._named = trained(student.model)
         exact = self._exact_copies() if self._rounds() else {}
+        if self._stage == 0:
+            hold_frozen_in(self._dtype, student.model)
         buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
         optimizer = optimizer_of(self._named, optim)
         self._norm = math.nan
@@ -113,27 +116,25 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """See Engine.weights."""
-        if self._stage == 0:
+        if self._stage == 0 and not has_adapters(self.student.model):
             return None
-        return self._collect({name: self._full_weight(p) for name, p in self._named.items()})
+        return self._collect(self._plain_weights())
+
+    def adapters(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.adapters."""
+        if not has_adapters(self.student.model):
+            return None
+        return self._collect((name, self._full_weight(p)) for name, p in self._named.items())
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Engine.gathered."""
-        for name, parameter in self.student.model.named_parameters(remove_duplicate=False):
-            with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                yield name, parameter.data
+        for plain in plain_weights(self.student.model, remove_duplicate=False):
+            with self._whole(plain) as tensor:
+                yield plain.name, tensor.to(plain.weight.dtype)
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""
-        if not self._moments:
-            return {}, {"kind": "torch"}
-        step = next(iter(self._torch_optimizer().state.values()))["step"]
-        found: dict[str, Callable[[], torch.Tensor]] = {}
-        for name, parameter in self._named.items():
-            for moment in self._moments:
-                found[f"{name}/{moment}"] = self._full_moment(parameter, moment)
-            found[f"{name}/step"] = lambda: step
-        return self._collect(found), {"kind": "torch"}
+        return self._collect(self._state() if self._moments else ()), {"kind": "torch"}
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """See Engine.load_optimizer_state."""
@@ -189,22 +190,46 @@ class DeepSpeedEngine:
         if not math.isfinite(self._norm):
             optimizer.zero_grad(set_to_none=True)
 
-    def _collect(self, whole: dict[str, Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _collect(self, whole: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Form each tensor in turn, on all ranks together; the first rank keeps them in host memory."""
         kept = {}
-        for name, form in whole.items():
-            tensor = form()
+        for name, tensor in whole:
             if self.ranks.is_main:
                 kept[name] = tensor.detach().to("cpu", copy=True)
         return kept
 
-    def _full_weight(self, parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor]:
-        return lambda: self._tensor_api("safe_get_full_fp32_param")(parameter)
+    def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The plain model's weights in turn, in full precision."""
+        for plain in plain_weights(self.student.model):
+            if plain.weight.requires_grad:
+                yield plain.name, self._full_weight(plain.weight)
+            else:
+                with self._whole(plain) as tensor:
+                    yield plain.name, tensor.float()
 
-    def _full_moment(self, parameter: torch.nn.Parameter, moment: str) -> Callable[[], torch.Tensor]:
+    @contextlib.contextmanager
+    def _whole(self, plain: PlainWeight) -> Iterator[torch.Tensor]:
+        """A weight of the plain model, in the compute type or, where an adapter is merged in, in fp32."""
+        with self._deepspeed.zero.GatheredParameters([plain.weight], enabled=self._stage == 3):
+            a, b = (None if part is None else self._full_weight(part) for part in (plain.a, plain.b))
+            yield plain.formed(plain.weight.data, a, b)
+
+    def _full_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """A trained parameter, whole and in fp32."""
+        return parameter.data if self._stage == 0 else self._tensor_api("safe_get_full_fp32_param")(parameter)
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimiser's state in turn, as named whole tensors."""
+        step = next(iter(self._torch_optimizer().state.values()))["step"]
+        for name, parameter in self._named.items():
+            for moment in self._moments:
+                yield f"{name}/{moment}", self._full_moment(parameter, moment)
+            yield f"{name}/step", step
+
+    def _full_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
         if self._stage == 0:
-            return lambda: self._torch_optimizer().state[parameter][moment]
-        return lambda: self._tensor_api("safe_get_full_optimizer_state")(parameter, moment)
+            return self._torch_optimizer().state[parameter][moment]
+        return self._tensor_api("safe_get_full_optimizer_state")(parameter, moment)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser inside DeepSpeed's wrappers."""

@@ -108,7 +108,7 @@ class VLLMSampler:
 class VLLMRollout(VLLMSampler):
     """A sampler that follows the student in training: new weights after every step, checked by a probe.
 
-    path: the model folder that `engine`'s student was loaded from. max_model_tokens: longest prompt and response.
+    path: a model folder with the plain weights of `engine`'s student. max_model_tokens: longest prompt and response.
     """
 
     def __init__(

@@ -6,7 +6,9 @@ import sys
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from opsd.distill import distill_loss
 from opsd.distill.chunks import chunk_rows
 
 VOCAB, WIDTH = 12_000, 64
@@ -72,6 +74,33 @@ def test_peak_memory_follows_the_chunk_size():
 def test_memory_whole_keeps_all_logits_as_it_promises():
     # At least both models' log-probabilities of 1024 tokens: 2 · 1024 · 12000 · 4 bytes = 94 MiB.
     assert peak_mib(1024, memory="whole") > 94
+
+
+class NewTensors(TorchDispatchMode):
+    """The shapes of all tensors that operations give out in storage of their own."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.seen, self.shapes = {tensor.untyped_storage().data_ptr() for tensor in known}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.seen:
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("memory", ["fused", "whole"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_head_costs_no_gradient_buffer_of_its_size(memory, frozen):
+    # 90 tokens of width 16, 300 words: nothing but the head's gradient has the shape [300, 16].
+    student, head, teacher, teacher_head = (torch.randn(rows, 16) for rows in (90, 300, 90, 300))
+    student.requires_grad_()
+    head.requires_grad_(not frozen)
+    with NewTensors([student, head, teacher, teacher_head]) as new:
+        distill_loss(student, head, teacher, teacher_head, chunk_tokens=30, memory=memory).loss_sum.backward()
+    assert ((300, 16) in new.shapes) == (not frozen)
+    assert student.grad is not None and (head.grad is None) == frozen
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from opsd.config import (
     CheckpointConfig,
     EngineConfig,
     EvalConfig,
+    LoraConfig,
     LossConfig,
     OptimConfig,
     RolloutConfig,
@@ -36,6 +37,7 @@ EVERYTHING_SET = config_of(
     select=SelectConfig(by="soft_or", retention=0.1, normalise_over="batch", options={"sharpness": "2", "x": "y"}),
     loss=LossConfig(divergence="jsd", beta=0.1, chunk_tokens=512),
     optim=OptimConfig(lr=1e-5 / 3, warmup_steps=7, schedule="constant"),
+    lora=LoraConfig(rank=4, alpha=0.5, use_rslora=True, target_modules=("q_proj", "v_proj")),
     engine=EngineConfig(dtype="bfloat16", device="cpu"),
     eval=EvalConfig(every=3, suite=("a=a.jsonl", "b=b.jsonl"), max_new_tokens=9, limit=4),
     checkpoint=CheckpointConfig(every=0, keep=1),
@@ -133,6 +135,10 @@ NAN, INF = float("nan"), float("inf")
         ("optim.beta1", 1.0),
         ("optim.beta2", -0.1),
         ("optim.eps", -1e-8),
+        ("lora.rank", -1),
+        ("lora.alpha", 0.0),
+        ("lora.alpha", NAN),
+        ("lora.dropout", 0.1),
         ("engine.micro_batch_tokens", 0),
         ("eval.every", -1),
         ("eval.every", 5),  # without a suite
@@ -155,6 +161,20 @@ def test_a_value_out_of_range_is_named_with_its_flag(flag, value):
     changes = {part: dataclasses.replace(getattr(config_of(), part), **{name: value})} if part else {name: value}
     with pytest.raises(UserError, match=rf"^--{flag} {value}\b[^\n]+$"):
         config_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("lora", "line"),
+    [
+        (LoraConfig(alpha=16.0), r"--lora.\* is set but --lora.rank is 0[^\n]+"),
+        (LoraConfig(target_modules=("q_proj",)), r"--lora.\* is set but --lora.rank is 0[^\n]+"),
+        (LoraConfig(rank=2, target_modules=()), r"--lora.target_modules : give [^\n]+"),
+        (LoraConfig(rank=2, target_modules=("all-linear", "x")), r"--lora.target_modules all-linear x: give [^\n]+"),
+    ],
+)
+def test_adapters_that_would_not_be_trained_as_asked_are_refused_in_one_line(lora, line):
+    with pytest.raises(UserError, match=f"^{line}$"):
+        config_of(lora=lora)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5, NAN])
