@@ -67,6 +67,7 @@ def out(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr[-4000:]
     one = {**values, "engine": {"device": "cpu", "micro_batch_tokens": 24}}
     start(from_json({**one, "out": f"{folder}/plain"}))
+    start(from_json({**one, "out": f"{folder}/lora plain", "lora": {"rank": 4}, "eval": {}}))
     saving = {**values["teacher"], "offload": True, "cache": "host"}
     start(from_json({**one, "out": f"{folder}/saving", "teacher": saving}))
     return folder
@@ -103,9 +104,14 @@ def test_five_steps_give_plain_torchs_losses_and_weights(out, results, name):
 def test_the_steps_were_large_enough_to_tell_runs_apart(out, results):
     # Otherwise weights that never moved would agree as well. Every selector ends elsewhere, and clipping was at work.
     plain = [name for name in results["cases"] if "/" not in name]
-    ends = {name: tensors_of(out, name, False) for name in plain if name.endswith("-tied")}
+    ends = {name: tensors_of(out, name, False) for name in plain if name.endswith("-tied") and "lora" not in name}
     begin = torch.cat([p.detach().flatten() for _, p in sorted(HELPERS["model"](True, 0).named_parameters())])
     assert all(float((end - begin).norm()) > 0.01 * float(begin.norm()) for end in ends.values())
+    adapters = load_file(out / "lora-tied.safetensors")
+    # B begins at 0.
+    assert all(
+        float(tensor.abs().max()) > 0.01 for name, tensor in adapters.items() if name.endswith("lora_B.default.weight")
+    )
     assert float((ends["all-tied"] - ends["soft_or-tied"]).norm()) > 1e-3 * float(begin.norm())
     assert all(min(results["cases"][name]["grad_norm"]) > HELPERS["OPTIM"].max_grad_norm for name in plain)
 
@@ -117,6 +123,13 @@ def test_bfloat16_stays_near_and_its_master_weights_are_finer_than_bfloat16(out,
     weights = tensors_of(out, name, False)
     assert weights.dtype == torch.float32
     assert not torch.equal(weights, weights.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "lora" in name])
+def test_checkpoints_and_samplers_get_frozen_weights_with_adapters_merged_in(results, name):
+    plain = results["cases"][name]["plain model"]
+    assert plain.pop("names as they were")
+    assert plain == {"saved": pytest.approx(0, abs=1e-5), "streamed": 0.0, "frozen": 0.0}
 
 
 @pytest.mark.parametrize("way", ["3 to 1", "1 to 0", "0 to 2", "2 to 3"])
@@ -179,6 +192,23 @@ def test_a_resumed_run_of_two_ranks_ends_like_one_that_nothing_stopped(out):
     assert metrics_of(out / "resumed") == metrics_of(out / "whole")
     ours, whole = weights_of(out / "resumed"), weights_of(out / "whole")
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora bfloat16"])
+def test_a_resumed_run_with_adapters_ends_on_the_same_bits(out, kind):
+    assert metrics_of(out / f"{kind} resumed") == metrics_of(out / f"{kind} whole")
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors", "trainer/optimizer.safetensors"):
+        ours, whole = (load_file(out / f"{kind} {run}" / "checkpoints/step_3" / file) for run in ("resumed", "whole"))
+        assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_two_ranks_train_the_adapters_that_one_process_trains(out):
+    for ours, plain in zip(metrics_of(out / "lora whole"), metrics_of(out / "lora plain"), strict=True):
+        assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        ours, plain = (load_file(out / f"lora {run}" / "checkpoints/step_3" / file) for run in ("whole", "plain"))
+        assert ours.keys() == plain.keys()
+        assert all(torch.allclose(ours[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
 
 
 def test_one_process_goes_on_where_two_stopped(out):

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 import opsd.train as train_module
 from opsd.batch import empty, pack, share
-from opsd.config import EngineConfig, LossConfig, OptimConfig, from_json
+from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
 from opsd.distill import DistillResult
 from opsd.engine import TorchEngine, learning_rate
 from opsd.engine.sharded import DeepSpeedEngine
 from opsd.hooks import load_selector
+from opsd.lora import add_adapters
 from opsd.prompts import Prompt
 from opsd.ranks import join, leave
 from opsd.rollout import Rollout
@@ -46,7 +47,10 @@ LENGTHS = [1, 9, 4, 0, 7, 12, 2]
 
 @dataclass(frozen=True)
 class Case:
-    """engine None: plain torch, one process. tokens: budget of a micro-batch; hand: micro-batches by rank instead."""
+    """engine None: plain torch, one process. tokens: budget of a micro-batch; hand: micro-batches by rank instead.
+
+    rank: of LoRA adapters; 0 trains all weights.
+    """
 
     name: str
     engine: EngineConfig | None
@@ -56,6 +60,7 @@ class Case:
     tokens: int = 16
     hand: tuple[tuple[tuple[int, ...], ...], ...] = ()
     options: dict[str, str] = field(default_factory=dict)
+    rank: int = 0
 
 
 def cases(ranks: int) -> list[Case]:
@@ -67,6 +72,8 @@ def cases(ranks: int) -> list[Case]:
         Case("entropy-untied", None, "entropy", tied=False),
         Case("soft_or-tied", None, "soft_or", options=batch),
         Case("soft_or-untied", None, "soft_or", tied=False, options=batch),
+        Case("lora-tied", None, rank=4),
+        Case("lora soft_or-untied", None, "soft_or", tied=False, options=batch, rank=4),
     ]
     found = list(plain)
     # One rank has three micro-batches, the other one; then everything on the first rank, the rest runs empty.
@@ -87,10 +94,21 @@ def cases(ranks: int) -> list[Case]:
             Case(f"zero{stage}/entropy-untied/uneven", again, "entropy", tied=False, hand=uneven),
             Case(f"zero{stage}/soft_or-tied/lone rank", deepspeed(), "soft_or", hand=lone, options=batch),
             Case(f"zero{stage}/soft_or-untied/uneven", again, "soft_or", tied=False, hand=uneven, options=batch),
+            Case(f"zero{stage}/lora-tied/lone rank", deepspeed(), hand=lone, rank=4),
+            Case(
+                f"zero{stage}/lora soft_or-untied/uneven",
+                again,
+                "soft_or",
+                tied=False,
+                hand=uneven,
+                options=batch,
+                rank=4,
+            ),
         ]
         if stage:
             found.append(Case(f"zero{stage}/all-tied/offload", deepspeed(offload_optimizer=True)))
         found.append(Case(f"zero{stage}/all-tied/bfloat16", deepspeed(dtype="bfloat16")))
+        found.append(Case(f"zero{stage}/lora-tied/bfloat16", deepspeed(dtype="bfloat16"), rank=4))
     found.append(
         Case(
             "zero3/all-tied/offload all",
@@ -161,6 +179,8 @@ def build(case: Case, ranks, held=None):
     if held is not None:
         missing, unknown = student.model.load_state_dict(held, strict=False)
         assert (missing, unknown) == (["lm_head.weight"] if case.tied else [], [])
+    if case.rank:
+        add_adapters(student.model, LoraConfig(rank=case.rank, alpha=8.0), 0, "")
     if case.engine is None:
         engine = TorchEngine(student, EngineConfig(), case.optim, CPU)
     else:
@@ -186,8 +206,35 @@ def train(case: Case, ranks, built, first: int, last: int) -> dict:
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
-    whole = engine.weights()
+    """What is trained, whole."""
+    whole = engine.adapters()
+    whole = engine.weights() if whole is None else whole
     return dict(engine.student.model.named_parameters()) if whole is None else whole
+
+
+def plain_model(case: Case, engine, ranks) -> dict:
+    """With adapters: whether the weights for a checkpoint and for a sampler are those that the parts make."""
+    saved, trained = engine.weights(), engine.adapters()
+    streamed = {name: tensor.clone() for name, tensor in engine.gathered()}
+    if not ranks.is_main:
+        return {}
+    base = model(case.tied, seed=0)
+    dtype = next(iter(streamed.values())).dtype
+    gaps = {"saved": 0.0, "streamed": 0.0, "frozen": 0.0}
+    for name, weight in base.named_parameters():
+        expected = weight.detach().to(dtype).float()
+        adapter = name.removesuffix(".weight")
+        if f"{adapter}.lora_A.default.weight" in trained:
+            a, b = (trained[f"{adapter}.lora_{part}.default.weight"] for part in "AB")
+            expected = expected + 8.0 / case.rank * (b @ a)
+        else:
+            gaps["frozen"] = max(gaps["frozen"], float((saved[name] - expected).abs().max()))
+        gaps["saved"] = max(gaps["saved"], float((saved[name] - expected).abs().max()))
+        gaps["streamed"] = max(
+            gaps["streamed"], float((streamed[name].float() - saved[name].to(dtype).float()).abs().max())
+        )
+    names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+    return {**gaps, "names as they were": list(streamed) == names}
 
 
 def keep(out: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -229,21 +276,8 @@ def not_finite(ranks) -> dict[str, list]:
     return results
 
 
-def whole_runs(ranks, settings: Path) -> None:
-    """A run to its end; one that is stopped after its second step and resumed; one on a bfloat16 model."""
-
-    def config(name, **engine):
-        values = json.loads(settings.read_text())
-        values["out"] += name
-        values["engine"] |= engine
-        return from_json(values)
-
-    start(config("whole"))
-    values = json.loads(settings.read_text())
-    for offload in (False, True):
-        out = f"{values['out']}sharded teacher{', offloaded' if offload else ''}"
-        teacher = {**values["teacher"], "shard": True, "offload": offload, "cache": "host" if offload else "device"}
-        start(from_json({**values, "out": out, "teacher": teacher, "eval": {**values["eval"], "teacher": False}}))
+def stopped(config) -> None:
+    """A run that ends before its third step is saved."""
     whole = train_module._save
 
     def stop_in_step_3(parts, run, step):
@@ -253,14 +287,37 @@ def whole_runs(ranks, settings: Path) -> None:
 
     train_module._save = stop_in_step_3
     try:
-        start(config("resumed"))
+        start(config)
     except KeyboardInterrupt:
         train_module._save = whole
+
+
+def whole_runs(ranks, settings: Path) -> None:
+    """A run to its end; one that is stopped after its second step and resumed; on a bfloat16 model; with adapters."""
+    values = json.loads(settings.read_text())
+
+    def config(name, engine=None, **parts):
+        return from_json(
+            {**values, "out": values["out"] + name, "engine": {**values["engine"], **(engine or {})}, **parts}
+        )
+
+    start(config("whole"))
+    for offload in (False, True):
+        name = f"sharded teacher{', offloaded' if offload else ''}"
+        teacher = {**values["teacher"], "shard": True, "offload": offload, "cache": "host" if offload else "device"}
+        start(config(name, teacher=teacher, eval={**values["eval"], "teacher": False}))
+    stopped(config("resumed"))
     if ranks.is_main:
         # For one process to go on from.
         shutil.copytree(config("resumed").out, f"{values['out']}half")
     resume(Path(config("resumed").out))
-    start(config("bfloat16", dtype="bfloat16", zero_stage=1))
+    bfloat16 = {"dtype": "bfloat16", "zero_stage": 1}
+    start(config("bfloat16", bfloat16))
+    for kind, engine in (("lora", {}), ("lora bfloat16", bfloat16)):
+        parts = {"engine": engine, "lora": {"rank": 4}, "eval": {}}
+        start(config(f"{kind} whole", **parts))
+        stopped(config(f"{kind} resumed", **parts))
+        resume(Path(config(f"{kind} resumed").out))
 
 
 def main(out: Path) -> None:
@@ -269,6 +326,8 @@ def main(out: Path) -> None:
     for case in cases(ranks.world_size):
         built = build(case, ranks)
         results[case.name] = train(case, ranks, built, 1, STEPS)
+        if case.rank:
+            results[case.name]["plain model"] = plain_model(case, built[0], ranks)
         found, (moments, _) = weights(built[0]), built[0].optimizer_state()
         if ranks.is_main:
             keep(out, case.name, {**found, **moments})
