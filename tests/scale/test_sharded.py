@@ -145,6 +145,11 @@ def test_a_gradient_that_is_no_number_on_one_rank_moves_no_weight_on_any(results
     assert not moved
 
 
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_gradients_of_adapters_that_are_dropped_leave_no_trace(results, stage):
+    assert results["discarded"][stage] == []
+
+
 def metrics_of(run: Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock and the machine decide."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

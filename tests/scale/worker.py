@@ -276,6 +276,23 @@ def not_finite(ranks) -> dict[str, list]:
     return results
 
 
+def discarded(ranks) -> dict[str, list]:
+    """Gradients of adapters that are dropped: whether a weight or a moment then differs, by stage."""
+    results = {}
+    for stage in (0, 1, 2, 3):
+        case = Case("", EngineConfig(kind="deepspeed", zero_stage=stage), rank=4)
+        engine, *_ = built = build(case, ranks)
+        train(case, ranks, built, 1, 1)
+        before = {**weights(engine), **engine.optimizer_state()[0]}
+        before = {name: tensor.detach().clone() for name, tensor in before.items()}
+        for micro in layout(case, ranks):
+            engine.backward(engine.forward(micro, lambda hidden, _: DistillResult(hidden.sum(), *NOTHING)).loss_sum, 1)
+        engine.discard()
+        after = {**weights(engine), **engine.optimizer_state()[0]}
+        results[str(stage)] = [name for name in before if not torch.equal(after[name], before[name])]
+    return results
+
+
 def stopped(config) -> None:
     """A run that ends before its third step is saved."""
     whole = train_module._save
@@ -331,7 +348,7 @@ def main(out: Path) -> None:
         found, (moments, _) = weights(built[0]), built[0].optimizer_state()
         if ranks.is_main:
             keep(out, case.name, {**found, **moments})
-    extra = {"carried over": carry_over(ranks), "not finite": not_finite(ranks)}
+    extra = {"carried over": carry_over(ranks), "not finite": not_finite(ranks), "discarded": discarded(ranks)}
     if ranks.is_main:
         (out / "results.json").write_text(json.dumps({"cases": results, **extra}))
     whole_runs(ranks, out / "settings.json")
