@@ -200,6 +200,7 @@ def train(config: GrpoConfig) -> Path:
     trainer.train(resume_from_checkpoint=newest)
     trainer.save_model(str(out / "model"))
     if trainer.accelerator.is_main_process:
+        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.json says it all
         lines = [json.dumps(line) + "\n" for line in trainer.state.log_history]
         (out / "metrics.jsonl").write_text("".join(lines))
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")

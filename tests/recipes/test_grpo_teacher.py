@@ -174,4 +174,5 @@ def test_two_steps_on_the_pocket_student_use_our_grades_and_leave_a_teacher(tmp_
     )
     assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start)
     assert AutoTokenizer.from_pretrained(out / "model").get_vocab() == tokenizer.get_vocab()
+    assert {file.suffix for file in (out / "model").iterdir()} <= {".json", ".safetensors", ".jinja"}
     assert (out / "DONE").exists()
