@@ -59,7 +59,9 @@ def test_every_script_stops_at_the_first_error(script):
 @pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
 @pytest.mark.parametrize("scale", ["paper", "pocket"])
 def test_every_flag_is_one_that_the_trainer_takes(project, recipe, scale):
-    done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1")
+    # The pairs of a sweep differ as a table's do: one is enough.
+    narrow = {"PAIRS": "qwen3"} if recipe in SWEEPS and scale == "paper" else {}
+    done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1", **narrow)
     assert done.returncode == 0, done.stderr
     commands = [line.split("opsd train ")[1] for line in done.stdout.splitlines() if "opsd train " in line]
     named = {word for command in commands for word in shlex.split(command) if word.startswith("--")}
