@@ -25,11 +25,14 @@ COLOURS = {
     "entropy_sample": "#e69f00",
     "entropy": "#a6761d",
     "soft_or": "#0072b2",
-    "soft_or_bottom": "#d55e00",
+    "soft_or_bottom": "#8c510a",
     "q3": "#cc79a7",
     "divergence": "#d55e00",
     "adaptive_kl": "#56b4e9",
     "random": "#999933",
+    "first_fraction": "#6a51a3",
+    "position_weighted": "#2aa5b5",
+    "verify": "#b2182b",
 }
 OTHER_COLOUR = "#009e73"
 QUADRANT_COLOURS = ("#e2703a", "#e8ba3a", "#c765ab", "#9aa7b1")
