@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from opsd.config import EngineConfig, OptimConfig, RolloutConfig, from_json
+from opsd.config import EngineConfig, LoraConfig, OptimConfig, RolloutConfig, from_json
 from opsd.engine import TorchEngine
 from opsd.errors import RunStopped
 from opsd.evalcommand import EvalCommand, evaluate
+from opsd.lora import add_adapters, trained
 from opsd.prompts import Prompt
 from opsd.rollout import HFRollout, Sampling
 from opsd.student import load_scorer, load_tokenizer
@@ -88,6 +89,31 @@ def test_a_stale_sampler_is_caught(engine, vllm, prompts, monkeypatch):
     vllm.sync()
 
 
+def test_adapters_reach_the_sampler_merged_and_a_sampler_without_them_is_caught(
+    smollm2, engine, tokenizer, vllm, prompts, monkeypatch
+):
+    student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
+    add_adapters(student.model, LoraConfig(rank=8), 0, str(smollm2.folder))
+    adapted = TorchEngine(student, EngineConfig(), OptimConfig(), CPU)
+    monkeypatch.setattr(vllm, "_engine", adapted)
+    vllm.sync()
+    before = vllm.generate(prompts, 1, GREEDY, seed=0)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in trained(student.model).values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    with monkeypatch.context() as stale:
+        stale.setattr(vllm, "_load_weights", lambda: None)
+        with pytest.raises(RunStopped, match="differ from the trainer's"):
+            vllm.sync()
+    vllm.sync()
+    ours = vllm.generate(prompts, 1, GREEDY, seed=0)
+    assert ids_of(ours) == ids_of(hf(adapted, tokenizer).generate(prompts, 1, GREEDY, seed=0))
+    assert ids_of(ours) != ids_of(before)
+    monkeypatch.undo()
+    vllm.sync()
+
+
 def test_a_rollout_is_drawn_by_its_own_seed_whatever_is_beside_it(vllm, prompts):
     random = Sampling(max_new_tokens=8)
     whole = vllm.generate(prompts, 2, random, seed=5)
@@ -108,8 +134,8 @@ def test_every_stop_token_ends_an_answer_with_itself_and_the_limit_is_flagged(en
     assert (ended.response_ids, ended.truncated) == (free[0].response_ids[: place + 1], False)
 
 
-@pytest.fixture(scope="module")
-def run(smollm2, questions, tmp_path_factory):
+@pytest.fixture(scope="module", params=["all weights", "adapters"])
+def run(request, smollm2, questions, tmp_path_factory):
     """Three steps of SmolLM2 towards itself after a disturbance, rollouts by vLLM, on the command line's defaults."""
     folder = tmp_path_factory.mktemp("vllm")
     student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
@@ -126,6 +152,7 @@ def run(smollm2, questions, tmp_path_factory):
         "rollout": {"engine": "vllm", "samples_per_prompt": 2, "max_prompt_tokens": 48, "max_new_tokens": 8},
         "select": {"by": "soft_or", "normalise_over": "batch"},
         "optim": {"lr": 1e-4},
+        "lora": {"rank": 8} if request.param == "adapters" else {},
         "engine": {"device": "cpu", "micro_batch_tokens": 256},
         "telemetry": {"every": 0, "save_rollouts_every": 1},
         "track": {"progress": False},
@@ -140,6 +167,8 @@ def test_three_steps_with_vllm_rollouts(run):
     assert (run / "DONE").exists()
     assert all(line["rollout/tokens"] > 0 and line["loss/nats"] > 0 for line in lines)
     assert all(line["time/sync_s"] > 0 for line in lines)
+    adapted = bool(json.loads((run / "config.json").read_text())["lora"]["rank"])
+    assert (run / "checkpoints/step_3/adapter/adapter_model.safetensors").exists() == adapted
 
 
 def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run, tokenizer, prompts):
