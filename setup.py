@@ -8,6 +8,7 @@ CORE = [
     "transformers>=5.16.1,<5.20",
     "peft>=0.19,<0.22",
     "safetensors>=0.6",
+    "xxhash>=3.4",
     "numpy>=2.0",
     "pandas>=2.2",
     "pyarrow>=18",

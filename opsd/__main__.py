@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 # Before torch is loaded: idle OpenMP threads that spin slow everything else on a CPU down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A process that falls because another one has ended would print its C++ stack above the line that says so.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from opsd import signals
 from opsd.errors import RunStopped, UserError
 
 USAGE = """usage: opsd COMMAND [OPTIONS]
@@ -24,20 +30,23 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
 
 
 def main() -> None:
-    """Run a command. Exit code 2 for bad input, 1 for a run that cannot go on, 130 after Ctrl-C; each one line."""
-    try:
-        _command(sys.argv[1:])
-    except UserError as error:
-        _stop(2, str(error))
-    except RunStopped as error:
-        _stop(1, str(error))
-    except KeyboardInterrupt:
-        _stop(130, "interrupted; go on with: opsd train --resume RUN (an evaluation: the same command again)")
-    except Exception:
-        # A defect of ours keeps its traceback. Only ranks that fall because another has spoken already end without one.
-        if not _speaks():
-            sys.exit(1)
-        raise
+    """Run a command.
+
+    Exit code 2 for bad input, 1 for a run that cannot go on, 143 after SIGTERM, 130 after Ctrl-C; each with one line.
+    """
+    with signals.heard():
+        try:
+            _command(sys.argv[1:])
+        except UserError as error:
+            _stop(2, str(error))
+        except RunStopped as error:
+            _stop(1, str(error))
+        except signals.Interrupted as wish:
+            _stop(wish.exit_code, str(wish))
+        except KeyboardInterrupt:
+            _stop(130, signals.ANYTHING)
+        except Exception as error:
+            _fail(error)
 
 
 def _command(args: list[str]) -> None:
@@ -66,15 +75,21 @@ def _train(args: list[str]) -> None:
         _quiet()
         from opsd.train import resume
 
-        resume(Path(args[1]))
+        work = partial(resume, Path(args[1]))
     else:
         config = parse(TrainConfig, args, "opsd train")
         _quiet()
         from opsd.train import start
 
-        start(config)
+        work = partial(start, config)
     from opsd.ranks import leave
 
+    try:
+        work()
+    except signals.Interrupted as wish:
+        if wish.orderly:
+            leave()
+        raise
     leave()
 
 
@@ -117,19 +132,43 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _speaks() -> bool:
-    """Whether this process says what went wrong: of several ranks the first one to fail does, for all."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return True
+def _stop(code: int, message: str) -> NoReturn:
+    """End the command with a line; of several ranks the first one to fail says it, for all."""
+    if not _among_several() or _first_to_fail():
+        print(f"opsd: {message}", file=sys.stderr)
+    _end(code)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """A defect of ours: its traceback, exit code 1. Ranks that only fall with another say nothing."""
+    if not _among_several():
+        raise error
+    from opsd.ranks import contact_lost
+
+    if (line := contact_lost(error)) is not None:
+        _stop(1, line)
+    if _first_to_fail():
+        traceback.print_exception(error)
+    _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """Leave the process. One of several leaves at once: whatever it waited for, the others would wait for it."""
+    if not _among_several():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _among_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _first_to_fail() -> bool:
     from opsd.ranks import first_to_fail
 
     return first_to_fail()
-
-
-def _stop(code: int, message: str) -> None:
-    if _speaks():
-        print(f"opsd: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

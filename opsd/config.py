@@ -176,6 +176,9 @@ class EngineConfig:
     """Most tokens (prompt and response) packed into one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
+    wait_s: float = 1800.0
+    """deepspeed: seconds that a process waits for the others before the run stops. One that dies ends all at once; this
+    is for one that hangs. Longer than an evaluation or a checkpoint takes the slowest process more than the fastest."""
 
 
 @dataclass(frozen=True)

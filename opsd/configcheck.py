@@ -18,6 +18,7 @@ def check(config: TrainConfig) -> None:
     for part in (_teacher, _rollout, _selection_and_loss, _optimiser, _lora, _evaluation, _telemetry, _environment):
         part(config)
     _positive("engine.micro_batch_tokens", config.engine.micro_batch_tokens)
+    _positive("engine.wait_s", config.engine.wait_s)
     _offload(config.engine)
     _not_negative("checkpoint.every", config.checkpoint.every)
     _positive("checkpoint.keep", config.checkpoint.keep)

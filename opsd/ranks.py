@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ Value = TypeVar("Value")
 # Where ranks meet before anything else, and where the first of them to fail says so.
 _store: Any = None
 _closers: list[Callable[[], None]] = []
+_wait_s = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device: torch.device) -> Ranks:
-    """Meet the other processes. device: where tensors that they exchange may lie, besides the CPU."""
-    global _store
+def join(device: torch.device, wait_s: float = 1800.0) -> Ranks:
+    """Meet the other processes. device: where tensors that they exchange may lie, besides the CPU.
+
+    wait_s: how long one may wait for the others before it gives up.
+    """
+    global _store, _wait_s
+    _wait_s = wait_s
     if world_size() == 1:
         # What a launcher would have said; DeepSpeed asks for it.
         os.environ.setdefault("LOCAL_RANK", "0")
@@ -91,7 +97,8 @@ def join(device: torch.device) -> Ranks:
         else:
             _store, rank, size = next(rendezvous("env://"))
         group_store = distributed.PrefixStore("opsd", _store)
-        distributed.init_process_group(backend, store=group_store, rank=rank, world_size=size)
+        limit = timedelta(seconds=wait_s)
+        distributed.init_process_group(backend, timeout=limit, store=group_store, rank=rank, world_size=size)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
@@ -118,8 +125,18 @@ def first_to_fail() -> bool:
     try:
         return _store.add("failures", 1) == 1
     except RuntimeError:
-        # The rank that keeps the store is gone: it has spoken.
-        return False
+        # Without a launcher's store the first rank keeps it, and is gone; whether it could speak, nobody knows.
+        return os.environ.get("RANK") == "1"
+
+
+def contact_lost(error: Exception) -> str | None:
+    """What to say where `error` is the group's own: another process has ended, or did not come in time. Else None."""
+    text = str(error)
+    if not (isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)):
+        return None
+    late = "imed out" in text or "imeout" in text
+    what = f"did not come within {_wait_s:g} s (--engine.wait_s)" if late else "has ended"
+    return f"another process of the run {what}: look for a message of its own, then go on with --resume"
 
 
 def local_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from opsd.config import TrackConfig, TrainConfig, from_json, to_json
+from opsd.disk import append, replace, to_disk, writing
 from opsd.errors import UserError
 from opsd.rollout import Rollout
 
@@ -42,7 +43,7 @@ class RunFolder:
         cls.check_new(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+            replace(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
         return cls(path, config)
@@ -66,20 +67,33 @@ class RunFolder:
 
     def finish(self) -> None:
         """Mark the run as finished."""
-        _write(self.path / "DONE", "")
+        with writing(self.path / "DONE"):
+            replace(self.path / "DONE", "")
 
-    def cut_after(self, step: int | None) -> None:
-        """Forget whatever was written past `step` (None: everything but the configuration)."""
+    def cut_after(self, step: int | None) -> bool:
+        """Forget whatever was written past `step` (None: everything but the configuration).
+
+        Whether metrics.jsonl has a line for `step`. A line that a kill or a full disk has cut short is dropped.
+        """
         last = -1 if step is None else step
         metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= last]
-            _write(metrics, "".join(line + "\n" for line in kept))
-        for folder in ("rollouts", "tokens", "eval"):
-            for file in (self.path / folder).glob("*step_*"):
-                match = _STEP_FILE.fullmatch(file.name)
-                if match and int(match[1]) > last:
-                    file.unlink()
+        kept: list[str] = []
+        with writing(self.path):
+            if metrics.exists():
+                kept = [line for line in metrics.read_text(errors="replace").splitlines() if _step_of(line) <= last]
+                replace(metrics, "".join(line + "\n" for line in kept))
+            for folder in ("rollouts", "tokens", "eval"):
+                for file in (self.path / folder).glob("*step_*"):
+                    match = _STEP_FILE.fullmatch(file.name)
+                    if match and int(match[1]) > last:
+                        file.unlink()
+        return bool(kept) and _step_of(kept[-1]) == last
+
+    def last_step(self) -> int:
+        """The last step of metrics.jsonl; 0 where it has none."""
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+        return int(max((step for step in map(_step_of, lines) if step < float("inf")), default=0))
 
     def skipped_in_row(self) -> int:
         """How many of the newest steps were skipped (--optim.on_nonfinite), counted back from the last line."""
@@ -89,18 +103,20 @@ class RunFolder:
         return next(used, len(lines))
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
-        """Append one step's line; it is on its way to the disk when this returns."""
-        with (self.path / "metrics.jsonl").open("a") as lines:
-            lines.write(json.dumps(metrics) + "\n")
+        """Append one step's line; it is on the disk when this returns."""
+        with writing(self.path / "metrics.jsonl"):
+            append(self.path / "metrics.jsonl", json.dumps(metrics) + "\n")
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """eval/NAME.json."""
         self._json("eval", name, result)
 
     def read_eval(self, name: str) -> dict[str, Any] | None:
-        """eval/NAME.json, or None."""
-        file = self.path / "eval" / f"{name}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        """eval/NAME.json; None where it is missing or damaged, to be made again."""
+        try:
+            return json.loads((self.path / "eval" / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            return None
 
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
         """rollouts/NAME.jsonl: one object a rollout, with ids, text and (where graded) reward."""
@@ -121,21 +137,26 @@ class RunFolder:
                     }
                 )
             )
-        folder = self.path / "rollouts"
-        folder.mkdir(exist_ok=True)
-        _write(folder / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+        self._text("rollouts", f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
     def write_tokens(self, step: int, table: pd.DataFrame) -> None:
         """tokens/step_N.parquet: one row a student token (its columns: opsd/tokenrecord.py)."""
         folder = self.path / "tokens"
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f".tmp-step_{step}.parquet"
-        table.to_parquet(temporary, index=False)
-        os.replace(temporary, folder / f"step_{step}.parquet")
+        temporary, target = folder / f".tmp-step_{step}.parquet", folder / f"step_{step}.parquet"
+        with writing(target):
+            folder.mkdir(exist_ok=True)
+            table.to_parquet(temporary, index=False)
+            to_disk(temporary)
+            os.replace(temporary, target)
 
     def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
-        (self.path / folder).mkdir(exist_ok=True)
-        _write(self.path / folder / f"{name}.json", json.dumps(value, indent=1) + "\n")
+        self._text(folder, f"{name}.json", json.dumps(value, indent=1) + "\n")
+
+    def _text(self, folder: str, name: str, text: str) -> None:
+        path = self.path / folder / name
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            replace(path, text)
 
 
 class Follower(RunFolder):
@@ -170,10 +191,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole: a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)

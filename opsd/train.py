@@ -1,13 +1,14 @@
-"""On-policy distillation. One step is one pass through the loop of `_run`, a line a stage."""
+"""On-policy distillation. One step is one pass through the loop of `_train`, a line a stage."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from opsd import checkpoint
+from opsd import checkpoint, signals
 from opsd.batch import MicroBatch, pack, share
 from opsd.config import TrainConfig
 from opsd.distill.topk import ModelTop
@@ -21,6 +22,7 @@ from opsd.ranks import ONE_RANK, Ranks, join, local_device
 from opsd.rewards import reward_weights
 from opsd.rollout import Rollout
 from opsd.runfolder import Follower, RunFolder
+from opsd.saving import find_checkpoint, save_if_due, stop_if_asked
 from opsd.seeding import derive_seed
 from opsd.tokenrecord import RECORD_FIELDS, recorded_rollouts, score_top, token_table
 from opsd.tracking import Stopwatch, Tracker, peak_gib
@@ -43,73 +45,92 @@ def start(config: TrainConfig) -> None:
 
 
 def resume(path: Path) -> None:
-    """Go on from a run's newest checkpoint, to the numbers that the uninterrupted run would have had."""
+    """Go on from a run's newest whole checkpoint, to the numbers that the uninterrupted run would have had.
+
+    Raises UserError where every checkpoint is lost: a run never starts again unasked.
+    """
     run = RunFolder.open(path)
     if run.done:
         raise UserError(f"--resume {path}: this run has finished; start a new one to train on")
     ranks = _meet(run.config)
-    newest = ranks.broadcast(checkpoint.newest(run.checkpoints) if ranks.is_main else None)
+    newest, notes = ranks.broadcast(find_checkpoint(run) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(run.config, ranks, newest)
     if state is not None:
         parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)
-    if ranks.is_main:
-        run.cut_after(None if state is None else state.step)
-    else:
+    written = ranks.broadcast(run.cut_after(None if state is None else state.step) if ranks.is_main else False)
+    if not ranks.is_main:
         run = Follower(path, run.config)
-    _run(parts, run, done_steps=0 if state is None else state.step)
+    # Where the run ended between a step's checkpoint and its line of metrics, the line is still to come.
+    pending = None if state is None or written else {"step": state.step, **state.metrics}
+    _run(parts, run, 0 if state is None else state.step, notes, pending)
 
 
 def _meet(config: TrainConfig) -> Ranks:
     """This process among those that train; alone under the torch engine."""
     check_engine(config)
-    return join(local_device(config.engine.device)) if config.engine.kind == "deepspeed" else ONE_RANK
+    if config.engine.kind != "deepspeed":
+        return ONE_RANK
+    return join(local_device(config.engine.device), config.engine.wait_s)
 
 
-def _run(parts: Parts, run: RunFolder, done_steps: int) -> None:
-    """Steps done_steps + 1 to the last."""
-    config, engine, ranks = run.config, parts.engine, parts.ranks
+def _run(
+    parts: Parts, run: RunFolder, done_steps: int, notes: Sequence[str] = (), pending: dict[str, Any] | None = None
+) -> None:
+    """Steps done_steps + 1 to the last. notes: told first. pending: metrics of step done_steps that lack a line yet."""
     with Tracker(run, done_steps) as tracker:
-        if parts.dropped_prompts and ranks.is_main:
+        for note in notes if parts.ranks.is_main else ():
+            tracker.say(note)
+        if parts.dropped_prompts and parts.ranks.is_main:
             tracker.say(f"{parts.dropped_prompts} prompts over --rollout.max_prompt_tokens were left out")
         if done_steps == 0:
             with memory_for("evaluation"):
                 _evaluate_before(parts, run, tracker)
-        skipped = ranks.broadcast(run.skipped_in_row())
-        for step in range(done_steps + 1, config.steps + 1):
-            watch = Stopwatch(engine.device)
-            with watch.stage("step"):
-                with watch.stage("rollout"), memory_for("rollout"):
-                    rollouts = _generate(parts, config, step)
-                with watch.stage("teacher"), memory_for("teacher"):
-                    batches = pack(rollouts, config.engine.micro_batch_tokens)
-                    own = share(batches, ranks.rank, ranks.world_size)
-                    hidden = parts.teacher.hidden(own)
-                with watch.stage("log"):
-                    top = _top_tokens(parts, config, step, rollouts, own, hidden)
-                with watch.stage("reward"):
-                    rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
-                with watch.stage("student"):
-                    update = _update(parts, run, step, skipped, rollouts, rewards, own, hidden)
-                    skipped = 0 if update is not None else skipped + 1
-                with watch.stage("sync"):
-                    parts.rollout.sync()
-                with watch.stage("log"):
-                    metrics: dict[str, float] = {
-                        "step": step,
-                        "mem/peak_gib": max(ranks.gather(peak_gib(engine.device))),
-                    }
-                    if ranks.is_main:
-                        metrics |= _measure(parts, run, step, rollouts, rewards, batches, update, top)
-            metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
+        if pending is not None:
             with memory_for("evaluation"):
-                metrics |= _evaluate_after(parts, run, step, tracker)
-            tracker.step(metrics)
-            with memory_for("checkpoint"):
-                _save(parts, run, step)
+                tracker.step(pending | _evaluate_after(parts, run, done_steps, tracker))
+        with signals.heeded():
+            _train(parts, run, tracker, done_steps)
         run.finish()
+
+
+def _train(parts: Parts, run: RunFolder, tracker: Tracker, done_steps: int) -> None:
+    """The loop. Where a signal has asked for it, the weights are saved and the run stops, between two lines of it."""
+    config, engine, ranks = run.config, parts.engine, parts.ranks
+    skipped = ranks.broadcast(run.skipped_in_row())
+    for step in range(done_steps + 1, config.steps + 1):
+        watch = Stopwatch(engine.device)
+        with watch.stage("step"):
+            with watch.stage("rollout"), memory_for("rollout"):
+                rollouts = _generate(parts, config, step)
+            stop_if_asked(parts, run, step - 1)
+            with watch.stage("teacher"), memory_for("teacher"):
+                batches = pack(rollouts, config.engine.micro_batch_tokens)
+                own = share(batches, ranks.rank, ranks.world_size)
+                hidden = parts.teacher.hidden(own)
+            with watch.stage("log"):
+                top = _top_tokens(parts, config, step, rollouts, own, hidden)
+            with watch.stage("reward"):
+                rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
+            stop_if_asked(parts, run, step - 1)
+            with watch.stage("student"):
+                update = _update(parts, run, step, skipped, rollouts, rewards, own, hidden)
+                skipped = 0 if update is not None else skipped + 1
+            with watch.stage("sync"):
+                parts.rollout.sync()
+            with watch.stage("log"):
+                metrics: dict[str, float] = {"step": step, "mem/peak_gib": max(ranks.gather(peak_gib(engine.device)))}
+                if ranks.is_main:
+                    metrics |= _measure(parts, run, step, rollouts, rewards, batches, update, top)
+        metrics |= {f"time/{name}_s": seconds for name, seconds in watch.seconds.items()}
+        with memory_for("checkpoint"):
+            save_if_due(parts, run, step, metrics)
+            stop_if_asked(parts, run, step, metrics)
+        with memory_for("evaluation"):
+            metrics |= _evaluate_after(parts, run, step, tracker)
+        tracker.step(metrics)
 
 
 def _generate(parts: Parts, config: TrainConfig, step: int) -> list[Rollout]:
@@ -277,17 +298,3 @@ def _evaluate(parts: Parts, run: RunFolder, step: int, tracker: Tracker) -> dict
     result = parts.evaluator.run(parts.rollout, run.config.student, step)
     run.write_eval(f"step_{step}", result)
     return summary(result)
-
-
-def _save(parts: Parts, run: RunFolder, step: int) -> None:
-    """A checkpoint, where one is due."""
-    every, last = run.config.checkpoint.every, step == run.config.steps
-    if not (last or (every and step % every == 0)):
-        return
-    tensors, values = parts.engine.optimizer_state()
-    weights, adapters = parts.engine.weights(), parts.engine.adapters()
-    if parts.ranks.is_main:
-        selector = {} if parts.selector is None else parts.selector.state_dict()
-        state = checkpoint.TrainerState(step, tensors, values, selector)
-        model, keep = parts.engine.student.model, run.config.checkpoint.keep
-        checkpoint.save(run.checkpoints, model, parts.tokenizer, state, keep, weights, adapters)

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all, loaded by transformers as they are, equal to the last bit."""
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd import checkpoint
 from opsd.checkpoint import TrainerState, load_state, newest, remove, save
-from opsd.errors import UserError
+from opsd.errors import RunStopped, UserError
 from opsd.student import Scorer
 
 
@@ -75,28 +77,34 @@ def test_the_newest_k_are_kept_by_number_not_by_name(put, folder):
     for step in (8, 9, 10, 11):
         put(step, keep=2)
     assert names(folder) == ["step_10", "step_11"]  # as text, step_9 would come last
-    assert newest(folder) == folder / "step_11"
+    assert newest(folder) == (folder / "step_11", [])
 
 
-@pytest.mark.parametrize("place", ["save_file", "_to_disk"])
+@pytest.mark.parametrize("place", ["save_file", "write_checksums", "to_disk"])
 def test_a_crash_in_the_middle_leaves_the_older_one_and_no_half(put, folder, monkeypatch, place):
     put(1, keep=1)
     calls = []
 
     def crash(*args, **kwargs):
         calls.append(args)
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, place, crash)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(RunStopped, match=r"step_2 cannot be written \(No space left on device\)"):
             put(2, keep=1)
     assert calls
-    assert names(folder) == [".tmp-step_2", "step_1"]
-    assert newest(folder) == folder / "step_1"
-    assert names(folder) == ["step_1"]  # the half is cleared away
+    assert names(folder) == ["step_1"]  # the half is cleared away: there was no room for it
+    assert newest(folder) == (folder / "step_1", [])
     assert load_state(folder / "step_1").step == 1
-    assert put(2, keep=1) == newest(folder)
+    assert (put(2, keep=1), []) == newest(folder)
+
+
+def test_a_half_that_a_kill_left_is_cleared_away(put, folder):
+    whole = put(1)
+    (folder / ".tmp-step_2").mkdir()
+    assert newest(folder) == (whole, [])
+    assert names(folder) == ["step_1"]
 
 
 def test_a_half_written_checkpoint_of_the_same_step_is_written_anew(put, folder):
@@ -116,15 +124,15 @@ def test_a_crash_while_an_old_one_is_deleted_never_leaves_a_half_that_counts(put
         broken.setattr(checkpoint.shutil, "rmtree", crash)
         with pytest.raises(KeyboardInterrupt):
             remove(folder / "step_1")
-    assert newest(folder) is None
+    assert newest(folder) == (None, [])
     assert names(folder) == []
 
 
 def test_there_may_be_no_checkpoint(tmp_path, folder):
-    assert newest(folder) is None  # not even the folder
+    assert newest(folder) == (None, [])  # not even the folder
     (tmp_path / "step_5").touch()  # a file is none
     (tmp_path / "step_x").mkdir()
-    assert newest(tmp_path) is None
+    assert newest(tmp_path) == (None, [])
 
 
 def cut_tensors(path):
@@ -150,3 +158,55 @@ def test_a_damaged_checkpoint_gives_one_line_with_its_path(put, damage):
     damage(path)
     with pytest.raises(UserError, match=rf"^checkpoint {path} cannot be read \([^\n]+\); remove it [^\n]+$"):
         load_state(path)
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+FILES = ["model.safetensors", "config.json", "trainer/optimizer.safetensors", "trainer/state.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_byte, "is not what was written"),
+        (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "is not what was written"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+    ids=["flipped", "cut", "removed"],
+)
+def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_taken(put, folder, file, damage, said):
+    put(1), put(2)
+    damage(folder / "step_2" / file)
+    path, skipped = newest(folder)
+    assert path == folder / "step_1"
+    assert skipped == [f"checkpoint {folder / 'step_2'} is damaged ({file} {said}); renamed to damaged-step_2"]
+    assert names(folder) == ["damaged-step_2", "step_1"]
+    # What is put aside never counts among the newest that are kept, and nobody removes it.
+    put(2, keep=1)
+    assert names(folder) == ["damaged-step_2", "step_2"]
+    assert newest(folder) == (folder / "step_2", [])
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"kind": "md5", "files": {}}', "[]", b"\xff"])
+def test_checksums_that_cannot_be_read_are_damage(put, folder, content):
+    put(1), put(2)
+    file = folder / "step_2" / "trainer" / "checksums.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path, (line,) = newest(folder)
+    assert path == folder / "step_1" and "step_2 is damaged (trainer/checksums.json" in line and "\n" not in line
+
+
+def test_a_folder_of_everything_lost_gives_no_checkpoint_and_a_line_for_each(put, folder):
+    for step in (1, 2):
+        shutil.rmtree(put(step) / "trainer")
+    path, skipped = newest(folder)
+    assert path is None and len(skipped) == 2
+    assert [aside.name for aside in checkpoint.damaged(folder)] == ["damaged-step_1", "damaged-step_2"]

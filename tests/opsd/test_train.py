@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from opsd import checkpoint
 from opsd.config import from_json, to_json
 from opsd.errors import RunStopped, UserError
+from opsd.evaluate import Evaluator
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
+from opsd.update import Updater
 
 SUM_TASKS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
 
@@ -184,22 +187,59 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished, settings, tmp_path, 
 
 
 def test_what_was_written_past_the_checkpoint_is_cut_off_not_doubled(finished, settings, tmp_path, monkeypatch):
-    run, saves = tmp_path / "broken", []
+    run = tmp_path / "broken"
     whole = checkpoint.save
 
     def save(folder, model, tokenizer, state, *rest):
-        saves.append(state.step)
-        if state.step == 3:  # step 3 stands in metrics.jsonl by now, its checkpoint does not
+        if state.step == 4:  # step 3 stands in metrics.jsonl by now, the newest checkpoint is of step 2
             raise KeyboardInterrupt
         return whole(folder, model, tokenizer, state, *rest)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        start(settings(run))
+        start(settings(run, checkpoint__every=2))
     assert [line["step"] for line in metrics_of(run)] == [0, 1, 2, 3]
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "loss/na')  # a line that was cut short
     monkeypatch.setattr(checkpoint, "save", whole)
     resume(run)
     assert_same_run(run, finished)
+
+
+def test_a_run_that_ended_in_an_evaluation_repeats_the_evaluation_alone(finished, settings, tmp_path, monkeypatch):
+    run = tmp_path / "broken"
+    whole, steps = Evaluator.run, []
+
+    def evaluate(self, engine, model, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return whole(self, engine, model, step)
+
+    monkeypatch.setattr(Evaluator, "run", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings(run))
+    assert [line["step"] for line in metrics_of(run)] == [0, 1, 2, 3]
+    monkeypatch.setattr(Evaluator, "run", whole)
+    monkeypatch.setattr(Updater, "run", lambda *args: steps.append(args))
+    resume(run)
+    assert not steps
+    assert_same_run(run, finished)
+
+
+def test_a_run_whose_checkpoints_are_all_lost_never_starts_again_unasked(settings, tmp_path):
+    run = tmp_path / "lost"
+    start(settings(run, eval__suite=[], checkpoint__keep=1))
+    (run / "DONE").unlink()
+    (run / "checkpoints" / "step_4" / "model.safetensors").unlink()
+    for _ in range(2):  # asking again changes nothing
+        with pytest.raises(
+            UserError, match=r"no whole checkpoint is left .* reach step 4.*put one back, or start anew"
+        ):
+            resume(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        resume(run)
+    assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_no_number_stops_with_the_rollouts_saved(settings, tmp_path, monkeypatch):

@@ -1,0 +1,115 @@
+"""SIGTERM and Ctrl-C: the first asks a run to save and stop, a second one ends the process at once.
+
+Signals are heard by a thread, through Python's wake-up descriptor: a process that waits in a collective runs no Python
+handler, and must still be ended by a second signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+# Launchers send two signals in a row (deepspeed's within 0.1 s), and a terminal's Ctrl-C reaches a process both from
+# the terminal and from its launcher: only what comes later is a second wish.
+REPEAT_S = 1.0
+_HEARD = (signal.SIGTERM, signal.SIGINT)
+ANYTHING = "interrupted; go on with: opsd train --resume RUN (an evaluation: the same command again)"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends this process; the message is one line. orderly: all ranks agreed to, at the same place."""
+
+    def __init__(self, number: int, message: str, orderly: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code, self.orderly = 128 + number, orderly
+
+
+class _Ears:
+    """What has been heard. heeding: the run looks at `asked` itself, so the first signal raises nothing."""
+
+    def __init__(self) -> None:
+        self.heeding, self.asked, self._first_s = False, 0, 0.0
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+
+    def open(self) -> None:
+        """From now on."""
+        self._old_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, self._handle) for number in _HEARD}
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """As it was before `open`."""
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_descriptor)
+        os.close(self._write)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """In the main thread. Where nothing looks for the wish, it ends what runs."""
+        if not self.heeding:
+            raise Interrupted(number, ANYTHING)
+
+    def _listen(self) -> None:
+        while heard := os.read(self._read, 1):
+            if heard[0] in _HEARD:
+                self._hear(heard[0])
+        os.close(self._read)
+
+    def _hear(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self.asked:
+            self.asked, self._first_s = number, time.monotonic()
+            if self.heeding:
+                _say(f"{name}: saves and stops after this part of the step; a second signal ends it at once")
+        elif time.monotonic() - self._first_s >= REPEAT_S:
+            _say(f"{name}, the second signal: ended at once; go on from the newest checkpoint with --resume")
+            os._exit(128 + number)
+
+
+_ears: _Ears | None = None
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Within it SIGTERM and SIGINT raise Interrupted, or are `heeded`. Elsewhere than in the main thread: nothing."""
+    global _ears
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _ears = ears = _Ears()
+    ears.open()
+    try:
+        yield
+    finally:
+        ears.close()
+        _ears = None
+
+
+@contextlib.contextmanager
+def heeded() -> Iterator[None]:
+    """Within it the first signal only sets `asked`: the caller looks there, saves, and stops."""
+    if _ears is None:
+        yield
+        return
+    _ears.heeding = True
+    try:
+        yield
+    finally:
+        _ears.heeding = False
+
+
+def asked() -> int:
+    """The signal that asked to stop; 0 for none, and where nobody listens."""
+    return 0 if _ears is None else _ears.asked
+
+
+def _say(line: str) -> None:
+    """On stderr, by the first rank; not through Python's buffers, which the main thread may hold."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"opsd: {line}\n".encode())
