@@ -78,7 +78,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line for the user."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def doing(self, what: str) -> None:
         """Show what takes long just now."""

@@ -295,18 +295,18 @@ def discarded(ranks) -> dict[str, list]:
 
 def stopped(config) -> None:
     """A run that ends before its third step is saved."""
-    whole = train_module._save
+    whole = train_module.save_if_due
 
-    def stop_in_step_3(parts, run, step):
+    def stop_in_step_3(parts, run, step, metrics):
         if step == 3:
             raise KeyboardInterrupt
-        whole(parts, run, step)
+        whole(parts, run, step, metrics)
 
-    train_module._save = stop_in_step_3
+    train_module.save_if_due = stop_in_step_3
     try:
         start(config)
     except KeyboardInterrupt:
-        train_module._save = whole
+        train_module.save_if_due = whole
 
 
 def whole_runs(ranks, settings: Path) -> None:
