@@ -1,4 +1,4 @@
-"""The command line: `opsd train`, `opsd train --resume RUN`, `opsd eval`, `opsd selectors`."""
+"""The command line: `opsd train`, `opsd train --resume RUN`, `opsd eval`, `opsd plan`, …"""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
   opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --resume RUN
   opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
   opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
+  opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
   opsd selectors   list the rules that choose tokens
 
 `opsd train --help` and `opsd eval --help` list all flags."""
@@ -54,6 +55,7 @@ def _command(args: list[str]) -> None:
         "train": _train,
         "eval": _eval,
         "inspect": _inspect,
+        "plan": _plan,
         "selectors": _selectors,
     }
     name, rest = (args[0], args[1:]) if args else ("--help", [])
@@ -109,6 +111,15 @@ def _inspect(args: list[str]) -> None:
     config = parse(InspectConfig, args, "opsd inspect")
     _quiet()
     print(inspect(config))
+
+
+def _plan(args: list[str]) -> None:
+    from opsd.commandline import parse
+    from opsd.planning.command import PlanConfig, plan
+
+    # Not fitting is an answer, no error: the verdict is on stdout, and the exit code 1.
+    if not plan(parse(PlanConfig, args, "opsd plan")):
+        sys.exit(1)
 
 
 def _selectors(args: list[str]) -> None:

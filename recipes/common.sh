@@ -4,7 +4,8 @@
 # A recipe lists its cells (`cell SELECTOR [RETENTION] [FLAGS…]`), then calls `run_table NAME "$@"`.
 #
 #   SCALE=paper|pocket   8×H200 with the paper's models (default), or minutes on a CPU with models of our own
-#   DRY_RUN=1            print the commands, start nothing; needs no models, no data, no GPU
+#   DRY_RUN=1            print the commands and, as comments, each pair's plan (memory, rough time); start nothing; needs
+#                        no models, no data, no GPU
 #   PAIRS, CELLS, SEEDS  run only these, e.g. PAIRS="qwen3 llama" CELLS=all,soft_or-50 SEEDS="0 1 2"
 #   RUNS                 folder of the run folders (default runs/NAME)
 #   STEPS                optimiser steps
@@ -111,6 +112,8 @@ paper_flags() {
     # 70 billion parameters fit no single GPU beside a student; a teacher in shards is not evaluated.
     [[ $1 != llama ]] || FLAGS+=(--teacher.shard True --eval.teacher False)
     FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
+    # By `opsd plan` 16,384 tokens need 152 (qwen3) and 168 GiB (llama) of the 131 without it, under sdpa.
+    FLAGS+=(--engine.gradient_checkpointing True)
     FLAGS+=(--eval.suite "math500=$DATA/math500.jsonl" "aime24=$DATA/aime24.jsonl" "aime25=$DATA/aime25.jsonl")
 }
 
@@ -244,6 +247,26 @@ run_cell() {
     fi
 }
 
+# plan_of PAIR FLAGS…: what `opsd plan` says of the pair's first chosen cell, as comments. Models that are not set have their
+# published shapes. A plan is no condition: one that cannot be made says why and stops nothing.
+plan_of() {
+    local pair=$1 student teacher
+    shift
+    command_of "$pair" "${CELL_LIST[0]}" "${SEED_LIST[0]}" "$@"
+    case $pair in
+        qwen3) student=qwen3-4b teacher=qwen3-8b ;;
+        llama) student=llama-3.1-8b teacher=llama-3.3-70b ;;
+        qwen25) student=qwen2.5-1.5b teacher=qwen2.5-14b ;;
+        agentic14) student=qwen3-1.7b teacher=qwen3-14b ;;
+        agentic32) student=qwen3-1.7b teacher=qwen3-32b ;;
+    esac
+    [[ $STUDENT == \$* ]] || student=$STUDENT
+    [[ $TEACHER == \$* ]] || teacher=$TEACHER
+    echo "# plan of $pair: $student <- $teacher on $GPUS GPUs"
+    { .venv/bin/opsd plan --student "$student" --teacher "$teacher" --gpus "$GPUS" --brief True "${FLAGS[@]}" "$@" 2>&1 || true; } |
+        sed 's/^/#   /'
+}
+
 # run_table NAME FLAGS…: every chosen pair, seed and cell, then the report.
 run_table() {
     local table=$1 seed pair cell number=0 total report
@@ -265,6 +288,13 @@ run_table() {
             done
         done
     done
+    if [[ -n ${DRY_RUN:-} && $SCALE == paper ]]; then
+        if [[ -x .venv/bin/opsd ]]; then
+            for pair in "${PAIR_LIST[@]}"; do plan_of "$pair" "$@"; done
+        else
+            echo "# make setup enables the plan of memory and time that stands here"
+        fi
+    fi
     report=(python scripts/report.py "$RUNS" --table "$table" --out "$RUNS/report")
     # RUNS may be shared by several tables. Flags of the user's own can make cells of other names: then all are shown.
     (($#)) || report+=(--cells "${CELL_NAMES[@]}")

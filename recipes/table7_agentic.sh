@@ -68,6 +68,8 @@ paper_flags() {
     setting --eval.top_k 20 "$(top_k "${VAL_TOP_K:-}")"                     # launcher
     FLAGS+=(--environment.kind travel --environment.deepplanning_root "${DEEPPLANNING_ROOT:-\$DEEPPLANNING_ROOT}")
     FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
+    # An episode of 32,768 tokens is never split: without it its activations fill more than a GPU (opsd plan).
+    FLAGS+=(--engine.gradient_checkpointing True)
     FLAGS+=(--eval.suite "deepplanning_travel=$DATA_DIR/held_out.jsonl")
 }
 

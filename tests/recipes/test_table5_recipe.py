@@ -53,7 +53,28 @@ def test_paper_dry_run_needs_no_gpu_no_model_and_no_data(project):
     assert printed[0][:6] == ["deepspeed", "--num_gpus", "8", "--no_local_rank", "--module", "opsd"]
     assert value(printed[0], "--student") == "$QWEN3_STUDENT"
     assert value(printed[0], "--prompts") == "$DATA_DIR/dapo_train.jsonl"
+    assert "# make setup enables the plan of memory and time that stands here" in done.stdout.splitlines()
     assert project.calls() == []
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_paper_dry_run_prints_a_plan_of_each_pair_as_comments_whatever_it_says(project, code):
+    opsd = project.root / ".venv" / "bin" / "opsd"
+    opsd.parent.mkdir(parents=True)
+    opsd.write_text(f'#!/bin/bash\necho "$*" >>calls\necho the verdict\nexit {code}\n')
+    opsd.chmod(0o755)
+    done = project.run(DRY_RUN="1", CELLS="all", LLAMA_STUDENT="/m/s")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("#")] == [
+        "# plan of qwen3: qwen3-4b <- qwen3-8b on 8 GPUs",
+        "#   the verdict",
+        "# plan of llama: /m/s <- llama-3.3-70b on 8 GPUs",
+        "#   the verdict",
+        "# plan of qwen25: qwen2.5-1.5b <- qwen2.5-14b on 4 GPUs",
+        "#   the verdict",
+    ]
+    shapes = "plan --student qwen3-4b --teacher qwen3-8b --gpus 8 --brief True --steps 1740 "
+    assert project.calls()[0].startswith(shapes) and "--engine.zero_stage 3" in project.calls()[0]
 
 
 def test_paper_values_are_those_of_table_9(project):
@@ -79,6 +100,7 @@ def test_paper_values_are_those_of_table_9(project):
         "--eval.temperature": "1.0",
         "--engine.kind": "deepspeed",
         "--engine.zero_stage": "3",
+        "--engine.gradient_checkpointing": "True",
         "--rollout.engine": "vllm",
     }
     for command in pairs.values():
