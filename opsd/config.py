@@ -46,8 +46,9 @@ class TeacherConfig:
 class RolloutConfig:
     """How the student writes its answers."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: transformers generate on the training weights. vllm: vLLM in the training processes."""
+    engine: Literal["hf", "vllm", "vllm_process"] = "hf"
+    """hf: transformers generate on the training weights. vllm: vLLM in the training processes. vllm_process: vLLM in
+    processes of its own on this machine, which the first rank starts and sends new weights to."""
     samples_per_prompt: int = 16
     """Rollouts per prompt and step."""
     max_prompt_tokens: int = 2048
@@ -65,7 +66,13 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """vllm: processes that share one sampler; divides their number."""
     gpu_memory_share: float = 0.4
-    """vllm: fraction of each GPU's memory for its weights and key-value cache."""
+    """vllm, vllm_process: fraction of each GPU's memory for its weights and key-value cache."""
+    samplers: int = 1
+    """vllm_process: how many; they share a step's rollouts."""
+    sampler_gpus: str = ""
+    """vllm_process: the GPU of each, e.g. 6,7; empty: whatever the trainer sees."""
+    timeout_s: float = 1800.0
+    """vllm_process: longest wait for an answer, in seconds; then the sampler is ended and the run stops."""
     sleep: bool = True
     """vllm: give the GPU's memory back while the student is trained."""
     probe_tolerance: float | None = None

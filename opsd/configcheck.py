@@ -39,11 +39,28 @@ def _teacher(c: TrainConfig) -> None:
 def _rollout(c: TrainConfig) -> None:
     for name in ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "generate_batch", "tensor_parallel"):
         _positive(f"rollout.{name}", getattr(c.rollout, name))
+    _samplers(c)
     if not 0.0 < c.rollout.gpu_memory_share < 1.0:
         raise UserError(f"--rollout.gpu_memory_share {c.rollout.gpu_memory_share}: give a fraction between 0 and 1")
     if c.rollout.probe_tolerance is not None:
         _positive("rollout.probe_tolerance", c.rollout.probe_tolerance)
     _sampling("rollout", c.rollout.temperature, c.rollout.top_p, c.rollout.top_k)
+
+
+def _samplers(c: TrainConfig) -> None:
+    _positive("rollout.samplers", c.rollout.samplers)
+    _positive("rollout.timeout_s", c.rollout.timeout_s)
+    gpus = c.rollout.sampler_gpus.split(",") if c.rollout.sampler_gpus else []
+    if gpus and (len(gpus) != c.rollout.samplers or not all(gpu.strip() for gpu in gpus)):
+        raise UserError(
+            f"--rollout.sampler_gpus {c.rollout.sampler_gpus}: give one GPU for each of the "
+            f"{c.rollout.samplers} --rollout.samplers, e.g. 6,7"
+        )
+    if c.rollout.engine == "vllm_process" and c.rollout.tensor_parallel > 1:
+        raise UserError(
+            f"--rollout.tensor_parallel {c.rollout.tensor_parallel}: a sampler in a process of its own has one GPU; "
+            "give more --rollout.samplers, or --rollout.engine vllm"
+        )
 
 
 def _selection_and_loss(c: TrainConfig) -> None:

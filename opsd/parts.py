@@ -126,9 +126,9 @@ def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer
 
 def check_rollout(rollout: RolloutConfig) -> None:
     """Raises UserError where the sampler that is named cannot run here: before minutes are spent on loading."""
-    if rollout.engine == "vllm":
+    if rollout.engine != "hf":
         if importlib.util.find_spec("vllm") is None:
-            raise UserError("--rollout.engine vllm: vLLM is not installed; run `make setup`, or give hf")
+            raise UserError(f"--rollout.engine {rollout.engine}: vLLM is not installed; run `make setup`, or give hf")
         if world_size() % rollout.tensor_parallel:
             raise UserError(
                 f"--rollout.tensor_parallel {rollout.tensor_parallel} does not divide the {world_size()} processes; "
@@ -166,9 +166,13 @@ def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine
     r = config.rollout
     if r.engine == "hf":
         return HFRollout(engine.student.model, tokenizer, r.generate_batch, engine.sampling, engine.ranks)
+    longest = r.max_prompt_tokens + max(r.max_new_tokens, config.eval.max_new_tokens or 0)
+    if r.engine == "vllm_process":
+        from opsd.rollout.process import VLLMProcessRollout
+
+        return VLLMProcessRollout(path, tokenizer, engine, r, config.engine, longest)
     from opsd.rollout.vllm import VLLMRollout
 
-    longest = r.max_prompt_tokens + max(r.max_new_tokens, config.eval.max_new_tokens or 0)
     return VLLMRollout(path, tokenizer, engine, r, config.engine, longest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,17 +74,27 @@ class VLLMSampler:
         """See RolloutEngine.generate."""
         samplers = Ranks(self._ranks.rank // self._width, self._ranks.world_size // self._width)
         jobs = jobs_of(prompts, samples, samplers)
-        outputs = self._run(
-            [prompt.ids for _, prompt in jobs], [self._params(sampling, seed, number) for number, _ in jobs]
-        )
-        written = [
-            Rollout(
-                number, prompt, *cut_at_eos(list(output.outputs[0].token_ids), self._eos_ids, sampling.max_new_tokens)
-            )
-            for (number, prompt), output in zip(jobs, outputs, strict=True)
-        ]
+        answers = self.sample([(number, prompt.ids) for number, prompt in jobs], sampling, seed)
+        written = rollouts_of(jobs, answers, self._eos_ids, sampling)
         # The ranks of one sampler all hold what it wrote.
         return gather_rollouts(written if self._ranks.rank % self._width == 0 else [], self._ranks)
+
+    def sample(self, jobs: list[tuple[int, list[int]]], sampling: Sampling, seed: int) -> list[list[int]]:
+        """The token ids that follow each (rollout id, prompt ids), drawn by (seed, rollout id)."""
+        params = [self._params(sampling, seed, number) for number, _ in jobs]
+        return [list(output.outputs[0].token_ids) for output in self._run([ids for _, ids in jobs], params)]
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights over, one by one as they come; what was cached for the old ones is dropped."""
+        self._llm.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
+        self._llm.reset_prefix_cache()
+
+    def score(self, ids: list[int]) -> list[float]:
+        """The log-probability of every token but the first, in nats."""
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._run([ids], [params])
+        pairs = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [chances[token].logprob for token, chances in pairs]
 
     def sync(self) -> None:
         """Nothing to do: the weights are a folder's."""
@@ -156,33 +167,17 @@ class VLLMRollout(VLLMSampler):
         """
         self._wake()
         self._load_weights()
-        self._llm.reset_prefix_cache()
         self._check()
         self._rest()
 
     def _load_weights(self) -> None:
-        weights = self._engine.gathered()
-        self._llm.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=weights))
+        self.load(self._engine.gathered())
 
     def _check(self) -> None:
         """Compare both programs' log-probabilities of the newest rollouts' first one."""
         if len(self._probe_ids) < 2:
             return
-        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self._run([self._probe_ids], [params])
-        sampler = torch.tensor(
-            [
-                chances[token].logprob
-                for token, chances in zip(self._probe_ids[1:], output.prompt_logprobs[1:], strict=True)
-            ]
-        )
-        own = float((sampler - trainer_log_probs(self._engine, self._probe_ids)).abs().mean())
-        gap = max(self._ranks.gather(own if own == own else float("inf")))
-        if gap > self._allowed_nats:
-            raise RunStopped(
-                f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats a token on a probe "
-                f"(allowed: {self._allowed_nats:g}, --rollout.probe_tolerance): its weights are not the trained ones"
-            )
+        check_probe(self._engine, self._probe_ids, self.score(self._probe_ids), self._allowed_nats)
 
     def _wake(self) -> None:
         if self._sleeps:
@@ -192,6 +187,30 @@ class VLLMRollout(VLLMSampler):
         """Give the GPU memory back: weights to host memory, the key-value cache dropped."""
         if self._sleeps:
             self._llm.sleep(level=1)
+
+
+def rollouts_of(
+    jobs: list[tuple[int, Prompt]], answers: list[list[int]], eos_ids: list[int], sampling: Sampling
+) -> list[Rollout]:
+    """Each job's answer as a rollout that ends with its first end token."""
+    return [
+        Rollout(number, prompt, *cut_at_eos(ids, eos_ids, sampling.max_new_tokens))
+        for (number, prompt), ids in zip(jobs, answers, strict=True)
+    ]
+
+
+def check_probe(engine: Engine, ids: list[int], sampler_nats: list[float], allowed_nats: float) -> None:
+    """Compare the log-probabilities that a sampler gives a probe with the trainer's; a call of all ranks.
+
+    Raises RunStopped, on every rank, where they differ by more than `allowed_nats` on average on any rank.
+    """
+    own = float((torch.tensor(sampler_nats) - trainer_log_probs(engine, ids)).abs().mean())
+    gap = max(engine.ranks.gather(own if own == own else float("inf")))
+    if gap > allowed_nats:
+        raise RunStopped(
+            f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats a token on a probe "
+            f"(allowed: {allowed_nats:g}, --rollout.probe_tolerance): its weights are not the trained ones"
+        )
 
 
 @torch.no_grad()

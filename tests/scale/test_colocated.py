@@ -1,4 +1,4 @@
-"""ZeRO-3 and vLLM in the same two processes: one sampler over both ranks, or one on each, make the same run."""
+"""ZeRO-3 on two ranks and vLLM: one sampler over both, one on each, or processes of their own make the same run."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    """What two ranks wrote, with 1 and with 2 ranks to a sampler."""
+    """What two ranks wrote, with 2 and with 1 ranks to a sampler, and with samplers in processes of their own."""
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     folder = tmp_path_factory.mktemp("colocated")
     data = folder / "sums.jsonl"
@@ -41,7 +41,7 @@ def out(tmp_path_factory) -> Path:
     worker = str(Path(__file__).with_name("vllm_worker.py"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    for width in (2, 1):
+    for width in (2, 1, 0):
         done = subprocess.run([*launch, str(width)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -56,6 +56,15 @@ def test_a_sampler_over_two_ranks_follows_zero_3_for_three_steps(out):
     assert (out / "run2" / "DONE").exists()
     first, *_, last = losses(out / "run2")
     assert len(losses(out / "run2")) == 3 and last < first
+
+
+def test_samplers_in_processes_of_their_own_follow_zero_3_and_write_the_same(out):
+    assert json.loads((out / "said0.json").read_text()) == [None, None]
+    assert (out / "run0" / "DONE").exists()
+    for step in (1, 2, 3):
+        ours, theirs = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("run0", "run2"))
+        assert ours == theirs
+    assert losses(out / "run0") == pytest.approx(losses(out / "run2"), rel=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 2])

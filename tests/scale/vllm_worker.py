@@ -1,4 +1,4 @@
-"""Run by torchrun: ZeRO-3 training and vLLM samplers in the same processes. Arguments: folder, ranks to a sampler."""
+"""Run by torchrun: ZeRO-3 training and vLLM samplers. Arguments: folder, ranks to a sampler (0: own processes)."""
 
 import json
 import runpy
@@ -46,7 +46,10 @@ def main(out: Path, width: int) -> None:
             HELPERS["tokenizer"]().save_pretrained(out / name)
     ranks.gather(None)
     values = json.loads((out / "settings.json").read_text())
-    values["rollout"]["tensor_parallel"] = width
+    if width:
+        values["rollout"]["tensor_parallel"] = width
+    else:
+        values["rollout"] |= {"engine": "vllm_process", "samplers": 2}
     if width == 1:
         rollout_vllm.VLLMRollout._load_weights = miss_the_third(rollout_vllm.VLLMRollout._load_weights)
     said = None

@@ -1,0 +1,137 @@
+"""vLLM in a process of its own: it says what transformers says, takes new weights, and no fault of it goes unsaid."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from opsd.config import EngineConfig, OptimConfig, RolloutConfig
+from opsd.engine import TorchEngine
+from opsd.errors import RunStopped
+from opsd.prompts import Prompt
+from opsd.rollout import HFRollout, Sampling
+from opsd.student import load_scorer, load_tokenizer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
+PROMPTS = [Prompt(str(k), "", [5 + k, 6, 7], None) for k in range(3)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """student/ and teacher/: random, small, of a shape that vLLM takes."""
+    pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
+    folder = tmp_path_factory.mktemp("models")
+    worker = runpy.run_path(str(Path(__file__).with_name("vllm_worker.py")))
+    for name, seed in (("student", 0), ("teacher", 1)):
+        worker["model"](seed).save_pretrained(folder / name)
+        worker["HELPERS"]["tokenizer"]().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(models):
+    return TorchEngine(load_scorer(str(models / "student"), "--student", torch.float32, CPU), EngineConfig(),
+                       OptimConfig(), CPU)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vllm(models, engine):
+    from opsd.rollout.process import VLLMProcessRollout
+
+    settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=120)
+    tokenizer = load_tokenizer(str(models / "student"), "--student")
+    return VLLMProcessRollout(str(models / "student"), tokenizer, engine, settings, EngineConfig(), 96)
+
+
+def transformers_says(engine, models):
+    tokenizer = load_tokenizer(str(models / "student"), "--student")
+    return ids_of(HFRollout(engine.student.model, tokenizer, 8).generate(PROMPTS, 2, GREEDY, seed=0))
+
+
+def ids_of(rollouts):
+    return [(rollout.id, rollout.prompt.id, rollout.response_ids, rollout.truncated) for rollout in rollouts]
+
+
+def disturb(engine, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in engine.student.model.parameters():
+            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_it_says_what_transformers_says_before_and_after_new_weights(models, engine, vllm, monkeypatch):
+    monkeypatch.setattr("opsd.rollout.process.BUCKET_BYTES", 20_000)  # several buckets even here
+    before = ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0))
+    assert before == transformers_says(engine, models)
+    disturb(engine, 1)
+    vllm.sync()
+    after = ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0))
+    assert after == transformers_says(engine, models) != before
+
+
+def test_one_that_missed_the_new_weights_is_caught(engine, vllm, monkeypatch):
+    disturb(engine, 2)
+    with monkeypatch.context() as stale:
+        stale.setattr(vllm, "_load_weights", lambda: None)
+        with pytest.raises(RunStopped, match=r"differ from the trainer's by .* nats a token on a probe"):
+            vllm.sync()
+    vllm.sync()
+
+
+def test_one_that_hangs_is_ended_and_said_so(vllm):
+    (sampler,) = vllm._samplers
+    sampler._timeout_s = 2.0
+    os.kill(sampler._process.pid, signal.SIGSTOP)
+    with pytest.raises(
+        RunStopped, match=r"gave no answer in 2 s \(--rollout.timeout_s\) and was ended; the run goes on"
+    ):
+        vllm.generate(PROMPTS, 1, GREEDY, seed=0)
+    assert sampler._process.poll() == -signal.SIGKILL
+
+
+def train(models: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "opsd", "train", *words], stderr=subprocess.PIPE, text=True, cwd=models
+    )
+
+
+def sampler_of(run: subprocess.Popen[str], metrics: Path, steps: int) -> psutil.Process:
+    """The run's sampler process, once so many steps are done."""
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.1)
+    (found,) = [p for p in psutil.Process(run.pid).children() if "opsd.rollout.sampler" in p.cmdline()]
+    return found
+
+
+def test_its_death_stops_the_run_in_one_line_and_a_killed_trainer_takes_it_along(models):
+    (models / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+2="}) + "\n" for a in range(8)))
+    flags = (
+        "--student student --teacher teacher --prompts sums.jsonl --out run --prompt_format raw --steps 5000 "
+        "--prompts_per_step 2 --rollout.engine vllm_process --rollout.samples_per_prompt 2 "
+        "--rollout.max_prompt_tokens 8 --rollout.max_new_tokens 6 --rollout.generate_batch 4 --optim.lr 1e-3 "
+        "--checkpoint.every 1 --engine.device cpu"
+    )
+    run, metrics = train(models, *flags.split()), models / "run" / "metrics.jsonl"
+    sampler_of(run, metrics, 2).kill()
+    said = run.communicate(timeout=120)[1].strip().splitlines()
+    assert run.returncode == 1
+    assert said[-1].startswith("opsd: the sampler process ended with exit code -9; the run goes on from its newest")
+    assert not any("Traceback" in line for line in said)
+    done = len(metrics.read_text().splitlines())
+
+    resumed = train(models, "--resume", "run")
+    sampler = sampler_of(resumed, metrics, done + 1)
+    resumed.kill()
+    resumed.communicate()
+    sampler.wait(timeout=30)  # raises where it lives on
