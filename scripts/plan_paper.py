@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""What `opsd plan` says of the paper's pairs at each retention, beside the paper's peak memory (its Table 3).
+
+    python scripts/plan_paper.py
+
+The settings are those of recipes/common.sh that memory depends on, every response as long as it may be. Printed is the
+training's peak, in GB of 10^9 bytes as the paper's: without vLLM's share, which sleeps then, and without the
+process's own.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from opsd.commandline import parse
+from opsd.planning.command import PlanConfig, planned
+from opsd.planning.reckon import GIB, PROCESS_GIB
+
+PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
+PAIRS = {
+    "qwen3": "--student qwen3-4b --teacher qwen3-8b --gpus 8",
+    "llama": "--student llama-3.1-8b --teacher llama-3.3-70b --gpus 8 --teacher.shard True",
+    "qwen25": "--student qwen2.5-1.5b --teacher qwen2.5-14b --gpus 4",
+}
+RECIPE = (
+    "--loss.chunk_tokens 512 --engine.micro_batch_tokens 16384 --engine.dtype bfloat16 --engine.kind deepspeed "
+    "--rollout.engine vllm --engine.gradient_checkpointing True --select.by entropy_sample --attention flash"
+)
+RETENTIONS = (1.0, 0.5, 0.2, 0.1)
+
+
+# The teacher's weights shared out and in host memory, its states there too.
+LEAN = ("--teacher.shard", "True", "--teacher.offload", "True", "--teacher.cache", "host")
+
+
+def training_gb(pair: str, memory: str, retention: float, further: tuple[str, ...] = ()) -> float:
+    """Peak GB of a rank's training, all phases but the rollout."""
+    flags = [*PAIRS[pair].split(), *RECIPE.split(), "--loss.memory", memory, "--select.retention", str(retention)]
+    flags += further
+    phases = planned(parse(PlanConfig, flags, "plan_paper"))["phases_gib"]
+    peak = max(sum(parts.values()) for phase, parts in phases.items() if phase != "rollout")
+    return (peak - PROCESS_GIB["cuda"]) * GIB / 1e9
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    rows = [
+        row for row in csv.DictReader(PAPER.open()) if (row["table"], row["benchmark"]) == ("table3", "peak_memory")
+    ]
+    paper = {(row["pair"], float(row["retention"])): row["value"] for row in rows}
+    print(
+        "| pair | tokens kept | fused, GB | whole, GB | fused, teacher in host memory, GB | paper, GB |\n"
+        "|:--|--:|--:|--:|--:|--:|"
+    )
+    for pair in PAIRS:
+        for retention in RETENTIONS:
+            ours = " | ".join(f"{training_gb(pair, memory, retention):.1f}" for memory in ("fused", "whole"))
+            lean = training_gb(pair, "fused", retention, LEAN)
+            print(f"| {pair} | {retention:.0%} | {ours} | {lean:.1f} | {paper[pair, retention]} |")
+
+
+if __name__ == "__main__":
+    main()
