@@ -5,6 +5,7 @@ The server is a vLLM pooling engine (scripts/serve_teacher.sh); servers of log-p
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -26,6 +27,8 @@ from opsd.teacher.base import check_logit_settings
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64
 BACKOFF_S = 0.5
+# What no answer, half of one, or one that makes no sense comes to.
+_NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 
 
 class VLLMTeacher:
@@ -50,7 +53,7 @@ class VLLMTeacher:
             try:
                 self._names[url] = json.loads(self._call(url, "/v1/models", None)[1])["data"][0]["id"]
                 (states,) = self._states(url, [[0]])
-            except (OSError, ValueError, LookupError) as error:
+            except _NO_ANSWER as error:
                 raise UserError(
                     f"--teacher.urls {url}: no pooling server answers there ({_reason(error)}); start one with "
                     "scripts/serve_teacher.sh"
@@ -84,13 +87,16 @@ class VLLMTeacher:
         for attempt in range(self._config.retries + 1):
             url = urls[(self._rank + place + attempt) % len(urls)]
             try:
-                return self._states(url, sequences)
+                states, width = self._states(url, sequences), self._head_VE.shape[1]
+                if any(state.shape[1] != width for state in states):
+                    raise ValueError(f"an answer of another width than {width}")
+                return states
             except urllib.error.HTTPError as error:
                 if error.code < 500:
                     # A request that is refused once is refused always.
                     raise RunStopped(f"the teacher at {url} refuses a request: {_reason(error)}") from error
                 last = error
-            except (OSError, ValueError, LookupError) as error:
+            except _NO_ANSWER as error:
                 last = error
             if attempt < self._config.retries:
                 time.sleep(BACKOFF_S * 2**attempt)
