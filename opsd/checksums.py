@@ -1,7 +1,7 @@
 """Checksums of a folder's files: what was written is what is read again.
 
-xxh3_128 finds damage (a flipped bit, a cut file), not forgery. It is ten times as fast as sha256 (docs/reliability.md),
-which counts with the 50 GB that a 4-billion-parameter student and its AdamW state come to.
+xxh3_128 finds damage (a flipped bit, a cut file), not forgery. It is several times as fast as sha256
+(docs/reliability.md), which counts with the 50 GB that a 4-billion-parameter student and its AdamW state come to.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +56,6 @@ def _cause(error: Exception) -> str:
     """In a few words. safetensors hands the system's error on as text."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
-    if f"os error {errno.ENOSPC}" in str(error):
-        return os.strerror(errno.ENOSPC)
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(number[1]))
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
