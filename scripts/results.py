@@ -95,7 +95,8 @@ def _row(verdict: Verdict) -> list[str]:
     difference = "-"
     if verdict.difference is not None and verdict.error is not None:
         error = f" ± {100 * verdict.error:.1f}" if math.isfinite(verdict.error) else ""
-        difference = f"{100 * verdict.difference.mean:+.1f}{error}".replace("-", "−")
+        points = round(100 * verdict.difference.mean, 1) + 0.0  # no −0.0
+        difference = f"{points:+.1f}{error}".replace("-", "−")
     return [verdict.claim.says, verdict.claim.of, difference, str(len(verdict.seeds)), verdict.word]
 
 
