@@ -173,6 +173,8 @@ class Reckoning:
     def sampler(self) -> dict[str, float]:
         """Bytes that sampling takes beside the training's."""
         r = self.config.rollout
+        if r.engine == "vllm_process":
+            return {}  # on GPUs of its own
         if r.engine == "vllm":
             return {"sampler (vLLM's share)": r.gpu_memory_share * self.hardware.gib * GIB}
         if r.engine == "vllm_process":  # on GPUs of its own
