@@ -117,6 +117,10 @@ def _plan(args: list[str]) -> None:
     from opsd.commandline import parse
     from opsd.planning.command import PlanConfig, plan
 
+    # These two may stand without a value.
+    for place in range(len(args), 0, -1):
+        if args[place - 1] in {"--json", "--brief"} and args[place : place + 1] not in (["True"], ["False"]):
+            args = [*args[:place], "True", *args[place:]]
     # Not fitting is an answer, no error: the verdict is on stdout, and the exit code 1.
     if not plan(parse(PlanConfig, args, "opsd plan")):
         sys.exit(1)

@@ -198,3 +198,15 @@ def test_what_does_not_fit_exits_1_with_the_knob_and_what_fits_returns(capsys, m
     monkeypatch.setattr("sys.argv", ["opsd", "plan", *PAIR, *SHARDED, "--engine.gradient_checkpointing", "True"])
     main()
     assert capsys.readouterr().out.splitlines()[-1].startswith("fits: peak ")
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--json", "True"]])
+def test_json_is_asked_for_with_or_without_a_value(words, monkeypatch, capsys):
+    from opsd import __main__ as cli
+
+    flags = ["--student", "qwen3-4b", *words, "--teacher", "qwen3-8b"]
+    monkeypatch.setattr("sys.argv", ["opsd", "plan", *flags])
+    with pytest.raises(SystemExit) as stop:  # one GPU does not hold this
+        cli.main()
+    found = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 1 and not found["fits"]
