@@ -105,6 +105,8 @@ paper_flags() {
     setting --checkpoint.every 50 "${SAVE_FREQ:-}"                          # our choice
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: mean@16
+    # The teacher answers by transformers: 256 answers side by side, the default, would need a cache of 360 GiB (qwen3).
+    FLAGS+=(--eval.generate_batch 32)
     setting --eval.temperature 1.0 "${VAL_TEMPERATURE:-}"                   # paper; the base repository's 0.6/0.7 is not it
     setting --eval.top_p 1.0 "${VAL_TOP_P:-}"                               # paper
     setting --eval.top_k 0 "$(top_k "${VAL_TOP_K:-}")"                      # paper

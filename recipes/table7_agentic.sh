@@ -63,6 +63,8 @@ paper_flags() {
     setting --checkpoint.every 15 "${SAVE_FREQ:-}"                          # our choice
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: Avg@16
+    # The teacher answers by transformers: an episode's cache takes 8 GiB of a GPU that already holds 61 (agentic32).
+    FLAGS+=(--eval.generate_batch 4)
     setting --eval.temperature 0.6 "${VAL_TEMPERATURE:-}"                   # launcher
     setting --eval.top_p 0.8 "${VAL_TOP_P:-}"                               # launcher
     setting --eval.top_k 20 "$(top_k "${VAL_TOP_K:-}")"                     # launcher

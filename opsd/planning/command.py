@@ -29,6 +29,7 @@ KNOBS = {
     "teacher's layer": "a smaller --engine.micro_batch_tokens",
     "sampler (vLLM's share)": "a smaller --rollout.gpu_memory_share",
     "sampler (key-value cache)": "a smaller --rollout.generate_batch",
+    "evaluation's key-value cache": "a smaller --eval.generate_batch",
     "sampler (whole weights)": "--rollout.engine vllm",
 }
 

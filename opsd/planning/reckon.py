@@ -184,6 +184,25 @@ class Reckoning:
         cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)
         return {"sampler (whole weights)": whole, "sampler (key-value cache)": cache}
 
+    def evaluations(self, resident: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Bytes while transformers answers the suites: the student under rollout.engine hf, a local teacher always."""
+        r, e, t = self.config.rollout, self.config.eval, self.config.teacher
+        if not e.suite:
+            return {}
+        length = r.max_prompt_tokens + (e.max_new_tokens or r.max_new_tokens)
+
+        def answers(shape: ModelShape) -> dict[str, float]:
+            return {"evaluation's key-value cache": e.generate_batch * length * shape.kv_bytes(self.itemsize)}
+
+        found = {}
+        if r.engine == "hf":
+            whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
+            found["evaluation"] = resident | {"sampler (whole weights)": whole} | answers(self.student)
+        if e.teacher and t.kind == "local" and not t.shard:
+            working = {"teacher weights": self.teacher_weights(working=True)}
+            found["teacher's evaluation"] = resident | working | answers(self.teacher)
+        return found
+
     def phases(self) -> dict[str, dict[str, float]]:
         """GiB by phase and part. The peak is the largest phase's sum."""
         states, t = self.states(), self.config.teacher
@@ -226,6 +245,7 @@ class Reckoning:
             | waiting
             | {"gradients": states["gradients"], "one update's copies": update, "DeepSpeed's buffers": self.buffers()},
         }
+        found |= self.evaluations(always | awake_share | idle)
         return {phase: {part: n / GIB for part, n in parts.items() if n} for phase, parts in found.items()}
 
     def seconds(self) -> dict[str, float]:

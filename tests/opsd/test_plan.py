@@ -210,3 +210,21 @@ def test_json_is_asked_for_with_or_without_a_value(words, monkeypatch, capsys):
         cli.main()
     found = json.loads(capsys.readouterr().out)
     assert stop.value.code == 1 and not found["fits"]
+
+
+def test_a_teacher_that_transformers_lets_answer_holds_the_cache_of_its_batch():
+    evaluated = (*SHARDED, "--eval.suite", "a=file", "--eval.generate_batch", "32")
+    phases = reckoning(*evaluated).phases()
+    # Qwen3-8B: 36 layers × 8 heads × 128 × (keys, values) × 2 bytes a token; 2048 + 8192 tokens an answer
+    cache = 32 * 10240 * 36 * 8 * 128 * 2 * 2 / GIB
+    assert phases["teacher's evaluation"]["evaluation's key-value cache"] == pytest.approx(cache)
+    assert "evaluation" not in phases  # the student answers by vLLM, within its share
+    assert "evaluation" in reckoning(*evaluated, "--rollout.engine", "hf").phases()
+    for none in (("--eval.teacher", "False"), ("--teacher.shard", "True", "--eval.teacher", "False")):
+        assert "teacher's evaluation" not in reckoning(*evaluated, *none).phases()
+
+
+def test_the_recipes_old_batch_of_256_answers_would_not_fit():
+    config = parse(PlanConfig, [*PAIR, *SHARDED, "--eval.suite", "a=file"], "opsd plan")
+    found = planned(config)
+    assert (found["fits"], found["decides"]) == (False, "evaluation's key-value cache")
