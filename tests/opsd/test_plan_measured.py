@@ -62,7 +62,7 @@ def near_empty(tmp_path_factory: pytest.TempPathFactory) -> float:
     return measured(tmp_path_factory.mktemp("nothing"), "nothing")[0]
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case != "nothing"])
 def test_a_measured_peak_lies_within_15_percent_of_its_plan(tmp_path, near_empty, case):
     peak, found = measured(tmp_path, case)

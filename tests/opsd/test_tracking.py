@@ -108,7 +108,7 @@ def test_peak_memory_is_that_of_the_process_in_gib():
     del block
     assert 0.05 < before < 64.0
     assert grown >= before
-    assert peak_gib(CPU) >= grown  # a peak does not go down again
+    assert peak_gib(CPU) >= grown - 0.01  # a peak does not go down again, but for counters that lag
 
 
 # A process of its own: wandb starts a service that outlives a test otherwise, and reads its settings only once.
