@@ -7,6 +7,7 @@ states one, else what the base repository's users expect.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -292,6 +293,9 @@ class TrainConfig:
     """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
     thinking: Literal["on", "off"] = "off"
     """Thinking mode of the chat template, the same for student and teacher."""
+    trust_remote_code: bool = False
+    """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
+    """
     prompt_field: str = "prompt"
     """Column that holds the prompt (a string or a list of chat messages)."""
     answer_field: str = "answer"
@@ -340,6 +344,18 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
             else value
             for key, value in values.items()
         }
+        _check_choices(built, TrainConfig)
         return TrainConfig(**built)
     except (TypeError, AttributeError) as error:
         raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
+
+
+def _check_choices(built: dict[str, Any], kind: type, name: str = "") -> None:
+    """Raises UserError for a value that is none of its field's choices: config.json can be edited, unlike flags."""
+    for key, hint in typing.get_type_hints(kind).items():
+        value = built.get(key, ...)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            _check_choices(vars(value), type(value), f"{name}{key}.")
+        elif typing.get_origin(hint) is Literal and value is not ... and value not in typing.get_args(hint):
+            choices = ", ".join(map(str, typing.get_args(hint)))
+            raise UserError(f"config.json: {name}{key} is {value!r}; give one of: {choices}")

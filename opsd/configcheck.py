@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from opsd.config import EngineConfig, TrainConfig
 
 
+# Whatever is counted or measured here stays far below; a count beyond it would run for ever.
+MOST = 2**31 - 1
+
+
 def check(config: TrainConfig) -> None:
     """The one place for checks of values and of fields against each other. Raises UserError."""
     _positive("steps", config.steps)
     _positive("prompts_per_step", config.prompts_per_step)
+    if config.thinking == "on" and config.prompt_format == "raw":
+        raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
     for part in (_teacher, _rollout, _selection_and_loss, _optimiser, _lora, _evaluation, _telemetry, _environment):
         part(config)
     _positive("engine.micro_batch_tokens", config.engine.micro_batch_tokens)
@@ -157,10 +163,10 @@ def _sampling(part: str, temperature: float, top_p: float, top_k: int) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:  # so that NaN is refused too
-        raise UserError(f"--{name} {value}: give a number above 0")
+    if not (value > 0 and value <= MOST):  # so that NaN is refused too
+        raise UserError(f"--{name} {value}: give a number above 0, at most {MOST}")
 
 
 def _not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise UserError(f"--{name} {value}: give 0 or more")
+    if not 0 <= value <= MOST:
+        raise UserError(f"--{name} {value}: give 0 or more, at most {MOST}")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from opsd.configcheck import MOST
 from opsd.errors import UserError
 from opsd.evalfiles import DoneProblem, EvalFiles, Header, table
 from opsd.evaluate import Suite, load_suites, score_problem, statistics
@@ -25,7 +26,7 @@ from opsd.prompts import Prompt, PromptFormat
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
 from opsd.rollout.hf import eos_token_ids
 from opsd.seeding import derive_seed
-from opsd.student import load_model, load_tokenizer
+from opsd.student import check_height, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class EvalCommand:
     """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
     thinking: Literal["on", "off"] = "off"
     """Thinking mode of the chat template."""
+    trust_remote_code: bool = False
+    """Run the code that the model folder brings along (auto_map); else such a folder is refused."""
     prompt_field: str = "prompt"
     """Column that holds the prompt (a string or a list of chat messages)."""
     answer_field: str = "answer"
@@ -83,8 +86,8 @@ class EvalCommand:
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "max_prompt_tokens", "generate_batch", "limit"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value}: give a number above 0")
+            if value is not None and not 1 <= value <= MOST:
+                raise UserError(f"--{name} {value}: give a number above 0, at most {MOST}")
         if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
             raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or more")
         if not 0.0 < self.top_p <= 1.0:
@@ -95,6 +98,8 @@ class EvalCommand:
             raise UserError(f"--gpu_memory_share {self.gpu_memory_share}: give a fraction in (0, 1)")
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             raise UserError("--engine vllm: vLLM is not installed; run make setup, or give hf")
+        if self.thinking == "on" and self.prompt_format == "raw":
+            raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
         if not self.suite:
             raise UserError("--suite is empty; give NAME=FILE, e.g. math500=data/math500.jsonl")
 
@@ -102,7 +107,7 @@ class EvalCommand:
 def evaluate(config: EvalCommand) -> None:
     """Evaluate, or finish what a killed evaluation left, or show what is finished. Raises UserError for bad input."""
     files = EvalFiles(config.out)
-    tokenizer = load_tokenizer(config.model, "--model")
+    tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
     suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
     grader = load_grader(config.grader, "--grader")
     device = _device(config.device)
@@ -198,7 +203,7 @@ def _weights_digest(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as content:
@@ -213,8 +218,9 @@ def _engine(config: EvalCommand, tokenizer: Any, suites: list[Suite], device: to
     if config.engine == "vllm":
         return _vllm_engine(config, tokenizer, longest, device)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = load_model(config.model, "--model", dtype, device)
+    model = load_model(config.model, "--model", dtype, device, config.trust_remote_code)
     _check_length(model.config, config, longest)
+    check_height(tokenizer, model, "--model")
     _check_finite(model, config)
     return HFRollout(model, tokenizer, config.generate_batch)
 
@@ -223,7 +229,7 @@ def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, devic
     from opsd.rollout.vllm import VLLMSampler
 
     try:
-        model_config = AutoConfig.from_pretrained(config.model)
+        model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         _check_length(model_config, config, longest_prompt)
         generation = GenerationConfig.from_model_config(model_config)
         if (Path(config.model) / "generation_config.json").is_file():
@@ -236,6 +242,7 @@ def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, devic
             longest_prompt + config.max_new_tokens,
             config.generate_batch,
             config.gpu_memory_share,
+            trust=config.trust_remote_code,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -51,7 +51,11 @@ class EvalFiles:
         self.result = Path(out)
         if self.result.suffix != ".json":
             raise UserError(f"--out {out}: give a file that ends in .json; its table and records go beside it")
-        if self.result.is_dir():
+        try:
+            there = self.result.is_dir()
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
+        if there:
             raise UserError(f"--out {out} is a folder; give a file")
         self.table = self.result.with_suffix(".md")
         self.records = self.result.with_suffix(".records.jsonl")

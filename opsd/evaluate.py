@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from opsd.grading import Grader, load_grader
 from opsd.prompts import Prompt, PromptFormat, load_prompts
 from opsd.rollout import Rollout, RolloutEngine, Sampling
 from opsd.seeding import derive_seed
+
+_SUITE_NAME = re.compile(r"[\w.\-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +35,7 @@ def load_suites(
     """NAME=FILE pairs to suites. flag: the option that gave them. Raises UserError for what cannot serve."""
     suites = []
     for pair in pairs:
-        name, _, path = pair.partition("=")
-        if not name or not path:
-            raise UserError(f"{flag} {pair!r}: give NAME=FILE, e.g. math500=data/math500.jsonl")
+        name, path = suite_pair(pair, flag)
         if name in {suite.name for suite in suites}:
             raise UserError(f"{flag} names {name!r} twice; give each suite a name of its own")
         # A suite is evaluated whole: dropping its long problems would change what its score means.
@@ -55,6 +56,16 @@ def load_suites(
             raise UserError(f"{path} has several records with the id {twice!r}; give each an id of its own")
         suites.append(Suite(name, problems[:limit]))
     return suites
+
+
+def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl") -> tuple[str, str]:
+    """NAME=FILE as (name, file). Raises UserError for another form, or a name that could be no metric's part."""
+    name, _, path = pair.partition("=")
+    if not name or not path:
+        raise UserError(f"{flag} {pair!r}: give NAME=FILE, e.g. {example}")
+    if not _SUITE_NAME.fullmatch(name):
+        raise UserError(f"{flag} {pair!r}: the name {name!r} has other signs than letters, digits, '.', '-' and '_'")
+    return name, path
 
 
 class Evaluator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib
+import inspect
 import json
 import os
 import re
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opsd.errors import UserError
+from opsd.hooks import load_path
 
 TIMEOUT_SECONDS = 10.0
 _START_SECONDS = 60.0
@@ -109,13 +110,15 @@ def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
         return MathGrader()
     if name == "suffix":
         return SuffixGrader()
-    module, _, attribute = name.partition(":")
+    if ":" not in name:
+        raise UserError(f"{flag} {name!r} is unknown; give math, suffix or module:function")
+    function = load_path(name, flag, "math, suffix or module:function")
     try:
-        function: Callable[[str, str], bool] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{flag} {name!r} is unknown ({error}); give math, suffix or module:function") from error
-    if not callable(function):
-        raise UserError(f"{flag} {name!r} is a {type(function).__name__}; give math, suffix or module:function")
+        inspect.signature(function).bind("response", "gold")
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name!r} is no function(response, gold) ({error}); give math, suffix or module:function"
+        ) from error
     return FunctionGrader(function)
 
 

@@ -10,6 +10,7 @@ Legend: N student tokens of a micro-batch, or of a whole step where a docstring 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -158,17 +159,40 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     if name in found:
         factory = found[name].load()
     elif ":" in name:
-        factory = _load_path(name, "selector")
+        factory = load_path(name, "selector", "'module:Name'")
     else:
         near = difflib.get_close_matches(name, selector_names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
+    if not callable(factory):
+        raise UserError(f"selector {name!r} is a {type(factory).__name__}; give the name of a class")
     accepted = inspect.signature(factory).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     unknown = [key for key in options if key not in accepted and not takes_any]
     if unknown:
         raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; it takes: {', '.join(accepted)}")
-    return factory(**options)
+    try:
+        selector: Any = factory(**options)
+    except UserError:
+        raise
+    except Exception as error:  # a rule of the user's own
+        raise UserError(f"selector {name!r} cannot be made ({type(error).__name__}: {_first_line(error)})") from error
+    _check_selector(selector, name)
+    return selector
+
+
+def _check_selector(selector: Any, name: str) -> None:
+    """Raises UserError for what is no TokenSelector, or reads statistics that nobody computes."""
+    wanted = [*inspect.get_annotations(TokenSelector), "budget", "prepare", "state_dict", "load_state_dict", "__call__"]
+    lacking = [attribute for attribute in wanted if not hasattr(selector, attribute)]
+    if lacking:
+        raise UserError(
+            f"selector {name!r} is no TokenSelector: it has no {lacking[0]}; opsd/hooks.py says what one must have"
+        )
+    known = {field.name for field in dataclasses.fields(TokenStats)}
+    for field in (*selector.needs, *selector.needs_kept):
+        if field not in known:
+            raise UserError(f"selector {name!r} needs the statistic {field!r}; known: {', '.join(sorted(known))}")
 
 
 def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:
@@ -190,9 +214,15 @@ def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry
     ]
 
 
-def _load_path(path: str, what: str) -> Any:
+def load_path(path: str, what: str, give: str) -> Any:
+    """What a "module:Name" names. what: the option that named it. Raises UserError where it cannot be imported."""
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{what} {path!r} cannot be loaded ({error}); give 'module:Name'") from error
+    except (Exception, SystemExit) as error:  # a module of the user's own may do anything when it is imported
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"{what} {path!r} cannot be loaded ({said}); give {give}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -60,8 +60,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     check_rollout(config.rollout)
     selector = build_selector(config.select)
     student_path = config.student if checkpoint is None else str(checkpoint)
-    tokenizer = load_tokenizer(student_path, "--student")
-    teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher")
+    tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
+    teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
     how = prompt_format(config)
     world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
     if world is None:
@@ -116,8 +116,8 @@ def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer
     Under LoRA a checkpoint's own weights are merged ones; training goes on with the base and the adapters.
     """
     if not config.lora.rank:
-        return load_scorer(path, "--student", torch.float32, device)
-    student = load_scorer(config.student, "--student", torch.float32, device)
+        return load_scorer(path, "--student", torch.float32, device, config.trust_remote_code)
+    student = load_scorer(config.student, "--student", torch.float32, device, config.trust_remote_code)
     add_adapters(student.model, config.lora, config.seed, config.student)
     if path != config.student:
         load_adapters(student.model, Path(path) / ADAPTER_FOLDER)
@@ -142,10 +142,10 @@ def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> tu
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 
-        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache)
+        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache, config.trust_remote_code)
         return sharded, as_model(sharded.head()), nullcontext
     if t.kind == "local":
-        scorer = load_scorer(t.model, "--teacher", dtype, device)
+        scorer = load_scorer(t.model, "--teacher", dtype, device, config.trust_remote_code)
         local = LocalTeacher(scorer, device, t.offload, t.cache)
         return local, scorer, local.present
     from opsd.teacher.vllm import VLLMTeacher, read_head
@@ -170,10 +170,10 @@ def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine
     if r.engine == "vllm_process":
         from opsd.rollout.process import VLLMProcessRollout
 
-        return VLLMProcessRollout(path, tokenizer, engine, r, config.engine, longest)
+        return VLLMProcessRollout(path, tokenizer, engine, r, config.engine, longest, config.trust_remote_code)
     from opsd.rollout.vllm import VLLMRollout
 
-    return VLLMRollout(path, tokenizer, engine, r, config.engine, longest)
+    return VLLMRollout(path, tokenizer, engine, r, config.engine, longest, config.trust_remote_code)
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from jinja2 import TemplateError
 
 from opsd.errors import UserError
 from opsd.seeding import derive_seed
@@ -125,7 +125,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} line {number} is not JSON ({error}); give one object a line") from error
             if not isinstance(record, dict):
                 raise UserError(f"{path} line {number} is a {type(record).__name__}; give one object a line")
@@ -149,8 +149,9 @@ def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None
     answer = _lookup(record, how.answer_field, where, required=False)
     if answer is None:
         return None
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UserError(f"{where}: {how.answer_field!r} is {_short(answer)}; give a text or a number")
+    finite = not isinstance(answer, float) or math.isfinite(answer)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not finite:
+        raise UserError(f"{where}: {how.answer_field!r} is {_short(answer)}; give a text or a number, or nothing")
     return str(answer) if str(answer).strip() else None
 
 
@@ -166,8 +167,8 @@ def _check_template(tokenizer: Any, how: PromptFormat) -> None:
             tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
             for thinking in (True, False)
         )
-    except TemplateError:
-        # A template may want more than one message; what it refuses in a record is said there.
+    except Exception:  # a template is a program
+        # It may want more than one message; what it refuses in a record is said there.
         return
     if on != off:
         return
@@ -188,9 +189,11 @@ def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list
     if how.kind == "raw":
         if is_messages:
             raise UserError(f"{where} holds chat messages; give --prompt_format chat")
+        _check_text([str(content)], where)
         ids = tokenizer(content).input_ids
     else:
         messages = content if is_messages else [{"role": "user", "content": content}]
+        _check_text([str(message.get("content")) for message in messages if isinstance(message, dict)], where)
         try:
             ids = tokenizer.apply_chat_template(
                 messages,
@@ -199,13 +202,24 @@ def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list
                 return_dict=False,
                 enable_thinking=how.thinking == "on",
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program
             raise UserError(
                 f"{where} does not fit the student's chat template ({_first_line(error)}); mend the messages"
             ) from error
     if not ids:
         raise UserError(f"{where} encodes to no tokens; give a prompt that is not empty")
     return list(ids)
+
+
+def _check_text(texts: list[str], where: str) -> None:
+    """Raises UserError for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where} holds half of a surrogate pair at character {error.start}; mend the text"
+            ) from error
 
 
 def _is_message(value: Any) -> bool:

@@ -29,12 +29,15 @@ class RunFolder:
     @classmethod
     def check_new(cls, path: Path) -> None:
         """Raises UserError where no new run can be put: a run is there already, or something else is."""
-        if (path / "config.json").exists():
-            raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path} is a file; give a new folder")
-        if path.exists() and any(path.iterdir()):
-            raise UserError(f"--out {path} is not empty; give a new folder")
+        try:
+            if (path / "config.json").exists():
+                raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {path} is a file; give a new folder")
+            if path.exists() and any(path.iterdir()):
+                raise UserError(f"--out {path} is not empty; give a new folder")
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
 
     @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:

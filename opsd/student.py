@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd.batch import MicroBatch
 from opsd.errors import UserError
+from opsd.memory import is_out_of_memory
 
 Result = TypeVar("Result")
 HeadUse = Callable[[torch.Tensor, torch.Tensor], Result]
@@ -72,32 +73,40 @@ class Scorer(nn.Module):
         return out.last_hidden_state[0].index_select(0, micro.rows_N)
 
 
-def load_tokenizer(path: str, flag: str) -> Any:
-    """The tokenizer of a model folder. flag: the option that named it, for the error message."""
-    _check_folder(path, flag)
+def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
+    """The tokenizer of a model folder. flag: the option that named it, for the error message.
+
+    trust: the folder may bring code of its own, which then runs (--trust_remote_code).
+    """
+    check_folder(path, flag, trust)
+    give = "give a folder that holds one"
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{flag} {path}: its tokenizer cannot be loaded ({_first_line(error)}); give a folder that holds one"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        raise _unloadable(error, f"{flag} {path}: its tokenizer cannot be loaded", give) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a folder without a tokenizer's files: special tokens alone.
+        raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has no token but special ones); {give}")
+    return tokenizer
 
 
-def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device) -> Scorer:
+def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device, trust: bool = False) -> Scorer:
     """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve."""
-    model = load_model(path, flag, dtype, device)
+    model = load_model(path, flag, dtype, device, trust)
     disable_dropout(model)
     check_plain_head(model, f"{flag} {path}")
     check_packing(model, f"{flag} {path}")
     return Scorer(model)
 
 
-def load_model(path: str, flag: str, dtype: torch.dtype | Literal["auto"], device: torch.device) -> PreTrainedModel:
+def load_model(
+    path: str, flag: str, dtype: torch.dtype | Literal["auto"], device: torch.device, trust: bool = False
+) -> PreTrainedModel:
     """A model folder on `device`, safetensors only. dtype "auto": as the folder's config.json says.
 
-    Raises UserError where it cannot be loaded whole.
+    trust: as for `load_tokenizer`. Raises UserError where it cannot be loaded whole.
     """
-    _check_folder(path, flag)
+    check_folder(path, flag, trust)
     attention = "sdpa"
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
         attention = "flash_attention_2"
@@ -106,15 +115,16 @@ def load_model(path: str, flag: str, dtype: torch.dtype | Literal["auto"], devic
             path,
             dtype=dtype,
             attn_implementation=attention,
+            trust_remote_code=trust,
+            # Other formats are pickles, which run what they hold.
             use_safetensors=True,
             # Left alone, transformers fills what is missing with random numbers; what does not fit is named below.
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{flag} {path}: the model cannot be loaded ({_first_line(error)}); give a whole Hugging Face model folder"
-        ) from error
+    except Exception as error:  # whatever a damaged folder makes transformers raise
+        what = f"{flag} {path}: the model cannot be loaded"
+        raise _unloadable(error, what, "give a whole Hugging Face model folder, in safetensors") from error
     model, loading = loaded
     lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     if lacking:
@@ -123,6 +133,11 @@ def load_model(path: str, flag: str, dtype: torch.dtype | Literal["auto"], devic
             "give a whole Hugging Face model folder"
         )
     return model.to(device)
+
+
+def _unloadable(error: Exception, what: str, give: str) -> Exception:
+    """What to raise in place of `error`: itself where memory ran out."""
+    return error if is_out_of_memory(error) else UserError(f"{what} ({_first_line(error)}); {give}")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -195,10 +210,18 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: S
         )
     size = max(ours.values()) + 1
     for flag, scorer in (("--student", student), ("--teacher", teacher)):
-        height = scorer.head.weight.shape[0]
-        if height < size:
-            raise UserError(f"{flag}: the model has {height} vocabulary rows, its tokenizer {size}; they do not fit")
+        _check_rows(scorer.head.weight.shape[0], size, flag)
     return size
+
+
+def check_height(tokenizer: Any, model: PreTrainedModel, flag: str) -> None:
+    """Raises UserError where the model has fewer vocabulary rows than its tokenizer has ids."""
+    _check_rows(_head_of(model).weight.shape[0], max(tokenizer.get_vocab().values()) + 1, flag)
+
+
+def _check_rows(height: int, size: int, flag: str) -> None:
+    if height < size:
+        raise UserError(f"{flag}: the model has {height} vocabulary rows, its tokenizer {size}; they do not fit")
 
 
 def _head_of(model: PreTrainedModel) -> Any:
@@ -206,16 +229,40 @@ def _head_of(model: PreTrainedModel) -> Any:
     return model.get_output_embeddings()
 
 
-def _check_folder(path: str, flag: str) -> None:
-    """A path must be a model folder; a hub name (owner/name) is left to transformers."""
+def check_folder(path: str, flag: str, trust: bool = False) -> None:
+    """A path must be a model folder, without code of its own unless that is trusted. Raises UserError.
+
+    A hub name (owner/name) is left to transformers, which is told the same about its code.
+    """
     folder = Path(path)
+    if not path:
+        raise UserError(f"{flag} is empty; give a Hugging Face model folder")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
+        code = _own_code(folder)
+        if code is not None and not trust:
+            raise UserError(
+                f"{flag} {path}: it brings code of its own ({code}), which was not run; "
+                "give --trust_remote_code True if you trust it, or another model"
+            )
     elif folder.exists():
         raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
+
+
+def _own_code(folder: Path) -> str | None:
+    """Where a folder names code of its own (auto_map); None where it does not."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            named = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
+        except (OSError, ValueError, AttributeError, RecursionError):
+            # What is damaged is named where it is loaded.
+            continue
+        if named:
+            return f"auto_map in its {name}"
+    return None
 
 
 def _first_line(error: Exception) -> str:

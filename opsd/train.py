@@ -57,9 +57,15 @@ def resume(path: Path) -> None:
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(run.config, ranks, newest)
     if state is not None:
-        parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
-        if parts.selector is not None:
-            parts.selector.load_state_dict(state.selector)
+        try:
+            parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
+            if parts.selector is not None:
+                parts.selector.load_state_dict(state.selector)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"checkpoint {newest}: its trainer state does not fit this run ({error!r}); "
+                "remove it to resume from the one before"
+            ) from error
     written = ranks.broadcast(run.cut_after(None if state is None else state.step) if ranks.is_main else False)
     if not ranks.is_main:
         run = Follower(path, run.config)

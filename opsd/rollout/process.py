@@ -116,6 +116,7 @@ class VLLMProcessRollout:
         rollout: RolloutConfig,
         compute: EngineConfig,
         max_model_tokens: int,
+        trust: bool = False,
     ) -> None:
         self._engine, self._ranks = engine, engine.ranks
         self._eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
@@ -132,6 +133,7 @@ class VLLMProcessRollout:
             "max_model_tokens": max_model_tokens,
             "batch_rollouts": rollout.generate_batch,
             "memory_share": rollout.gpu_memory_share,
+            "trust": trust,
         }
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
         before_leaving(self._close)

@@ -46,12 +46,16 @@ class VLLMSampler:
         tensor_parallel: int = 1,
         ranks: Ranks = ONE_RANK,
         sleeps: bool = False,
+        trust: bool = False,
     ) -> None:
         self._ranks, self._width, self._eos_ids = ranks, tensor_parallel, eos_ids
         self._sleeps = sleeps and device.type == "cuda"
         self._vllm = _import_vllm(device)
         self._llm = self._vllm.LLM(
             model=path,
+            # Other formats are pickles, which run what they hold; trust: the folder's own code may run.
+            load_format="safetensors",
+            trust_remote_code=trust,
             dtype=dtype,
             max_model_len=max_model_tokens,
             max_num_seqs=batch_rollouts,
@@ -130,6 +134,7 @@ class VLLMRollout(VLLMSampler):
         rollout: RolloutConfig,
         compute: EngineConfig,
         max_model_tokens: int,
+        trust: bool = False,
     ) -> None:
         super().__init__(
             path,
@@ -142,6 +147,7 @@ class VLLMRollout(VLLMSampler):
             rollout.tensor_parallel,
             engine.ranks,
             rollout.sleep,
+            trust,
         )
         self._engine = engine
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]

@@ -20,12 +20,14 @@ class ShardedTeacher:
     offload: shards lie in host memory while no layer needs them.
     """
 
-    def __init__(self, path: str, dtype: torch.dtype, device: torch.device, offload: bool, cache: Cache) -> None:
+    def __init__(
+        self, path: str, dtype: torch.dtype, device: torch.device, offload: bool, cache: Cache, trust: bool = False
+    ) -> None:
         self._device = device
         self._cache: Cache = cache
         deepspeed = import_deepspeed(device)
         settings = _settings(dtype, offload)
-        model = _load_in_shards(path, dtype, device, settings)
+        model = _load_in_shards(path, dtype, device, settings, trust)
         disable_dropout(model)
         check_logit_settings(model.config.to_dict(), path)
         self._scorer = Scorer(model).eval().requires_grad_(False)
@@ -44,13 +46,13 @@ class ShardedTeacher:
         return self._head_VE
 
 
-def _load_in_shards(path: str, dtype: torch.dtype, device: torch.device, settings: dict[str, Any]) -> Any:
+def _load_in_shards(path: str, dtype: torch.dtype, device: torch.device, settings: dict[str, Any], trust: bool) -> Any:
     """The model, each weight spread out as soon as it is read: no rank ever holds the whole."""
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers loads in shards while this object lives.
     alive = HfDeepSpeedConfig(settings)
-    model = load_model(path, "--teacher", dtype, device)
+    model = load_model(path, "--teacher", dtype, device, trust)
     del alive
     return model
 

@@ -24,7 +24,8 @@ class Texts:
         Nothing is cleared away here: the run may be writing its next checkpoint.
         """
         saved = sorted((run / "checkpoints").glob("step_*/tokenizer_config.json"))
-        return cls(load_tokenizer(str(saved[-1].parent if saved else config["student"]), "the run's student"))
+        folder, trust = saved[-1].parent if saved else config["student"], config.get("trust_remote_code", False)
+        return cls(load_tokenizer(str(folder), "the run's student", trust))
 
     def number(self, token: int) -> int:
         """Where the token's text stands in `list`."""

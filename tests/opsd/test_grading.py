@@ -410,5 +410,7 @@ def test_a_function_of_ones_own_grades_and_names_no_answer():
 
 @pytest.mark.parametrize("name", ["maths", "", ":", "no.such.module:f", "operator:nothing", "math:pi"])
 def test_an_unknown_grader_gives_one_line(name):
-    with pytest.raises(UserError, match=rf"^--eval.grader '{name}' is [^\n]+give math, suffix or module:function$"):
+    with pytest.raises(
+        UserError, match=rf"^--eval.grader '{name}' (is|cannot be) [^\n]+give math, suffix or module:function$"
+    ):
         load_grader(name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from opsd.errors import UserError
 from opsd.seeding import derive_seed
@@ -91,14 +91,23 @@ class TravelTask:
 def from_json(values: dict[str, Any], where: str) -> TravelTask:
     """The inverse of `TravelTask.to_json`. Raises UserError for a line that is no task."""
     try:
-        folder = values.get("db_dir")
+        folder, tables = values.get("db_dir"), values.get("tables")
+        texts = [values[name] for name in ("lang", "query", "form", "source")]
+        if not all(isinstance(text, str) for text in texts) or values["form"] not in get_args(Form):
+            raise TypeError("lang, query, form and source must be texts, form one of " + ", ".join(get_args(Form)))
+        if not isinstance(values["meta"], dict) or not isinstance(values["meta"].get("hard_constraints", {}), dict):
+            raise TypeError("meta must be an object, and so its hard_constraints")
+        if tables is not None and not (
+            isinstance(tables, dict) and all(isinstance(tables.get(t), list) for t in FILES)
+        ):
+            raise TypeError(f"tables must hold {', '.join(FILES)}")
         return TravelTask(
             id=str(values["id"]),
             lang=values["lang"],
             query=values["query"],
             meta=values["meta"],
             db_dir=Path(folder) if folder else None,
-            given=values.get("tables"),
+            given=tables,
             form=values["form"],
             source=values["source"],
         )
@@ -179,10 +188,14 @@ def read_task_file(path: str | Path) -> list[TravelTask]:
     if not path.is_file():
         raise UserError(f"task file {path} does not exist; write one with python -m opsd.environments.travel")
     tasks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}); give a task file") from error
+    for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}); give one task a line") from error
         tasks.append(from_json(values, f"{path} line {number}"))
     if not tasks:

@@ -13,7 +13,7 @@ from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.talk import Talk
 from opsd.environments.travel.task import read_task_file
 from opsd.errors import UserError
-from opsd.evaluate import Suite
+from opsd.evaluate import Suite, suite_pair
 from opsd.prompts import Prompt
 from opsd.ranks import Ranks
 from opsd.rollout import RolloutEngine
@@ -48,9 +48,7 @@ class TravelWorld:
         return AgentRollout(engine, self._talk, turns)
 
     def _suite(self, pair: str) -> Suite:
-        name, _, path = pair.partition("=")
-        if not name or not path:
-            raise UserError(f"--eval.suite {pair!r}: give NAME=FILE, e.g. travel=data/travel/held_out.jsonl")
+        name, path = suite_pair(pair, "--eval.suite", "travel=data/travel/held_out.jsonl")
         prompts, _ = self._load(path, drop=False)
         if len({prompt.id for prompt in prompts}) < len(prompts):
             raise UserError(f"{path} holds a task twice; write it again with python -m opsd.environments.travel")
