@@ -66,7 +66,8 @@ def systematic_mask(pi_m: Tensor, budget: int, start: float) -> Tensor:
     ends_m = torch.where(certain_m, 0.0, pi_m).cumsum(0)
     # Rounding of the sum must not cost or add a row.
     ends_m = torch.where(ends_m > free - 1e-9, float(free), ends_m)
-    ticks_m = torch.ceil(ends_m - start)
+    # How many of start, start + 1, … lie below each end; ends_m - start would round, and could lose the last one.
+    ticks_m = ends_m.floor() + (ends_m.frac() > start)
     hit_m = torch.diff(ticks_m, prepend=torch.zeros(1, dtype=torch.float64)) > 0
     return certain_m | hit_m
 

@@ -147,7 +147,9 @@ def test_two_steps_on_the_pocket_student_use_our_grades_and_leave_a_teacher(tmp_
     flags = ["--model", str(STUDENT), "--prompts", str(ROOT / "assets" / "pocket" / "train.jsonl"), "--out", str(out)]
     flags += shlex.split("--steps 2 --prompts_per_step 4 --samples_per_prompt 8 --micro_batch 16 --max_new_tokens 40")
     flags += shlex.split("--max_prompt_tokens 16 --prompt_format raw --grader suffix --lr 1e-3")
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "CUDA_VISIBLE_DEVICES": ""}
+    # Tests before this one may have left a launcher's variables behind: accelerate would look for its other ranks.
+    inherited = {name: value for name, value in os.environ.items() if name not in {"LOCAL_RANK", "RANK", "WORLD_SIZE"}}
+    env = {**inherited, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "CUDA_VISIBLE_DEVICES": ""}
     script = RECORDING.replace("RECORD", repr(str(record)))
     done = subprocess.run([sys.executable, "-c", script, *flags], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
