@@ -24,6 +24,7 @@ from opsd.evaluate import Suite, load_suites, score_problem, statistics
 from opsd.grading import Grader, load_grader
 from opsd.prompts import Prompt, PromptFormat
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
+from opsd.rollout.draws import vocabulary_size
 from opsd.rollout.hf import eos_token_ids
 from opsd.seeding import derive_seed
 from opsd.student import check_height, load_model, load_tokenizer
@@ -243,6 +244,7 @@ def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, devic
             config.generate_batch,
             config.gpu_memory_share,
             trust=config.trust_remote_code,
+            vocab_size=vocabulary_size(tokenizer),
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from opsd.batch import MicroBatch
 from opsd.errors import UserError
 from opsd.memory import is_out_of_memory
+from opsd.rollout.draws import vocabulary_size
 
 Result = TypeVar("Result")
 HeadUse = Callable[[torch.Tensor, torch.Tensor], Result]
@@ -208,7 +209,7 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: S
             f"--student and --teacher have different tokenizers ({token!r} has id {ours.get(token, 'none')} and "
             f"{theirs.get(token, 'none')}); on-policy distillation needs one vocabulary"
         )
-    size = max(ours.values()) + 1
+    size = vocabulary_size(student_tokenizer)
     for flag, scorer in (("--student", student), ("--teacher", teacher)):
         _check_rows(scorer.head.weight.shape[0], size, flag)
     return size

@@ -19,7 +19,7 @@ from opsd.prompts import Prompt
 from opsd.ranks import ONE_RANK, Ranks
 from opsd.rollout.agent import Conversation, Episode
 from opsd.rollout.base import Rollout, Sampling, jobs_of
-from opsd.rollout.draws import DrawByRollout, processors
+from opsd.rollout.draws import DrawByRollout, processors, vocabulary_size
 from opsd.rollout.hf import eos_token_ids
 
 
@@ -44,12 +44,12 @@ class _Row:
         return drawn
 
 
-def _chooser(rows: list[_Row], sampling: Sampling, seed: int, width: int) -> Callable[[Any, Any], torch.Tensor]:
+def _chooser(
+    rows: list[_Row], sampling: Sampling, vocab_size: int, seed: int, width: int
+) -> Callable[[Any, Any], torch.Tensor]:
     """Scores whose maximum is each row's next token, from (anything as wide as what was read, logits [B, V])."""
-    if sampling.temperature == 0:
-        return lambda _, logits_BV: logits_BV
     ids = [row.episode.id for row in rows]
-    steps = processors(sampling, DrawByRollout(seed, ids, sampling.max_new_tokens, width))
+    steps = processors(sampling, vocab_size, DrawByRollout(seed, ids, sampling.max_new_tokens, width))
     return lambda read_BL, logits_BV: steps(read_BL, logits_BV)
 
 
@@ -72,6 +72,7 @@ class CachedAgentRollout:
         self._model, self._conversation, self._max_turns = model, conversation, max_turns
         self._batch_rollouts, self._context, self._ranks = batch_rollouts, context, ranks
         self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer))
+        self._vocab_size = vocabulary_size(tokenizer)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""
@@ -96,7 +97,7 @@ class CachedAgentRollout:
         width, cache = feed_BL.shape[1], DynamicCache(config=self._model.config)
         positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
         rows = [_Row(episode) for episode in episodes]
-        choose = _chooser(rows, sampling, seed, width)
+        choose = _chooser(rows, sampling, self._vocab_size, seed, width)
         while True:
             logits_BV = self._model(
                 input_ids=feed_BL,
@@ -118,7 +119,7 @@ class CachedAgentRollout:
                 kept_B = torch.tensor(playing, device=mask_BL.device)
                 cache.batch_select_indices(kept_B)
                 mask_BL, positions_BL = mask_BL[kept_B], positions_BL[kept_B]
-                choose = _chooser(rows, sampling, seed, width)
+                choose = _chooser(rows, sampling, self._vocab_size, seed, width)
             feed_BL = torch.tensor(fed, device=mask_BL.device)[:, None]
             mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
             positions_BL = positions_BL[:, -1:] + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -39,9 +41,30 @@ class DrawByRollout:
         return torch.full_like(scores, float("-inf")).scatter_(1, token_B1, 0.0)
 
 
-def processors(sampling: Sampling, draw: DrawByRollout) -> LogitsProcessorList:
-    """Temperature, top-k, top-p, then the draw: transformers' own order."""
-    steps = LogitsProcessorList()
+class OnlyTokens:
+    """Cuts off the rows of a padded vocabulary that the tokenizer has no token for: the loss gives them no chance."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] of the first vocab_size rows."""
+        return scores[:, : self._vocab_size]
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The tokenizer's largest id + 1; a model may have more rows."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def processors(sampling: Sampling, vocab_size: int, draw: DrawByRollout) -> LogitsProcessorList:
+    """The tokenizer's tokens only; then temperature, top-k, top-p, the draw: transformers' own order.
+
+    At temperature 0 greedy generation follows.
+    """
+    steps = LogitsProcessorList([OnlyTokens(vocab_size)])
+    if sampling.temperature == 0:
+        return steps
     if sampling.temperature != 1.0:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:

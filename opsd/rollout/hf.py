@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from opsd.prompts import Prompt
 from opsd.ranks import ONE_RANK, Ranks
 from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
-from opsd.rollout.draws import DrawByRollout, processors
+from opsd.rollout.draws import DrawByRollout, processors, vocabulary_size
 
 
 class HFRollout:
@@ -33,6 +33,7 @@ class HFRollout:
     ) -> None:
         self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
         self._eos_ids = eos_token_ids(model.generation_config, tokenizer)
+        self._vocab_size = vocabulary_size(tokenizer)
         # Padding is masked and cut off, so any id does.
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(self._eos_ids), 0)
 
@@ -66,7 +67,7 @@ class HFRollout:
             input_ids=ids_BL.to(device),
             attention_mask=mask_BL.to(device),
             generation_config=config,
-            logits_processor=processors(sampling, draw) if sampling.temperature > 0 else None,
+            logits_processor=processors(sampling, self._vocab_size, draw),
             synced_gpus=False,
         )
         responses = out_BL[:, width:].tolist()

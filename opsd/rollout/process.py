@@ -26,6 +26,7 @@ from opsd.errors import RunStopped
 from opsd.prompts import Prompt
 from opsd.ranks import Ranks, before_leaving
 from opsd.rollout.base import Rollout, Sampling, jobs_of
+from opsd.rollout.draws import vocabulary_size
 from opsd.rollout.hf import eos_token_ids
 from opsd.rollout.vllm import PROBE_TOKENS, TOLERANCE_NATS, check_probe, rollouts_of
 
@@ -134,6 +135,7 @@ class VLLMProcessRollout:
             "batch_rollouts": rollout.generate_batch,
             "memory_share": rollout.gpu_memory_share,
             "trust": trust,
+            "vocab_size": vocabulary_size(tokenizer),
         }
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
         before_leaving(self._close)

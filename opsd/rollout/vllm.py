@@ -16,6 +16,7 @@ from opsd.errors import RunStopped
 from opsd.prompts import Prompt
 from opsd.ranks import ONE_RANK, Ranks, before_leaving
 from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
+from opsd.rollout.draws import vocabulary_size
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.seeding import derive_seed
 
@@ -31,7 +32,7 @@ class VLLMSampler:
     dtype: "float32", "bfloat16" or "auto" (what config.json says). max_model_tokens: longest prompt and response.
     batch_rollouts: sampled side by side. memory_share: of a GPU. Under several `ranks` every `tensor_parallel` of them
     are one sampler, and each sampler takes its share of the rollouts. Every rollout is a request with a seed of its
-    own, (seed, rollout id): who samples it does not matter.
+    own, (seed, rollout id): who samples it does not matter. vocab_size: only ids below it are sampled (None: all).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class VLLMSampler:
         ranks: Ranks = ONE_RANK,
         sleeps: bool = False,
         trust: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         self._ranks, self._width, self._eos_ids = ranks, tensor_parallel, eos_ids
         self._sleeps = sleeps and device.type == "cuda"
@@ -65,6 +67,7 @@ class VLLMSampler:
             gpu_memory_utilization=memory_share,
             enable_sleep_mode=self._sleeps,
             enforce_eager=device.type == "cpu",
+            logits_processors=None if vocab_size is None else [_only_tokens(vocab_size)],
             # Sampling is stated with every request; nothing is inherited from the model's folder.
             generation_config="vllm",
             skip_tokenizer_init=True,
@@ -148,6 +151,7 @@ class VLLMRollout(VLLMSampler):
             engine.ranks,
             rollout.sleep,
             trust,
+            vocabulary_size(tokenizer),
         )
         self._engine = engine
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
@@ -242,3 +246,25 @@ def _import_vllm(device: torch.device) -> Any:
     import vllm
 
     return vllm
+
+
+def _only_tokens(vocab_size: int) -> type:
+    """vLLM's form of `opsd.rollout.draws.OnlyTokens`: a class, which each engine makes its own instance of."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class OnlyTokens(LogitsProcessor):
+        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+            pass
+
+        def apply(self, logits: Tensor) -> Tensor:
+            logits[:, vocab_size:] = float("-inf")
+            return logits
+
+        def is_argmax_invariant(self) -> bool:
+            # A padded row may have the largest logit.
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            pass
+
+    return OnlyTokens

@@ -349,7 +349,8 @@ def test_cached_tokens_are_the_models_own_choice_at_every_place(tokenizer, talke
     for rollout in agent.generate(questions, 1, Sampling(0.0, max_new_tokens=40), 0):
         ids, start = [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)
         with torch.no_grad():
-            best = talker(torch.tensor([ids])).logits[0].argmax(-1).tolist()[start - 1 : -1]
+            logits_LV = talker(torch.tensor([ids])).logits[0, :, : len(tokenizer)]
+        best = logits_LV.argmax(-1).tolist()[start - 1 : -1]
         choices = zip(rollout.response_ids, best, rollout.student_mask, strict=True)
         assert all(token == choice for token, choice, by_student in choices if by_student)
 

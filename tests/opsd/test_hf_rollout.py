@@ -1,5 +1,7 @@
 """Sampling by transformers: equal to a loop by hand, alone or side by side, and reproducible from its seed."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -10,6 +12,8 @@ from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.seeding import derive_seed
 
 EOS = 1
+# The model has three rows more than the tokenizer has tokens.
+TOKENS = 49
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 RANDOM = Sampling(max_new_tokens=12)
 
@@ -30,10 +34,10 @@ def prompts(tokenizer):
 
 @torch.no_grad()
 def argmax_loop(model, ids, max_new_tokens, eos=(EOS,)):
-    """Greedy decoding without cache, batch or padding: the naive way."""
+    """Greedy decoding of the tokenizer's tokens without cache, batch or padding: the naive way."""
     written = []
     while len(written) < max_new_tokens and not (written and written[-1] in eos):
-        logits = model(torch.tensor([ids + written]), use_cache=False).logits[0, -1]
+        logits = model(torch.tensor([ids + written]), use_cache=False).logits[0, -1, :TOKENS]
         written.append(int(logits.argmax()))
     return written
 
@@ -170,11 +174,12 @@ def test_the_models_mode_is_put_back(model, tokenizer, prompts, monkeypatch):
     assert model.training
 
 
-def test_temperature_1_samples_from_the_models_own_distribution(make_model, tokenizer):
+def test_temperature_1_samples_from_the_models_own_distribution(make_model, make_tokenizer):
     # 4000 first tokens against softmax(logits): Σ (seen − expected)²/expected over the tokens with at least 5
     # expected is about χ² with as many degrees of freedom; the bound is its mean + 5 standard deviations. The
     # distribution is flat over 120 tokens, so that a cut at the library's default of the 50 most likely would show.
     model = make_model("llama", vocab_size=120, initializer_range=0.05)
+    tokenizer = make_tokenizer("".join(chr(ord("0") + place) for place in range(114)))  # and six special ones
     (prompt,) = prompts_of("ab", tokenizer=tokenizer)
     with torch.no_grad():
         expected_V = 4000 * model(torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)
@@ -203,6 +208,21 @@ def test_temperature_divides_the_logits(make_model, tokenizer):
         model.lm_head.weight.mul_(2)
     again = HFRollout(model, tokenizer, 64).generate([prompt], 8, Sampling(2.0, max_new_tokens=8), seed=0)
     assert ids_of(again) == ids_of(expected)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM, Sampling(0.7, 0.9, 10, 12)])
+def test_rows_without_a_token_are_never_drawn_however_likely(make_model, tokenizer, prompts, sampling):
+    # Against the same model without those rows: they are not only left out, the others' chances are those among them.
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[TOKENS:] *= 20
+        favourites = model(torch.tensor([prompts[0].ids])).logits[0].argmax(-1)
+    assert int(favourites.max()) >= TOKENS
+    narrow = copy.deepcopy(model)
+    narrow.resize_token_embeddings(TOKENS)
+    ours, theirs = (HFRollout(each, tokenizer, 64).generate(prompts, 4, sampling, seed=0) for each in (model, narrow))
+    assert ours == theirs
+    assert max(max(ids) for ids in ids_of(ours)) < TOKENS
 
 
 def test_no_prompts_give_no_rollouts(model, tokenizer):

@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rollouts_saved(settings, tmp_pa
     whole = LocalTeacher.hidden
     monkeypatch.setattr(LocalTeacher, "hidden", lambda self, batches: [h * torch.nan for h in whole(self, batches)])
     run = tmp_path / "nan"
-    with pytest.raises(RunStopped, match="step 1: the teacher's states of 36 tokens are not finite") as stop:
+    with pytest.raises(RunStopped, match="step 1: the teacher's states of 33 tokens are not finite") as stop:
         start(settings(run))
     assert str(stop.value).count("\n") == 0
     saved = [json.loads(line) for line in (run / "rollouts" / "stopped_at_step_1.jsonl").read_text().splitlines()]

@@ -67,6 +67,14 @@ def test_samplers_in_processes_of_their_own_follow_zero_3_and_write_the_same(out
     assert losses(out / "run0") == pytest.approx(losses(out / "run2"), rel=1e-5)
 
 
+@pytest.mark.parametrize("run", ["run0", "run1", "run2"])
+def test_rows_without_a_token_are_never_sampled(out, run):
+    # The model has 64 rows, the tokenizer 49 tokens: of about a hundred draws from all rows, a quarter would have none.
+    lines = [line for file in (out / run / "rollouts").glob("*.jsonl") for line in file.read_text().splitlines()]
+    ids = [token for line in lines for token in json.loads(line)["response_ids"]]
+    assert len(ids) > 60 and max(ids) < 49
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_who_samples_a_rollout_does_not_change_it(out, step):
     ours, theirs = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("run1", "run2"))
