@@ -8,7 +8,7 @@ merged in and taken out again, so nothing drifts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,6 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
             f"checkpoint {folder.parent} cannot be read ({folder.name}: {error}); remove it to resume from the one "
             "before"
         ) from error
-
-
-def adapter_parameters(shapes: Iterable[tuple[int, int]], rank: int) -> int:
-    """How many numbers are trained: rank·(in + out) for each adapted layer's weight [out, in]."""
-    return sum(rank * (rows + columns) for rows, columns in shapes)
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
