@@ -36,6 +36,12 @@ def _teacher(c: TrainConfig) -> None:
     served = c.teacher.kind == "vllm"
     if served and not c.teacher.urls:
         raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
+    for url in c.teacher.urls:
+        if "@" in url.split("://", 1)[-1].split("/", 1)[0]:
+            raise UserError(
+                "--teacher.urls holds a user or password, which would end up in config.json; give the address alone, "
+                "and the name of the variable that holds the key with --teacher.api_key_env"
+            )
     if c.teacher.shard and (served or c.engine.kind != "deepspeed"):
         raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
     if (served or c.teacher.shard) and c.eval.suite and c.eval.teacher:
@@ -61,6 +67,11 @@ def _samplers(c: TrainConfig) -> None:
         raise UserError(
             f"--rollout.sampler_gpus {c.rollout.sampler_gpus}: give one GPU for each of the "
             f"{c.rollout.samplers} --rollout.samplers, e.g. 6,7"
+        )
+    if c.rollout.engine == "vllm_process" and c.engine.kind == "deepspeed" and c.rollout.timeout_s >= c.engine.wait_s:
+        raise UserError(
+            f"--rollout.timeout_s {c.rollout.timeout_s:g} is not below --engine.wait_s {c.engine.wait_s:g}: the other "
+            "ranks would give up first; make one smaller or the other larger"
         )
     if c.rollout.engine == "vllm_process" and c.rollout.tensor_parallel > 1:
         raise UserError(

@@ -33,6 +33,7 @@ from opsd.rollout.vllm import PROBE_TOKENS, TOLERANCE_NATS, check_probe, rollout
 Value = TypeVar("Value")
 # Weights that are sent at once: the trainer never holds more than this beside its own.
 BUCKET_BYTES = 256 * 2**20
+PROGRAM = ("-m", "opsd.rollout.sampler")
 # What a launcher told the trainer would have the sampler join its group.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
              "MASTER_PORT")  # fmt: skip
@@ -50,16 +51,19 @@ class Sampler:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
         self._line, theirs = Pipe()
-        # A process that takes nothing any more must not hold a send for ever either.
+        # A process that stops in the middle of a message must not hold the trainer for ever, to or fro.
         with socket.socket(fileno=os.dup(self._line.fileno())) as line:
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout_s), 0))
+            for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                line.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", math.ceil(timeout_s), 0))
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "opsd.rollout.sampler", str(theirs.fileno())],
+                [sys.executable, *PROGRAM, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=environment,
                 pass_fds=[theirs.fileno()],
+                # Ctrl-C is the trainer's: it saves, and needs its sampler until then.
+                start_new_session=True,
             )
         atexit.register(self.close)
         self.send(settings)
@@ -80,11 +84,13 @@ class Sampler:
         """What was asked for. Raises RunStopped where the sampler failed, died, or gave none in time."""
         try:
             if self._process.poll() is None and not (self._sent and self._line.poll(self._timeout_s)):
-                self.close()
-                raise RunStopped(
-                    f"the sampler process gave no answer in {self._timeout_s:g} s (--rollout.timeout_s) and was ended"
-                )
+                raise TimeoutError
             message = json.loads(self._line.recv_bytes())
+        except (TimeoutError, BlockingIOError):
+            self.close()
+            raise RunStopped(
+                f"the sampler process gave no answer in {self._timeout_s:g} s (--rollout.timeout_s) and was ended"
+            ) from None
         except (EOFError, OSError):
             raise RunStopped(f"the sampler process ended with exit code {self._process.wait()}") from None
         except ValueError as error:

@@ -211,6 +211,11 @@ TRAIN = [
     ("a suite with a path for a name", ["--eval.suite", "../s=prompts.jsonl"], "the name '../s'"),
     ("a suite named twice", ["--eval.suite", "s=prompts.jsonl", "s=prompts.jsonl"], "twice"),
     ("a teacher's address that is a file", ["--teacher.kind", "vllm", "--teacher.urls", "file:///etc/hosts"], "urls"),
+    (
+        "a password in an address",
+        ["--teacher.kind", "vllm", "--teacher.urls", "http://a:b@h"],
+        "api_key_env",
+    ),
     ("a teacher's address that is broken", ["--teacher.kind", "vllm", "--teacher.urls", "http://[::1"], "urls"),
     ("a task without fields", ["--prompts", "task-fields.jsonl", "--environment.kind", "travel"], "is no travel task"),
     ("a task file in bytes", ["--prompts", "task-bytes.jsonl", "--environment.kind", "travel"], "cannot be read"),
