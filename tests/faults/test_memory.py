@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tinypair import tiny_pair
 
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
@@ -142,27 +143,18 @@ def test_out_of_memory_is_known_in_every_form():
 def values(tmp_path_factory) -> dict:
     """Settings of a three-step run of tiny models."""
     folder = tmp_path_factory.mktemp("memory")
-    data = folder / "sums.jsonl"
-    tasks = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
-    data.write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    for name, seed in (("student", 0), ("teacher", 1)):
-        HELPERS["model"](True, seed).save_pretrained(folder / name)
-        HELPERS["tokenizer"]().save_pretrained(folder / name)
+    pair = tiny_pair(folder)
     return {
-        "student": str(folder / "student"),
-        "teacher": {"model": str(folder / "teacher")},
-        "prompts": str(data),
+        **pair,
         "steps": 3,
         "prompts_per_step": 2,
-        "prompt_format": "raw",
         "rollout": {"samples_per_prompt": 2, "max_prompt_tokens": 8, "max_new_tokens": 5},
         "optim": {"lr": 1e-2},
         "engine": {"device": "cpu", "micro_batch_tokens": 1000},
         "loss": {"chunk_tokens": 8},
-        "eval": {"suite": [f"sums={data}"], "samples": 1, "grader": "suffix", "limit": 2, "teacher": False},
+        "eval": {"suite": [f"sums={pair['prompts']}"], "samples": 1, "grader": "suffix", "limit": 2, "teacher": False},
         "checkpoint": {"every": 1},
         "telemetry": {"every": 0},
-        "track": {"progress": False},
     }
 
 

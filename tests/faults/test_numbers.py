@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tinypair import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
@@ -26,26 +27,16 @@ HELPERS = runpy.run_path(str(HERE.parent / "scale" / "worker.py"))
 def values(tmp_path_factory) -> dict:
     """Settings of a four-step run of tiny models that skips what it cannot train on."""
     folder = tmp_path_factory.mktemp("numbers")
-    data = folder / "sums.jsonl"
-    tasks = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
-    data.write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    for name, seed in (("student", 0), ("teacher", 1)):
-        HELPERS["model"](True, seed).save_pretrained(folder / name)
-        HELPERS["tokenizer"]().save_pretrained(folder / name)
     return {
-        "student": str(folder / "student"),
-        "teacher": {"model": str(folder / "teacher")},
-        "prompts": str(data),
+        **tiny_pair(folder),
         "steps": 4,
         "prompts_per_step": 2,
-        "prompt_format": "raw",
         "rollout": {"samples_per_prompt": 2, "max_prompt_tokens": 8, "max_new_tokens": 5},
         "select": {"by": "soft_or", "normalise_over": "running"},
         "optim": {"lr": 1e-2, "on_nonfinite": "skip", "max_skipped_steps": 2},
         "engine": {"device": "cpu", "micro_batch_tokens": 24},
         "checkpoint": {"every": 1, "keep": 9},
         "telemetry": {"every": 1, "save_tokens": True, "top_tokens": 2, "save_rollouts_every": 0},
-        "track": {"progress": False},
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tinypair import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
@@ -32,28 +33,19 @@ def torchrun(ranks: int, *args: str, **environment: str) -> subprocess.Completed
 
 def settings(folder: Path) -> dict:
     """Settings of a three-step run of the trainer; `out` is where run folders go."""
-    data = folder / "sums.jsonl"
-    tasks = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
-    data.write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    for name, seed in (("student", 0), ("teacher", 1)):
-        HELPERS["model"](True, seed).save_pretrained(folder / name)
-        HELPERS["tokenizer"]().save_pretrained(folder / name)
+    pair = tiny_pair(folder)
     return {
-        "student": str(folder / "student"),
-        "teacher": {"model": str(folder / "teacher")},
-        "prompts": str(data),
+        **pair,
         "out": f"{folder}/",
         "steps": 3,
         "prompts_per_step": 3,
-        "prompt_format": "raw",
         "rollout": {"samples_per_prompt": 2, "max_prompt_tokens": 8, "max_new_tokens": 6},
         "select": {"by": "soft_or", "normalise_over": "batch"},
         "optim": {"lr": 1e-2},
         "engine": {"kind": "deepspeed", "zero_stage": 3, "device": "cpu", "micro_batch_tokens": 24},
-        "eval": {"suite": [f"sums={data}"], "samples": 2, "grader": "suffix", "limit": 5, "every": 2},
+        "eval": {"suite": [f"sums={pair['prompts']}"], "samples": 2, "grader": "suffix", "limit": 5, "every": 2},
         "checkpoint": {"every": 1, "keep": 3},
         "telemetry": {"every": 2, "save_tokens": True, "save_rollouts_every": 1, "top_tokens": 2},
-        "track": {"progress": False},
     }
 
 
