@@ -43,6 +43,8 @@ def main() -> None:
         except RunStopped as error:
             _stop(1, str(error))
         except signals.Interrupted as wish:
+            if wish.orderly and os.environ.get("RANK", "0") != "0":
+                signals.end(wish.exit_code)  # all ranks agreed to stop: the first one says so
             _stop(wish.exit_code, str(wish))
         except KeyboardInterrupt:
             _stop(130, signals.ANYTHING)
@@ -93,6 +95,8 @@ def _train(args: list[str]) -> None:
             leave()
         raise
     leave()
+    if _among_several():
+        signals.end(0)
 
 
 def _eval(args: list[str]) -> None:
@@ -151,7 +155,7 @@ def _stop(code: int, message: str) -> NoReturn:
     """End the command with a line; of several ranks the first one to fail says it, for all."""
     if not _among_several() or _first_to_fail():
         print(f"opsd: {message}", file=sys.stderr)
-    _end(code)
+    signals.end(code)
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -164,16 +168,7 @@ def _fail(error: Exception) -> NoReturn:
         _stop(1, line)
     if _first_to_fail():
         traceback.print_exception(error)
-    _end(1)
-
-
-def _end(code: int) -> NoReturn:
-    """Leave the process. One of several leaves at once: whatever it waited for, the others would wait for it."""
-    if not _among_several():
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    signals.end(1)
 
 
 def _among_several() -> bool:

@@ -17,6 +17,7 @@ import torch
 from opsd.config import EngineConfig
 from opsd.errors import StepUnusable
 from opsd.ranks import join, leave
+from opsd.signals import end
 
 HELPERS = runpy.run_path(str(Path(__file__).parents[1] / "scale" / "worker.py"))
 CAUSES = ("loss", "gradient", "teacher", "empty")
@@ -84,6 +85,7 @@ def main(out: Path) -> None:
     if ranks.is_main:
         out.write_text(json.dumps(results))
     leave()
+    end(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from opsd.config import from_json
 from opsd.errors import RunStopped
 from opsd.ranks import join, leave
 from opsd.rollout import vllm as rollout_vllm
+from opsd.signals import end
 from opsd.train import start
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("worker.py")))
@@ -61,6 +62,7 @@ def main(out: Path, width: int) -> None:
     if ranks.is_main:
         (out / f"said{width}.json").write_text(json.dumps(said))
     leave()
+    end(0)
 
 
 def miss_the_third(load):

@@ -30,6 +30,7 @@ from opsd.lora import add_adapters
 from opsd.prompts import Prompt
 from opsd.ranks import join, leave
 from opsd.rollout import Rollout
+from opsd.signals import end
 from opsd.student import Scorer
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
@@ -353,6 +354,7 @@ def main(out: Path) -> None:
         (out / "results.json").write_text(json.dumps({"cases": results, **extra}))
     whole_runs(ranks, out / "settings.json")
     leave()
+    end(0)
 
 
 if __name__ == "__main__":
