@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class VLLMSampler:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             seed=0,
+            **_shared_memory(device, ranks),
         )
         # vLLM takes the ranks' group down with it: it must go first.
         before_leaving(self._llm.llm_engine.engine_core.shutdown)
@@ -246,6 +248,14 @@ def _import_vllm(device: torch.device) -> Any:
     import vllm
 
     return vllm
+
+
+def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """What names the memory that ranks on a CPU share after this run: see `opsd.rollout.cpu_worker`."""
+    if device.type != "cpu" or ranks.world_size == 1:
+        return {}
+    worker = "opsd.rollout.cpu_worker.RunCPUWorker"
+    return {"worker_cls": worker, "additional_config": {"run": ranks.broadcast(uuid4().hex)}}
 
 
 def _only_tokens(vocab_size: int) -> type:
