@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -52,9 +53,9 @@ def flags(**changed: object) -> list[str]:
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-def opsd(*args: str | Path, **more: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "opsd", *map(str, args)]
+def opsd(*args: str | Path, through: Sequence[str] = (), **more: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own. through: a command that starts it."""
+    command = [*through, sys.executable, "-m", "opsd", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **more)  # type: ignore[call-overload]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -224,22 +223,6 @@ def test_a_run_that_ended_in_an_evaluation_repeats_the_evaluation_alone(finished
     resume(run)
     assert not steps
     assert_same_run(run, finished)
-
-
-def test_a_run_whose_checkpoints_are_all_lost_never_starts_again_unasked(settings, tmp_path):
-    run = tmp_path / "lost"
-    start(settings(run, eval__suite=[], checkpoint__keep=1))
-    (run / "DONE").unlink()
-    (run / "checkpoints" / "step_4" / "model.safetensors").unlink()
-    for _ in range(2):  # asking again changes nothing
-        with pytest.raises(
-            UserError, match=r"no whole checkpoint is left .* reach step 4.*put one back, or start anew"
-        ):
-            resume(run)
-    shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
-        resume(run)
-    assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_no_number_stops_with_the_rollouts_saved(settings, tmp_path, monkeypatch):
