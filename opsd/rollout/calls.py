@@ -111,17 +111,28 @@ class ChatTurns:
 
     def answers(self, outputs: list[str], turn_ids: list[int]) -> list[int]:
         """What follows a turn that made calls: the rest of its message, the outputs, the head of the next turn."""
-        # Text that the model chose may come back in an output: it must not become control tokens.
-        text = self._after_turn([output.replace("<|", "< |") for output in outputs])
+        text = self._after_turn([self._harmless(output) for output in outputs])
         return self._ids(text.removeprefix(self._tokenizer.decode(turn_ids[-1:])))
 
     def _after_turn(self, outputs: list[str]) -> str:
         tools = [{"role": "tool", "content": output} for output in outputs]
         turns: list[dict[str, str]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
         _, found, text = self._render([*turns, *tools], None).partition(_MARK)
-        if not found or any(output not in text for output in outputs):
+        place = 0
+        for output in outputs:
+            # Each behind the one before: looking for all of them from the start takes the square of their number.
+            start = text.find(output, place)
+            found = found and start >= 0
+            place = start + len(output)
+        if not found:
             raise UserError("the student's chat template drops tool messages; give a model whose template has them")
         return text
+
+    def _harmless(self, output: str) -> str:
+        """Text that the model chose may come back in an output: no control token, and no half of a surrogate pair."""
+        for token in ("<|", *self._tokenizer.all_special_tokens):
+            output = output.replace(token, f"{token[:1]} {token[1:]}")
+        return output.encode("utf-8", "replace").decode()
 
     def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> str:
         settings: Mapping[str, Any] = {"add_generation_prompt": True, "tokenize": False}

@@ -106,6 +106,7 @@ def test_cost_counts_people_rooms_and_cars():
         ({"attraction_x": {"attraction_names": ["R"]}}, False),  # a restaurant is no attraction
         ({"weather_x": {}}, False),
         ({"budget_constraint": {"max_budget": "nonsense"}}, False),
+        ({"budget_constraint": {"max_budget": 10**400}}, False),  # more than a float holds
     ],
 )
 def test_a_constraint_holds_where_its_names_stand_in_lines_of_its_kind(gold, held):

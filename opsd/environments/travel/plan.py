@@ -25,7 +25,8 @@ _ACCOMMODATION = re.compile(r"accommodation\s*[:：]\s*(.*)", re.IGNORECASE)
 _SUMMARY = re.compile(r"budget summary", re.IGNORECASE)
 _SLOT = re.compile(r"(\d{1,2}:\d{2})\s*[-–—~]\s*(\d{1,2}:\d{2})$")
 _AMOUNT = re.compile(r"(?:[¥￥]\s*)?(\d[\d,]{0,15}(?:\.\d{1,6})?)")
-_TOTAL = re.compile(r"total estimated budget\s*[:：]\s*[¥￥]?\s*(\d[\d,]{0,15}(?:\.\d{1,6})?)", re.IGNORECASE)
+# One way to match each run of blanks: with two, a line of them would take the square of its length.
+_TOTAL = re.compile(r"total estimated budget\s*[:：]\s*(?:[¥￥]\s*)?(\d[\d,]{0,15}(?:\.\d{1,6})?)", re.IGNORECASE)
 
 
 @dataclass

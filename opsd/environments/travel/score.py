@@ -143,5 +143,5 @@ def _details(days: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def _as_number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
