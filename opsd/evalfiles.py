@@ -10,6 +10,7 @@ from typing import Any
 
 from opsd.errors import UserError
 from opsd.evaluate import ProblemRecord
+from opsd.markdown import markdown_text
 
 Header = dict[str, Any]
 
@@ -145,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
         shares += [suite["best@k"], suite["majority@k"]]
         cells = [name, str(suite["problems"]), *map(_percent, shares)]
         rows.append([*cells, f"{suite['mean_tokens']:.0f}", _percent(suite["truncated_frac"])])
-    lines = [f"# {result['model']}", ""]
+    lines = [f"# {markdown_text(result['model'])}", ""]
     lines += [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] + ["---:"] * (len(titles) - 1), *rows)]
     sampling, settings = result["sampling"], result["settings"]
     limit = "no limit" if sampling["top_k"] == 0 else str(sampling["top_k"])

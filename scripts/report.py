@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 
 from opsd.errors import UserError
+from opsd.markdown import markdown_text
 from reporting.csv import our_rows, paper_rows, write_csv
 from reporting.figure import Panel, draw
 from reporting.page import Section, page
@@ -98,12 +99,12 @@ def as_json(group: GroupReport, paper: Paper) -> dict[str, Any]:
 def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
     """All files of the report."""
     out.mkdir(parents=True, exist_ok=True)
-    parts, sections, rows = [f"# {title}\n"], [], []
+    parts, sections, rows = [f"# {markdown_text(title)}\n"], [], []
     for group in groups:
         tables, lines = text_tables(group, paper), group_remarks(group, paper)
-        parts.append(f"## {group.title}\n")
+        parts.append(f"## {markdown_text(group.title)}\n")
         parts += [table.markdown() for table in tables]
-        parts.append("\n".join(f"- {line}" for line in lines) + "\n")
+        parts.append("\n".join(f"- {markdown_text(line)}" for line in lines) + "\n")
         sections.append(Section(group.title, lines, tables, pictures(group.runs, group.suites, group.costs, paper)))
         rows += our_rows(group.title, [(suite.name, suite.stats) for suite in group.suites], group.costs)
     (out / "table.md").write_text("\n".join(parts))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from opsd.config import TrainConfig
 from opsd.errors import UserError
@@ -108,7 +109,9 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
 def _show(found: dict[str, Any]) -> None:
     console, phases = Console(width=110), found["phases_gib"]
-    table = Table("GiB a GPU", *phases, title=f"{found['student']} ← {found['teacher']}, {found['gpus']} GPUs")
+    # As Text: a bracket in a folder's name is a bracket.
+    title = Text(f"{found['student']} ← {found['teacher']}, {found['gpus']} GPUs")
+    table = Table("GiB a GPU", *phases, title=title)
     parts = list(dict.fromkeys(part for of_phase in phases.values() for part in of_phase))
     for part in parts:
         cells = (f"{phases[phase][part]:.2f}" if part in phases[phase] else "" for phase in phases)

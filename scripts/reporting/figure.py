@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from reporting.stats import CellCost, CellStats, Estimate
+from reporting.theme import as_written
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 SELECTOR_COLOURS = {"all": "#6b6b6b", "entropy_sample": "#e69f00", "soft_or": "#0072b2"}
@@ -39,7 +40,7 @@ def draw(panels: list[Panel], file: Path) -> None:
     for (left, right), panel in zip(axes, panels, strict=True):
         _accuracy(left, panel)
         _quadrants(right, panel.costs)
-    figure.savefig(file, dpi=150)
+    as_written(figure).savefig(file, dpi=150)
     plt.close(figure)
 
 

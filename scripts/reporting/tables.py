@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from opsd.markdown import markdown_text
 from reporting.paper import BENCHMARKS, MEMORY, MISSING, PAIRS, Paper
 from reporting.runs import CellName
 from reporting.stats import BASELINE, CellCost, CellStats, Estimate
@@ -23,22 +25,23 @@ class TextTable:
 
     def rich(self) -> Table:
         """For the terminal."""
-        style = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
-        table = Table(title=self.title, pad_edge=False, **style)
+        style = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
+        # Names are the user's own: as Text, a bracket in one is a bracket.
+        table = Table(title=Text(self.title, "bold"), pad_edge=False, **style)
         for place, column in enumerate(self.columns):
             # Heads may break, numbers never do: "18.4 ± 1.8" over two lines cannot be read down a column.
             width = max((len(row[place]) for row in self.rows), default=0)
-            table.add_column(column, justify="right" if place else "left", min_width=width, no_wrap=place == 0)
+            table.add_column(Text(column), justify="right" if place else "left", min_width=width, no_wrap=place == 0)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:
         """For table.md."""
-        heads = [column.replace("\n", " ") for column in self.columns]
+        heads, *rows = [[markdown_text(cell) for cell in row] for row in (self.columns, *self.rows)]
         rules = [":--", *["--:"] * (len(heads) - 1)]
-        lines = [f"| {' | '.join(row)} |" for row in [heads, rules, *self.rows]]
-        return f"**{self.title}**\n\n" + "\n".join(lines) + "\n"
+        lines = [f"| {' | '.join(row)} |" for row in [heads, rules, *rows]]
+        return f"**{markdown_text(self.title)}**\n\n" + "\n".join(lines) + "\n"
 
     def html(self) -> str:
         """For report.html: everything escaped; the paper's columns are marked."""

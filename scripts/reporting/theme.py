@@ -7,7 +7,7 @@ import html
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 
@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from reporting.runs import CellName
 
@@ -71,6 +72,13 @@ def picture(title: str, words: str, draw: Callable[[], Figure]) -> Picture:
     return Picture(title, words, _render(draw, "light", **how), _render(draw, "dark", **how), draw)
 
 
+def as_written(figure: Figure) -> Figure:
+    """The figure with every name shown as it is: a "$" in a user's name begins no formula."""
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and "$" in artist.get_text()):
+        cast(Text, text).set_parse_math(False)
+    return figure
+
+
 def ink() -> str:
     """The colour of text in the scheme that is being drawn."""
     return plt.rcParams["text.color"]
@@ -104,7 +112,7 @@ def _toned(colour: str, number: int) -> Any:
 
 def _render(draw: Callable[[], Figure], scheme: str, **how: Any) -> bytes:
     with matplotlib.rc_context(_settings(scheme)):  # pyright: ignore[reportArgumentType]
-        figure = draw()
+        figure = as_written(draw())
         file = io.BytesIO()
         figure.savefig(file, **how)
         plt.close(figure)
