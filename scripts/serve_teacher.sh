@@ -8,15 +8,28 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-[[ $# -ge 1 ]] || {
-    echo "usage: serve_teacher.sh MODEL [PORT] [vLLM flags]" >&2
+fail() {
+    echo "serve_teacher.sh: $1" >&2
     exit 2
 }
+
+[[ $# -ge 1 ]] || fail "usage: serve_teacher.sh MODEL [PORT] [vLLM flags]"
 MODEL=$1 PORT=8000
 shift
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then
     PORT=$1
     shift
+fi
+for word in "$@"; do
+    case $word in
+        --api-key* | --api_key*) fail "give the key as VLLM_API_KEY; a flag is in the list of processes and in vLLM's log" ;;
+    esac
+done
+if [[ -n ${VLLM_API_KEY:-} ]]; then
+    # vLLM's own check leaves out /pooling, the one path that is used here.
+    set -- --middleware opsd.servedkey.KeyOnEveryPath "$@"
+elif [[ -n ${HOST:-} && $HOST != 127.* && $HOST != localhost ]]; then
+    echo "serve_teacher.sh: HOST=$HOST and no VLLM_API_KEY: whoever reaches this machine can use the teacher" >&2
 fi
 # Without a GPU: threads bound to cores would take them from the trainer, and the cache would take half the memory.
 export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind} VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}

@@ -55,7 +55,7 @@ class VLLMTeacher:
                 (states,) = self._states(url, [[0]])
             except _NO_ANSWER as error:
                 raise UserError(
-                    f"--teacher.urls {url}: no pooling server answers there ({_reason(error)}); start one with "
+                    f"--teacher.urls {url}: no pooling server answers there ({self._reason(error)}); start one with "
                     "scripts/serve_teacher.sh"
                 ) from error
             if states.shape[1] != self._head_VE.shape[1]:
@@ -94,7 +94,7 @@ class VLLMTeacher:
             except urllib.error.HTTPError as error:
                 if error.code < 500:
                     # A request that is refused once is refused always.
-                    raise RunStopped(f"the teacher at {url} refuses a request: {_reason(error)}") from error
+                    raise RunStopped(f"the teacher at {url} refuses a request: {self._reason(error)}") from error
                 last = error
             except _NO_ANSWER as error:
                 last = error
@@ -103,7 +103,7 @@ class VLLMTeacher:
         assert last is not None
         raise RunStopped(
             f"the teacher does not answer: {self._config.retries + 1} tries over {', '.join(urls)}, the last ended "
-            f"with {_reason(last)}; restart it, then go on with --resume"
+            f"with {self._reason(last)}; restart it, then go on with --resume"
         ) from last
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
@@ -132,6 +132,15 @@ class VLLMTeacher:
             request.add_header("Authorization", f"Bearer {self._key}")
         with self._opener.open(request, timeout=self._config.timeout_s) as answer:
             return answer.headers, answer.read()
+
+    def _reason(self, error: Exception) -> str:
+        """What went wrong, in one line; never the key, which a server's answer may repeat."""
+        if isinstance(error, urllib.error.HTTPError):
+            said = error.read(4096).decode(errors="replace")
+            if self._key:
+                said = said.replace(self._key, "(the key)")
+            return " ".join(["status", str(error.code), *said[:300].split()])
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def split(micro: MicroBatch) -> list[list[int]]:
@@ -164,11 +173,3 @@ def read_head(path: str, dtype: torch.dtype) -> Tensor:
 def _count(part: dict[str, Any]) -> int:
     rows, width = part["shape"]
     return rows * width
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, in one line; never a header, which may hold the key."""
-    if isinstance(error, urllib.error.HTTPError):
-        said = error.read(300).decode(errors="replace").strip().replace("\n", " ")
-        return f"status {error.code} {said}".strip()
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
