@@ -124,6 +124,8 @@ def _train(parts: Parts, run: RunFolder, tracker: Tracker, done_steps: int) -> N
             with watch.stage("student"):
                 update = _update(parts, run, step, skipped, rollouts, rewards, own, hidden)
                 skipped = 0 if update is not None else skipped + 1
+            # Not needed until the next ones are there; at scale they are gigabytes.
+            del hidden
             with watch.stage("sync"):
                 parts.rollout.sync()
             with watch.stage("log"):

@@ -177,8 +177,6 @@ class Reckoning:
             return {}  # on GPUs of its own
         if r.engine == "vllm":
             return {"sampler (vLLM's share)": r.gpu_memory_share * self.hardware.gib * GIB}
-        if r.engine == "vllm_process":  # on GPUs of its own
-            return {}
         side_by_side = min(r.generate_batch, math.ceil(self.step_tokens / self.longest / self.hardware.gpus))
         whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
         cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)

@@ -335,12 +335,16 @@ def test_a_process_in_the_middle_of_a_huge_power_does_not_outlive_its_limit():
         .read_text()
         .replace("CPU_SECONDS = 30.0", "CPU_SECONDS = 2.0")
     )
-    process = subprocess.Popen([sys.executable, "-c", worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", worker], text=True, **pipes)
     assert process.stdout.readline() == '{"ready": true}\n'
     process.stdin.write(json.dumps({"answer": "9^{9^{9}}", "gold": "7", "boxed": True}) + "\n")
     process.stdin.close()
     process.stdout.close()
-    assert process.wait(timeout=20) == -signal.SIGPROF
+    with process.stderr:
+        said = process.stderr.read()
+    # On a busy machine math-verify's 5 s by the clock are over before 2 s of processor: then nobody takes the reply.
+    assert process.wait(timeout=20) == -signal.SIGPROF or "BrokenPipeError" in said
 
 
 def test_it_starts_from_any_folder_whatever_modules_lie_there(tmp_path):
