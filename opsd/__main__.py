@@ -151,9 +151,12 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _stop(code: int, message: str) -> NoReturn:
-    """End the command with a line; of several ranks the first one to fail says it, for all."""
-    if not _among_several() or _first_to_fail():
+def _stop(code: int, message: str, or_left: bool = False) -> NoReturn:
+    """End the command with a line; of several ranks the first one to fail says it, for all.
+
+    or_left: one that the first rank has left says it too.
+    """
+    if not _among_several() or _first_to_fail(or_left):
         print(f"opsd: {message}", file=sys.stderr)
     signals.end(code)
 
@@ -165,8 +168,8 @@ def _fail(error: Exception) -> NoReturn:
     from opsd.ranks import contact_lost
 
     if (line := contact_lost(error)) is not None:
-        _stop(1, line)
-    if _first_to_fail():
+        _stop(1, line, or_left=True)
+    if _first_to_fail(or_left=True):
         traceback.print_exception(error)
     signals.end(1)
 
@@ -175,10 +178,10 @@ def _among_several() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _first_to_fail() -> bool:
+def _first_to_fail(or_left: bool) -> bool:
     from opsd.ranks import first_to_fail
 
-    return first_to_fail()
+    return first_to_fail(or_left)
 
 
 if __name__ == "__main__":

@@ -95,11 +95,24 @@ def join(device: torch.device, wait_s: float = 1800.0) -> Ranks:
         if world_size() == 1:
             _store, rank, size = distributed.HashStore(), 0, 1
         else:
-            _store, rank, size = next(rendezvous("env://"))
+            _store, rank, size = _meet()
         group_store = distributed.PrefixStore("opsd", _store)
         limit = timedelta(seconds=wait_s)
         distributed.init_process_group(backend, timeout=limit, store=group_store, rank=rank, world_size=size)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The launcher's store, this process's rank and their number."""
+    try:
+        return next(rendezvous("env://"))
+    except distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']}, where the ranks of this run were to meet, is taken, perhaps by another "
+            "run on this machine; give the launcher another one (--master_port)"
+        ) from None
 
 
 def before_leaving(close: Callable[[], None]) -> None:
@@ -115,18 +128,19 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def first_to_fail() -> bool:
+def first_to_fail(or_left: bool) -> bool:
     """Whether this rank is the one to say what went wrong: the others fall with it, and would only echo it.
 
     Before the ranks have met, all of them read the same command line, so the first speaks for all.
+    or_left: also where the first rank, which keeps the store, is gone, and nobody knows whether it could speak.
     """
     if _store is None or world_size() == 1:
         return int(os.environ.get("RANK", "0")) == 0
     try:
         return _store.add("failures", 1) == 1
     except RuntimeError:
-        # Without a launcher's store the first rank keeps it, and is gone; whether it could speak, nobody knows.
-        return os.environ.get("RANK") == "1"
+        # torchrun keeps a store of its own; under DeepSpeed's launcher the first rank keeps it, and is gone.
+        return or_left and os.environ.get("RANK") == "1"
 
 
 def contact_lost(error: Exception) -> str | None:

@@ -19,6 +19,8 @@
 #   NUM_GPUS TRAIN_BATCH_SIZE LEARNING_RATE TOTAL_EPOCHS MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH ROLLOUT_N TEMPERATURE
 #   TOP_P TOP_K OPD_LOSS_TYPE OPD_REWARD_BETA OPD_CHUNK_SIZE OPD_MAX_LENGTH ENABLE_THINKING SAVE_FREQ TEST_FREQ
 #   VAL_TEMPERATURE VAL_TOP_P VAL_TOP_K VAL_N VAL_BEFORE_TRAIN
+#   CUDA_VISIBLE_DEVICES, MASTER_PORT: which GPUs, e.g. 4,5,6,7 (default: the first NUM_GPUS), and where ranks meet (default
+#   29500), so that two recipes can share a machine
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ! -d .venv ]] || export PATH="$PWD/.venv/bin:$PATH"
@@ -210,11 +212,18 @@ command_of() {
         [[ ${CELL_NAMES[i]} != "$cell" ]] || FLAGS+=(${CELL_FLAGS[i]})
     done
     CHANGED+=$(printf '%s' "${*:+-$*}" | sed 's/--//g' | tr -c 'A-Za-z0-9._-' _)
+    # A file's name has at most 255 bytes. What the checksum stands for is in the run's .command and config.json.
+    ((${#CHANGED} <= 160)) || CHANGED=${CHANGED:0:140}-and_$(cksum <<<"$CHANGED" | cut -d ' ' -f 1)
     NAME=$pair-$cell$CHANGED-seed$seed
     RUN=$RUNS/$NAME
     LAUNCH=(opsd train)
-    # Not `-m`: DeepSpeed's launcher spells it --module, and would add a --local_rank of its own.
-    [[ $SCALE == pocket ]] || LAUNCH=(deepspeed --num_gpus "$GPUS" --no_local_rank --module opsd train)
+    if [[ $SCALE == paper ]]; then
+        LAUNCH=(deepspeed --num_gpus "$GPUS")
+        # Told a number, DeepSpeed's launcher takes the first GPUs and no heed of this variable.
+        [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || LAUNCH=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES")
+        # Not `-m`: the launcher spells it --module, and would add a --local_rank of its own.
+        LAUNCH+=(${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank --module opsd train)
+    fi
     COMMAND=("${LAUNCH[@]}" --student "$STUDENT" --teacher "$TEACHER" --prompts "$PROMPTS" --out "$RUN" --seed "$seed"
         "${FLAGS[@]}" "$@")
 }
@@ -247,6 +256,8 @@ run_cell() {
         echo "$line" >"$made"
         "${COMMAND[@]}"
     fi
+    # DeepSpeed's launcher exits with 0 where a part of it was killed.
+    [[ -e $RUN/DONE ]] || fail "$RUN has not finished, though what ran it exited with 0; the same command goes on with it"
 }
 
 # plan_of PAIR FLAGS…: what `opsd plan` says of the pair's first chosen cell, as comments. Models that are not set have their

@@ -26,6 +26,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 def main(socket: int) -> None:
     """Load the model that the first request names, then serve until the trainer hangs up."""
+    # Slurm and DeepSpeed's launcher send it to every process of a run: the trainer saves, with its sampler alive.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         # A killed trainer must not leave a GPU taken, not even by a sampler in the middle of a batch.
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

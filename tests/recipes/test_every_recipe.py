@@ -43,14 +43,14 @@ def cells(project, recipe: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "script",
-    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", ".ci/run"],
+    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", "scripts/slurm/train.sbatch", ".ci/run"],
 )
 def test_every_script_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
 @pytest.mark.parametrize(
-    "script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", ".ci/run"]
+    "script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", "scripts/slurm/train.sbatch", ".ci/run"]
 )
 def test_every_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()

@@ -135,12 +135,17 @@ def test_the_base_repositorys_variables_reach_their_flags_and_the_runs_name(proj
         "DATA_DIR": ("/d", "--prompts", "/d/dapo_train.jsonl"),
     }
     settings = {name: given for name, (given, _, _) in env.items()}
-    (command,) = commands(project.run(DRY_RUN="1", PAIRS="qwen3", CELLS="all", TOTAL_EPOCHS="2", **settings).stdout)
+    narrow = {"DRY_RUN": "1", "PAIRS": "qwen3", "CELLS": "all"}
+    (command,) = commands(project.run(**narrow, TOTAL_EPOCHS="2", **settings).stdout)
     assert {flag: value(command, flag) for _, flag, _ in env.values()} == {flag: want for _, flag, want in env.values()}
     assert value(command, "--steps") == "1740"  # 2 epochs · 13,918 prompts / 16 a step = 1739.75
-    name = Path(value(command, "--out")).name
-    for part in ("-lr_5e-6", "-divergence_jsd", "-thinking_on", "-prompts_per_step_16"):
-        assert part in name
+    # All of them at once made a name of more than the 255 bytes that a file's may have.
+    others = [project.run(**narrow, **{**settings, "ROLLOUT_N": count}).stdout for count in ("4", "5", "4")]
+    names = [Path(value(commands(other)[0], "--out")).name for other in others]
+    assert names[0] == names[2] != names[1] and all(len(name) < 240 for name in names)
+    some = {name: settings[name] for name in ("LEARNING_RATE", "OPD_LOSS_TYPE", "ENABLE_THINKING", "TRAIN_BATCH_SIZE")}
+    name = Path(value(commands(project.run(**narrow, STEPS="1740", **some).stdout)[0], "--out")).name
+    assert name == "qwen3-all-prompts_per_step_16-thinking_on-divergence_jsd-lr_5e-6-seed0"
 
 
 def test_pairs_cells_and_seeds_narrow_the_runs(project):
@@ -215,6 +220,21 @@ def test_paper_scale_launches_deepspeed_where_nothing_is_missing(project):
     done = project.run(PAIRS="qwen3", CELLS="all", QWEN3_STUDENT="/m/s", QWEN3_TEACHER="/m/t", DATA_DIR="/d")
     assert done.returncode == 0, done.stderr
     assert project.calls()[0].startswith("deepspeed --num_gpus 8 --no_local_rank --module opsd train --student /m/s ")
+
+
+def test_two_recipes_share_a_machine_by_their_gpus_and_ports(project):
+    dry = {"DRY_RUN": "1", "PAIRS": "qwen25", "CELLS": "all"}
+    (command,) = commands(project.run(**dry, CUDA_VISIBLE_DEVICES="4,5,6,7", MASTER_PORT="29501").stdout)
+    assert command[:4] == ["deepspeed", "--include", "localhost:4,5,6,7", "--master_port"]
+    assert command[4:8] == ["29501", "--no_local_rank", "--module", "opsd"]
+
+
+def test_a_launcher_that_exits_with_0_before_the_run_has_finished_stops_the_recipe(project):
+    # DeepSpeed's launcher does where the process between it and the ranks is killed.
+    project.program("opsd", (project.bin / "opsd").read_text().replace('touch "$run/DONE"', "exit 0"))
+    done = project.run(SCALE="pocket", CELLS="all,soft_or-50")
+    assert done.returncode == 2 and "pocket-all-seed0 has not finished" in done.stderr
+    assert len(project.calls()) == 1
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,14 @@ def test_one_that_missed_the_new_weights_is_caught(engine, vllm, monkeypatch):
     vllm.sync()
 
 
+def test_a_signal_to_end_is_the_trainers_affair(models, engine, vllm):
+    # Launchers send SIGTERM to every process of a run: the trainer finishes the part of its step first.
+    before = ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0))
+    vllm._samplers[0]._process.terminate()
+    time.sleep(0.2)
+    assert ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0)) == before
+
+
 def test_one_that_hangs_is_ended_and_said_so(vllm):
     (sampler,) = vllm._samplers
     sampler._timeout_s = 2.0
