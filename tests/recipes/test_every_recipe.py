@@ -19,6 +19,7 @@ from reporting.runs import Run
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("table*.sh"))
 SWEEPS = sorted(path.name for path in (ROOT / "recipes").glob("sweep_*.sh"))
+OTHERS = ["scripts/setup.sh", "scripts/slurm/train.sbatch", ".ci/run"]
 # The name a cell has in tables.csv, where it is not our selector's.
 PAPER_NAMES = {"adaptive_kl": "entropy_sample+adaptive_kl"}
 with (ROOT / "assets" / "paper" / "tables.csv").open(newline="") as lines:
@@ -43,15 +44,13 @@ def cells(project, recipe: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "script",
-    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", "scripts/slurm/train.sbatch", ".ci/run"],
+    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, "grpo_teacher.sh"]), *OTHERS],
 )
 def test_every_script_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize(
-    "script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, "grpo_teacher.sh"]), "scripts/setup.sh", "scripts/slurm/train.sbatch", ".ci/run"]
-)
+@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, "grpo_teacher.sh"]), *OTHERS])
 def test_every_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
 
