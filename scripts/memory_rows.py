@@ -4,13 +4,15 @@
     python scripts/memory_rows.py --student STUDENT --teacher TEACHER --prompts FILE --out runs/memory FLAGS…
 
 Every cell is a process of its own, `opsd train` for two steps (the optimiser's state is there from the second on); its
-peak is `mem/peak_gib`: all of the process on a CPU, allocated memory on a GPU. FLAGS that this script does not know go
-to every `opsd train`. Writes memory.json and memory.md; a cell that has finished is not run again.
+peak is `mem/peak_gib`: all of the process on a CPU, allocated memory on a GPU. On a CPU the C library is told to give
+large blocks back when they are freed, so that a peak is what was in use. FLAGS that this script does not know go to
+every `opsd train`. Writes memory.json and memory.md; a cell that has finished is not run again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ TABLES = ("table3", "table4")
 MODES = ("whole", "fused")
 STEPS = 2
 PROMPT_TOKENS = 512
+# glibc's own limit grows with what is freed, up to 32 MiB; blocks below it stay with the process.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[s
     if not (run / "DONE").exists():
         resumed = [sys.executable, "-m", "opsd", "train", "--resume", str(run)]
         done = subprocess.run(
-            resumed if (run / "config.json").exists() else command(args, cell, mode, run, further), check=False
+            resumed if (run / "config.json").exists() else command(args, cell, mode, run, further),
+            check=False,
+            env={**os.environ, **GIVEN_BACK},
         )
         if done.returncode:
             raise UserError(f"{run} ended with exit code {done.returncode}; its message stands above")

@@ -173,10 +173,11 @@ class Reckoning:
     def sampler(self) -> dict[str, float]:
         """Bytes that sampling takes beside the training's."""
         r = self.config.rollout
-        if r.engine == "vllm_process":
-            return {}  # on GPUs of its own
-        if r.engine == "vllm":
-            return {"sampler (vLLM's share)": r.gpu_memory_share * self.hardware.gib * GIB}
+        if r.engine == "vllm_process" and (r.sampler_gpus or self.hardware.kind == "cpu"):
+            return {}  # on GPUs of its own, or not in this process
+        if r.engine != "hf":
+            there = r.samplers if r.engine == "vllm_process" else 1
+            return {"sampler (vLLM's share)": there * r.gpu_memory_share * self.hardware.gib * GIB}
         side_by_side = min(r.generate_batch, math.ceil(self.step_tokens / self.longest / self.hardware.gpus))
         whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
         cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)
@@ -208,7 +209,8 @@ class Reckoning:
         if not self.zero:
             del always["gradients"]  # dropped after every step
         r = self.config.rollout
-        awake = r.engine == "vllm" and not (r.sleep and self.hardware.kind == "cuda")
+        sleeps = r.engine == "vllm" and r.sleep and self.hardware.kind == "cuda"
+        awake = r.engine != "hf" and not sleeps
         awake_share = self.sampler() if awake else {}
         idle = {"teacher weights": self.teacher_weights(working=False)}
         hidden = self.rank_tokens * self.teacher.hidden * self.itemsize if t.cache == "device" else 0

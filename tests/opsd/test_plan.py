@@ -168,6 +168,18 @@ def test_sleep_leaves_the_samplers_share_to_the_rollout_phase():
     assert awake["student"][share] == pytest.approx(0.4 * 131.3) and GIB == 2**30
 
 
+def test_samplers_in_processes_of_their_own_take_the_trainers_gpu_unless_they_have_others():
+    share, two = "sampler (vLLM's share)", ("--rollout.engine", "vllm_process", "--rollout.samplers", "2")
+    sharded = [flag for flag in SHARDED if flag not in ("--rollout.engine", "vllm")]
+    beside = reckoning(*sharded, *two).phases()
+    assert [parts[share] for parts in beside.values()] == pytest.approx([2 * 0.4 * 131.3] * len(beside))
+    for elsewhere in (
+        reckoning(*sharded, *two, "--rollout.sampler_gpus", "6,7"),
+        reckoning(*sharded, *two, kind="cpu"),
+    ):
+        assert not any(share in parts for parts in elsewhere.phases().values())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
