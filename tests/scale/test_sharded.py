@@ -1,5 +1,13 @@
-"""DeepSpeed on two CPU ranks does what plain torch does on one: `worker.py` trains, this file compares."""
+"""DeepSpeed on two CPU ranks does what plain torch does on one: `worker.py` trains, this file compares.
 
+Five steps in fp32: all tokens, entropy and Soft-OR over the batch, each with even, with uneven and with no
+micro-batches on the second rank (its rollouts are empty), under ZeRO 0 to 3. Gradient checkpointing on and off, and
+tied and untied heads, meet every other choice in pairs under every stage, and all combinations over the four. Plain
+torch: other micro-batches, checkpointed, and against a loop over padded rows. Beside them SGD, adapters, offloading,
+bfloat16, and whole runs.
+"""
+
+import itertools
 import json
 import os
 import runpy
@@ -14,13 +22,14 @@ from tinypair import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
+from opsd.engine import learning_rate
 from opsd.ranks import leave
 from opsd.train import resume, start
 
 pytestmark = pytest.mark.e2e
 WORKER = Path(__file__).with_name("worker.py")
 HELPERS = runpy.run_path(str(WORKER))
-NAMES = [case.name for case in HELPERS["cases"](2) if case.engine is not None]
+NAMES = [case.name for case in HELPERS["cases"]() if case.engine is not None]
 EXACT = [name for name in NAMES if "bfloat16" not in name]
 
 
@@ -91,6 +100,88 @@ def test_five_steps_give_plain_torchs_losses_and_weights(out, results, name):
         one, other = (tensors_of(out, which, moments) for which in (name, reference(name)))
         assert one.numel() == other.numel() and (one.numel() == 0) == (moments and "sgd" in name)
         assert float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+def test_the_grid_covers_what_it_says():
+    # What a case is: selector, layout, checkpointing, head.
+    found = {
+        stage: [(case.by, case.hand, case.engine.gradient_checkpointing, case.tied) for case in HELPERS["grid"](stage)]
+        for stage in range(4)
+    }
+    everything = set(
+        itertools.product(("all", "entropy", "soft_or"), HELPERS["LAYOUTS"].values(), *[(False, True)] * 2)
+    )
+    assert {case for cases in found.values() for case in cases} == everything
+    for cases in found.values():
+        for one, other in itertools.combinations(range(4), 2):
+            assert {(case[one], case[other]) for case in cases} == {(case[one], case[other]) for case in everything}
+
+
+def kept_of(by: str, entropy_N: torch.Tensor, kl_N: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The paper's rules in a few lines: the best half of each rollout's tokens; Soft-OR on the whole batch's scales."""
+    if by == "all":
+        return torch.ones_like(kl_N, dtype=torch.bool)
+    score_N = entropy_N.double()
+    if by == "soft_or":
+        high, low = torch.quantile(score_N, 0.98), score_N.min()
+        h_N = ((score_N - low) / (high - low)).clamp(max=1)
+        d_N = (kl_N.double() - kl_N.min()) / (kl_N.max() - kl_N.min())
+        score_N = 1 - (1 - h_N) * (1 - d_N)
+    kept = []
+    for score in score_N.split(lengths):
+        best = score.argsort(descending=True, stable=True)[: max(1, len(score) // 2)]
+        kept.append(torch.zeros(len(score), dtype=torch.bool).index_fill(0, best, True))
+    return torch.cat(kept)
+
+
+def padded_steps(by: str, tied: bool) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """The same five steps on one padded batch, with transformers and torch alone: losses, norms, the last weights."""
+    student, teacher = HELPERS["model"](tied, 0), HELPERS["model"](True, 1)
+    written = [rollout for rollout in HELPERS["rollouts"]() if rollout.response_ids]
+    rows = [rollout.prompt.ids + rollout.response_ids for rollout in written]
+    lengths = [len(rollout.response_ids) for rollout in written]
+    ids = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (ids.shape[1] - len(row)) for row in rows])
+    optim, losses, norms = HELPERS["OPTIM"], [], []
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    gains = [{"params": [p for p in student.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": optim.weight_decay}, *gains], eps=optim.eps)
+
+    def log_p_NV(model):
+        logits = model(input_ids=ids, attention_mask=mask).logits[..., : HELPERS["VOCABULARY"]]
+        # The state in front of a token predicts it.
+        answers = [
+            row[len(r.prompt.ids) - 1 : len(full) - 1] for row, r, full in zip(logits, written, rows, strict=True)
+        ]
+        return torch.cat(answers).log_softmax(-1)
+
+    for step in range(1, 6):
+        log_s_NV = log_p_NV(student)
+        with torch.no_grad():
+            log_t_NV = log_p_NV(teacher)
+        kl_N = (log_s_NV.exp() * (log_s_NV - log_t_NV)).sum(-1)
+        entropy_N = -(log_s_NV.exp() * log_s_NV).sum(-1).detach()
+        loss = kl_N[kept_of(by, entropy_N, kl_N.detach(), lengths)].mean()
+        loss.backward()
+        losses.append(float(loss))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), optim.max_grad_norm)))
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, 5, optim)
+        adamw.step()
+        adamw.zero_grad()
+    return losses, norms, dict(student.named_parameters())
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("by", ["all", "entropy", "soft_or"])
+def test_packed_micro_batches_are_one_padded_batch(out, results, by, head):
+    losses, norms, parameters = padded_steps(by, head == "tied")
+    ours = results["cases"][f"{by}-{head}"]
+    assert ours["loss_nats"] == pytest.approx(losses, rel=1e-5)
+    assert ours["grad_norm"] == pytest.approx(norms, rel=1e-4)
+    padded = torch.cat([parameters[name].detach().flatten() for name in sorted(parameters)])
+    packed = tensors_of(out, f"{by}-{head}", moments=False)
+    assert float((packed - padded).norm()) <= 1e-5 * float(padded.norm())
 
 
 def test_the_steps_were_large_enough_to_tell_runs_apart(out, results):

@@ -48,7 +48,7 @@ LENGTHS = [1, 9, 4, 0, 7, 12, 2]
 
 @dataclass(frozen=True)
 class Case:
-    """engine None: plain torch, one process. tokens: budget of a micro-batch; hand: micro-batches by rank instead.
+    """engine None: as a plain run has it. tokens: budget of a micro-batch; hand: micro-batches by rank instead.
 
     rank: of LoRA adapters; 0 trains all weights.
     """
@@ -64,24 +64,57 @@ class Case:
     rank: int = 0
 
 
-def cases(ranks: int) -> list[Case]:
-    """Every stage meets every selector, both heads, both memory modes, and all layouts."""
-    batch = {"normalise_over": "batch"}
-    plain = [
-        Case("all-tied", None),
-        Case("sgd-tied", None, optim=SGD),
-        Case("entropy-untied", None, "entropy", tied=False),
-        Case("soft_or-tied", None, "soft_or", options=batch),
-        Case("soft_or-untied", None, "soft_or", tied=False, options=batch),
-        Case("lora-tied", None, rank=4),
-        Case("lora soft_or-untied", None, "soft_or", tied=False, options=batch, rank=4),
+# How a step's rollouts lie on two ranks, for each micro-batch the rollouts in it. even: as the trainer deals them out.
+# uneven: three micro-batches against one. empty: all that the second rank has is a rollout without a token.
+EVEN: tuple = ()
+UNEVEN = (((1,), (0, 2), (4, 6)), ((5,),))
+EMPTY = (((1, 2), (0, 4, 5, 6)), ((3,),))
+LAYOUTS = {"even": EVEN, "uneven": UNEVEN, "empty": EMPTY}
+# Under stage z a selector's layout runs with checkpointing and head number (entry + z) mod 4 of these. So every stage
+# has every pair of selector, layout, checkpointing and head, and over the four stages each combination comes once.
+WAYS = [(False, True), (True, True), (False, False), (True, False)]
+GRID = {"all": (0, 1, 3), "entropy": (3, 0, 1), "soft_or": (2, 3, 0)}
+BATCH = {"normalise_over": "batch"}
+
+
+def grid(stage: int) -> list[Case]:
+    """Every selector in every layout."""
+    found = []
+    for by, entries in GRID.items():
+        for (layout, hand), entry in zip(LAYOUTS.items(), entries, strict=True):
+            checkpointing, tied = WAYS[(entry + stage) % 4]
+            engine = EngineConfig(kind="deepspeed", zero_stage=stage, gradient_checkpointing=checkpointing)
+            name = f"zero{stage}/{by}-{head(tied)}/{layout}{', checkpointed' * checkpointing}"
+            found.append(Case(name, engine, by, tied=tied, hand=hand, options=options(by)))
+    return found
+
+
+def head(tied: bool) -> str:
+    return "tied" if tied else "untied"
+
+
+def options(by: str) -> dict[str, str]:
+    return BATCH if by == "soft_or" else {}
+
+
+def cases() -> list[Case]:
+    """The grid under every stage, and beside it SGD, adapters, offloading and bfloat16. Plain ones first.
+
+    A name's middle part, or the whole, is that of the plain case to compare with.
+    """
+    found = [
+        Case(f"{by}-{head(tied)}", None, by, tied=tied, options=options(by)) for by in GRID for tied in (True, False)
     ]
-    found = list(plain)
-    # One rank has three micro-batches, the other one; then everything on the first rank, the rest runs empty.
-    uneven = (((1,), (0, 2), (4, 6)), ((5,),))
-    lone = (((1, 2), (0, 4, 5, 6)), ())
-    if ranks == 1:
-        uneven, lone = ((*uneven[0], *uneven[1]),), (lone[0],)
+    found += [
+        Case("sgd-tied", None, optim=SGD),
+        Case("lora-tied", None, rank=4),
+        Case("lora soft_or-untied", None, "soft_or", tied=False, options=BATCH, rank=4),
+    ]
+    # Plain torch itself: other micro-batches, checkpointed.
+    again = EngineConfig(gradient_checkpointing=True)
+    for by, tied, tokens in (("all", True, 1000), ("entropy", False, 10), ("soft_or", False, 1000)):
+        name = f"torch/{by}-{head(tied)}/{tokens}, checkpointed"
+        found.append(Case(name, again, by, tied=tied, tokens=tokens, options=options(by)))
     for stage in (0, 1, 2, 3):
 
         def deepspeed(stage=stage, **more):
@@ -89,20 +122,17 @@ def cases(ranks: int) -> list[Case]:
 
         again = deepspeed(gradient_checkpointing=True)
         found += [
-            Case(f"zero{stage}/all-tied", deepspeed()),
-            Case(f"zero{stage}/all-tied/lone rank", again, tokens=1000),
-            Case(f"zero{stage}/sgd-tied", deepspeed(), optim=SGD),
-            Case(f"zero{stage}/entropy-untied/uneven", again, "entropy", tied=False, hand=uneven),
-            Case(f"zero{stage}/soft_or-tied/lone rank", deepspeed(), "soft_or", hand=lone, options=batch),
-            Case(f"zero{stage}/soft_or-untied/uneven", again, "soft_or", tied=False, hand=uneven, options=batch),
-            Case(f"zero{stage}/lora-tied/lone rank", deepspeed(), hand=lone, rank=4),
+            *grid(stage),
+            # One micro-batch for two ranks, dealt out by the trainer.
+            Case(f"zero{stage}/sgd-tied/one", deepspeed(), optim=SGD, tokens=1000),
+            Case(f"zero{stage}/lora-tied/empty", deepspeed(), hand=EMPTY, rank=4),
             Case(
                 f"zero{stage}/lora soft_or-untied/uneven",
                 again,
                 "soft_or",
                 tied=False,
-                hand=uneven,
-                options=batch,
+                hand=UNEVEN,
+                options=BATCH,
                 rank=4,
             ),
         ]
@@ -165,13 +195,18 @@ def rollouts() -> list[Rollout]:
 def layout(case: Case, ranks):
     """This rank's micro-batches."""
     written = rollouts()
-    if case.engine is None:
+    if is_plain(case):
         return pack(written, case.tokens)
     if not case.hand:
         return share(pack(written, case.tokens), ranks.rank, ranks.world_size)
     most = max(len(part) for part in case.hand)
-    own = [pack([written[number] for number in numbers], 1000)[0] for numbers in case.hand[ranks.rank]]
+    own = [micro for numbers in case.hand[ranks.rank] for micro in pack([written[n] for n in numbers], 1000)]
     return own + [empty()] * (most - len(own))
+
+
+def is_plain(case: Case) -> bool:
+    """One process of plain torch: every rank trains for itself."""
+    return case.engine is None or case.engine.kind == "torch"
 
 
 def build(case: Case, ranks, held=None):
@@ -182,10 +217,11 @@ def build(case: Case, ranks, held=None):
         assert (missing, unknown) == (["lm_head.weight"] if case.tied else [], [])
     if case.rank:
         add_adapters(student.model, LoraConfig(rank=case.rank, alpha=8.0), 0, "")
-    if case.engine is None:
-        engine = TorchEngine(student, EngineConfig(), case.optim, CPU)
+    engine = case.engine or EngineConfig()
+    if is_plain(case):
+        engine = TorchEngine(student, engine, case.optim, CPU)
     else:
-        engine = DeepSpeedEngine(student, case.engine, case.optim, CPU, ranks)
+        engine = DeepSpeedEngine(student, engine, case.optim, CPU, ranks)
     selector = load_selector(case.by, retention=0.5, **case.options) if case.by != "all" else None
     teacher = LocalTeacher(Scorer(model(True, seed=1)), CPU)
     return engine, Updater(engine, teacher, selector, LossConfig(), VOCABULARY), teacher
@@ -341,7 +377,7 @@ def whole_runs(ranks, settings: Path) -> None:
 def main(out: Path) -> None:
     ranks = join(CPU)
     results = {}
-    for case in cases(ranks.world_size):
+    for case in cases():
         built = build(case, ranks)
         results[case.name] = train(case, ranks, built, 1, STEPS)
         if case.rank:
