@@ -37,10 +37,10 @@ def _teacher(c: TrainConfig) -> None:
     if served and not c.teacher.urls:
         raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
     for url in c.teacher.urls:
-        if "@" in url.split("://", 1)[-1].split("/", 1)[0]:
+        if any(sign in url for sign in "@?#"):
             raise UserError(
-                "--teacher.urls holds a user or password, which would end up in config.json; give the address alone, "
-                "and the name of the variable that holds the key with --teacher.api_key_env"
+                "--teacher.urls holds a user, password or query, which would end up in config.json; give the address "
+                "alone, and the name of the variable that holds the key with --teacher.api_key_env"
             )
     if c.teacher.shard and (served or c.engine.kind != "deepspeed"):
         raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")

@@ -108,6 +108,7 @@ def load_model(
     trust: as for `load_tokenizer`. Raises UserError where it cannot be loaded whole.
     """
     check_folder(path, flag, trust)
+    _check_shards(path, flag)
     attention = "sdpa"
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
         attention = "flash_attention_2"
@@ -254,16 +255,35 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
 
 
 def _own_code(folder: Path) -> str | None:
-    """Where a folder names code of its own (auto_map); None where it does not."""
+    """Where a folder names code of its own, or a kernel on the hub; None where it does not."""
     for name in ("config.json", "tokenizer_config.json"):
-        try:
-            named = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
-        except (OSError, ValueError, AttributeError, RecursionError):
-            # What is damaged is named where it is loaded.
-            continue
-        if named:
+        named = _json_object(folder / name)
+        if named.get("auto_map"):
             return f"auto_map in its {name}"
+        if "/" in str(named.get("_attn_implementation", "")):
+            return f"_attn_implementation in its {name}"
     return None
+
+
+def _check_shards(path: str, flag: str) -> None:
+    """Raises UserError for an index that names other files than safetensors, which transformers would load."""
+    shards = _json_object(Path(path) / "model.safetensors.index.json").get("weight_map")
+    names = [str(name) for name in shards.values()] if isinstance(shards, dict) else []
+    others = [name for name in names if not name.endswith(".safetensors")]
+    if others:
+        raise UserError(
+            f"{flag} {path}: its model.safetensors.index.json names {min(others)}, which was not loaded; "
+            "give a whole Hugging Face model folder, in safetensors"
+        )
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is none: what is missing or damaged is named where it is loaded."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _first_line(error: Exception) -> str:

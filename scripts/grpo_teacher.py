@@ -160,7 +160,7 @@ def trainer_settings(config: GrpoConfig, processes: int, cuda: bool) -> dict[str
         "bf16": bfloat16,
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
-        "model_init_kwargs": {"dtype": "float32"},
+        "model_init_kwargs": {"dtype": "float32", "use_safetensors": True, "trust_remote_code": False},
         "chat_template_kwargs": {"enable_thinking": config.thinking == "on"},
         "use_vllm": config.vllm != "off",
         **({} if config.vllm == "off" else {"vllm_mode": config.vllm}),

@@ -67,7 +67,8 @@ def _shown(model: Qwen3ForCausalLM, recipe: Recipe, tokenizer: Any, seed: int) -
 
 def measure(folder: Path, seed: int) -> dict[str, Any]:
     """Avg@16 and Best@16 with standard errors, and the share of each constraint, on tasks of their own."""
-    tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
+    tokenizer = make_tokenizer()
     talk = Talk(TravelEnv(), tokenizer, thinking=False, tool_output_characters=0)
     suite = Suite("choice", [*map(talk.prompt, pocket_tasks(TASKS, seed, "choice"))])
     config = EvalConfig(samples=SAMPLES)

@@ -1,23 +1,33 @@
-"""A teacher behind HTTP that hangs, dies or answers nonsense: tried again elsewhere, or one line."""
+"""A teacher behind HTTP that hangs, dies or answers nonsense: tried again elsewhere, or one line. Who may ask it."""
 
+import asyncio
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
-from runs import POCKET
+from runs import ENVIRONMENT, POCKET, ROOT
+from served import WIDTH, Server
 
 from opsd.batch import pack
 from opsd.config import TeacherConfig, from_json
 from opsd.errors import RunStopped
 from opsd.prompts import Prompt
 from opsd.rollout import Rollout
+from opsd.servedkey import KeyOnEveryPath
 from opsd.teacher import vllm
 from opsd.teacher.vllm import VLLMTeacher
 from opsd.train import start
 
-WIDTH = 96  # the pocket teacher's
 FAULTS = {
     "it hangs": "timed out",
     "it closes the connection": "closed connection|reset",
@@ -30,61 +40,6 @@ FAULTS = {
     "its states are of another width": "another width",
     "its states are of another sequence": "states for",
 }
-
-
-class Server:
-    """A pooling server whose states are `value`. It answers as it should until `fault` is set."""
-
-    def __init__(self):
-        self.fault, self.value, self.asked, self._over, server = "", 1.0, 0, threading.Event(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.answer(json.dumps({"data": [{"id": "m"}]}).encode(), {})
-
-            def do_POST(self):
-                request, fault = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), server.fault
-                server.asked += 1
-                if fault == "it hangs":
-                    server._over.wait()
-                if fault in ("it hangs", "it closes the connection"):
-                    return
-                if fault == "it speaks no HTTP":
-                    self.wfile.write(b"garbage\r\n\r\n")
-                    return
-                width = WIDTH + (fault == "its states are of another width")
-                more = fault == "its states are of another sequence"
-                shapes = [[len(ids) + more, width] for ids in request["input"]]
-                parts = [{"start": 0, "shape": shape} for shape in shapes]
-                body = torch.full((max(rows for rows, _ in shapes) * width,), server.value).numpy().tobytes()
-                metadata = {
-                    "its answer has no metadata": None,
-                    "its metadata is no JSON": "nonsense",
-                    "its metadata is a list": "[1]",
-                }.get(fault, json.dumps({"data": parts}))
-                missing = len(body) // 2 if fault == "it dies in the middle of an answer" else 0
-                body = body[:8] if fault == "its answer is shorter than it says" else body[missing:]
-                self.answer(body, {} if metadata is None else {"metadata": metadata}, missing)
-
-            def answer(self, body, headers, missing=0):
-                self.send_response(200)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body) + missing))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self):
-        self._over.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -137,3 +92,132 @@ def test_states_that_are_no_numbers(pair, tmp_path):
     with pytest.raises(RunStopped, match=r"^step 1: the teacher's states of \d+ tokens are not finite[^\n]*$"):
         start(from_json({**values, "out": str(tmp_path / "run")}))
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+# ---- the server itself: scripts/serve_teacher.sh
+
+KEY = "5ecret-of-the-teacher"
+
+
+def served(folder, *flags, **environment):
+    """The script with a stand-in for python; what it starts is noted in `folder`/started."""
+    (folder / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "serve_teacher.sh", folder / "scripts")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >started\n')
+    (folder / "bin" / "python").chmod(0o755)
+    environment["PATH"] = f"{folder / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
+    command = ["bash", folder / "scripts" / "serve_teacher.sh", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done, (folder / "started").read_text().splitlines() if (folder / "started").exists() else None
+
+
+@pytest.mark.fault(
+    "a teacher is served with nothing said, with a HOST, with a key, with the key as a flag",
+    "it listens on this machine unless HOST opens it; a key guards every path; a flag that shows the key is refused",
+)
+@pytest.mark.parametrize("case", ["plain", "open", "key", "flag"])
+def test_a_teacher_is_served_to_this_machine_unless_told_otherwise(case, tmp_path):
+    environment = {"open": {"HOST": "0.0.0.0"}, "key": {"HOST": "0.0.0.0", "VLLM_API_KEY": KEY}}.get(case, {})
+    flags = ["--api-key", KEY] if case == "flag" else ["--dtype", "float32"]
+    done, started = served(tmp_path, "model", "8001", *flags, **environment)
+    if case == "flag":
+        assert (done.returncode, started) == (2, None)
+        assert "VLLM_API_KEY" in done.stderr and done.stderr.count("\n") == 1 and KEY not in done.stderr
+        return
+    assert done.returncode == 0 and started[started.index("--port") + 1] == "8001"
+    assert started[started.index("--host") + 1] == ("127.0.0.1" if case == "plain" else "0.0.0.0")
+    assert ("opsd.servedkey.KeyOnEveryPath" in started) is (case == "key")
+    assert ("no VLLM_API_KEY" in done.stderr) is (case == "open")
+    assert KEY not in " ".join(started) + done.stdout + done.stderr
+
+
+@pytest.mark.fault(
+    "requests without the key, with another and with the right one, on every path of a served teacher",
+    "status 401 before anything is computed, but for the right key; /health says that it is up",
+)
+@pytest.mark.parametrize(
+    "path", ["/pooling", "/v1/models", "/metrics", "/docs", "/health/../pooling", "/health", "//health"]
+)
+def test_a_request_without_the_key_is_refused(path, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    def ask(kind, *headers):
+        passed.clear()
+        sent.clear()
+        asyncio.run(KeyOnEveryPath(app)({"type": kind, "path": path, "headers": [*headers]}, None, send))
+        return bool(passed), sent[0].get("status") if sent else None
+
+    wrong = [(b"authorization", text) for text in (b"", KEY.encode(), b"Bearer ", b"Bearer wrong", b"Bearer \xff")]
+    is_open = path == "/health"
+    for headers in ([], *([header] for header in wrong)):
+        assert ask("http", *headers) == ((True, None) if is_open else (False, 401))
+        assert ask("websocket", *headers)[0] is is_open
+    right = (b"authorization", f"Bearer {KEY}".encode())
+    assert ask("http", right) == ask("websocket", right) == ask("lifespan") == (True, None)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.fault(
+    "vLLM serves a real model with a key: states and names are asked for without it, with another, with it",
+    "status 401, 401, 200; the socket is bound to 127.0.0.1; the log holds no key",
+)
+def test_a_real_server_asks_for_its_key(smollm2, tmp_path):
+    pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            ["scripts/serve_teacher.sh", str(smollm2.folder), str(port), *flags],
+            cwd=ROOT,
+            env={**ENVIRONMENT, "VLLM_API_KEY": KEY},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + 240
+        while status(port, "/health") != 200:
+            assert server.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(1)
+        request = {
+            "model": str(smollm2.folder),
+            "input": [[1, 2, 3]],
+            "task": "token_embed",
+            "encoding_format": "bytes",
+        }
+        for path, body in (("/v1/models", None), ("/pooling", request)):
+            assert [status(port, path, body, key) for key in (None, "wrong", KEY)] == [401, 401, 200]
+        # 0100007F is 127.0.0.1, state 0A is listening.
+        table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        bound = [row[1] for row in table if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
+        assert bound == [f"0100007F:{port:04X}"]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    assert KEY not in (tmp_path / "log").read_text()
+
+
+def status(port, path, body=None, key=None):
+    """The status of an answer; 0 where there is none."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
