@@ -33,6 +33,12 @@ fail() {
     exit 2
 }
 
+# Counts are checked before anything is written; `opsd train` checks the rest.
+for name in STEPS NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
+    MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH OPD_CHUNK_SIZE OPD_MAX_LENGTH; do
+    [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: give a whole number above 0"
+done
+
 # cell SELECTOR [RETENTION] [FLAGS…]: adds a cell; its name is what CELLS, run folders and the report call it. Flags are
 # part of the name where they are not what the paper's cell of that name has (scripts/reporting/runs.py: the same rule).
 cell() {

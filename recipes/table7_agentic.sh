@@ -98,6 +98,7 @@ models_of() {
     own="${upper}_TEACHER" TEACHER=${!own:-\$$own}
 }
 
+choose
 tasks=(python -m opsd.environments.travel --out "$DATA_DIR")
 if [[ $SCALE == pocket ]]; then
     tasks+=(--synthetic words --train 256 --held_out 128)
@@ -109,6 +110,7 @@ fi
 if [[ -n ${DRY_RUN:-} ]]; then
     line_of "${tasks[@]}"
 elif [[ ! -e $DATA_DIR/split.json ]]; then
+    require
     "${tasks[@]}"
 fi
 

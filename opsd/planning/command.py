@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opsd.config import TrainConfig
+from opsd.configcheck import MOST
 from opsd.errors import UserError
 from opsd.planning.reckon import Hardware, Reckoning
 from opsd.planning.shapes import find_shape
@@ -74,8 +75,8 @@ def plan(config: PlanConfig) -> bool:
 def planned(config: PlanConfig) -> dict[str, Any]:
     """The plan as JSON values: GiB by phase and part, rough seconds, the verdict. Raises UserError as `plan`."""
     for flag in ("gpus", "gpu_gib", "tflops", "bandwidth_gbs"):
-        if not getattr(config, flag) > 0:
-            raise UserError(f"--{flag} {getattr(config, flag)}: give a number above 0")
+        if not 0 < getattr(config, flag) <= MOST:
+            raise UserError(f"--{flag} {getattr(config, flag)}: give a number above 0, at most {MOST}")
     if config.gpus > 1 and config.engine.kind == "torch":
         raise UserError(f"--gpus {config.gpus} needs --engine.kind deepspeed: the torch engine is one process")
     kind = "cpu" if config.engine.device == "cpu" else "cuda"

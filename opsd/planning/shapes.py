@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd.configcheck import MOST
 from opsd.errors import UserError
 
 # Families whose layers are known here; another one's parameters or activations could be anything.
@@ -104,7 +105,7 @@ def find_shape(name: str, flag: str) -> ModelShape:
         try:
             return shape_of(json.loads(file.read_text()), name, flag)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{flag} {name}: its config.json lacks a size ({error}); give a model's own") from error
+            raise UserError(f"{flag} {name}: its config.json lacks a size ({error}); give a whole model's") from error
     short = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").removeprefix("meta-")
     if short in BUILT_IN:
         return BUILT_IN[short]
@@ -112,20 +113,30 @@ def find_shape(name: str, flag: str) -> ModelShape:
 
 
 def shape_of(config: dict[str, Any], name: str, flag: str) -> ModelShape:
-    """The shape that a config.json describes. Raises UserError for an unknown family, KeyError for a missing size."""
+    """The shape that a config.json describes.
+
+    Raises UserError for an unknown family, KeyError for a missing size, ValueError for one that is no count.
+    """
     family = str(config.get("model_type"))
     if family not in FAMILIES:
         raise UserError(f"{flag} {name}: models of type {family!r} cannot be planned; known are {', '.join(FAMILIES)}")
-    heads = config["num_attention_heads"]
+    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return ModelShape(
         name=name,
         family=family,
-        vocab=config["vocab_size"],
-        hidden=config["hidden_size"],
-        layers=config["num_hidden_layers"],
+        vocab=_size(config, "vocab_size"),
+        hidden=hidden,
+        layers=_size(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn=config["intermediate_size"],
+        kv_heads=heads if config.get("num_key_value_heads") is None else _size(config, "num_key_value_heads"),
+        head_dim=hidden // heads if config.get("head_dim") is None else _size(config, "head_dim"),
+        ffn=_size(config, "intermediate_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
     )
+
+
+def _size(config: dict[str, Any], key: str) -> int:
+    size = config[key]
+    if type(size) is not int or not 0 < size <= MOST:
+        raise ValueError(f"{key} is {size!r}"[:80])
+    return size

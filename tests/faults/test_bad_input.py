@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from runs import ROOT
 
 from opsd import __main__ as cli
 
@@ -61,6 +62,12 @@ def models(folder: Path) -> None:
         "tokenizer-gone": ("tokenizer.json", None),
         "template-broken": ("chat_template.jinja", "{% for x in %}"),
         "template-raises": ("chat_template.jinja", "{{ 1 / 0 }}"),
+        "size-text": ("config.json", json.dumps({**config, "num_hidden_layers": "3"})),
+        "size-null": ("config.json", json.dumps({**config, "vocab_size": None})),
+        "size-none": ("config.json", json.dumps({**config, "vocab_size": 0})),
+        "size-half": ("config.json", json.dumps({**config, "hidden_size": 1.5})),
+        "size-minus": ("config.json", json.dumps({**config, "hidden_size": -4})),
+        "size-huge": ("config.json", json.dumps({**config, "num_hidden_layers": 10**30})),
         "code": ("config.json", json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "own.Model"}})),
     }
     for name, (file, content) in damages.items():
@@ -257,6 +264,33 @@ EVAL = [
     ("more tokens than positions", ["--max_new_tokens", "300"], "256 positions"),
     ("thinking without a template", ["--thinking", "on"], "--prompt_format chat"),
 ]
+PLAN = [
+    ("config.json is no JSON", ["--student", "config-text"], "config.json lacks a size"),
+    ("config.json is a list", ["--student", "config-list"], "config.json lacks a size"),
+    ("config.json is empty", ["--student", "config-empty"], "cannot be planned"),
+    ("config.json is binary", ["--teacher", "config-bytes"], "config.json lacks a size"),
+    ("an unknown model type", ["--teacher", "config-type"], "zork"),
+    ("a size that is a text", ["--student", "size-text"], "num_hidden_layers is '3'"),
+    ("a size that is null", ["--teacher", "size-null"], "vocab_size is None"),
+    ("a size of 0", ["--student", "size-none"], "vocab_size is 0"),
+    ("half a size", ["--student", "size-half"], "hidden_size is 1.5"),
+    ("a size below 0", ["--student", "size-minus"], "hidden_size is -4"),
+    ("10^30 layers", ["--student", "size-huge"], "num_hidden_layers is 1000"),
+    ("no attention heads", ["--student", "config-heads"], "num_attention_heads is 0"),
+    ("a folder that is no model", ["--student", "nothing"], "no config.json there"),
+    ("a shape that is not known", ["--student", "qwen3-99b"], "no built-in shape"),
+    ("no GPU", ["--gpus", "0"], "--gpus 0"),
+    ("a GPU that is a word", ["--gpus", "x"], "--gpus"),
+    ("10^20 GPUs", ["--gpus", HUGE], f"--gpus {HUGE}"),
+    ("memory that is no number", ["--gpu_gib", "nan"], "--gpu_gib nan"),
+    ("memory without end", ["--gpu_gib", "inf"], "--gpu_gib inf"),
+    ("a speed of 1e400", ["--tflops", "1e400"], "--tflops inf"),
+    ("a bandwidth below 0", ["--bandwidth_gbs", "-1"], "--bandwidth_gbs -1"),
+    ("two GPUs and one process", ["--gpus", "2"], "--engine.kind deepspeed"),
+    ("an attention of another name", ["--attention", "zork"], "zork"),
+    ("a flag that is none", ["--colour", "red"], "unknown option --colour"),
+    ("a setting of train's", ["--rollout.top_p", "7"], "--rollout.top_p 7.0"),
+]
 WHOLE = [
     ("resume of a file", ["train", "--resume", "prompts.jsonl"], "no run there"),
     ("resume of a model", ["train", "--resume", "model"], "config.json does not fit"),
@@ -286,6 +320,7 @@ BASE = {
         "--rollout.max_new_tokens": "2",
         "--track.progress": "False",
     },
+    "plan": {"--student": "model", "--teacher": "model"},
     "eval": {
         "--model": "model",
         "--suite": "s=prompts.jsonl",
@@ -312,6 +347,7 @@ CASES = [
     *((f"--prompts {what}", command("train", ["--prompts", file]), said) for what, file, said in FILES),
     *((f"--suite {what}", command("eval", ["--suite", f"s={file}"]), said) for what, file, said in FILES),
     *((f"eval: {what}", command("eval", flags), said) for what, flags, said in EVAL),
+    *((f"plan: {what}", command("plan", flags), said) for what, flags, said in PLAN),
     *WHOLE,
 ]  # fmt: skip
 
@@ -324,7 +360,8 @@ def listing(place: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "bad input through the command line: models, prompt files, suites, flags, selectors, graders, tasks, damaged runs",
+    "bad input through the command line: models, prompt files, suites, flags, selectors, graders, tasks, damaged runs, "
+    "plans",
     "exit code 2, one line on stderr with what came and what to do, no traceback, nothing written",
 )
 @pytest.mark.parametrize(("args", "said"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -355,3 +392,47 @@ def test_bad_input_ends_in_one_line(args, said, place, monkeypatch, capfd):
 def test_the_installed_command_ends_in_one_line(args, place):
     done = subprocess.run([sys.executable, "-m", "opsd", *args], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+RECIPES = sorted(file.name for file in (ROOT / "recipes").glob("*.sh") if file.name != "common.sh")
+POCKET = {"SCALE": "pocket"}
+# Of recipes: what is set, and what the line must say.
+VARIABLES = [
+    ({"SCALE": "banana"}, "SCALE=banana is unknown; give paper or pocket"),
+    ({"SCALE": "pocket;true"}, "SCALE=pocket;true is unknown"),
+    ({**POCKET, "PAIRS": "nope"}, "PAIRS has nope"),
+    ({**POCKET, "CELLS": "nope"}, "CELLS has nope"),
+    ({**POCKET, "SEEDS": "x"}, "SEEDS has x"),
+    ({**POCKET, "SEEDS": "0 -1"}, "SEEDS has -1"),
+    ({**POCKET, "STEPS": "x"}, "STEPS=x: give a whole number above 0"),
+    ({**POCKET, "STEPS": "0"}, "STEPS=0: give a whole number above 0"),
+    ({"NUM_GPUS": "x"}, "NUM_GPUS=x: give a whole number above 0"),
+    ({"DRY_RUN": "1", "TRAIN_BATCH_SIZE": "0"}, "TRAIN_BATCH_SIZE=0: give"),
+    # What bash would run, were it to reckon with it.
+    ({"DRY_RUN": "1", "TOTAL_EPOCHS": "a[$(touch ran)]"}, "TOTAL_EPOCHS=a[$(touch ran)]: give"),
+    ({}, "missing: "),
+]
+OF_TABLES = ("PAIRS", "CELLS", "SEEDS")
+
+
+@pytest.mark.fault(
+    "bad variables to every recipe: SCALE, PAIRS, CELLS, SEEDS, STEPS, NUM_GPUS, a command in a number, nothing at all",
+    "exit code 2, one line with what came and what to give, no program started, nothing written",
+)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bad_variables_stop_a_recipe_in_one_line(recipe, tmp_path):
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (tmp_path / "bin").mkdir()
+    for name in ("opsd", "python", "deepspeed", "accelerate", "nvidia-smi"):
+        (tmp_path / "bin" / name).write_text("#!/bin/bash\n[[ $1 == --list-gpus ]] || touch ran\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    before, path = listing(tmp_path), f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    for variables, said in VARIABLES:
+        if recipe == "grpo_teacher.sh" and set(variables) & set(OF_TABLES):
+            continue  # it has neither
+        command = ["bash", str(tmp_path / "recipes" / recipe)]
+        done = subprocess.run(
+            command, cwd="/", env={"PATH": path, **variables}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, (variables, done.stderr)
+        assert listing(tmp_path) == before, variables
