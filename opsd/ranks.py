@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from opsd.errors import UserError
@@ -19,6 +22,7 @@ Value = TypeVar("Value")
 _store: Any = None
 _closers: list[Callable[[], None]] = []
 _wait_s = 0.0
+_ANSWER_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def join(device: torch.device, wait_s: float = 1800.0) -> Ranks:
             _store, rank, size = _meet()
         group_store = distributed.PrefixStore("opsd", _store)
         limit = timedelta(seconds=wait_s)
+        # For the groups that DeepSpeed and vLLM make: they name no limit, and torch's own is 10 or 30 minutes.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
         distributed.init_process_group(backend, timeout=limit, store=group_store, rank=rank, world_size=size)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
@@ -132,15 +138,22 @@ def first_to_fail(or_left: bool) -> bool:
     """Whether this rank is the one to say what went wrong: the others fall with it, and would only echo it.
 
     Before the ranks have met, all of them read the same command line, so the first speaks for all.
-    or_left: also where the first rank, which keeps the store, is gone, and nobody knows whether it could speak.
+    or_left: also where the first rank, which keeps the store, is gone or frozen: nobody knows whether it could speak.
     """
     if _store is None or world_size() == 1:
         return int(os.environ.get("RANK", "0")) == 0
-    try:
-        return _store.add("failures", 1) == 1
-    except RuntimeError:
-        # torchrun keeps a store of its own; under DeepSpeed's launcher the first rank keeps it, and is gone.
-        return or_left and os.environ.get("RANK") == "1"
+    answers: list[int] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(_store.add("failures", 1))
+
+    # torchrun keeps a store of its own; under DeepSpeed's launcher the first rank keeps it. Where that one is gone,
+    # asking fails; where it is frozen, asking takes for ever.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_S)
+    return answers[0] == 1 if answers else or_left and os.environ.get("RANK") == "1"
 
 
 def contact_lost(error: Exception) -> str | None:

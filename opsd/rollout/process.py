@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import safetensors.torch
 import torch
@@ -94,12 +94,33 @@ class Sampler:
         except (EOFError, OSError):
             raise RunStopped(f"the sampler process ended with exit code {self._process.wait()}") from None
         except ValueError as error:
-            self.close()
-            raise RunStopped(f"the sampler process gave what is no answer ({error})") from None
+            self._refuse(str(error))
+        if not isinstance(message, dict) or message.keys().isdisjoint(("answer", "error")):
+            self._refuse("neither an answer nor an error")
         if "error" in message:
             self.close()
-            raise RunStopped(f"the sampler process failed ({message['error'].splitlines()[0]})")
+            raise RunStopped(f"the sampler process failed ({str(message['error']).splitlines()[0]})")
         return message["answer"]
+
+    def rollouts(self, count: int, vocab_size: int) -> list[list[int]]:
+        """The answer where `count` rollouts were asked for: token ids below `vocab_size`."""
+        found = self.answer()
+        if not (isinstance(found, list) and len(found) == count and all(isinstance(ids, list) for ids in found)):
+            self._refuse(f"{count} rollouts were asked for")
+        if not all(isinstance(token, int) and 0 <= token < vocab_size for ids in found for token in ids):
+            self._refuse(f"a token that is none of 0 to {vocab_size - 1}")
+        return found
+
+    def nats(self, count: int) -> list[float]:
+        """The answer where `count` log-probabilities were asked for."""
+        found = self.answer()
+        if not (isinstance(found, list) and len(found) == count and all(isinstance(n, float) for n in found)):
+            self._refuse(f"{count} log-probabilities were asked for")
+        return found
+
+    def _refuse(self, why: str) -> NoReturn:
+        self.close()
+        raise RunStopped(f"the sampler process gave what is no answer ({why})")
 
     def close(self) -> None:
         """End the process; there is no answer left that anybody waits for."""
@@ -132,6 +153,7 @@ class VLLMProcessRollout:
         self._probe_ids: list[int] = []
         self._checked = False
         self._samplers: list[Sampler] = []
+        self._vocab_size = vocabulary_size(tokenizer)
         settings = {
             "path": str(Path(path).resolve()) if Path(path).exists() else path,
             "eos_ids": self._eos_ids,
@@ -141,7 +163,7 @@ class VLLMProcessRollout:
             "batch_rollouts": rollout.generate_batch,
             "memory_share": rollout.gpu_memory_share,
             "trust": trust,
-            "vocab_size": vocabulary_size(tokenizer),
+            "vocab_size": self._vocab_size,
         }
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
         before_leaving(self._close)
@@ -157,20 +179,20 @@ class VLLMProcessRollout:
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""
 
-        def ask() -> list[list[tuple[int, list[int]]]]:
+        def ask() -> list[tuple[int, list[int]]]:
             shares = [jobs_of(prompts, samples, Ranks(number, count)) for number in range(count)]
             for sampler, jobs in zip(self._samplers, shares, strict=True):
                 numbered = [(number, prompt.ids) for number, prompt in jobs]
                 how = dataclasses.asdict(sampling)
                 sampler.send({"do": "sample", "jobs": numbered, "sampling": how, "seed": seed})
-            answers = [sampler.answer() for sampler in self._samplers]
-            return [
-                [(number, ids) for (number, _), ids in zip(jobs, found, strict=True)]
-                for jobs, found in zip(shares, answers, strict=True)
-            ]
+            written: list[tuple[int, list[int]]] = []
+            for sampler, jobs in zip(self._samplers, shares, strict=True):
+                found = sampler.rollouts(len(jobs), self._vocab_size)
+                written += [(number, ids) for (number, _), ids in zip(jobs, found, strict=True)]
+            return written
 
         count = len(self._samplers)
-        answers = dict(pair for share in self._on_main(ask) for pair in share)
+        answers = dict(self._on_main(ask))
         jobs = jobs_of(prompts, samples, Ranks())
         rollouts = rollouts_of(jobs, [answers[number] for number, _ in jobs], self._eos_ids, sampling)
         if rollouts:
@@ -221,7 +243,7 @@ class VLLMProcessRollout:
         def score() -> list[list[float]]:
             for sampler in self._samplers:
                 sampler.send({"do": "score", "ids": self._probe_ids})
-            return [sampler.answer() for sampler in self._samplers]
+            return [sampler.nats(len(self._probe_ids) - 1) for sampler in self._samplers]
 
         for nats in self._on_main(score):
             check_probe(self._engine, self._probe_ids, nats, self._allowed_nats)

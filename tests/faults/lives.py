@@ -83,10 +83,15 @@ class Life:
             for line in lines:
                 yield line.decode(), time.monotonic()
 
-    def ends(self, limit_s: float = LONGEST_S) -> list[int]:
-        """Exit codes, negative for a signal; what does not end in time is killed, with code 999."""
+    def ends(self, limit_s: float = LONGEST_S, frozen: int | None = None) -> list[int]:
+        """Exit codes, negative for a signal; what does not end in time is killed, with code 999.
+
+        frozen: a process that cannot end; it is killed once the others have.
+        """
         codes, end = {}, time.monotonic() + limit_s
         while len(codes) < len(self.pids):
+            if set(self.pids) - set(codes) == {frozen}:
+                os.kill(frozen, signal.SIGKILL)
             for pid in set(self.pids) - set(codes):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
@@ -149,20 +154,21 @@ def live(args: list[str], rank: int, ranks: int, port: int, pipe: int, errors: P
 def strike(flags: list[str], out: Path, ranks: int, moment: dict[str, Any], seen: list[tuple[str, float]]) -> dict:
     """One run, struck in `moment["stage"]`, at a place and after a time that are drawn; then resumed.
 
-    seen: what this rank of an undisturbed run told, from which the place is drawn.
+    seen: what this rank of an undisturbed run told, from which the place is drawn. moment["flags"]: more of this run's.
     """
     draw = random.Random(moment["seed"])
     entries = [place for place, (stage, _) in enumerate(seen[:-1]) if stage == moment["stage"]]
     place = draw.randrange(len(entries))
     lasts_s = seen[entries[place] + 1][1] - seen[entries[place]][1]
     wait_s = draw.random() * lasts_s
-    life = begin([*flags, "--out", str(out)], ranks, out)
+    life = begin([*flags, *moment["flags"], "--out", str(out)], ranks, out)
     stages = life.stages(moment["rank"])
     reach(stages, moment["stage"], place + 1)
     time.sleep(wait_s)
     struck_s = time.monotonic()
-    os.kill(life.pids[moment["rank"]], moment["signal"])
-    codes = life.ends(90.0)
+    pid = life.pids[moment["rank"]]
+    os.kill(pid, moment["signal"])
+    codes = life.ends(90.0, frozen=pid if moment["signal"] == signal.SIGSTOP else None)
     took_s = time.monotonic() - struck_s
     said = "".join(file.read_text() for file in life.errors)
     saved = sorted(path.name for path in (out / "checkpoints").glob("step_*"))

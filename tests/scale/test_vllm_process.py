@@ -1,15 +1,11 @@
 """vLLM in a process of its own: it says what transformers says, takes new weights, and no fault of it goes unsaid."""
 
-import json
 import os
 import runpy
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -105,41 +101,3 @@ def test_one_that_hangs_is_ended_and_said_so(vllm):
     ):
         vllm.generate(PROMPTS, 1, GREEDY, seed=0)
     assert sampler._process.poll() == -signal.SIGKILL
-
-
-def train(models: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "opsd", "train", *words], stderr=subprocess.PIPE, text=True, cwd=models
-    )
-
-
-def sampler_of(run: subprocess.Popen[str], metrics: Path, steps: int) -> psutil.Process:
-    """The run's sampler process, once so many steps are done."""
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
-        assert run.poll() is None, run.communicate()[1]
-        time.sleep(0.1)
-    (found,) = [p for p in psutil.Process(run.pid).children() if "opsd.rollout.sampler" in p.cmdline()]
-    return found
-
-
-def test_its_death_stops_the_run_in_one_line_and_a_killed_trainer_takes_it_along(models):
-    (models / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+2="}) + "\n" for a in range(8)))
-    flags = (
-        "--student student --teacher teacher --prompts sums.jsonl --out run --prompt_format raw --steps 5000 "
-        "--prompts_per_step 2 --rollout.engine vllm_process --rollout.samples_per_prompt 2 "
-        "--rollout.max_prompt_tokens 8 --rollout.max_new_tokens 6 --rollout.generate_batch 4 --optim.lr 1e-3 "
-        "--checkpoint.every 1 --engine.device cpu"
-    )
-    run, metrics = train(models, *flags.split()), models / "run" / "metrics.jsonl"
-    sampler_of(run, metrics, 2).kill()
-    said = run.communicate(timeout=120)[1].strip().splitlines()
-    assert run.returncode == 1
-    assert said[-1].startswith("opsd: the sampler process ended with exit code -9; the run goes on from its newest")
-    assert not any("Traceback" in line for line in said)
-    done = len(metrics.read_text().splitlines())
-
-    resumed = train(models, "--resume", "run")
-    sampler = sampler_of(resumed, metrics, done + 1)
-    resumed.kill()
-    resumed.communicate()
-    sampler.wait(timeout=30)  # raises where it lives on

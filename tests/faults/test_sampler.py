@@ -1,0 +1,189 @@
+"""A sampler in a process of its own that dies, freezes or answers nonsense: one line, in time, and resumable."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import ROOT, assert_same, flags
+
+from opsd import ranks
+from opsd.commandline import parse
+from opsd.config import TrainConfig
+from opsd.errors import RunStopped
+from opsd.rollout import process
+from opsd.rollout.process import Sampler
+from opsd.train import resume, start
+
+TIMEOUT_S = 2
+LATE = rf"the sampler process gave no answer in {TIMEOUT_S} s \(--rollout.timeout_s\) and was ended"
+NO_ANSWER = "the sampler process gave what is no answer"
+HALF = "line.sendall(struct.pack('!i', 100) + b'only this')"  # the header of a message of 100 bytes
+FAULTS = {
+    "half an answer, then silence": (f"{HALF}; time.sleep(60)", LATE),
+    "silence": ("time.sleep(60)", LATE),
+    "half an answer, then death": (f"{HALF}; sys.exit(3)", "ended with exit code 3"),
+    "death": ("os.kill(os.getpid(), 9)", "ended with exit code -9"),
+    "nonsense": ("line.sendall(struct.pack('!i', 2) + b'{x')", NO_ANSWER),
+    "an error of its own": (
+        "text = b'{\"error\": \"ValueError: no such model\"}'; line.sendall(struct.pack('!i', len(text)) + text)",
+        r"failed \(ValueError: no such model\)",
+    ),
+}
+
+
+def start_sampler(monkeypatch, does: str) -> Sampler:
+    head = "import os, socket, struct, sys, time; line = socket.socket(fileno=int(sys.argv[1])); line.recv(1000); "
+    monkeypatch.setattr(process, "PROGRAM", ("-c", head + does))
+    return Sampler({}, gpus="", timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.fault("a sampler process fails as it starts, in six ways", "one line, in time; no process is left")
+@pytest.mark.parametrize(("does", "line"), FAULTS.values(), ids=FAULTS)
+def test_every_fault_is_one_line_and_leaves_no_process(does, line, monkeypatch):
+    sampler = start_sampler(monkeypatch, does)
+    with pytest.raises(RunStopped, match=line) as stop:
+        sampler.answer()
+    assert "\n" not in str(stop.value)
+    sampler.close()
+    assert sampler._process.poll() is not None
+
+
+@pytest.mark.fault("a sampler process takes no weights: the line to it is full", "one line, in time")
+def test_one_that_takes_no_weights_is_ended_too(monkeypatch):
+    sampler = start_sampler(monkeypatch, "time.sleep(60)")
+    sampler.send_bytes(bytes(2**24))  # more than a socket holds
+    with pytest.raises(RunStopped, match=LATE):
+        sampler.answer()
+
+
+@pytest.fixture
+def begin(monkeypatch):
+    """Starts a run of four steps whose sampler is fake_sampler.py, with a fault; "" for none."""
+    monkeypatch.setattr(process, "PROGRAM", (str(Path(__file__).with_name("fake_sampler.py")),))
+
+    def begin(out: Path, fault: str) -> None:
+        settings = {
+            "rollout__engine": "vllm_process",
+            "rollout__timeout_s": TIMEOUT_S,
+            # The fake has no model: its log-probabilities are all 0.
+            "rollout__probe_tolerance": 50,
+            "eval__teacher": False,
+            "eval__at_start": False,
+            "eval__every": 0,
+            "eval__limit": 2,
+        }
+        if fault:
+            monkeypatch.setenv("FAULT", fault)
+        start(parse(TrainConfig, [*flags(**settings), "--out", str(out)], "opsd train"))
+
+    yield begin
+    ranks.leave()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Where the undisturbed run is, once it was made."""
+    return tmp_path_factory.mktemp("sampler") / "whole"
+
+
+@pytest.mark.e2e
+@pytest.mark.fault(
+    "in step 3 the sampler process dies or freezes, while it writes, takes weights or is checked; or its answer is no "
+    f"JSON, of another form, of another length, or names tokens that there are not; `--rollout.timeout_s {TIMEOUT_S}`",
+    "one line, in time, no process left; resumed, metrics, masks and weights are the undisturbed run's, to the bit",
+)
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("die sample", "the sampler process ended with exit code -9"),
+        ("die load", "the sampler process ended with exit code -9"),
+        ("freeze sample", LATE),
+        ("no-token sample", rf"{NO_ANSWER} \(a token that is none of 0 to \d+\)"),
+        ("too-few score", rf"{NO_ANSWER} \(\d+ log-probabilities were asked for\)"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("die score", "the sampler process ended with exit code -9"),
+                ("freeze load", LATE),
+                ("noise sample", rf"{NO_ANSWER} \('utf-8' codec can't decode"),
+                ("list sample", rf"{NO_ANSWER} \(neither an answer nor an error\)"),
+                ("no-list sample", rf"{NO_ANSWER} \(4 rollouts were asked for\)"),
+                ("too-few sample", rf"{NO_ANSWER} \(4 rollouts were asked for\)"),
+                ("words sample", rf"{NO_ANSWER} \(a token that is none of 0 to \d+\)"),
+                ("no-numbers score", rf"{NO_ANSWER} \(\d+ log-probabilities were asked for\)"),
+                ("error load", r"the sampler process failed \(RuntimeError: no kernel\)"),
+            )
+        ),
+    ],
+)
+def test_a_run_whose_sampler_fails(begin, whole, tmp_path, monkeypatch, fault, line):
+    if not whole.exists():
+        begin(whole, "")
+        ranks.leave()
+    run, started_s = tmp_path / "run", time.monotonic()
+    with pytest.raises(RunStopped, match=rf"^{line}[^\n]*; the run goes on from its newest[^\n]*--resume$"):
+        begin(run, f"{fault} 3")
+    assert time.monotonic() - started_s < 60
+    assert not [child for child in psutil.Process().children() if "fake_sampler" in " ".join(child.cmdline())]
+    monkeypatch.delenv("FAULT")
+    resume(run)
+    assert_same(run, whole)
+
+
+def train(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "opsd", "train", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def sampler_of(run: subprocess.Popen[str], metrics: Path, steps: int) -> psutil.Process:
+    """The run's sampler process, once so many steps are done."""
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.1)
+    (found,) = [p for p in psutil.Process(run.pid).children() if "opsd.rollout.sampler" in p.cmdline()]
+    return found
+
+
+@pytest.mark.e2e
+@pytest.mark.vllm
+@pytest.mark.fault(
+    "kill -9 of a vLLM sampler; in the resumed run, kill -9 of its trainer",
+    "exit 1 with one line; the sampler ends with its trainer",
+)
+def test_vllm_that_is_killed_and_vllm_whose_trainer_is_killed(tmp_path):
+    pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
+    worker = runpy.run_path(str(ROOT / "tests" / "scale" / "vllm_worker.py"))
+    for name, seed in (("student", 0), ("teacher", 1)):
+        worker["model"](seed).save_pretrained(tmp_path / name)
+        worker["HELPERS"]["tokenizer"]().save_pretrained(tmp_path / name)
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+2="}) + "\n" for a in range(8)))
+    words = (
+        "--student student --teacher teacher --prompts sums.jsonl --out run --prompt_format raw --steps 5000 "
+        "--prompts_per_step 2 --rollout.engine vllm_process --rollout.samples_per_prompt 2 "
+        "--rollout.max_prompt_tokens 8 --rollout.max_new_tokens 6 --rollout.generate_batch 4 --optim.lr 1e-3 "
+        "--checkpoint.every 1 --engine.device cpu"
+    )
+    run, metrics = train(tmp_path, *words.split()), tmp_path / "run" / "metrics.jsonl"
+    sampler_of(run, metrics, 2).kill()
+    said = run.communicate(timeout=120)[1].strip().splitlines()
+    assert run.returncode == 1
+    assert said[-1].startswith("opsd: the sampler process ended with exit code -9; the run goes on from its newest")
+    assert not any("Traceback" in line for line in said)
+    done = len(metrics.read_text().splitlines())
+
+    resumed = train(tmp_path, "--resume", "run")
+    sampler = sampler_of(resumed, metrics, done + 1)
+    resumed.kill()
+    resumed.communicate()
+    sampler.wait(timeout=30)  # raises where it lives on
