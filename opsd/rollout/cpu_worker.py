@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -19,11 +20,12 @@ class RunCPUWorker(CPUWorker):
     """
 
     def init_device(self) -> None:
+        settings: Any = self.vllm_config.additional_config
         # The ranks' group is there already: of the init method only the name is used.
-        self.distributed_init_method = f"env://:{self.vllm_config.additional_config['run']}"
+        self.distributed_init_method = f"env://:{settings['run']}"
         super().init_device()
         # All ranks have opened it by now. What has no name any more goes with the last process that holds it.
         for name in os.listdir(SHARED_MEMORY):
-            if self.vllm_config.additional_config["run"] in name:
+            if settings["run"] in name:
                 with suppress(FileNotFoundError):  # another rank was faster
                     os.unlink(os.path.join(SHARED_MEMORY, name))
