@@ -1,6 +1,6 @@
 """A sampler process without a model, in the place of `opsd.rollout.sampler`: quick to start, and fails when told to.
 
-FAULT holds what it does, to which kind of request, and to the how manyth of that kind, e.g. "die load 2".
+FAULT holds what it does, to which kind of request, and to which of that kind, e.g. "die load 2".
 """
 
 import json
@@ -11,8 +11,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 
-# Text beside the digits and signs of the pocket student's vocabulary is not needed.
-HIGHEST_ID = 9
+HIGHEST_ID = 9  # the digits of the pocket student's vocabulary
 
 
 def main(line: Connection) -> None:
