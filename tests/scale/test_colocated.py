@@ -7,8 +7,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from opsd.config import from_json
+from opsd.prompts import Prompt
+from opsd.rollout import HFRollout, Sampling
+from opsd.student import load_scorer, load_tokenizer
+from opsd.train import start
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+
+
+def train(folder: Path, width: int, run: str) -> None:
+    """What `vllm_worker.py` does with these arguments, on two ranks."""
+    worker = str(Path(__file__).with_name("vllm_worker.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    words = [*launch, str(folder), str(width), run]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +55,6 @@ def out(tmp_path_factory) -> Path:
         "track": {"progress": False},
     }
     (folder / "settings.json").write_text(json.dumps(values))
-    worker = str(Path(__file__).with_name("vllm_worker.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     # A run that was killed can leave what its ranks shared, under the name that vLLM gives it: no run may trip on it.
     left = [Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}") for rank in (0, 1)]
     ours = [path for path in left if not path.exists()]
@@ -49,8 +63,7 @@ def out(tmp_path_factory) -> Path:
     shared = {}
     try:
         for width in (2, 1, 0):
-            done = subprocess.run([*launch, str(width)], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-4000:]
+            train(folder, width, "run")
             shared[width] = sorted(path.name for path in Path("/dev/shm").glob("*cpushm*"))
     finally:
         for path in ours:
@@ -71,14 +84,14 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_sampler_over_two_ranks_follows_zero_3_for_three_steps(out):
-    assert json.loads((out / "said2.json").read_text()) == [None, None]
+    assert json.loads((out / "said run2.json").read_text()) == [None, None]
     assert (out / "run2" / "DONE").exists()
     first, *_, last = losses(out / "run2")
     assert len(losses(out / "run2")) == 3 and last < first
 
 
 def test_samplers_in_processes_of_their_own_follow_zero_3_and_write_the_same(out):
-    assert json.loads((out / "said0.json").read_text()) == [None, None]
+    assert json.loads((out / "said run0.json").read_text()) == [None, None]
     assert (out / "run0" / "DONE").exists()
     for step in (1, 2, 3):
         ours, theirs = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("run0", "run2"))
@@ -103,6 +116,50 @@ def test_who_samples_a_rollout_does_not_change_it(out, step):
 
 def test_one_stale_sampler_stops_every_rank_with_the_same_line(out):
     # The second rank alone kept its old weights at the third sync.
-    said = json.loads((out / "said1.json").read_text())
+    said = json.loads((out / "said run1.json").read_text())
     assert said[0] == said[1] and "its weights are not the trained ones" in said[0]
     assert len(losses(out / "run1")) == 2
+
+
+@pytest.fixture(scope="module")
+def adapters(out) -> Path:
+    """The same three samplers while adapters are trained, and a run of one process that samples by transformers."""
+    for width in (2, 1, 0):
+        train(out, width, "lora")
+    values = json.loads((out / "settings.json").read_text())
+    rollout = {**values["rollout"], "engine": "hf", "temperature": 0.0}
+    alone = {"engine": {"device": "cpu", "micro_batch_tokens": 24}, "lora": {"rank": 4}, "rollout": rollout}
+    start(from_json({**values, **alone, "out": str(out / "lora plain")}))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["lora0", "lora2"])
+def test_samplers_follow_adapters_under_zero_3_as_transformers_follows_plain_torch(adapters, run):
+    assert json.loads((adapters / f"said {run}.json").read_text()) == [None, None]
+    for step in (1, 2, 3):
+        ours, plain = (
+            (adapters / name / "rollouts" / f"step_{step}.jsonl").read_text() for name in (run, "lora plain")
+        )
+        assert ours == plain
+    assert losses(adapters / run) == pytest.approx(losses(adapters / "lora plain"), rel=1e-4)
+    # The student's answers change with its adapters: a sampler that had never got them would not have written these.
+    ids = [json.loads(line)["response_ids"] for line in (adapters / run / "rollouts/step_3.jsonl").open()]
+    assert ids != untrained_answers(adapters)
+
+
+def untrained_answers(adapters: Path) -> list[list[int]]:
+    """What the student without adapters answers to the prompts of the last step."""
+    lines = [json.loads(line) for line in (adapters / "lora plain" / "rollouts" / "step_3.jsonl").open()]
+    student = load_scorer(str(adapters / "student"), "--student", torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(str(adapters / "student"), "--student")
+    prompts = [Prompt(str(k), "", line["prompt_ids"], None) for k, line in enumerate(lines)]
+    greedy = Sampling(temperature=0.0, max_new_tokens=6)
+    return [r.response_ids for r in HFRollout(student.model, tokenizer, 8).generate(prompts, 1, greedy, seed=0)]
+
+
+@pytest.mark.slow
+def test_one_sampler_that_missed_the_adapters_last_step_stops_every_rank(adapters):
+    said = json.loads((adapters / "said lora1.json").read_text())
+    assert said[0] == said[1] and "its weights are not the trained ones" in said[0]
+    assert losses(adapters / "lora1") == pytest.approx(losses(adapters / "lora plain")[:2], rel=1e-4)

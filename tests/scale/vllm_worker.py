@@ -1,4 +1,7 @@
-"""Run by torchrun: ZeRO-3 training and vLLM samplers. Arguments: folder, ranks to a sampler (0: own processes)."""
+"""Run by torchrun: ZeRO-3 training and vLLM samplers. Arguments: folder, ranks to a sampler (0: own processes), run.
+
+run: "run", or "lora", which trains adapters and samples greedily: then transformers would write the same.
+"""
 
 import json
 import runpy
@@ -39,7 +42,7 @@ def model(seed: int):
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def main(out: Path, width: int) -> None:
+def main(out: Path, width: int, run: str) -> None:
     ranks = join(torch.device("cpu"))
     if ranks.is_main:
         for name, seed in (("student", 0), ("teacher", 1)):
@@ -51,16 +54,18 @@ def main(out: Path, width: int) -> None:
         values["rollout"]["tensor_parallel"] = width
     else:
         values["rollout"] |= {"engine": "vllm_process", "samplers": 2}
+    if run == "lora":
+        values |= {"lora": {"rank": 4}, "rollout": {**values["rollout"], "temperature": 0.0}}
     if width == 1:
         rollout_vllm.VLLMRollout._load_weights = miss_the_third(rollout_vllm.VLLMRollout._load_weights)
     said = None
     try:
-        start(from_json({**values, "out": str(out / f"run{width}")}))
+        start(from_json({**values, "out": str(out / f"{run}{width}")}))
     except RunStopped as stop:
         said = str(stop)
     said = ranks.gather(said)
     if ranks.is_main:
-        (out / f"said{width}.json").write_text(json.dumps(said))
+        (out / f"said {run}{width}.json").write_text(json.dumps(said))
     leave()
     end(0)
 
@@ -80,4 +85,4 @@ def miss_the_third(load):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
