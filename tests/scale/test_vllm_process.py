@@ -76,6 +76,7 @@ def test_it_says_what_transformers_says_before_and_after_new_weights(models, eng
 
 
 def test_one_that_missed_the_new_weights_is_caught(engine, vllm, monkeypatch):
+    vllm.generate(PROMPTS, 1, GREEDY, seed=0)  # the probe's tokens
     disturb(engine, 2)
     with monkeypatch.context() as stale:
         stale.setattr(vllm, "_load_weights", lambda: None)
