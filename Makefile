@@ -81,8 +81,8 @@ faults: setup ## the fault suite: kills, full disks, damaged files, hostile inpu
 check: setup ## lint, format, types and the fast tests, under 90 seconds
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet . || { echo 'run: $(PY) -m ruff format .' >&2; exit 1; }
-	@.venv/bin/basedpyright --level error
-	@$(PYTEST) -m "not slow and not gpu and not vllm and not e2e"
+	@.venv/bin/basedpyright --level error & types=$$!; failed=0; \
+		$(PYTEST) -m "not slow and not gpu and not vllm and not e2e" || failed=1; wait $$types && exit $$failed
 
 bench: setup ## time and memory of the loss core
 	@$(PY) scripts/bench_loss.py

@@ -32,6 +32,7 @@ from opsd.markdown import markdown_text
 from opsd.rollout.calls import ChatTurns, read_calls
 from opsd.viewer.command import InspectConfig, inspect
 
+pytestmark = pytest.mark.e2e
 # Python is about ten times as fast; work that grows with the square of these texts takes more than a minute.
 SECONDS_OF_PROCESSOR = 1.0
 TASKS = [*generate_tasks(1, seed=5), *generate_tasks(1, seed=5, compact=False), *pocket_tasks(1, seed=5)]

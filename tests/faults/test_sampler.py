@@ -20,6 +20,8 @@ from opsd.rollout import process
 from opsd.rollout.process import Sampler, VLLMProcessRollout
 from opsd.train import resume, start
 
+pytestmark = pytest.mark.e2e
+
 TIMEOUT_S = 2
 LATE = rf"the sampler process gave no answer in {TIMEOUT_S} s \(--rollout.timeout_s\) and was ended"
 NO_ANSWER = "the sampler process gave what is no answer"

@@ -55,6 +55,7 @@ def test_all_untagged_public_cases_are_judged_as_their_sources_do():
     assert wrong == {"accepted": [], "rejected": []}
 
 
+@pytest.mark.e2e
 def test_every_math500_answer_equals_itself():
     golds = [row["answer"] for row in rows("math/math500.jsonl")]
     assert len(golds) == 500
@@ -175,9 +176,9 @@ def judged(response, gold, seconds=15.0):
         "\\boxed{" * 20_000,
         "\\boxed{" + "{" * 50_000 + "}" * 50_000 + "}",
         "\\boxed{" + "1" * 100_000 + "}",
-        "\\boxed{" + "{" * 900 + "1" + "}" * 900 + "}",
-        "\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
-        "\\boxed{" + "\\sqrt{" * 250 + "2" + "}" * 250 + "}",
+        pytest.param("\\boxed{" + "{" * 900 + "1" + "}" * 900 + "}", marks=pytest.mark.e2e),
+        pytest.param("\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}", marks=pytest.mark.e2e),
+        pytest.param("\\boxed{" + "\\sqrt{" * 250 + "2" + "}" * 250 + "}", marks=pytest.mark.e2e),
         "\\boxed" + " " * 100_000,
         "\\boxed" * 20_000,
         "\n" * 100_000,
@@ -317,6 +318,7 @@ LAST_ANSWER = (
 )
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("end", ["", "; import os, signal; sys = os.sys; sys.stdout.flush(); os.kill(os.getpid(), 9)"])
 def test_the_process_ends_with_its_parent_even_a_killed_one(end):
@@ -347,6 +349,7 @@ def test_a_process_in_the_middle_of_a_huge_power_does_not_outlive_its_limit():
     assert process.wait(timeout=20) == -signal.SIGPROF or "BrokenPipeError" in said
 
 
+@pytest.mark.e2e
 def test_it_starts_from_any_folder_whatever_modules_lie_there(tmp_path):
     (tmp_path / "sympy.py").write_text("raise RuntimeError('the wrong sympy')\n")
     done = grading_elsewhere(
@@ -355,6 +358,7 @@ def test_it_starts_from_any_folder_whatever_modules_lie_there(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.e2e
 def test_a_forks_child_has_a_process_of_its_own():
     done = grading_elsewhere(
         "import os\n"

@@ -32,6 +32,7 @@ def save_tokens(run, **columns):
     pd.DataFrame(columns).to_parquet(run / "tokens" / "step_1.parquet")
 
 
+@pytest.mark.e2e
 def test_a_figure_is_there_exactly_where_it_has_data(make_run):
     folder = make_run("all", 1.0, ALL, metrics=({"step": 1},))
     assert titles(write(folder)) == ["Figure 1. Accuracy by rule."]
@@ -47,6 +48,7 @@ def test_a_figure_is_there_exactly_where_it_has_data(make_run):
     ]
 
 
+@pytest.mark.e2e
 def test_average_and_best_are_drawn_for_the_agentic_table_only(make_run):
     folder = make_run("all", 1.0, ALL, best=0.75)
     assert "Figure 4. Average and best of k." in titles(write(folder, "table7"))

@@ -12,13 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tinypair import tiny_pair
 
 from opsd import ranks
 from opsd.config import from_json
-from opsd.errors import UserError
-from opsd.ranks import first_to_fail, join
+from opsd.ranks import first_to_fail
 from opsd.train import start
 
 ROOT = Path(__file__).parents[2]
@@ -62,17 +60,6 @@ def test_the_documents_spell_launchers_as_the_launchers_read_them():
         words = [word.replace("$SLURM_JOB_NUM_NODES", "2") for word in shlex.split(line)]
         module, program, arguments, adds = parsed(words)
         assert (module, program, arguments[0], adds) == (True, "opsd", "train", False), (name, line)
-
-
-def test_a_port_that_is_taken_is_one_line(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-            monkeypatch.setenv(name, str(value))
-        with pytest.raises(UserError, match=rf"^port {port}, where .* is taken, .* \(--master_port\)$"):
-            join(torch.device("cpu"))
 
 
 def test_what_the_first_rank_said_is_not_said_again_when_it_has_left(monkeypatch):
@@ -192,6 +179,21 @@ def recipe(folder: Path, **more: str) -> tuple[list[str], dict[str, str]]:
     less = "--eval.limit 1 --eval.teacher False --telemetry.every 0"
     command = ["bash", "recipes/table5_soft_or.sh", *flags.split(), *less.split()]
     return command, environment(folder, **own, **more)
+
+
+@pytest.mark.e2e
+def test_a_port_that_is_taken_is_one_line(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "opsd", *trained(folder, folder / "nowhere")]
+        code, said = finish(command, environment(folder, **launched), folder / "port.log")
+    lines = [line for line in said.splitlines() if line.startswith("opsd: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in said
+    assert re.search(rf"port {port}, where .* is taken, .* \(--master_port\)$", lines[0]), said
+    assert not (folder / "nowhere").exists()
 
 
 @pytest.mark.e2e

@@ -150,6 +150,7 @@ class TestImportanceWeighted:
         np.testing.assert_allclose(selection.weight_N[kept_N], (3 / 6 / pi_m)[kept_N], rtol=1e-6)
         assert torch.all(selection.weight_N[~kept_N] == 1)
 
+    @pytest.mark.e2e
     def test_the_gradient_is_unbiased_and_the_unweighted_one_is_not(self, make_stats):
         generator = torch.Generator().manual_seed(0)
         student_ND, teacher_NE = (torch.randn(6, 4, generator=generator) for _ in range(2))
