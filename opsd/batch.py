@@ -1,6 +1,7 @@
 """Rollouts to packed micro-batches: the only place where positions are shifted by one.
 
-Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding).
+Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding); S sequences of a
+micro-batch, R rows of a group of them, P padded places of all groups.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from opsd.rollout.base import Rollout
+
+# Sequences of a group are padded to its longest. A group may hold this much padding, in tokens or as a share of its
+# places, whichever is more: below that a further forward pass costs more than the padding that it saves.
+PADDING_TOKENS = 256
+PADDING_SHARE = 0.125
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,51 @@ class MicroBatch:
     def student_tokens(self) -> int:
         """N."""
         return self.rows_N.numel()
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """A micro-batch's sequences in rows of their own, padded at the right, in groups of about equal length.
+
+    groups: int64 [R, longest] each; a sequence attends to nothing but itself, and causal attention never reaches the
+    padding. place_L: where each token of the packed row stands among the P places, all groups flattened and joined.
+    """
+
+    groups: list[torch.Tensor]
+    place_L: torch.Tensor
+
+
+def padded_rows(micro: MicroBatch) -> PaddedRows:
+    """The micro-batch's sequences, longest first; see PaddedRows. Costs Σ length² of attention, a packed row L²."""
+    ids_L, position_L = micro.input_ids_1L[0], micro.position_ids_1L[0]
+    sequence_L = (position_L == 0).cumsum(0) - 1
+    length_S = torch.bincount(sequence_L)
+    order_S = length_S.argsort(descending=True, stable=True)
+    shapes = _group_shapes(length_S[order_S].tolist())
+    widths = torch.tensor([width for rows, width in shapes for _ in range(rows)], device=ids_L.device)
+    start_S = torch.empty_like(length_S)
+    start_S[order_S] = widths.cumsum(0) - widths
+    place_L = start_S[sequence_L] + position_L
+    ids_P = ids_L.new_zeros(sum(rows * width for rows, width in shapes))
+    ids_P[place_L] = ids_L
+    parts = ids_P.split([rows * width for rows, width in shapes])
+    return PaddedRows([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], place_L)
+
+
+def _group_shapes(lengths: list[int]) -> list[tuple[int, int]]:
+    """(rows, width) of each group, for sequence lengths in descending order."""
+    shapes: list[tuple[int, int]] = []
+    padding = 0
+    for length in lengths:
+        if shapes:
+            rows, width = shapes[-1]
+            padding += width - length
+            if padding <= max(PADDING_TOKENS, PADDING_SHARE * (rows + 1) * width):
+                shapes[-1] = (rows + 1, width)
+                continue
+        shapes.append((1, length))
+        padding = 0
+    return shapes
 
 
 def pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:

@@ -115,9 +115,15 @@ def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer
 
     Under LoRA a checkpoint's own weights are merged ones; training goes on with the base and the adapters.
     """
+    # As DeepSpeedEngine will have it: what is checked here must be what is used.
+    packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+
+    def load(folder: str) -> Scorer:
+        return load_scorer(folder, "--student", torch.float32, device, config.trust_remote_code, packed)
+
     if not config.lora.rank:
-        return load_scorer(path, "--student", torch.float32, device, config.trust_remote_code)
-    student = load_scorer(config.student, "--student", torch.float32, device, config.trust_remote_code)
+        return load(path)
+    student = load(config.student)
     add_adapters(student.model, config.lora, config.seed, config.student)
     if path != config.student:
         load_adapters(student.model, Path(path) / ADAPTER_FOLDER)

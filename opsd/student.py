@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from opsd.batch import MicroBatch
+from opsd.batch import MicroBatch, padded_rows
 from opsd.errors import UserError
 from opsd.memory import is_out_of_memory
 from opsd.rollout.draws import vocabulary_size
@@ -49,11 +49,18 @@ class DistillHead(nn.Module):
 
 
 class Scorer(nn.Module):
-    """A causal language model that gives hidden states at the rows of a micro-batch, never all logits."""
+    """A causal language model that gives hidden states at the rows of a micro-batch, never all logits.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    packed: a micro-batch is one call of the model on one row, as it must be where ranks have to call it equally often
+    (ZeRO-3). Otherwise every sequence has a row of its own, in as many calls as there are groups of about equal length
+    (`opsd.batch.padded_rows`): a mask over a packed row would cost its length squared. Attention of variable length
+    needs no mask and always gets the packed row.
+    """
+
+    def __init__(self, model: PreTrainedModel, packed: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.packed = packed or _has_varlen_attention(model)
         self.model.set_output_embeddings(DistillHead(_head_of(model).weight))
 
     @property
@@ -70,8 +77,13 @@ class Scorer(nn.Module):
 
         The cache must stay off: with it, packed sequences silently attend to each other.
         """
-        out = self.model.base_model(input_ids=micro.input_ids_1L, position_ids=micro.position_ids_1L, use_cache=False)
-        return out.last_hidden_state[0].index_select(0, micro.rows_N)
+        base = self.model.base_model
+        if self.packed:
+            out = base(input_ids=micro.input_ids_1L, position_ids=micro.position_ids_1L, use_cache=False)
+            return out.last_hidden_state[0].index_select(0, micro.rows_N)
+        rows = padded_rows(micro)
+        hidden = [base(input_ids=ids_RL, use_cache=False).last_hidden_state.flatten(0, 1) for ids_RL in rows.groups]
+        return torch.cat(hidden).index_select(0, rows.place_L[micro.rows_N])
 
 
 def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
@@ -91,13 +103,16 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     return tokenizer
 
 
-def load_scorer(path: str, flag: str, dtype: torch.dtype, device: torch.device, trust: bool = False) -> Scorer:
+def load_scorer(
+    path: str, flag: str, dtype: torch.dtype, device: torch.device, trust: bool = False, packed: bool = False
+) -> Scorer:
     """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve."""
     model = load_model(path, flag, dtype, device, trust)
     disable_dropout(model)
     check_plain_head(model, f"{flag} {path}")
-    check_packing(model, f"{flag} {path}")
-    return Scorer(model)
+    scorer = Scorer(model, packed)
+    check_packing(scorer, f"{flag} {path}")
+    return scorer
 
 
 def load_model(
@@ -180,21 +195,31 @@ def check_plain_head(model: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, name: str) -> None:
-    """Make sure that restarting positions keep packed sequences apart; a model may not know of it.
+def check_packing(scorer: Scorer, name: str) -> None:
+    """Make sure that the sequences of a micro-batch stay apart in the layout that the scorer uses.
 
-    Raises UserError where a sequence's hidden states change with the one in front of it (measured on 16 tokens).
+    Raises UserError where a sequence's hidden states change with those beside it (measured on 16 and 5 tokens).
     """
-    ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
-    positions = torch.arange(8, device=model.device).repeat(2)[None]
-    model.eval()
-    packed = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, 8:]
-    alone = model.base_model(input_ids=ids[:, 8:], use_cache=False).last_hidden_state
-    tolerance = 1e-3 if alone.dtype == torch.float32 else 0.1
-    if float((packed - alone).float().norm()) > tolerance * float(alone.float().norm()):
-        raise UserError(
-            f"{name}: sequences packed into one row see each other; this trainer needs a model that keeps them apart"
-        )
+    model, lengths = scorer.model, (16, 5)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ids = torch.arange(len(positions)) % model.config.get_text_config().vocab_size
+    owners = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
+    micro = MicroBatch(ids[None], positions[None], torch.arange(len(ids)), ids, owners).to(model.device)
+    scorer.eval()
+    together = scorer.hidden(micro).split(lengths)
+    for ids_L, hidden_LD in zip(micro.input_ids_1L[0].split(lengths), together, strict=True):
+        alone_LD = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0]
+        tolerance = 1e-3 if alone_LD.dtype == torch.float32 else 0.1
+        if float((hidden_LD - alone_LD).float().norm()) > tolerance * float(alone_LD.float().norm()):
+            where = "packed into one row" if scorer.packed else "of one batch"
+            raise UserError(
+                f"{name}: sequences {where} see each other; this trainer needs a model that keeps them apart"
+            )
+
+
+def _has_varlen_attention(model: PreTrainedModel) -> bool:
+    """Whether attention takes sequences of any length in one row, without a mask."""
+    return "flash" in str(model.config._attn_implementation)
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:

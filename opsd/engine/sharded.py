@@ -37,6 +37,8 @@ class DeepSpeedEngine:
     ) -> None:
         self.student, self.device, self.ranks = student, device, ranks
         self._stage, self._dtype = engine.zero_stage, getattr(torch, engine.dtype)
+        # Ranks gather weights layer by layer: each must call the model as often as the others.
+        student.packed = student.packed or self._stage == 3
         self._moments = MOMENTS[optim.kind]
         self._max_norm = optim.max_grad_norm if optim.max_grad_norm > 0 else math.inf
         if engine.gradient_checkpointing:

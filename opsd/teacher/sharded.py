@@ -30,9 +30,9 @@ class ShardedTeacher:
         model = _load_in_shards(path, dtype, device, settings, trust)
         disable_dropout(model)
         check_logit_settings(model.config.to_dict(), path)
-        self._scorer = Scorer(model).eval().requires_grad_(False)
+        self._scorer = Scorer(model, packed=True).eval().requires_grad_(False)
         deepspeed.initialize(model=self._scorer, config=settings)
-        check_packing(model, f"--teacher {path}")
+        check_packing(self._scorer, f"--teacher {path}")
         with deepspeed.zero.GatheredParameters([self._scorer.head.weight]):
             self._head_VE = self._scorer.head.weight.detach().to(device, copy=True)
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.batch import MicroBatch, pack
+from opsd import batch
+from opsd.batch import MicroBatch, pack, padded_rows
 from opsd.prompts import Prompt
 from opsd.rollout import Rollout
 from opsd.student import Scorer
@@ -127,23 +128,58 @@ def test_a_mask_of_another_length_than_the_response_is_refused(make_rollout):
         pack([make_rollout(0, [10], [20, 21], [True])], 100)
 
 
+@given(rollouts_of_any_size, st.integers(0, 40), st.floats(0, 1))
+@settings(deadline=None, max_examples=150)
+def test_padded_rows_hold_every_token_once_and_little_else(rollouts, tokens, share):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "PADDING_TOKENS", tokens)
+        patch.setattr(batch, "PADDING_SHARE", share)
+        for micro in pack(rollouts, 60):
+            rows = padded_rows(micro)
+            flat_P = torch.cat([ids_RL.flatten() for ids_RL in rows.groups])
+            assert torch.equal(flat_P[rows.place_L], micro.input_ids_1L[0])
+            assert rows.place_L.unique().numel() == micro.input_ids_1L.numel()
+            # A token stands in its row where it stood in its sequence.
+            columns_P = torch.cat([torch.arange(r.shape[1]).repeat(r.shape[0]) for r in rows.groups])
+            assert torch.equal(columns_P[rows.place_L], micro.position_ids_1L[0])
+            assert sum(r.shape[0] for r in rows.groups) == micro.rollout_N.unique().numel()
+            used_P = torch.zeros_like(flat_P).index_fill_(0, rows.place_L, 1)
+            for ids_RL, used in zip(rows.groups, used_P.split([r.numel() for r in rows.groups]), strict=True):
+                assert ids_RL.numel() - int(used.sum()) <= max(tokens, share * ids_RL.numel())
+
+
+def test_sequences_of_about_equal_length_share_a_group():
+    # lengths 900 890 600 100 90: 890 wastes 10, 600 would waste 310 of 2,700 places (256 and 338 are allowed): stays.
+    # 100 would waste 800 more: a group of its own, which 90 joins.
+    (micro,) = pack(random_rollouts([(800, 101), (800, 91), (500, 101), (80, 21), (80, 11)]), 4000)
+    assert [tuple(ids_RL.shape) for ids_RL in padded_rows(micro).groups] == [(3, 900), (2, 100)]
+
+
+LAYOUTS = pytest.mark.parametrize(
+    ("packed", "padding"), [(True, 0), (False, 0), (False, 8), (False, 1000)], ids=["packed", "alone", "groups", "one"]
+)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("checkpointing", [False, True])
+@LAYOUTS
 @torch.no_grad()
-def test_packed_hidden_states_equal_separate_runs(make_model, family, checkpointing):
-    rollouts = random_rollouts([(5, 7), (1, 1), (9, 3), (1, 12)])
-    scorer = Scorer(make_model(family))
+def test_hidden_states_equal_separate_runs(make_model, monkeypatch, family, checkpointing, packed, padding):
+    monkeypatch.setattr(batch, "PADDING_TOKENS", padding)
+    # Skewed on purpose: one long rollout beside many short ones.
+    rollouts = random_rollouts([(5, 7), (1, 1), (9, 3), (1, 12), (60, 40), (2, 2), (3, 9), (1, 5)])
+    scorer = Scorer(make_model(family), packed)
     if checkpointing:
         scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
         scorer.train()
     (micro,) = pack(rollouts, 1000)
-    packed_ND = scorer.hidden(micro)
+    ours_ND = scorer.hidden(micro)
     separate = []
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt.ids + rollout.response_ids])
         hidden_LD = scorer.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         separate.append(hidden_LD[len(rollout.prompt.ids) - 1 : -1])
-    torch.testing.assert_close(packed_ND, torch.cat(separate), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours_ND, torch.cat(separate), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -163,16 +163,26 @@ def test_plain_heads_are_accepted_in_both_compute_types(make_model, family, dtyp
     ids = torch.tensor([[6, 7, 8]])
     before = model(ids).logits
     check_plain_head(model, "M")
-    check_packing(model, "M")
+    for packed in (False, True):
+        check_packing(Scorer(model, packed), "M")
     assert torch.equal(model(ids).logits, before)  # the checks leave nothing behind
 
 
 @pytest.mark.parametrize("family", ["falcon", "opt"])
-def test_a_model_that_mixes_packed_sequences_is_refused(family):
+def test_a_model_that_mixes_packed_sequences_is_refused_where_they_are_packed(family):
     sizes = {"vocab_size": 52, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = opt() if family == "opt" else from_config(FalconConfig(**sizes, initializer_range=0.3))
     with pytest.raises(UserError, match=r"^M: sequences packed into one row see each other; [^\n]+$"):
-        check_packing(model, "M")
+        check_packing(Scorer(model, packed=True), "M")
+    check_packing(Scorer(model), "M")
+
+
+def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused(make_model):
+    model = make_model()
+    # A model that looks at its neighbours: every row is shifted by the mean over the batch.
+    model.model.norm.register_forward_hook(lambda _module, _inputs, hidden: hidden + 0.1 * hidden.mean(0))
+    with pytest.raises(UserError, match=r"^M: sequences of one batch see each other; [^\n]+$"):
+        check_packing(Scorer(model), "M")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])

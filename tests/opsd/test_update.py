@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from opsd import batch
 from opsd.batch import pack
 from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.engine import TorchEngine
@@ -45,14 +46,14 @@ class Recorder(TorchEngine):
 class Learner:
     """Student, teacher and rollouts of uneven lengths, ready to update."""
 
-    def __init__(self, make_model, make_rollout, teacher_seed=1, engine=Recorder):
+    def __init__(self, make_model, make_rollout, teacher_seed=1, engine=Recorder, packed=False):
         generator = torch.Generator().manual_seed(5)
 
         def ids(count):
             return torch.randint(6, 49, (count,), generator=generator).tolist()
 
         self.rollouts = [make_rollout(n, ids(3 + n % 2), ids(length)) for n, length in enumerate(LENGTHS)]
-        self.engine = engine(Scorer(make_model(seed=0)), EngineConfig(), OptimConfig(lr=1e-2), CPU)
+        self.engine = engine(Scorer(make_model(seed=0), packed), EngineConfig(), OptimConfig(lr=1e-2), CPU)
         self.teacher = LocalTeacher(Scorer(make_model(seed=teacher_seed)), CPU)
 
     def run(
@@ -87,6 +88,22 @@ def test_packing_and_chunk_size_change_neither_loss_nor_gradient(learner, by, op
     assert other.loss_nats == pytest.approx(one.loss_nats, rel=1e-5)
     assert (other.kept, other.tokens) == (one.kept, one.tokens)
     assert equal(learner.engine.gradients, expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_neither_packing_nor_groups_of_lengths_change_loss_or_gradient(
+    learner, make_model, make_rollout, monkeypatch, checkpointing
+):
+    other = Learner(make_model, make_rollout, packed=True)
+    if checkpointing:
+        learner.engine.student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = other.run("soft_or", normalise_over="batch")
+    for padding in (0, 8, 1000):
+        monkeypatch.setattr(batch, "PADDING_TOKENS", padding)
+        result = learner.run("soft_or", normalise_over="batch")
+        assert result.loss_nats == pytest.approx(expected.loss_nats, rel=1e-5)
+        assert torch.equal(result.kept_N, expected.kept_N)
+        assert equal(learner.engine.gradients, other.engine.gradients)
 
 
 def test_the_loss_is_the_mean_over_tokens_never_a_mean_of_means(learner):
