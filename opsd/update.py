@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd.batch import MicroBatch
 from opsd.config import LossConfig
-from opsd.distill import DistillResult, concatenate_stats, distill_loss, token_stats
+from opsd.distill import DistillResult, concatenate_stats
 from opsd.distill.chunks import ChunkBound
+from opsd.distill.inputs import Inputs, LossSpec, check_inputs
+from opsd.distill.loop import distill
+from opsd.distill.select import Choice, weigh
+from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
 from opsd.errors import RunStopped, StepUnusable
 from opsd.hooks import Selection, TokenSelector, TokenStats
@@ -49,8 +52,9 @@ class Updater:
         self, engine: Engine, teacher: Teacher, selector: TokenSelector | None, loss: LossConfig, vocab_size: int
     ) -> None:
         self._engine, self._ranks, self._teacher, self._selector = engine, engine.ranks, teacher, selector
-        self._loss, self._vocab_size = loss, vocab_size
+        self._vocab_size = vocab_size
         self._chunks, self._halvings_told = ChunkBound(loss.chunk_tokens), 0
+        self._spec = LossSpec(loss.divergence, loss.beta, loss.temperature, self._chunks, loss.memory)
 
     def run(
         self,
@@ -90,18 +94,18 @@ class Updater:
     ) -> Update:
         """See `run`, on a step with tokens and a sound teacher."""
         pairs = list(zip(batches, teacher_hidden, strict=True))
-        chosen: list[Selection | None] = [None] * len(pairs)
-        scored = None
         with memory_for("student's forward and backward"):
-            if watch or self._chooses_beforehand():
-                scored = [self._score(micro, hidden_NE, watch) for micro, hidden_NE in pairs]
-            if scored is not None and self._chooses_beforehand():
-                chosen = self._choose(scored, seed)
-            kept = self._kept_count(batches, chosen)
-            results = [
-                self._backward(micro, hidden_NE, selection, kept, seed, rollout_weights)
-                for (micro, hidden_NE), selection in zip(pairs, chosen, strict=True)
-            ]
+            choices, scored = self._choices(pairs, seed, watch)
+            counts_late = any(choice.whole_step for choice in choices) and not self._count_is_known()
+            kept = 0 if counts_late else self._kept_count(batches, choices)
+            results = []
+            for (micro, hidden_NE), choice in zip(pairs, choices, strict=True):
+                result = self._forward(micro, hidden_NE, choice, rollout_weights)
+                if counts_late:
+                    kept = self._kept_count(batches, [Choice(selection=Selection(result.kept_N))])
+                self._engine.backward(result.loss_sum, kept)
+                # The graph is let go.
+                results.append(dataclasses.replace(result, loss_sum=result.loss_sum.detach()))
         loss_nats = self._ranks.sum(sum(float(result.loss_sum) for result in results)) / kept
         kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
         if not math.isfinite(loss_nats):
@@ -134,35 +138,44 @@ class Updater:
         told, self._halvings_told = self._halvings_told, self._chunks.halvings
         return int(self._ranks.sum(self._halvings_told - told))
 
-    def _chooses_beforehand(self) -> bool:
-        """Whether masks must be known before the first gradient: they depend on the whole step, or the count does."""
+    def _choices(
+        self, pairs: list[tuple[MicroBatch, Tensor]], seed: int, watch: frozenset[str]
+    ) -> tuple[list[Choice], list[TokenStats] | None]:
+        """How each micro-batch's tokens are chosen, and its statistics where they had to be taken first.
+
+        That is where a choice needs sight of the whole step, or the count does, and the step has several micro-batches.
+        """
         selector = self._selector
-        return selector is not None and (selector.normalise_over == "batch" or not selector.fixed_budget)
+        if self._ranks.world_size == 1 and len(pairs) == 1:
+            return [Choice(selector, seed=seed, watch=watch, whole_step=True)], None
+        if selector is None or (selector.normalise_over != "batch" and self._count_is_known()):
+            return [Choice(selector, seed=seed, watch=watch)] * len(pairs), None
+        scored = [self._score(micro, hidden_NE, watch) for micro, hidden_NE in pairs]
+        return [Choice(selection=selection) for selection in self._choose(scored, seed)], scored
+
+    def _count_is_known(self) -> bool:
+        """Whether the kept count follows from lengths alone."""
+        return self._selector is None or self._selector.fixed_budget
 
     @torch.no_grad()
     def _score(self, micro: MicroBatch, teacher_NE: Tensor, watch: frozenset[str]) -> TokenStats:
         """One micro-batch's statistics: those watched, and what a choice made beforehand reads."""
-        needs = watch
-        if self._selector is not None and self._chooses_beforehand():
-            needs = needs | self._selector.needs | self._selector.needs_kept
+        assert self._selector is not None
+        needs = watch | self._selector.needs | self._selector.needs_kept
 
         def use(student_ND: Tensor, head_VD: Tensor) -> TokenStats:
-            states_NE = teacher_NE.to(student_ND.device, non_blocking=True)
-            return token_stats(student_ND, head_VD, states_NE, self._teacher.head(), needs=needs, **self._common(micro))
+            inputs = self._inputs(student_ND, head_VD, teacher_NE, micro)
+            return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), self._spec))
 
         return self._engine.forward(micro, use)
 
-    def _choose(self, scored: list[TokenStats], seed: int) -> list[Selection | None]:
+    def _choose(self, scored: list[TokenStats], seed: int) -> list[Selection]:
         """The selector's choice in every micro-batch, in sight of the whole step."""
         selector = self._selector
         assert selector is not None
         if selector.normalise_over == "batch":
             selector.prepare(self._of_all_ranks(scored))
-        weigh = getattr(selector, "weigh", None) if selector.needs_kept else None
-        selections = [selector(stats, seed) for stats in scored]
-        if weigh is None:
-            return [*selections]
-        return [weigh(stats, selection) for stats, selection in zip(scored, selections, strict=True)]
+        return [weigh(selector, stats, selector(stats, seed)) for stats in scored]
 
     def _of_all_ranks(self, parts: list[TokenStats]) -> TokenStats:
         """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
@@ -172,12 +185,12 @@ class Updater:
         joined = {name: self._ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
         return dataclasses.replace(own, **joined)
 
-    def _kept_count(self, batches: list[MicroBatch], chosen: list[Selection | None]) -> int:
+    def _kept_count(self, batches: list[MicroBatch], choices: list[Choice]) -> int:
         """How many tokens the step trains on, over all ranks: what the loss is divided by, once."""
         kept = 0
-        for micro, selection in zip(batches, chosen, strict=True):
-            if selection is not None:
-                kept += int(selection.kept_N.sum())
+        for micro, choice in zip(batches, choices, strict=True):
+            if choice.selection is not None:
+                kept += int(choice.selection.kept_N.sum())
             elif self._selector is None:
                 kept += micro.student_tokens()
             else:
@@ -188,47 +201,34 @@ class Updater:
             raise StepUnusable("there is no token to train on: the selector kept none")
         return total
 
-    def _backward(
-        self,
-        micro: MicroBatch,
-        teacher_NE: Tensor,
-        selection: Selection | None,
-        kept: int,
-        seed: int,
-        rollout_weights: Tensor | None,
+    def _forward(
+        self, micro: MicroBatch, teacher_NE: Tensor, choice: Choice, rollout_weights: Tensor | None
     ) -> DistillResult:
-        """Add one micro-batch's gradient; its result, the graph let go."""
-        weight_N = (
-            None if rollout_weights is None else rollout_weights[micro.rollout_N.cpu()].to(micro.rollout_N.device)
-        )
-        if selection is not None and selection.weight_N is not None:
-            weight_N = selection.weight_N if weight_N is None else selection.weight_N * weight_N
+        """One micro-batch's loss, on the tokens chosen before it or within it."""
+        weight_N = None
+        if rollout_weights is not None:
+            weight_N = rollout_weights[micro.rollout_N.cpu()]
 
         def use(student_ND: Tensor, head_VD: Tensor) -> DistillResult:
-            return distill_loss(
-                student_ND,
-                head_VD,
-                teacher_NE.to(student_ND.device, non_blocking=True),
-                self._teacher.head(),
-                selector=self._selector if selection is None else None,
-                kept_N=None if selection is None else selection.kept_N,
-                weight_N=weight_N,
-                divergence=self._loss.divergence,
-                beta=self._loss.beta,
-                memory=self._loss.memory,
-                seed=seed,
-                **self._common(micro),
-            )
+            return distill(self._inputs(student_ND, head_VD, teacher_NE, micro, weight_N), choice, self._spec)
 
-        result = self._engine.forward(micro, use)
-        self._engine.backward(result.loss_sum, kept)
-        return dataclasses.replace(result, loss_sum=result.loss_sum.detach())
+        return self._engine.forward(micro, use)
 
-    def _common(self, micro: MicroBatch) -> dict[str, Any]:
-        return {
-            "rollout_N": micro.rollout_N,
-            "token_ids_N": micro.token_ids_N,
-            "vocab_size": self._vocab_size,
-            "temperature": self._loss.temperature,
-            "chunk_tokens": self._chunks,
-        }
+    def _inputs(
+        self,
+        student_ND: Tensor,
+        head_VD: Tensor,
+        teacher_NE: Tensor,
+        micro: MicroBatch,
+        weight_N: Tensor | None = None,
+    ) -> Inputs:
+        return check_inputs(
+            student_ND,
+            head_VD,
+            teacher_NE.to(student_ND.device, non_blocking=True),
+            self._teacher.head(),
+            vocab_size=self._vocab_size,
+            rollout_N=micro.rollout_N,
+            token_ids_N=micro.token_ids_N,
+            weight_N=weight_N,
+        )

@@ -33,13 +33,36 @@ class ChunkBound:
 ChunkTokens = int | Literal["auto"] | ChunkBound
 
 # "auto" takes this share of the free memory, within bounds: more rows stop paying once the products run at full
-# rate (the head's gradient is read and written once a chunk, which 256 rows hide well on a CPU).
+# rate (the head's gradient is read and written once per chunk, which 256 rows hide well on a CPU).
 FREE_SHARE = 0.25
 MIN_CHUNK_TOKENS = 16
 MAX_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+# Vocabularies so small that a chunk would have fewer entries than this get longer chunks: calls cost more than products.
+SMALL_CHUNK_ENTRIES = 2**18
+# Most that one model's logits may take where they are held for a second reading.
+MAX_HELD_BYTES = {"cpu": 150 * 2**20, "cuda": 1200 * 2**20}
 # Element-wise passes walk a chunk in blocks of rows whose buffers take this much: about what stays in a CPU's
 # last-level cache between two passes; on CUDA, enough to fill the device.
 BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+
+
+def most_rows(kind: str, vocab_size: int) -> int:
+    """Most rows of an "auto" chunk on a device of this kind, however much memory is free."""
+    return max(MAX_CHUNK_TOKENS[kind], SMALL_CHUNK_ENTRIES // vocab_size)
+
+
+def most_held_rows(kind: str, vocab_size: int, wide: torch.dtype = torch.float32) -> int:
+    """Most rows whose logits are held under "auto", however much memory is free."""
+    return max(most_rows(kind, vocab_size), MAX_HELD_BYTES[kind] // (vocab_size * wide.itemsize))
+
+
+def may_hold(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> bool:
+    """Whether the logits of so many rows may all exist at once."""
+    if isinstance(chunk_tokens, ChunkBound):
+        chunk_tokens = chunk_tokens.tokens
+    if chunk_tokens != "auto":
+        return rows <= chunk_tokens
+    return rows <= min(most_held_rows(like.device.type, vocab_size, wide), _affordable_rows(vocab_size, like, wide))
 
 
 def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
@@ -50,10 +73,8 @@ def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tens
     if isinstance(chunk_tokens, ChunkBound):
         chunk_tokens = chunk_tokens.tokens
     if chunk_tokens == "auto":
-        bytes_per_row = 2 * vocab_size * wide.itemsize + (2 * vocab_size if like.is_cuda else 0)
-        most = MAX_CHUNK_TOKENS["cuda" if like.is_cuda else "cpu"]
-        affordable = int(FREE_SHARE * _free_bytes(like.device)) // bytes_per_row
-        bound = max(MIN_CHUNK_TOKENS, min(most, affordable))
+        affordable = _affordable_rows(vocab_size, like, wide)
+        bound = max(MIN_CHUNK_TOKENS, min(most_rows(like.device.type, vocab_size), affordable))
     elif isinstance(chunk_tokens, int) and chunk_tokens >= 1:
         bound = chunk_tokens
     else:
@@ -88,6 +109,12 @@ def in_chunks(
             torch.cuda.empty_cache()
 
 
+def _affordable_rows(vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
+    """Rows whose logits of both models take `FREE_SHARE` of the free memory."""
+    bytes_per_row = 2 * vocab_size * wide.itemsize + (2 * vocab_size if like.is_cuda else 0)
+    return int(FREE_SHARE * _free_bytes(like.device)) // bytes_per_row
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -97,15 +124,21 @@ def _free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The buffers a call reuses over its chunks: both models' logits [C, V], scratch for a block of rows [S, B, V]."""
+    """The buffers a call reuses over its chunks: both models' logits [C, V], scratch for a block of rows [S, B, V].
+
+    Where copies were asked for, the last two scratch buffers hold a block of both models' logits.
+    """
 
     student_CV: Tensor
     teacher_CV: Tensor
     scratch_SBV: Tensor
 
     @classmethod
-    def allocate(cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True) -> Workspace:
+    def allocate(
+        cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True, copies: bool = False
+    ) -> Workspace:
         """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
+        scratch = SCRATCH_BUFFERS + (2 if copies else 0)
         # Whole rows for each thread, and as many for one as for another.
         threads = 1 if like.is_cuda else torch.get_num_threads()
         per_step = threads * (2 + SCRATCH_BUFFERS) * vocab_size * wide.itemsize
@@ -114,9 +147,16 @@ class Workspace:
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, vocab_size, dtype=wide, device=like.device)
 
-        return cls(empty(rows), empty(rows if teacher else 0), empty(SCRATCH_BUFFERS, block))
+        return cls(empty(rows), empty(rows if teacher else 0), empty(scratch, block))
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the first `rows` rows, each with scratch of its height."""
         for block in slices(rows, self.scratch_SBV.shape[1]):
-            yield block, self.scratch_SBV[:, : block.stop - block.start]
+            yield block, self.scratch_SBV[:SCRATCH_BUFFERS, : block.stop - block.start]
+
+    def copied(self, model: int, logits_CV: Tensor, rows: slice | Tensor) -> Tensor:
+        """A copy [B, V] of some rows of a model's logits (0: the student's, 1: the teacher's), to be overwritten."""
+        copy_BV = self.scratch_SBV[SCRATCH_BUFFERS + model]
+        if isinstance(rows, slice):
+            return copy_BV[: rows.stop - rows.start].copy_(logits_CV[rows])
+        return torch.index_select(logits_CV, 0, rows, out=copy_BV[: len(rows)])

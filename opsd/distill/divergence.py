@@ -28,6 +28,13 @@ def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits_BV, -1, out=logits_BV)
 
 
+def temper_(temperature: float, *logits: Tensor | None) -> None:
+    """Divide each of the logits that are given by the temperature, in place."""
+    for logits_BV in logits if temperature != 1.0 else ():
+        if logits_BV is not None:
+            logits_BV.div_(temperature)
+
+
 class Normaliser(NamedTuple):
     """A row's ln Σ exp(logit) [B], in two parts so that differences of it keep their digits, and its softmax's mass.
 

@@ -5,50 +5,43 @@ Legend: N tokens, K trained rows, C rows of a chunk, V shared vocabulary, D and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import ChunkTokens, Workspace, in_chunks
-from opsd.distill.divergence import GRADIENTS
-from opsd.distill.inputs import Inputs
+from opsd.distill.chunks import Workspace, in_chunks
+from opsd.distill.divergence import GRADIENTS, temper_
+from opsd.distill.held import HeldLogits
+from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.slices import slices
 
 
-@dataclass(frozen=True)
-class LossSpec:
-    """Which divergence, at which temperature, in chunks of at most how many tokens."""
+def fused_loss(
+    inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec, held: HeldLogits | None = None
+) -> tuple[Tensor, Tensor]:
+    """Σ weight·divergence over the rows kept_K (ascending; None: all), differentiable, and the divergences [K] in nats.
 
-    divergence: str
-    beta: float
-    temperature: float
-    chunk_tokens: ChunkTokens
-
-
-def fused_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Σ weight·divergence over the rows kept_K (None: all), differentiable, and the divergences [K] in nats."""
+    held: the logits of all rows; they are used up, and the rows need not be projected again.
+    """
     student_ND, head_VD = inputs.student_ND, inputs.student_head_VD
     if not torch.is_grad_enabled():
         student_ND, head_VD = student_ND.detach(), head_VD.detach()
-    return _Fused.apply(student_ND, head_VD, inputs, kept_K, weight_K, spec)
+    run = _Run(inputs, kept_K, weight_K, spec)
+    return _Fused.apply(student_ND, head_VD, run, held)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        student_ND: Tensor,
-        student_head_VD: Tensor,
-        inputs: Inputs,
-        kept_K: Tensor | None,
-        weight_K: Tensor | None,
-        spec: LossSpec,
+        ctx: Any, student_ND: Tensor, student_head_VD: Tensor, run: _Run, held: HeldLogits | None
     ) -> tuple[Tensor, Tensor]:
-        run = _Run(inputs, kept_K, weight_K, spec, *ctx.needs_input_grad[:2])
-        loss_K, *ctx.gradients = run()
+        weight_K = run.weight_K
+        wanted = ctx.needs_input_grad
+        loss_K, *ctx.gradients = run(wanted[0], wanted[1], held)
         loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
         # Only a second backward reads what is saved; the inputs are alive until the first one anyway.
         ctx.save_for_backward(student_ND, student_head_VD)
@@ -63,7 +56,7 @@ class _Fused(torch.autograd.Function):
             # The first backward gave its buffers away. Under retain_graph they are formed anew; otherwise this
             # read raises autograd's own error for a graph already freed.
             _ = ctx.saved_tensors
-            _, *ctx.gradients = ctx.run()
+            _, *ctx.gradients = ctx.run(*ctx.needs_input_grad[:2])
         grad_ND, grad_VD = ctx.gradients
         ctx.gradients = ()
         # Scaled in place, the head's while still wide: a second [V, D] buffer would be the largest of all.
@@ -71,7 +64,16 @@ class _Fused(torch.autograd.Function):
             grad_ND.mul_(grad_loss)
         if grad_VD is not None:
             grad_VD = grad_VD.mul_(grad_loss).to(ctx.head_type)
-        return grad_ND, grad_VD, None, None, None, None
+        return grad_ND, grad_VD, None, None
+
+
+class _Chunk(NamedTuple):
+    """part: which of the K rows. gradient_CV: logit gradients, before `_scale`. loss_C, mass_C: as in GRADIENTS."""
+
+    part: slice
+    gradient_CV: Tensor
+    loss_C: Tensor
+    mass_C: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class _Run:
     kept_K: Tensor | None
     weight_K: Tensor | None
     spec: LossSpec
-    hidden_wanted: bool
-    head_wanted: bool
 
     @torch.no_grad()
-    def __call__(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def __call__(
+        self, hidden_wanted: bool, head_wanted: bool, held: HeldLogits | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Divergences [K] in nats; gradients of hidden [N, D] (its own type) and full head [V, D] (wide type).
 
         Nothing in the loop waits for the device.
@@ -94,49 +96,88 @@ class _Run:
         inputs, spec = self.inputs, self.spec
         rows = inputs.rows if self.kept_K is None else self.kept_K.shape[0]
         loss_K = torch.zeros(rows, dtype=inputs.wide, device=inputs.student_ND.device)
-        grad_ND = torch.zeros_like(inputs.student_ND) if self.hidden_wanted else None
-        grad_VD = torch.empty_like(inputs.student_head_VD, dtype=inputs.wide) if self.head_wanted else None
+        grad_ND = torch.zeros_like(inputs.student_ND) if hidden_wanted else None
+        grad_VD = torch.empty_like(inputs.student_head_VD, dtype=inputs.wide) if head_wanted else None
         if not rows:
             return loss_K, grad_ND, None if grad_VD is None else grad_VD.zero_()
-        shape = (rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
-        in_chunks(lambda chunk: self._pass_(chunk, loss_K, grad_ND, grad_VD), spec.chunk_tokens, *shape)
+        logits = held
+
+        def run(chunk: int) -> None:
+            # The logits that are held serve the first try alone: it overwrites them.
+            nonlocal logits
+            first, logits = logits, None
+            chunks = self._projected(chunk, rows) if first is None else self._held(first, rows)
+            self._pass_(chunks, loss_K, grad_ND, grad_VD)
+
+        in_chunks(run, spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
         return loss_K, grad_ND, grad_VD
 
-    def _pass_(self, chunk: int, loss_K: Tensor, grad_ND: Tensor | None, grad_VD: Tensor | None) -> None:
-        """Fill in the results, `chunk` rows at a time."""
-        inputs, rows = self.inputs, loss_K.shape[0]
-        total_VD = None
+    def _pass_(
+        self,
+        chunks: Iterator[_Chunk],
+        loss_K: Tensor,
+        grad_ND: Tensor | None,
+        grad_VD: Tensor | None,
+    ) -> None:
+        """Fill in the results from chunks of logit gradients."""
+        inputs, total_VD = self.inputs, None
         if grad_VD is not None:
             # The one sum over chunks: what a pass that ran out of memory left in it is dropped.
             total_VD = grad_VD.zero_()[: inputs.vocab_size]
-        student_head, teacher_head = inputs.student_head(), inputs.teacher_head()
-        work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide)
+        head = inputs.student_head()
         with torch.autocast(inputs.student_ND.device.type, enabled=False):
-            for part in slices(rows, chunk):
+            for part, gradient_CV, loss_C, mass_C in chunks:
                 where = part if self.kept_K is None else self.kept_K[part]
-                count = part.stop - part.start
-                hidden_CD = inputs.student_ND[where]
-                logits_CV = student_head.project_(hidden_CD, work.student_CV[:count])
-                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-                loss_K[part], mass_C = self._differentiate_(logits_CV, teacher_CV, work)
-                scale_C1 = self._scale(part, mass_C)
-                grad_CD = student_head.gradients_(logits_CV, self.hidden_wanted, hidden_CD * scale_C1, total_VD)
+                loss_K[part], scale_C1 = loss_C, self._scale(part, mass_C)
+                hidden_CD = inputs.student_ND[where] * scale_C1
+                grad_CD = head.gradients_(gradient_CV, grad_ND is not None, hidden_CD, total_VD)
                 if grad_ND is not None and grad_CD is not None:
                     grad_ND[where] = grad_CD.mul_(scale_C1).to(grad_ND.dtype)
 
-    def _differentiate_(self, student_CV: Tensor, teacher_CV: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
-        """Divergences [C] of a chunk; its student logits become their gradient, before `_scale`, whose mass [C] is
+    def _projected(self, chunk: int, rows: int) -> Iterator[_Chunk]:
+        """Chunks of at most `chunk` rows, whose logits are projected."""
+        inputs = self.inputs
+        student_head, teacher_head = inputs.student_head(), inputs.teacher_head()
+        work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide)
+        for part in slices(rows, chunk):
+            where = part if self.kept_K is None else self.kept_K[part]
+            count = part.stop - part.start
+            student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
+            teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+            found = [
+                self._differentiate_(student_CV[block], teacher_CV[block], scratch_SBV)
+                for block, scratch_SBV in work.blocks(count)
+            ]
+            losses, masses = zip(*found, strict=True)
+            yield _Chunk(part, student_CV, torch.cat(losses), torch.cat(masses))
+
+    def _held(self, held: HeldLogits, rows: int) -> Iterator[_Chunk]:
+        """All rows as one chunk, from logits that are there already.
+
+        Gradients are gathered at the buffer's head: the k-th kept row never stands before the k-th place, so a block
+        overwrites nothing that a later one reads.
+        """
+        inputs, work, found = self.inputs, held.take(), []
+        teacher_CV = work.teacher_CV
+        if not held.has_teacher:
+            hidden_KE = inputs.teacher_NE if self.kept_K is None else inputs.teacher_NE[self.kept_K]
+            teacher_CV = work.student_CV.new_empty(rows, inputs.vocab_size)
+            inputs.teacher_head().project_(hidden_KE, teacher_CV)
+        for block, scratch_SBV in work.blocks(rows):
+            where = block if self.kept_K is None else self.kept_K[block]
+            student_BV = work.copied(0, work.student_CV, where)
+            teacher_BV = work.copied(1, teacher_CV, where) if held.has_teacher else teacher_CV[block]
+            found.append(self._differentiate_(student_BV, teacher_BV, scratch_SBV))
+            work.student_CV[block] = student_BV
+        losses, masses = zip(*found, strict=True)
+        yield _Chunk(slice(0, rows), work.student_CV[:rows], torch.cat(losses), torch.cat(masses))
+
+    def _differentiate_(self, student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergences [B] of a block; its student logits become their gradient, before `_scale`, whose mass [B] is
         the second."""
-        spec, losses, masses = self.spec, [], []
-        for block, scratch_SBV in work.blocks(student_CV.shape[0]):
-            student_BV, teacher_BV = student_CV[block], teacher_CV[block]
-            if spec.temperature != 1.0:
-                student_BV.div_(spec.temperature)
-                teacher_BV.div_(spec.temperature)
-            loss_B, mass_B = GRADIENTS[spec.divergence](student_BV, teacher_BV, scratch_SBV, spec.beta)
-            losses.append(loss_B)
-            masses.append(mass_B)
-        return torch.cat(losses), torch.cat(masses)
+        spec = self.spec
+        temper_(spec.temperature, student_BV, teacher_BV)
+        return GRADIENTS[spec.divergence](student_BV, teacher_BV, scratch_SBV, spec.beta)
 
     def _scale(self, part: slice, mass_C: Tensor) -> Tensor:
         """weight/(mass·T) of the chunk's rows [C, 1]: a row's factor costs nothing outside the [C, V] gradient."""

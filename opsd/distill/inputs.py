@@ -1,4 +1,4 @@
-"""What every call of the loss core starts from: hidden states and heads that fit each other."""
+"""What every call of the loss core starts from: both models' states and heads, checked, and which loss is asked for."""
 
 from __future__ import annotations
 
@@ -7,8 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsd.distill.chunks import ChunkTokens
+from opsd.distill.divergence import check_divergence
 from opsd.distill.products import Head, product_dtype
 from opsd.errors import UserError
+
+MEMORIES = ("fused", "whole")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Which divergence, at which temperature, in chunks of at most how many tokens; memory: see `distill_loss`.
+
+    Raises UserError for values that are not allowed.
+    """
+
+    divergence: str = "reverse_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    chunk_tokens: ChunkTokens = "auto"
+    memory: str = "fused"
+
+    def __post_init__(self) -> None:
+        check_divergence(self.divergence, self.beta, self.temperature)
+        if self.memory not in MEMORIES:
+            raise UserError(f"memory {self.memory!r}: give fused or whole")
 
 
 @dataclass(frozen=True)
@@ -17,7 +40,8 @@ class Inputs:
 
     student_ND, teacher_NE: hidden states. student_head_VD, teacher_head_VE: projections in full height.
     vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
-    wide: the type of logits and sums (fp32, or fp64 if an input is).
+    wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
+    to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
     """
 
     student_ND: Tensor
@@ -28,6 +52,9 @@ class Inputs:
     student_type: torch.dtype
     teacher_type: torch.dtype
     wide: torch.dtype
+    rollout_N: Tensor
+    token_ids_N: Tensor | None
+    weight_N: Tensor | None
 
     @property
     def rows(self) -> int:
@@ -47,7 +74,11 @@ def check_inputs(
     student_head_VD: Tensor,
     teacher_NE: Tensor,
     teacher_head_VE: Tensor,
-    vocab_size: int | None,
+    *,
+    vocab_size: int | None = None,
+    rollout_N: Tensor | None = None,
+    token_ids_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
 ) -> Inputs:
     """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit."""
     for name, hidden, head in (
@@ -72,6 +103,14 @@ def check_inputs(
     wide = torch.float32
     if torch.float64 in (student_type, teacher_type):
         student_type = teacher_type = wide = torch.float64
+
+    def per_row(name: str, values_N: Tensor | None) -> Tensor | None:
+        return on_rows(name, values_N, student_ND)
+
+    if rollout_N is None:
+        rollout_N = torch.zeros(student_ND.shape[0], dtype=torch.int64)
+    rollout_N = per_row("rollout_N", rollout_N)
+    assert rollout_N is not None
     return Inputs(
         student_ND,
         student_head_VD,
@@ -81,13 +120,17 @@ def check_inputs(
         student_type,
         teacher_type,
         wide,
+        rollout_N.to(torch.int64),
+        per_row("token_ids_N", token_ids_N),
+        per_row("weight_N", weight_N),
     )
 
 
-def per_row(name: str, values_N: Tensor | None, inputs: Inputs) -> Tensor | None:
-    """An optional [N] argument on the student's device. Raises UserError where its length is not N."""
+def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | None:
+    """An optional [N] argument on the device of `like_ND`. Raises UserError where its length is not N."""
     if values_N is None:
         return None
-    if tuple(values_N.shape) != (inputs.rows,):
-        raise UserError(f"{name} has shape {tuple(values_N.shape)} for {inputs.rows} tokens: give one value a token")
-    return values_N.to(inputs.student_ND.device)
+    rows = like_ND.shape[0]
+    if tuple(values_N.shape) != (rows,):
+        raise UserError(f"{name} has shape {tuple(values_N.shape)} for {rows} tokens: give one value per token")
+    return values_N.to(like_ND.device)

@@ -9,21 +9,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
-from opsd.distill.divergence import Divergence, check_divergence
-from opsd.distill.fused import LossSpec, fused_loss
-from opsd.distill.inputs import Inputs, check_inputs, per_row
-from opsd.distill.stats import build_stats, check_needs, score_rows
+from opsd.distill.divergence import Divergence
+from opsd.distill.fused import fused_loss
+from opsd.distill.inputs import Inputs, LossSpec, check_inputs, on_rows
+from opsd.distill.select import TRAINED_FIELD, Choice, choose, mask_of
 from opsd.distill.whole import whole_loss
 from opsd.errors import UserError
 from opsd.hooks import Selection, TokenSelector, TokenStats
-
-LOSSES = {"fused": fused_loss, "whole": whole_loss}
-# The statistic that a divergence is, where it is one: it then comes with the loss at no cost.
-TRAINED_FIELD = {"reverse_kl": "reverse_kl_N", "forward_kl": "forward_kl_N"}
 
 
 @dataclass(frozen=True)
@@ -69,76 +64,38 @@ def distill_loss(
     the lower head's). chunk_tokens bounds the rows worked on at once and does not change the result.
     Errors: UserError for arguments that do not fit, naming them.
     """
-    inputs = check_inputs(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, vocab_size)
-    check_divergence(divergence, beta, temperature)
-    if memory not in LOSSES:
-        raise UserError(f"memory {memory!r}: give fused or whole")
+    spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory)
     if selector is not None and kept_N is not None:
         raise UserError("both a selector and kept_N were given: give one of them")
-    rollout_N = per_row("rollout_N", rollout_N, inputs)
-    token_ids_N = per_row("token_ids_N", token_ids_N, inputs)
-    spec = LossSpec(divergence, beta, temperature, chunk_tokens)
+    models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
+    about = {"rollout_N": rollout_N, "token_ids_N": token_ids_N, "weight_N": weight_N}
+    inputs = check_inputs(*models, vocab_size=vocab_size, **about)
+    selection = None if kept_N is None else Selection(kept_N)
+    return distill(inputs, Choice(selector, selection, seed), spec)
 
-    if selector is None:
-        stats = build_stats(inputs, rollout_N, token_ids_N, {})
-        selection = Selection(_mask(kept_N, inputs))
-    else:
-        stats = _score(inputs, selector, rollout_N, token_ids_N, spec)
-        selection = selector(stats, seed)
-        stats, selection = _weigh(inputs, selector, stats, selection, spec)
 
-    kept_N = _mask(selection.kept_N, inputs)
+def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
+    """See `distill_loss`, on inputs that were checked."""
+    stats, selection, held = choose(inputs, choice, spec)
+    kept_N = mask_of(selection.kept_N, inputs)
     kept_K = kept_N.nonzero().squeeze(-1)
     all_kept = kept_K.shape[0] == inputs.rows
     rows_K = None if all_kept else kept_K
-    weight_K = _weights(rows_K, inputs, weight_N, selection.weight_N)
-    loss_sum, loss_K = LOSSES[memory](inputs, rows_K, weight_K, spec)
-
-    free_field = TRAINED_FIELD.get(divergence)
+    weight_K = _weights(rows_K, inputs, selection.weight_N)
+    if spec.memory == "whole":
+        loss_sum, loss_K = whole_loss(inputs, rows_K, weight_K, spec)
+    else:
+        loss_sum, loss_K = fused_loss(inputs, rows_K, weight_K, spec, held)
+    free_field = TRAINED_FIELD.get(spec.divergence)
     if all_kept and free_field is not None:
         stats = dataclasses.replace(stats, **{free_field: loss_K.float()})
     return DistillResult(loss_sum, kept_N, stats)
 
 
-def _score(
-    inputs: Inputs, selector: TokenSelector, rollout_N: Tensor | None, token_ids_N: Tensor | None, spec: LossSpec
-) -> TokenStats:
-    """What the selector reads over all rows."""
-    needs = check_needs(selector.needs, token_ids_N, inputs.vocab_size)
-    fields = score_rows(inputs, needs, spec.temperature, spec.chunk_tokens, token_ids_N)
-    return build_stats(inputs, rollout_N, token_ids_N, fields)
-
-
-def _weigh(
-    inputs: Inputs, selector: TokenSelector, stats: TokenStats, selection: Selection, spec: LossSpec
-) -> tuple[TokenStats, Selection]:
-    """Score the kept rows for `needs_kept`, fill those fields in, and let the selector set weights by them."""
-    if not selector.needs_kept:
-        return stats, selection
-    missing = check_needs(selector.needs_kept, stats.token_ids_N, inputs.vocab_size) - selector.needs
-    kept_K = _mask(selection.kept_N, inputs).nonzero().squeeze(-1)
-    fields = score_rows(inputs, missing, spec.temperature, spec.chunk_tokens, stats.token_ids_N, kept_K)
-    stats = dataclasses.replace(stats, **fields)
-    weigh = getattr(selector, "weigh", None)
-    return stats, selection if weigh is None else weigh(stats, selection)
-
-
-def _mask(kept_N: Tensor | None, inputs: Inputs) -> Tensor:
-    """A bool mask [N]; all rows where none is given. Raises UserError for another type or length."""
-    if kept_N is None:
-        return torch.ones(inputs.rows, dtype=torch.bool, device=inputs.student_ND.device)
-    if kept_N.dtype != torch.bool:
-        raise UserError(f"kept_N has type {kept_N.dtype}: give one bool a token")
-    mask_N = per_row("kept_N", kept_N, inputs)
-    assert mask_N is not None
-    return mask_N
-
-
-def _weights(rows_K: Tensor | None, inputs: Inputs, *weights_N: Tensor | None) -> Tensor | None:
-    """The product of the given weights on the trained rows [K], in the wide type; None if there is none."""
+def _weights(rows_K: Tensor | None, inputs: Inputs, selected_N: Tensor | None) -> Tensor | None:
+    """The caller's weights times the selection's on the trained rows [K], in the wide type; None without either."""
     product = None
-    for weight_N in weights_N:
-        weight_N = per_row("weight_N", weight_N, inputs)
+    for weight_N in (inputs.weight_N, on_rows("weight_N", selected_N, inputs.student_ND)):
         if weight_N is not None:
             weight_N = weight_N.detach().to(inputs.wide)
             product = weight_N if product is None else product * weight_N

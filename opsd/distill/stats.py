@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens, Workspace, in_chunks
-from opsd.distill.divergence import check_divergence, token_fields_
-from opsd.distill.inputs import Inputs, check_inputs, per_row
+from opsd.distill.divergence import temper_, token_fields_
+from opsd.distill.held import HeldLogits
+from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.slices import slices
 from opsd.errors import UserError
 from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
@@ -42,59 +43,68 @@ def token_stats(
     Other arguments as in `distill_loss`. Values in nats; paper Eq. 2 (without its 1/log|V|) and 3.
     Errors: UserError for an unknown field or shapes that do not fit.
     """
-    inputs = check_inputs(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, vocab_size)
-    check_divergence("reverse_kl", 0.5, temperature)
-    token_ids_N = per_row("token_ids_N", token_ids_N, inputs)
-    wanted = check_needs(REQUIRED_FIELDS if needs is None else needs, token_ids_N, inputs.vocab_size)
-    fields = score_rows(inputs, wanted, temperature, chunk_tokens, token_ids_N)
-    return build_stats(inputs, per_row("rollout_N", rollout_N, inputs), token_ids_N, fields)
+    models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
+    inputs = check_inputs(*models, vocab_size=vocab_size, rollout_N=rollout_N, token_ids_N=token_ids_N)
+    spec = LossSpec(temperature=temperature, chunk_tokens=chunk_tokens)
+    return build_stats(
+        inputs, score_rows(inputs, check_needs(REQUIRED_FIELDS if needs is None else needs, inputs), spec)
+    )
 
 
-def check_needs(needs: frozenset[str], token_ids_N: Tensor | None, vocab_size: int) -> frozenset[str]:
+def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
     """The fields of `needs` that must be computed. Raises UserError for one that cannot be."""
     unknown = needs - STUDENT_FIELDS - TEACHER_FIELDS - GIVEN_FIELDS
     if unknown:
         known = ", ".join(sorted(STUDENT_FIELDS | TEACHER_FIELDS))
         raise UserError(f"unknown statistic {sorted(unknown)[0]!r}: ask for {known}")
     if "teacher_rank_N" in needs:
-        if token_ids_N is None:
+        ids_N, vocab_size = inputs.token_ids_N, inputs.vocab_size
+        if ids_N is None:
             raise UserError("teacher_rank_N needs the sampled tokens: give token_ids_N")
-        if token_ids_N.numel() and not 0 <= int(token_ids_N.min()) <= int(token_ids_N.max()) < vocab_size:
+        if ids_N.numel() and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab_size:
             raise UserError(f"token_ids_N reach beyond the shared vocabulary of {vocab_size}: check the tokenizers")
     return needs - GIVEN_FIELDS
 
 
 @torch.no_grad()
 def score_rows(
-    inputs: Inputs,
-    needs: frozenset[str],
-    temperature: float,
-    chunk_tokens: ChunkTokens,
-    token_ids_N: Tensor | None,
-    kept_K: Tensor | None = None,
+    inputs: Inputs, needs: frozenset[str], spec: LossSpec, kept_K: Tensor | None = None, held: HeldLogits | None = None
 ) -> dict[str, Tensor]:
-    """The named fields [N]. With kept_K (row numbers) only those rows are scored; the others hold NaN (or 0)."""
+    """The named fields [N]. With kept_K (row numbers) only those rows are scored; the others hold NaN (or 0).
+
+    held: all rows' logits, which are read and left as they are. Without them rows are projected chunk by chunk.
+    """
     rows = inputs.rows if kept_K is None else kept_K.shape[0]
     fields = {name: _blank(name, inputs) for name in needs}
     if not fields or not rows:
         return fields
+    if held is not None:
+        return _score_held(inputs, needs, spec, held)
 
     def fill(chunk: int) -> None:
-        for where, values in _scored_chunks(inputs, needs, temperature, chunk, token_ids_N, kept_K):
+        for where, values in _scored_chunks(inputs, needs, spec.temperature, chunk, kept_K):
             for name, values_C in values.items():
                 fields[name][where] = values_C
 
-    in_chunks(fill, chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    in_chunks(fill, spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
     return fields
 
 
+def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: HeldLogits) -> dict[str, Tensor]:
+    """The named fields [N] of all rows, from copies of their logits, block by block."""
+    found: list[dict[str, Tensor]] = []
+    work = held.work
+    for block, scratch_SBV in work.blocks(inputs.rows):
+        student_BV = work.copied(0, work.student_CV, block)
+        teacher_BV = work.copied(1, work.teacher_CV, block) if needs & TEACHER_FIELDS else None
+        temper_(spec.temperature, student_BV, teacher_BV)
+        ids_B = None if inputs.token_ids_N is None else inputs.token_ids_N[block]
+        found.append(token_fields_(needs, student_BV, teacher_BV, scratch_SBV, spec.temperature, ids_B))
+    return {name: torch.cat([values[name] for values in found]) for name in needs}
+
+
 def _scored_chunks(
-    inputs: Inputs,
-    needs: frozenset[str],
-    temperature: float,
-    chunk: int,
-    token_ids_N: Tensor | None,
-    kept_K: Tensor | None,
+    inputs: Inputs, needs: frozenset[str], temperature: float, chunk: int, kept_K: Tensor | None
 ) -> Iterator[tuple[slice | Tensor, dict[str, Tensor]]]:
     """Which rows, and the named fields [C] of these, `chunk` rows at a time."""
     rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
@@ -108,7 +118,7 @@ def _scored_chunks(
             teacher_CV = None
             if teacher_head is not None:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-            ids_C = None if token_ids_N is None else token_ids_N[where]
+            ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
             yield where, _score_chunk(needs, student_CV, teacher_CV, work, temperature, ids_C)
 
 
@@ -130,10 +140,7 @@ def _score_chunk(
     found: dict[str, list[Tensor]] = {name: [] for name in needs}
     for block, scratch_SBV in work.blocks(student_CV.shape[0]):
         student_BV, teacher_BV = student_CV[block], None if teacher_CV is None else teacher_CV[block]
-        if temperature != 1.0:
-            student_BV.div_(temperature)
-            if teacher_BV is not None:
-                teacher_BV.div_(temperature)
+        temper_(temperature, student_BV, teacher_BV)
         ids_B = None if token_ids_C is None else token_ids_C[block]
         values = token_fields_(needs, student_BV, teacher_BV, scratch_SBV, temperature, ids_B)
         for name in needs:
@@ -141,18 +148,11 @@ def _score_chunk(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def build_stats(
-    inputs: Inputs, rollout_N: Tensor | None, token_ids_N: Tensor | None, fields: dict[str, Tensor]
-) -> TokenStats:
-    """TokenStats from what is known; fields nobody asked for are None, one rollout where none is named."""
-    if rollout_N is None:
-        rollout_N = torch.zeros(inputs.rows, dtype=torch.int64, device=inputs.student_ND.device)
+def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
+    """TokenStats from what is known; fields nobody asked for are None."""
     values = {name: fields.get(name) for name in STUDENT_FIELDS | TEACHER_FIELDS}
     return TokenStats(
-        rollout_N=rollout_N.to(torch.int64),
-        token_ids_N=token_ids_N,
-        vocab_size=inputs.vocab_size,
-        **values,
+        rollout_N=inputs.rollout_N, token_ids_N=inputs.token_ids_N, vocab_size=inputs.vocab_size, **values
     )
 
 

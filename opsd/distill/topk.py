@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens, in_chunks
-from opsd.distill.divergence import check_divergence, log_softmax_
-from opsd.distill.inputs import check_inputs, per_row
+from opsd.distill.divergence import log_softmax_
+from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.slices import slices
 from opsd.errors import UserError
 
@@ -49,9 +49,10 @@ def top_tokens(
     """
     if k < 1:
         raise UserError(f"top tokens {k}: give a number from 1")
-    inputs = check_inputs(student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE, vocab_size)
-    check_divergence("reverse_kl", 0.5, temperature)
-    ids_N = per_row("token_ids_N", token_ids_N, inputs)
+    models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
+    inputs = check_inputs(*models, vocab_size=vocab_size, token_ids_N=token_ids_N)
+    spec = LossSpec(temperature=temperature, chunk_tokens=chunk_tokens)
+    ids_N = inputs.token_ids_N
     assert ids_N is not None
     # A head may be higher than the vocabulary, and its sampler may draw from the rows above.
     outside_N = ids_N >= inputs.vocab_size
@@ -69,12 +70,12 @@ def top_tokens(
             for part in slices(inputs.rows, chunk):
                 logits_CV = buffer_CV[: part.stop - part.start]
                 for (hidden, head), top in zip(models, tops, strict=True):
-                    log_p_CV = log_softmax_(head.project_(hidden[part], logits_CV), temperature)
+                    log_p_CV = log_softmax_(head.project_(hidden[part], logits_CV), spec.temperature)
                     top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
                     sampled_C = log_p_CV.gather(-1, inside_N1[part]).squeeze(-1)
                     top.sampled_N[part] = sampled_C.masked_fill(outside_N[part], float("-inf"))
 
-    in_chunks(fill, chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    in_chunks(fill, spec.chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
     return tops
 
 

@@ -14,8 +14,7 @@ from torch.nn.functional import log_softmax
 
 from opsd.distill.chunks import chunk_rows
 from opsd.distill.divergence import plain_divergence
-from opsd.distill.fused import LossSpec
-from opsd.distill.inputs import Inputs
+from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.slices import slices
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from opsd.config import TrainConfig
-from opsd.distill.chunks import BLOCK_BYTES, MAX_CHUNK_TOKENS
+from opsd.distill.chunks import BLOCK_BYTES, most_held_rows, most_rows
 from opsd.distill.divergence import SCRATCH_BUFFERS
 from opsd.errors import UserError
 from opsd.planning.shapes import ModelShape
@@ -71,6 +71,11 @@ class Reckoning:
         return self.config.engine.zero_stage if self.config.engine.kind == "deepspeed" else None
 
     @property
+    def masked(self) -> bool:
+        """Whether attention needs a mask: sdpa over a packed row, which is ZeRO-3's layout alone."""
+        return self.zero == 3 and not self.hardware.flash
+
+    @property
     def autocast(self) -> bool:
         """Whether weights are fp32 and products bf16."""
         return self.itemsize == 2 and not self.zero
@@ -118,7 +123,8 @@ class Reckoning:
         """What autograd keeps of one layer, a token, but for masks; counted on transformers' own layers."""
         s, i = self.student, self.itemsize
         norms_and_inputs = 24 if i == 4 else (26 if self.autocast else 16)
-        attention = 2 * s.query_width + 2 * (s.kv_width if self.hardware.flash else s.query_width)
+        # Beside a mask sdpa repeats keys and values for every query head.
+        attention = 2 * s.query_width + 2 * (s.query_width if self.masked else s.kv_width)
         small = 8 + 4 * s.heads
         if s.head_norms:
             small += (8 if i == 4 else 6) * (s.query_width + s.kv_width) + 4 * (s.heads + s.kv_heads)
@@ -133,8 +139,8 @@ class Reckoning:
         casts = i * s.layer_matrices * kept_layers if self.autocast else 0
         return {
             "activations": tokens * (kept_layers * self.layer_bytes() + ends + inputs) + casts,
-            # sdpa turns the mask that keeps packed sequences apart to numbers, and keeps it, in every layer.
-            "attention masks": 0.0 if self.hardware.flash else kept_layers * i * tokens**2,
+            # sdpa turns the mask that keeps packed sequences apart into numbers, and keeps it, in every layer.
+            "attention masks": kept_layers * i * tokens**2 if self.masked else 0.0,
             "one layer's backward": tokens * i * (3 * s.ffn + 2 * s.hidden),
         }
 
@@ -144,10 +150,14 @@ class Reckoning:
         head = 0 if self.config.lora.rank else s.head_parameters * WIDE
         kept = math.ceil(tokens * (1.0 if self.config.select.by == "all" else self.config.select.retention))
         chosen = self.config.loss.chunk_tokens
-        chunk = min(MAX_CHUNK_TOKENS[self.hardware.kind] if chosen == "auto" else chosen, kept)
+        chunk = min(most_rows(self.hardware.kind, vocab) if chosen == "auto" else chosen, kept)
         if self.config.loss.memory == "whole":
             return (WHOLE_BUFFERS[self.config.loss.divergence] * kept + 2 * chunk) * vocab * WIDE + head
         narrow = 2 if self.itemsize == 2 and self.hardware.kind == "cuda" else 0
+        if self.config.select.by != "all" and tokens <= (
+            most_held_rows(self.hardware.kind, vocab) if chosen == "auto" else chosen
+        ):
+            chunk = tokens  # the logits that are scored are held for the loss
         rows = min(chunk, max(1, BLOCK_BYTES[self.hardware.kind] // ((2 + SCRATCH_BUFFERS) * vocab * WIDE)))
         logits = chunk * vocab * (2 * WIDE + narrow) + SCRATCH_BUFFERS * rows * vocab * WIDE
         return logits + head + tokens * s.hidden * self.itemsize

@@ -59,16 +59,45 @@ def test_an_entropy_rule_costs_no_teacher_projection_outside_the_kept_rows(
     assert torch.equal(result.kept_N, case.kept_N)
     assert_close(result.loss_sum.detach(), expected.loss_sum, 1e-5)
     assert result.stats.reverse_kl_N is None
-    # Scoring: 12 student rows. Training: 4 rows of student, teacher and two gradients.
-    work = 12 * 40 * 2 * 8 + 4 * 40 * 2 * (8 + 6 + 8 + 8)
+    # Scoring: 12 student rows. Training: 4 rows of teacher and two gradients, of the student too where the logits that
+    # were scored are gone: in chunks of 5.
+    work = 12 * 40 * 2 * 8 + 4 * 40 * 2 * (6 + 8 + 8)
     assert flops(lambda: case.gradients(selector=rule)) == work
+    assert flops(lambda: case.gradients(selector=rule, chunk_tokens=5)) == work + 4 * 40 * 2 * 8
 
 
 def test_a_rule_that_reads_the_divergence_costs_one_projection_of_each_model_to_score(make_case, make_rule, flops):
     case = make_case(12, 40)
     rule = make_rule(lambda stats: every_third(12), frozenset({"entropy_N", "reverse_kl_N"}))
-    work = 12 * 40 * 2 * (8 + 6) + 4 * 40 * 2 * (8 + 6 + 8 + 8)
+    work = 12 * 40 * 2 * (8 + 6) + 4 * 40 * 2 * (8 + 8)
     assert flops(lambda: case.gradients(selector=rule)) == work
+    assert flops(lambda: case.gradients(selector=rule, chunk_tokens=5)) == work + 4 * 40 * 2 * (8 + 6)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("needs", [{"entropy_N"}, {"entropy_N", "reverse_kl_N"}], ids=["entropy", "divergence"])
+@pytest.mark.parametrize("kept", ["third", "last", "all", "none"])
+def test_logits_that_were_scored_serve_the_loss(make_case, make_rule, naive, assert_close, divergence, needs, kept):
+    # In one chunk the loss reads the logits that the choice has read; in chunks of 5 it projects its rows again.
+    masks = {"third": every_third(12), "last": torch.arange(12) >= 9, "all": torch.ones(12, dtype=torch.bool)}
+    mask = masks.get(kept, torch.zeros(12, dtype=torch.bool))
+    case = make_case(12, 40, divergence=divergence, temperature=1.5, weight_N=torch.linspace(0.5, 2.0, 12))
+    rule = make_rule(lambda stats: mask, frozenset(needs))
+    held = case.loss(selector=rule)
+    again = case.loss(selector=rule, chunk_tokens=5)
+    case.kept_N = mask
+    expected = naive.loss(case)
+    for result in (held, again):
+        leaves = (case.student_ND, case.student_head_VD)
+        first = torch.autograd.grad(result.loss_sum, leaves, retain_graph=True)
+        # A second backward starts from the hidden states: the logits are used up.
+        for grads in (first, torch.autograd.grad(result.loss_sum, leaves)):
+            assert_close(grads[0], expected.grad_ND, 1e-5, 1e-30)
+            assert_close(grads[1], expected.grad_VD, 1e-5, 1e-30)
+        assert_close(result.loss_sum.detach(), expected.loss_sum, 1e-5)
+        scores = naive.stats(case)
+        for name in needs:
+            assert_close(getattr(result.stats, name), scores[name], 1e-5)
 
 
 def test_a_rule_that_reads_lengths_alone_costs_no_scoring(make_case, make_rule, flops):
@@ -278,7 +307,7 @@ def test_the_trained_divergence_comes_along_as_a_statistic(make_case, naive, ass
         ({"vocab_size": 21}, "vocab_size 21 but the smaller head has 20 rows: give 1 to 20"),
         ({"vocab_size": 0}, "vocab_size 0 but the smaller head has 20 rows: give 1 to 20"),
         ({"kept_N": torch.ones(3, dtype=torch.bool)}, r"kept_N has shape \(3,\) for 5 tokens"),
-        ({"kept_N": torch.ones(5)}, "kept_N has type torch.float32: give one bool a token"),
+        ({"kept_N": torch.ones(5)}, "kept_N has type torch.float32: give one bool per token"),
         ({"weight_N": torch.ones(4)}, r"weight_N has shape \(4,\) for 5 tokens"),
         ({"rollout_N": torch.ones(4)}, r"rollout_N has shape \(4,\) for 5 tokens"),
     ],

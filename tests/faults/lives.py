@@ -34,7 +34,7 @@ from opsd.engine.sharded import import_deepspeed
 STAGES = {
     "rollout": (opsd.rollout.HFRollout, "generate"),
     "scoring": (opsd.update.Updater, "_score"),
-    "backward": (opsd.update.Updater, "_backward"),
+    "backward": (opsd.update.Updater, "_forward"),
     "weight sync": (opsd.rollout.HFRollout, "sync"),
     "checkpoint": (opsd.checkpoint, "save"),
     "evaluation": (opsd.evaluate.Evaluator, "run"),

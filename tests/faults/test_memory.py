@@ -20,12 +20,13 @@ from tinypair import tiny_pair
 
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
-from opsd.distill.chunks import ChunkBound
+from opsd.distill.chunks import ChunkBound, Workspace
 from opsd.distill.products import Head
 from opsd.distill.topk import top_tokens
 from opsd.engine import TorchEngine
 from opsd.errors import RunStopped
 from opsd.evaluate import Evaluator
+from opsd.hooks import load_selector
 from opsd.memory import is_out_of_memory
 from opsd.rollout import HFRollout
 from opsd.student import Scorer
@@ -97,6 +98,29 @@ def test_a_halved_chunk_counts_nothing_twice(monkeypatch, dtype, name, behind, c
         found = run(bound)
     assert bound == ChunkBound(chunk, halvings=len(calls))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.fault(
+    "memory runs out while logits are held for the choice and the loss, or in the loss that reads them",
+    "the pass goes on chunk by chunk, to the same loss and gradients",
+)
+@pytest.mark.parametrize(("owner", "name", "calls"), [(Workspace, "allocate", {1}), (Head, "gradients_", {1})])
+def test_held_logits_that_do_not_fit_are_done_without(monkeypatch, owner, name, calls):
+    def run(bound):
+        tensors, more = case()
+        more = {"weight_N": more["weight_N"], "selector": load_selector("soft_or", retention=0.5)}
+        result = distill_loss(*tensors, chunk_tokens=bound, **more)
+        result.loss_sum.backward()
+        return result.loss_sum, tensors[0].grad, tensors[1].grad
+
+    expected = run(9)
+    bound = ChunkBound(37)
+    with monkeypatch.context() as patch:
+        Fails(patch, owner, name, calls)
+        found = run(bound)
+    assert bound.halvings == (1 if name == "gradients_" else 0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.fault(
@@ -216,7 +240,7 @@ def test_a_run_counts_its_halvings_and_goes_on(values, tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys, torch
 from opsd.distill import distill_loss
-from opsd.distill.chunks import ChunkBound
+from opsd.distill.chunks import ChunkBound, Workspace
 
 torch.manual_seed(0)
 hidden, head = torch.randn(2048, 16), torch.randn(20_000, 16)

@@ -70,8 +70,17 @@ def test_a_hub_name_finds_its_shape():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, autocast):
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "packed"),
+    [
+        ("float32", False, True),
+        ("bfloat16", False, True),
+        ("float32", False, False),
+        ("bfloat16", False, False),
+        ("bfloat16", True, False),  # packed is ZeRO-3, whose weights are bf16 themselves
+    ],
+)
+def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, autocast, packed):
     sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 160}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     L = 64
@@ -91,17 +100,17 @@ def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, a
 
         cast = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with cast, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            model.base_model(
-                input_ids=torch.zeros(1, L, dtype=torch.int64),
-                position_ids=torch.arange(L // 2).repeat(2)[None],
-                use_cache=False,
-            )
+            # Two sequences, in one row or each in a row of its own.
+            ids = torch.zeros(1, L, dtype=torch.int64) if packed else torch.zeros(2, L // 2, dtype=torch.int64)
+            more = {"position_ids": torch.arange(L // 2).repeat(2)[None]} if packed else {}
+            model.base_model(input_ids=ids, **more, use_cache=False)
         kept[layers] = sum(storage.nbytes() for storage in found.values())
     shape = shape_of(config.to_dict(), family, "--student")
-    engine = () if autocast else ("--engine.kind", "deepspeed")
+    stage = "3" if packed else "2"
+    engine = () if autocast else ("--engine.kind", "deepspeed", "--engine.zero_stage", stage)
     plans = reckoning(*engine, "--engine.dtype", dtype, student=shape, kind="cpu")
     casts = 2 * shape.layer_matrices if autocast else 0
-    mask = L * L * plans.itemsize
+    mask = L * L * plans.itemsize if plans.masked else 0
     assert kept[2] - kept[1] == pytest.approx(L * plans.layer_bytes() + mask + casts, rel=0.002)
 
 

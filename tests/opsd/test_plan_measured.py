@@ -20,7 +20,7 @@ from .conftest import build_model, build_tokenizer
 # Many characters: a random model then hardly ever draws the end, and every rollout gets as long as it may.
 FEW = "".join(chr(0x4E00 + number) for number in range(4000))
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "initializer_range": 0.02}
-ACTIVATIONS = SMALL | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8}
+ACTIVATIONS = SMALL | {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 16}
 WEIGHTS = SMALL | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
 CASES = {
     "nothing": (FEW[:40], SMALL, 8),
@@ -52,7 +52,7 @@ def measured(folder: Path, case: str) -> tuple[float, dict]:
     args += ["--engine.device", "cpu", "--telemetry.every", "0", "--checkpoint.every", "0"]
     args += ["--engine.micro_batch_tokens", "2048"]
     # What is freed goes back to the system, as it does on a GPU: the peak is what was in use.
-    command, back = [sys.executable, "-m", "opsd", "train", *args], {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command, back = [sys.executable, "-m", "opsd", "train", *args], {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
     subprocess.run(command, env={**os.environ, **back}, check=True, capture_output=True, text=True)
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     peak = max(row["mem/peak_gib"] for row in rows if "mem/peak_gib" in row)

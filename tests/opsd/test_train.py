@@ -144,7 +144,7 @@ import os, signal, sys, json
 import opsd.checkpoint, opsd.train, opsd.update
 from opsd.config import from_json
 place, call = sys.argv[1], int(sys.argv[2])
-module, name = {"in the middle of a step": (opsd.update.Updater, "_backward"),
+module, name = {"in the middle of a step": (opsd.update.Updater, "_forward"),
                 "in the middle of a checkpoint": (opsd.checkpoint, "save_file")}[place]
 whole, calls = getattr(module, name), 0
 def killed(*args, **kwargs):

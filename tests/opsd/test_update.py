@@ -12,7 +12,7 @@ from opsd import batch
 from opsd.batch import pack
 from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.engine import TorchEngine
-from opsd.errors import RunStopped
+from opsd.errors import RunStopped, StepUnusable
 from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, Selection, load_selector
 from opsd.student import Scorer
 from opsd.teacher import LocalTeacher
@@ -104,6 +104,70 @@ def test_neither_packing_nor_groups_of_lengths_change_loss_or_gradient(
         assert result.loss_nats == pytest.approx(expected.loss_nats, rel=1e-5)
         assert torch.equal(result.kept_N, expected.kept_N)
         assert equal(learner.engine.gradients, other.engine.gradients)
+
+
+def forwards(learner, monkeypatch, **options):
+    """How often an update calls the student, and on how many micro-batches."""
+    calls, whole = [], learner.engine.student.forward
+    monkeypatch.setattr(learner.engine.student, "forward", lambda *given: calls.append(given[0]) or whole(*given))
+    learner.run(**options)
+    return len(calls), len(pack(learner.rollouts, options.get("max_tokens", 1000)))
+
+
+@pytest.mark.parametrize(("by", "options"), SELECTORS)
+@pytest.mark.parametrize("watch", [frozenset(), STUDENT_FIELDS | TEACHER_FIELDS], ids=["", "watched"])
+def test_a_step_of_one_micro_batch_calls_the_student_once(learner, monkeypatch, by, options, watch):
+    assert forwards(learner, monkeypatch, by=by, **options, watch=watch) == (1, 1)
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "rollout", "running"])
+@pytest.mark.parametrize("watch", [frozenset(), STUDENT_FIELDS | TEACHER_FIELDS], ids=["", "watched"])
+def test_a_choice_that_needs_no_sight_of_the_step_calls_the_student_once_per_micro_batch(
+    learner, monkeypatch, scope, watch
+):
+    calls, batches = forwards(learner, monkeypatch, by="soft_or", normalise_over=scope, max_tokens=16, watch=watch)
+    assert calls == batches > 1
+
+
+def test_a_choice_over_several_micro_batches_scores_each_once_more(learner, monkeypatch):
+    calls, batches = forwards(learner, monkeypatch, by="soft_or", normalise_over="batch", max_tokens=16)
+    assert calls == 2 * batches > 2
+
+
+class KeepsUncertain:
+    """Keeps what is above a fixed entropy: how many tokens that are, nobody knows beforehand."""
+
+    needs, needs_kept = frozenset({"entropy_N"}), frozenset()
+    normalise_over, fixed_budget = "micro_batch", False
+
+    def __init__(self, above):
+        self.above = above
+
+    def budget(self, tokens):
+        raise AssertionError("has no budget")
+
+    def prepare(self, stats):
+        raise AssertionError("normalises nothing")
+
+    def __call__(self, stats, seed=0):
+        return Selection(stats.entropy_N > self.above)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def test_a_count_that_is_known_after_the_choice_alone_divides_the_loss(learner, monkeypatch):
+    two_passes = learner.run(selector=KeepsUncertain(3.4), max_tokens=16)
+    expected = learner.engine.gradients
+    one_pass = learner.run(selector=KeepsUncertain(3.4))
+    assert 0 < one_pass.kept == two_passes.kept < 35
+    assert one_pass.loss_nats == pytest.approx(two_passes.loss_nats, rel=1e-5)
+    assert equal(learner.engine.gradients, expected)
+    with pytest.raises(StepUnusable, match="the selector kept none"):
+        learner.run(selector=KeepsUncertain(99.0))
 
 
 def test_the_loss_is_the_mean_over_tokens_never_a_mean_of_means(learner):

@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 import opsd.train as train_module
+from opsd import batch
 from opsd.batch import empty, pack, share
 from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
 from opsd.distill import DistillResult
@@ -375,6 +376,8 @@ def whole_runs(ranks, settings: Path) -> None:
 
 
 def main(out: Path) -> None:
+    # So that the few tokens here come in several groups of lengths.
+    batch.PADDING_TOKENS = 4
     ranks = join(CPU)
     results = {}
     for case in cases():

@@ -1,0 +1,50 @@
+"""Logits that are projected once and read twice: by the choice of tokens, then by the loss on the chosen ones.
+
+Only where the logits of all rows of a micro-batch take no more memory than a chunk at a large vocabulary does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from opsd.distill.chunks import Workspace, may_hold
+from opsd.distill.inputs import Inputs, LossSpec
+from opsd.memory import is_out_of_memory
+
+
+class HeldLogits:
+    """The logits of all rows in a workspace, before the temperature; the teacher's only where they were asked for."""
+
+    def __init__(self, work: Workspace) -> None:
+        self._work: Workspace | None = work
+        self.has_teacher = work.teacher_CV.shape[0] > 0
+
+    @property
+    def work(self) -> Workspace:
+        """The workspace, to be read and left as it is."""
+        assert self._work is not None, "these logits were used up"
+        return self._work
+
+    def take(self) -> Workspace:
+        """The workspace, to be overwritten: nothing else holds it from now on."""
+        work, self._work = self.work, None
+        return work
+
+
+@torch.no_grad()
+def hold_logits(inputs: Inputs, spec: LossSpec, teacher: bool) -> HeldLogits | None:
+    """All rows' logits; None where they may not all exist at once, or where memory runs out for them."""
+    like, rows = inputs.student_ND, inputs.rows
+    if not rows or not may_hold(spec.chunk_tokens, rows, inputs.vocab_size, like, inputs.wide):
+        return None
+    try:
+        work = Workspace.allocate(rows, inputs.vocab_size, like, inputs.wide, teacher, copies=True)
+        with torch.autocast(like.device.type, enabled=False):
+            inputs.student_head().project_(like, work.student_CV)
+            if teacher:
+                inputs.teacher_head().project_(inputs.teacher_NE, work.teacher_CV)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return HeldLogits(work)

@@ -1,0 +1,87 @@
+"""The one place that calls a selector: score → choose → weigh, over one micro-batch.
+
+Legend: N student tokens, K kept of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsd.distill.held import HeldLogits, hold_logits
+from opsd.distill.inputs import Inputs, LossSpec, on_rows
+from opsd.distill.stats import build_stats, check_needs, score_rows
+from opsd.errors import UserError
+from opsd.hooks import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+
+# The statistic that a divergence is, where it is one: it then comes with the loss at no cost.
+TRAINED_FIELD = {"reverse_kl": "reverse_kl_N", "forward_kl": "forward_kl_N"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rows are trained on: those of `selection`, else those that `selector` keeps, else all.
+
+    seed: decides random choices. watch: fields that are reported over all rows besides. whole_step: these rows are all
+    of the step's, so scope "batch" is fitted on them here.
+    """
+
+    selector: TokenSelector | None = None
+    selection: Selection | None = None
+    seed: int = 0
+    watch: frozenset[str] = frozenset()
+    whole_step: bool = False
+
+
+def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, Selection, HeldLogits | None]:
+    """The selection with its weights, the statistics it was made from, and the logits where they are held."""
+    selector = choice.selector
+    needs = frozenset() if selector is None else check_needs(selector.needs, inputs)
+    held = None
+    if needs and spec.memory == "fused":
+        held = hold_logits(inputs, spec, teacher=bool(needs & TEACHER_FIELDS))
+    fields = score_rows(inputs, needs, spec, held=held)
+    watched = check_needs(choice.watch, inputs) - needs
+    # What is watched must not change what is trained, to the last bit: it decides nothing about what is held.
+    readable = held is not None and (held.has_teacher or not watched & TEACHER_FIELDS)
+    fields |= score_rows(inputs, watched, spec, held=held if readable else None)
+    stats = build_stats(inputs, fields)
+    if selector is None:
+        return stats, choice.selection or Selection(_all_rows(inputs)), held
+    if choice.whole_step and selector.normalise_over == "batch":
+        selector.prepare(stats)
+    selection = selector(stats, choice.seed)
+    return *_weigh(inputs, selector, stats, selection, spec), held
+
+
+def weigh(selector: TokenSelector, stats: TokenStats, selection: Selection) -> Selection:
+    """The selection with the weights that the selector sets by what it reads on kept rows only, if it sets any."""
+    method = getattr(selector, "weigh", None) if selector.needs_kept else None
+    return selection if method is None else method(stats, selection)
+
+
+def mask_of(kept_N: Tensor, inputs: Inputs) -> Tensor:
+    """A bool mask [N] on the rows' device. Raises UserError for another type or length."""
+    if kept_N.dtype != torch.bool:
+        raise UserError(f"kept_N has type {kept_N.dtype}: give one bool per token")
+    mask_N = on_rows("kept_N", kept_N, inputs.student_ND)
+    assert mask_N is not None
+    return mask_N
+
+
+def _weigh(
+    inputs: Inputs, selector: TokenSelector, stats: TokenStats, selection: Selection, spec: LossSpec
+) -> tuple[TokenStats, Selection]:
+    """Score the kept rows for what `needs_kept` names and is not there yet, then `weigh`."""
+    missing = frozenset(name for name in selector.needs_kept if getattr(stats, name) is None)
+    if missing := check_needs(missing, inputs):
+        kept_K = mask_of(selection.kept_N, inputs).nonzero().squeeze(-1)
+        stats = dataclasses.replace(stats, **score_rows(inputs, missing, spec, kept_K))
+    return stats, weigh(selector, stats, selection)
+
+
+def _all_rows(inputs: Inputs) -> Tensor:
+    return torch.ones(inputs.rows, dtype=torch.bool, device=inputs.student_ND.device)
