@@ -37,7 +37,7 @@ ChunkTokens = int | Literal["auto"] | ChunkBound
 FREE_SHARE = 0.25
 MIN_CHUNK_TOKENS = 16
 MAX_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
-# Vocabularies so small that a chunk would have fewer entries than this get longer chunks: calls cost more than products.
+# A vocabulary so small that a chunk would have fewer entries than this gets longer chunks: calls then cost the most.
 SMALL_CHUNK_ENTRIES = 2**18
 # Most that one model's logits may take where they are held for a second reading.
 MAX_HELD_BYTES = {"cpu": 150 * 2**20, "cuda": 1200 * 2**20}
