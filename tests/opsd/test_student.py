@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerance import close, transformer
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -117,9 +118,9 @@ def test_gradients_through_the_head_equal_autograd_on_full_logits(make_model, ma
         kl_N = (log_s.exp() * (log_s - log_t)).sum(-1)
         expected = expected + kl_N[torch.tensor(rollout.student_mask or [True] * len(rollout.response_ids))].sum()
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    close(loss, expected, *transformer(2, 16), 49)
     for (name, ours), theirs in zip(student.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        close(ours.grad, theirs.grad, *transformer(2, 16, backward=1), 49, said=name)
 
 
 def test_under_autocast_the_head_hands_on_the_compute_type_and_turns_autocast_off(make_model, make_rollout):
@@ -188,7 +189,7 @@ def test_no_dropout_is_left_in_training_mode(make_model, family):
     expected = model.eval()(ids, use_cache=False).logits
     assert not torch.allclose(model.train()(ids, use_cache=False).logits, expected)  # dropout was on
     disable_dropout(model)
-    torch.testing.assert_close(model.train()(ids, use_cache=False).logits, expected)
+    close(model.train()(ids, use_cache=False).logits, expected, *transformer(2, 16))
 
 
 @TIES
@@ -196,7 +197,7 @@ def test_a_model_folder_loads_with_dropout_off_and_logits_unchanged(make_model, 
     model = make_model("llama", tied, attention_dropout=0.5)
     scorer = load_scorer(str(make_folder(model)), "--student", torch.float32, CPU).train()
     ids = torch.tensor([[6, 7, 8, 9]])
-    torch.testing.assert_close(scorer.model(ids).logits, model.eval()(ids).logits)
+    close(scorer.model(ids).logits, model.eval()(ids).logits, *transformer(2, 16))
 
 
 def damage_weights(folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import close
 from transformers import AutoModelForCausalLM
 
 from opsd import checkpoint
@@ -265,4 +266,5 @@ def test_rewards_weigh_a_prompts_rollouts(settings, tmp_path):
     (plain,), (weighed,) = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "weighed")
     assert plain["rollout/reward"] == weighed["rollout/reward"]
     # Every rollout here is wrong, so a prompt's rollouts are weighed alike: by 1.
-    assert weighed["rollout/reward"] == 0.0 and weighed["loss/nats"] == pytest.approx(plain["loss/nats"], rel=1e-6)
+    assert weighed["rollout/reward"] == 0.0
+    close(weighed["loss/nats"], plain["loss/nats"], 1)

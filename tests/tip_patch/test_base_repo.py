@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import close
 from torch.nn import functional
 
 from opsd.distill import distill_loss
@@ -87,9 +88,9 @@ def test_unselected_loss_and_gradient_are_the_tables_own(name, losses):
     expected = value_and_gradient(losses.LOSS_FN_MAP[name], *pair, chunk_size=5)
     patch(losses, None)
     loss, gradient, count = value_and_gradient(losses.LOSS_FN_MAP[name], *pair, chunk_size=7)
-    assert loss == pytest.approx(expected[0], rel=1e-5)
+    close(loss, expected[0], 60, 23)
     assert count == expected[2] == 23
-    torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-7)
+    close(gradient, expected[1], 60, 23)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,8 +111,8 @@ def test_selected_loss_and_gradient_are_the_cores(name, selector, losses):
         seed=derive_seed(0, 1),
     )
     assert count == int(ours.kept_N.sum()) == 9
-    assert loss == pytest.approx(float(ours.loss_sum.detach()) / 9, rel=1e-5)
-    torch.testing.assert_close(gradient, torch.autograd.grad(ours.loss_sum / 9, student_NV)[0], rtol=1e-4, atol=1e-6)
+    close(loss, ours.loss_sum / 9, 60, 60, 9)
+    close(gradient, torch.autograd.grad(ours.loss_sum / 9, student_NV)[0], 60, 60, 9)
     assert not gradient[~ours.kept_N].any()
 
 
@@ -131,7 +132,7 @@ def test_low_precision_logits_get_a_gradient_of_their_type_and_fp32_arithmetic()
     patch(losses, None)
     loss, gradient, _ = value_and_gradient(losses.LOSS_FN_MAP["reverse_kl"], teacher_NV, student_NV)
     assert gradient.dtype == torch.bfloat16
-    assert loss == pytest.approx(float(plain("reverse_kl", teacher_NV, student_NV)[0].detach()), rel=1e-6)
+    close(loss, plain("reverse_kl", teacher_NV, student_NV)[0], 60, 23)
 
 
 def test_a_call_without_tokens_still_backpropagates(losses):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tolerance import close
 
 from opsd.distill import distill_loss
 from opsd.errors import UserError
@@ -36,7 +37,7 @@ class TestAdaptiveKL:
         result = distill_loss(*arguments, selector=selector, seed=3)
         weight_N = selector.weigh(result.stats, Selection(result.kept_N)).weight_N
         again = distill_loss(*arguments, kept_N=result.kept_N, weight_N=weight_N)
-        assert float(result.loss_sum) == pytest.approx(float(again.loss_sum), rel=1e-6)
+        close(result.loss_sum, again.loss_sum, 8, 30, 12)
         assert float(result.loss_sum) != pytest.approx(float(distill_loss(*arguments, kept_N=result.kept_N).loss_sum))
 
     def test_without_a_vocabulary_size_it_says_so(self, make_stats):

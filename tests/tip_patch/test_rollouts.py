@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import close
 
 from tip_patch.rollouts import Rollouts, quantile
 
@@ -34,8 +35,9 @@ def test_quantile_of_each_rollout_is_numpys(rows, q):
     rollout_N, values_N = split(rows)
     found_R = Rollouts.of(rollout_N).quantile(values_N, q)
     expected_R = [np.quantile(values_N[rollout_N == one].double().numpy(), q) for one in rollout_N.unique()]
-    np.testing.assert_allclose(found_R.numpy(), expected_R, atol=1e-12)
-    assert float(quantile(values_N, q)) == pytest.approx(np.quantile(values_N.double().numpy(), q), abs=1e-12)
+    exact = {"dtype": torch.float64, "size": 1.0, "cancels": True}
+    close(found_R, expected_R, 1, **exact)
+    close(quantile(values_N, q), np.quantile(values_N.double().numpy(), q), 1, **exact)
 
 
 @given(ROWS)
@@ -63,4 +65,4 @@ def test_quantile_works_beyond_two_to_the_24():
         torch.quantile(values_M, 0.98)
     place = 0.98 * (count - 1)
     low, high = int(place) // 2 * 2, (int(place) + 1) // 2 * 2
-    assert float(quantile(values_M, 0.98)) == pytest.approx(low + (place - int(place)) * (high - low), abs=1e-6)
+    close(quantile(values_M, 0.98), low + (place - int(place)) * (high - low), 1, dtype=torch.float64)
