@@ -76,6 +76,19 @@ def close(
     assert worst <= allowed, f"{said} off by {worst:.3g} of {largest:.3g}; {allowed:.3g} is what rounding may cost"
 
 
+def close_numbers(found: dict[str, Any], expected: dict[str, Any], *sums: int) -> None:
+    """A line of metrics: the same keys, every number within `rounding(*sums)` of its own size, or of 0.1 if smaller.
+
+    0.1: fractions and nats that are nearly nothing are what is left of larger ones.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, float):
+            close(found[name], value, *sums, size=0.1, cancels=True, said=name)
+        else:
+            assert found[name] == value, name
+
+
 def _double(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         return values.detach().double().numpy()

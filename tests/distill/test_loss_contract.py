@@ -20,6 +20,7 @@ def poisoned(values, kept_N):
     return torch.where(kept_N[:, None], values.detach(), float("nan"))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_mask_handed_in_is_used_as_it_is_and_dropped_rows_are_never_read(memory, make_case, naive, assert_close):
     case = make_case(11, 40, kept_N=every_third(11))
@@ -46,6 +47,7 @@ def test_all_tokens_without_a_selector_are_projected_once(make_case, flops):
     assert flops(case.gradients) == 11 * 40 * 2 * (8 + 6 + 8 + 8)
 
 
+@pytest.mark.numeric
 def test_an_entropy_rule_costs_no_teacher_projection_outside_the_kept_rows(
     make_case, make_rule, naive, assert_close, flops
 ):
@@ -78,6 +80,7 @@ def test_a_rule_that_reads_lengths_alone_costs_no_scoring(make_case, make_rule, 
     assert flops(lambda: case.gradients(selector=rule)) == 4 * 40 * 2 * (8 + 6 + 8 + 8)
 
 
+@pytest.mark.numeric
 def test_a_rule_sees_what_it_needs_and_where_it_comes_from(make_case, make_rule, naive, assert_close):
     case = make_case(10, 30, temperature=1.5)
     rollout_N, token_ids_N = torch.tensor([7] * 4 + [3] * 6), torch.arange(10)
@@ -97,6 +100,7 @@ def test_a_rule_sees_what_it_needs_and_where_it_comes_from(make_case, make_rule,
     assert result.kept_N.tolist() == [False] * 4 + [True] * 6
 
 
+@pytest.mark.numeric
 def test_fields_for_kept_rows_are_scored_there_alone_and_set_the_weights(make_case, make_rule, naive, assert_close):
     case = make_case(12, 40)
     keep = every_third(12)
@@ -121,6 +125,7 @@ def test_fields_for_kept_rows_are_scored_there_alone_and_set_the_weights(make_ca
     assert torch.equal(result.stats.top1_agree_N[keep], scores["top1_agree_N"][keep])
 
 
+@pytest.mark.numeric
 def test_weights_of_a_rule_and_of_the_caller_multiply_and_never_change_the_count(
     make_case, make_rule, naive, assert_close
 ):
@@ -164,6 +169,7 @@ def test_a_second_backward_under_retain_graph_gives_the_same_gradients(memory, d
         torch.autograd.grad(loss_sum, leaves)
 
 
+@pytest.mark.numeric
 def test_the_gradient_that_comes_from_above_scales_ours(make_case, naive, assert_close):
     case = make_case(7, 50)
     expected = naive.loss(case)
@@ -172,6 +178,7 @@ def test_the_gradient_that_comes_from_above_scales_ours(make_case, naive, assert
     assert_close(case.student_head_VD.grad, expected.grad_VD * 0.75, *case.sums)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("frozen", ["student_ND", "student_head_VD"])
 def test_only_what_wants_a_gradient_gets_one_and_is_paid_for(memory, frozen, make_case, naive, assert_close, flops):
@@ -187,6 +194,7 @@ def test_only_what_wants_a_gradient_gets_one_and_is_paid_for(memory, frozen, mak
     assert flops(lambda: case.loss(memory=memory).loss_sum.backward()) == 7 * 50 * 2 * (8 + 6 + 8)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_without_gradients_only_the_logits_are_paid_for(memory, make_case, naive, assert_close, flops):
     case = make_case(7, 50)
@@ -210,6 +218,7 @@ def test_inputs_are_left_as_they_were(memory, make_case):
         assert torch.equal(tensor, copy)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_head_that_is_also_the_embedding_gets_both_gradients(memory, make_case, naive, assert_close):
     case = make_case(6, 30)
@@ -224,6 +233,7 @@ def test_a_head_that_is_also_the_embedding_gets_both_gradients(memory, make_case
     assert_close(case.student_head_VD.grad, embedding.grad, *case.sums)
 
 
+@pytest.mark.numeric
 def test_views_and_transposed_tensors_are_fine(make_case, naive, assert_close):
     case = make_case(8, 30)
     expected = naive.loss(case)
@@ -238,6 +248,7 @@ def test_views_and_transposed_tensors_are_fine(make_case, naive, assert_close):
     assert_close(grad_VD, expected.grad_VD, *case.sums)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_autocast_takes_products_of_bf16_inputs_and_keeps_fp32_logits(memory, make_case, naive, assert_close):
     case = make_case(20, 60)
@@ -259,6 +270,7 @@ def test_autocast_takes_products_of_bf16_inputs_and_keeps_fp32_logits(memory, ma
         assert ((found.double() - exact).abs() <= ROUNDOFF[torch.bfloat16] * products + slack).all()
 
 
+@pytest.mark.numeric
 def test_the_trained_divergence_comes_along_as_a_statistic(make_case, naive, assert_close):
     case = make_case(7, 50)
     scores = naive.stats(case)

@@ -65,6 +65,7 @@ def largest(values):
     return float(values.max()) if values.numel() else 0.0
 
 
+@pytest.mark.numeric
 @settings(max_examples=150, deadline=None)
 @given(arguments=cases())
 def test_fp32_loss_and_gradients_are_the_definition(arguments, make_case, naive, assert_close):
@@ -82,6 +83,7 @@ def test_fp32_loss_and_gradients_are_the_definition(arguments, make_case, naive,
     assert not grad_VD[case.shared :].any()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("chunk_tokens", [300, "auto"])
 def test_a_thousand_tokens_and_an_odd_vocabulary_agree_too(divergence, chunk_tokens, make_case, naive, assert_close):
@@ -96,6 +98,7 @@ def test_a_thousand_tokens_and_an_odd_vocabulary_agree_too(divergence, chunk_tok
     assert_close(grad_VD, expected.grad_VD, *case.sums)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_vocabulary_of_152_thousand_and_shifted_logits_cost_no_digits(divergence, make_case, naive, assert_close):
     # The teacher's logits lie 20 above the student's: no divergence notices. Were they not centred first, sums of 20
@@ -113,6 +116,7 @@ def test_a_vocabulary_of_152_thousand_and_shifted_logits_cost_no_digits(divergen
         assert_close(getattr(stats, name), scores[name], *case.sums)
 
 
+@pytest.mark.numeric
 @settings(max_examples=60, deadline=None)
 @given(arguments=cases(), types=st.sampled_from([("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16")]))
 def test_bf16_costs_no_more_than_rounding_to_bf16(arguments, types, make_case, naive, assert_close):
@@ -134,6 +138,7 @@ def test_bf16_costs_no_more_than_rounding_to_bf16(arguments, types, make_case, n
         assert ((found.double() - exact).abs() <= allowed).all()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_bf16_rounds_gradients_without_a_bias(divergence, make_case, naive):
     # One number is off by up to 2^-8, but by as much up as down: of 100 000 and more, projected on what they should
@@ -147,6 +152,7 @@ def test_bf16_rounds_gradients_without_a_bias(divergence, make_case, naive):
     assert abs(share - 1) <= MOST
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_fp64_inputs_are_worked_on_in_fp64(divergence, make_case, naive, assert_close):
     case = make_case(7, 101, dtype=torch.float64, divergence=divergence, temperature=1.3)
@@ -158,6 +164,7 @@ def test_fp64_inputs_are_worked_on_in_fp64(divergence, make_case, naive, assert_
     assert_close(grad_VD, expected.grad_VD, *case.sums, dtype=double, size=largest(expected.size_VD))
 
 
+@pytest.mark.numeric
 def test_bf16_logits_are_not_rounded_to_bf16(make_case, naive, assert_close):
     # Logits near 60 with a bf16 spacing of 0.25: were they rounded, a divergence of about 0.1 nats would be noise.
     case = make_case(1024, 50, dtype=torch.bfloat16, width=16, teacher_width=16)
@@ -173,6 +180,7 @@ def test_bf16_logits_are_not_rounded_to_bf16(make_case, naive, assert_close):
     assert_close(case.loss().loss_sum, expected.loss_sum, *case.sums, size=size)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk_sizes_change_nothing_but_rounding(divergence, dtype, make_case, assert_close):
@@ -188,6 +196,7 @@ def test_chunk_sizes_change_nothing_but_rounding(divergence, dtype, make_case, a
                 assert ((found - expected).abs() <= 2 * ROUNDOFF[torch.bfloat16] * expected.abs().max()).all()
 
 
+@pytest.mark.numeric
 def test_the_heads_gradient_is_accumulated_in_fp32(make_case, naive):
     # 512 equal tokens in 512 chunks. A running sum in bf16 stops growing once it is 256 times its increment.
     case = make_case(1, 11, dtype=torch.bfloat16)
@@ -200,6 +209,7 @@ def test_the_heads_gradient_is_accumulated_in_fp32(make_case, naive):
     assert ((grad_VD.double() - 512 * one).abs() <= allowed).all()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_temperature_divides_the_gradient_once(divergence, make_case, assert_close):
     # The loss at T over hidden h is the loss at 1 over h/T; by the chain rule its gradient carries 1/T, and no T².
@@ -215,6 +225,7 @@ def test_temperature_divides_the_gradient_once(divergence, make_case, assert_clo
     assert_close(grad_VD, cool_grad_VD, *hot.sums)
 
 
+@pytest.mark.numeric
 def test_a_two_token_vocabulary_by_hand(assert_close):
     # Student logits (0, 0): p = (1/2, 1/2). Teacher logits (ln 3, 0): q = (3/4, 1/4).
     # Reverse KL: ½·ln(½/¾) + ½·ln(½/¼) = ½·ln(2/3) + ½·ln 2 = ½·ln(4/3).

@@ -19,6 +19,7 @@ def logits_case(make_case, student, teacher, **rest):
     return case
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("spread", [3.0, 1000.0])
 def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence, spread, make_case, assert_close):
@@ -37,6 +38,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(divergence, 
         assert not grad_VD.any()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_teacher_that_gives_the_students_mode_1e_30_stays_finite(divergence, memory, make_case, naive, assert_close):
@@ -61,6 +63,7 @@ def test_a_teacher_that_gives_the_students_mode_1e_30_stays_finite(divergence, m
     assert_close(grad_VD, expected.grad_VD, *case.sums, size=20.0 * size, cancels=divergence != "forward_kl")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -75,6 +78,7 @@ def test_logits_of_ten_thousand_stay_finite(divergence, memory, temperature, mak
     assert_close(grad_VD, expected.grad_VD, *case.sums)
 
 
+@pytest.mark.numeric
 def test_statistics_of_ten_thousand_stay_finite(make_case, naive, assert_close):
     student = [[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, -1e4, -1e4]]
     teacher = [[-1e4, 1e4, 0.0], [1e4, 1e4, 1e4], [1e4, -1e4, -1e4]]
@@ -85,6 +89,7 @@ def test_statistics_of_ten_thousand_stay_finite(make_case, naive, assert_close):
         assert_close(getattr(stats, name), expected[name], *case.sums)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_no_divergence_is_below_zero(divergence, make_case):
     # Nearly equal models: rounding of ±1e-7 must not show as a negative loss in the log.

@@ -12,6 +12,7 @@ REQUIRED = ("entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "t
 ALL = (*REQUIRED, "teacher_rank_N", "grad_norm_N")
 
 
+@pytest.mark.numeric
 @settings(max_examples=80, deadline=None)
 @given(
     tokens=st.sampled_from([0, 1, 7, 40]),
@@ -53,6 +54,7 @@ def test_any_set_of_fields_is_the_definition(
             assert_close(found, expected[name], *case.sums, size=size, cancels=True)
 
 
+@pytest.mark.numeric
 def test_without_a_wish_the_five_required_fields_are_computed(make_case, naive, assert_close):
     case = make_case(1000, 1009)
     stats = case.stats(rollout_N=torch.arange(1000) // 100)
@@ -94,6 +96,7 @@ def test_fields_known_without_logits_cost_nothing(make_case, flops):
     assert case.stats(needs=needs, token_ids_N=torch.arange(12)).token_ids_N.tolist() == list(range(12))
 
 
+@pytest.mark.numeric
 def test_a_uniform_student_and_a_two_token_teacher_by_hand(make_case, assert_close):
     # Four tokens: student uniform, H = ln 4. Teacher (½, ½, ~0, ~0) by logits (40, 40, 0, 0): H = ln 2.
     # Reverse KL: Σ ¼·(ln ¼ − log q) = −ln 4 + (2·ln 2 + 2·(40 + ln 2))/4 = 20 − ln 2. Forward: ln 4 − ln 2 = ln 2.
@@ -111,6 +114,7 @@ def test_a_uniform_student_and_a_two_token_teacher_by_hand(make_case, assert_clo
     assert_close(stats.grad_norm_N, [10.0], *case.sums)
 
 
+@pytest.mark.numeric
 def test_joined_micro_batches_are_one(make_case, assert_close):
     case = make_case(9, 20)
     parts = []

@@ -128,6 +128,7 @@ def test_a_mask_of_another_length_than_the_response_is_refused(make_rollout):
         pack([make_rollout(0, [10], [20, 21], [True])], 100)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @torch.no_grad()

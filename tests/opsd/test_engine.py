@@ -66,6 +66,7 @@ def put_gradients(engine, value):
         parameter.grad = torch.full_like(parameter, value)
 
 
+@pytest.mark.numeric
 def test_the_gradient_is_that_of_the_sum_over_the_count(make_engine, teacher, rollouts):
     # autograd on the sum alone, divided by 7 afterwards
     engine, twin = make_engine(), make_engine()
@@ -76,6 +77,7 @@ def test_the_gradient_is_that_of_the_sum_over_the_count(make_engine, teacher, ro
         close(gradient, gradients(twin)[name] / 7, *GRADIENT, said=name)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_uneven_micro_batches_give_the_gradient_of_one_batch(make_engine, teacher, rollouts, checkpointing):
     # 7 tokens in one micro-batch, or 4 | 2 + 1, or 4 | 2 | 1: each sum is divided by 7, never by its own count
@@ -93,6 +95,7 @@ def test_uneven_micro_batches_give_the_gradient_of_one_batch(make_engine, teache
             close(gradient, expected[name], *GRADIENT, said=name)
 
 
+@pytest.mark.numeric
 def test_the_gradient_norm_is_that_before_clipping_and_the_update_uses_the_clipped_one(make_engine):
     # m parameters with gradient 2 each: norm 2·√m, clipped to 1 by 1/(2·√m). AdamW's first moment is then
     # (1 − β₁)·2/(2·√m) = 0.1/√m
@@ -105,6 +108,7 @@ def test_the_gradient_norm_is_that_before_clipping_and_the_update_uses_the_clipp
     close(moment, torch.full_like(moment, 0.1 / math.sqrt(count)), count)
 
 
+@pytest.mark.numeric
 def test_a_limit_of_0_does_not_clip(make_engine):
     engine = make_engine(OptimConfig(max_grad_norm=0.0))
     put_gradients(engine, 2.0)
@@ -113,6 +117,7 @@ def test_a_limit_of_0_does_not_clip(make_engine):
     close(moment, torch.full_like(moment, 0.2), 1)  # (1 − 0.9)·2
 
 
+@pytest.mark.numeric
 def test_adamw_by_hand_with_decay_on_matrices_only(make_engine):
     # First step, any gradient g > 0: the bias-corrected moments give g/√g² = 1, so w ← w·(1 − lr·decay) − lr
     engine = make_engine(OptimConfig(weight_decay=0.5, max_grad_norm=0.0))
@@ -124,6 +129,7 @@ def test_adamw_by_hand_with_decay_on_matrices_only(make_engine):
         close(after, before[name] * kept - 0.5, 1, said=name)
 
 
+@pytest.mark.numeric
 def test_sgd_by_hand_with_decay_on_matrices_only(make_engine):
     # w ← w·(1 − lr·decay) − lr·g: a gradient of 1e-6 stays a step of 1e-8, where Adam would move every weight by lr
     for gradient in (3.0, 1e-6):
@@ -136,6 +142,7 @@ def test_sgd_by_hand_with_decay_on_matrices_only(make_engine):
             close(after, before[name] * kept - 0.01 * gradient, 1, said=name)
 
 
+@pytest.mark.numeric
 def test_sgd_takes_the_clipped_gradient_and_keeps_no_state(make_engine):
     # m parameters with gradient 2 each, clipped to norm 1: each is 1/√m
     engine = make_engine(OptimConfig(kind="sgd", max_grad_norm=1.0))
@@ -149,6 +156,7 @@ def test_sgd_takes_the_clipped_gradient_and_keeps_no_state(make_engine):
     make_engine(OptimConfig(kind="sgd")).load_optimizer_state(tensors, values)
 
 
+@pytest.mark.numeric
 def test_the_rate_given_to_step_is_the_rate_used(make_engine):
     # Adam's first step moves each weight by lr, whatever optim.lr says
     engine = make_engine(OptimConfig(lr=123.0, max_grad_norm=0.0))
@@ -173,6 +181,7 @@ def test_a_norm_that_is_not_finite_leaves_weights_and_moments_alone(make_engine,
     assert all(p.grad is None for p in engine.student.model.parameters())  # the bad gradient is gone
 
 
+@pytest.mark.numeric
 def test_gradients_are_cleared_after_a_step(make_engine, teacher, rollouts):
     engine = make_engine()
     (micro,) = pack(rollouts, 100)
@@ -220,6 +229,7 @@ def test_another_engines_state_is_refused(make_engine):
         make_engine().load_optimizer_state({}, {"kind": "deepspeed"})
 
 
+@pytest.mark.numeric
 def test_bfloat16_computes_in_bfloat16_on_fp32_weights(make_engine, teacher, rollouts):
     engine, exact = make_engine(dtype="bfloat16"), make_engine()
     (micro,) = pack(rollouts, 100)

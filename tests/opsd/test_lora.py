@@ -93,6 +93,7 @@ def train_with_peft_alone(model, begin, teacher, rollouts):
     return losses, adapters(peft_model.base_model.model)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False)])
 def test_losses_and_adapters_are_those_of_a_plain_loop_with_peft_alone(
@@ -150,6 +151,7 @@ def logits(model):
         return model.eval()(torch.arange(6, 26)[None]).logits
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=3, use_rslora=True, target_modules=("q_proj", "down_proj"))])
 @pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False)])
 def test_a_checkpoint_is_the_plain_model_with_the_adapter_beside_it(
@@ -186,6 +188,7 @@ def test_saving_and_streaming_leave_the_trained_weights_as_they_are(make_model, 
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tied", [True, False])
 def test_samplers_are_streamed_the_plain_models_names_with_the_adapters_merged_in(make_model, rollouts, tied):
     engine = engine_of(make_model(tied=tied))
@@ -210,6 +213,7 @@ def test_generating_with_adapters_in_place_says_what_the_merged_model_says(make_
     assert said[0] == said[1] != said[2]
 
 
+@pytest.mark.numeric
 def test_under_bfloat16_frozen_weights_are_held_in_it_and_adapters_in_fp32(make_model, tokenizer, rollouts, tmp_path):
     engine = engine_of(make_model(), dtype="bfloat16")
     losses = train(engine, make_model(seed=1), rollouts)

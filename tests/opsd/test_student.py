@@ -84,6 +84,7 @@ def test_the_head_changes_neither_names_nor_numbers_nor_the_saved_folder(make_mo
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after")(ids).logits, logits)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("memory", ["fused", "whole"])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @TIES
@@ -176,6 +177,7 @@ def test_a_model_that_mixes_packed_sequences_is_refused(family):
         check_packing(model, "M")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_no_dropout_is_left_in_training_mode(make_model, family):
     if family == "gpt2":  # nn.Dropout modules
@@ -192,6 +194,7 @@ def test_no_dropout_is_left_in_training_mode(make_model, family):
     close(model.train()(ids, use_cache=False).logits, expected, *transformer(2, 16))
 
 
+@pytest.mark.numeric
 @TIES
 def test_a_model_folder_loads_with_dropout_off_and_logits_unchanged(make_model, make_folder, tied):
     model = make_model("llama", tied, attention_dropout=0.5)

@@ -1,5 +1,6 @@
 """The teacher in this process: frozen, in eval mode, and its hidden states are the model's own."""
 
+import pytest
 import torch
 from tolerance import close, transformer
 
@@ -10,6 +11,7 @@ from opsd.teacher import LocalTeacher
 CPU = torch.device("cpu")
 
 
+@pytest.mark.numeric
 def test_hidden_states_projected_by_the_head_are_the_models_own_logits(make_model, make_rollout):
     # two micro-batches of one rollout each; every row is compared with the model run on that rollout alone
     model = make_model("llama", tied=False, seed=1)

@@ -79,6 +79,7 @@ def plain_log_probs(folder, record):
     return torch.log_softmax(logits[len(prompt) - 1 : -1, :49] / 1.5, -1)
 
 
+@pytest.mark.numeric
 def test_every_recorded_number_is_what_both_models_say_before_the_step(finished):
     table, rollouts = table_of(finished), rollouts_of(finished)
     for number, rows in table.groupby("rollout"):
@@ -185,6 +186,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 1000, "auto"])
 def test_top_tokens_do_not_depend_on_the_chunk_and_never_hold_all_logits(chunk_tokens):
     torch.manual_seed(0)
@@ -212,6 +214,7 @@ def test_top_tokens_do_not_depend_on_the_chunk_and_never_hold_all_logits(chunk_t
         assert seen.most <= max(310 * 8, 7 * 290) < 40 * 290
 
 
+@pytest.mark.numeric
 def test_a_vocabulary_smaller_than_k_gives_all_of_it_and_no_row_gives_none():
     head = torch.randn(3, 4)
     (top, _) = top_tokens(head, head, head, head, token_ids_N=torch.tensor([0, 1, 2]), k=5)

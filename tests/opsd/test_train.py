@@ -259,6 +259,7 @@ def test_bfloat16_trains_fp32_weights(settings, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+@pytest.mark.numeric
 def test_rewards_weigh_a_prompts_rollouts(settings, tmp_path):
     common = {"steps": 1, "eval__suite": [], "select": {"by": "all"}, "optim__lr": 1e-9}
     start(settings(tmp_path / "plain", **common))

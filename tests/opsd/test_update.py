@@ -82,6 +82,7 @@ def assert_equal(ours, theirs):
         close(ours[name], theirs[name], *GRADIENT, said=name)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("by", "options"), SELECTORS)
 @pytest.mark.parametrize("change", [{"max_tokens": 16}, {"max_tokens": 30}, {"loss": LossConfig(chunk_tokens=3)}])
 def test_packing_and_chunk_size_change_neither_loss_nor_gradient(learner, by, options, change):
@@ -93,6 +94,7 @@ def test_packing_and_chunk_size_change_neither_loss_nor_gradient(learner, by, op
     assert_equal(learner.engine.gradients, expected)
 
 
+@pytest.mark.numeric
 def test_the_loss_is_the_mean_over_tokens_never_a_mean_of_means(learner):
     result = learner.run(watch=frozenset({"reverse_kl_N"}), max_tokens=16)
     kl_N, rollout_N = result.stats.reverse_kl_N, result.stats.rollout_N
@@ -102,6 +104,7 @@ def test_the_loss_is_the_mean_over_tokens_never_a_mean_of_means(learner):
     assert abs(result.loss_nats - mean_of_means) > 1e-3  # the two differ here, so the line above can fail
 
 
+@pytest.mark.numeric
 def test_a_selected_loss_is_divided_by_the_kept_count(learner):
     result = learner.run("entropy", watch=frozenset({"reverse_kl_N"}))
     # ⌊m/2⌋ of 1, 9, 4, 7, 12, 2 tokens, at least one: 1 + 4 + 2 + 3 + 6 + 1
@@ -173,6 +176,7 @@ def test_tool_tokens_are_neither_counted_nor_kept(learner, make_rollout):
     assert result.stats.token_ids_N.tolist() == [9, 10, 13, 14]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("by", "options"), SELECTORS)
 def test_a_rollouts_weight_multiplies_its_loss_and_not_the_count(learner, by, options):
     whole = learner.run(by, **options, watch=frozenset({"reverse_kl_N"}))

@@ -82,6 +82,7 @@ def saved_bytes(function, teacher_NV, student_NV) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", NAMES)
 def test_unselected_loss_and_gradient_are_the_tables_own(name, losses):
     pair = logits()
@@ -93,6 +94,7 @@ def test_unselected_loss_and_gradient_are_the_tables_own(name, losses):
     close(gradient, expected[1], 60, 23)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("selector", ["soft_or", "q3", "entropy", "adaptive_kl"])
 def test_selected_loss_and_gradient_are_the_cores(name, selector, losses):
@@ -127,6 +129,7 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary(name, losse
     assert theirs > 4 * 23 * 600
 
 
+@pytest.mark.numeric
 def test_low_precision_logits_get_a_gradient_of_their_type_and_fp32_arithmetic():
     losses, (teacher_NV, student_NV) = stand_in(), logits(dtype=torch.bfloat16)
     patch(losses, None)

@@ -54,6 +54,7 @@ def plain_gradient(model, loss) -> torch.Tensor:
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
 
 
+@pytest.mark.numeric
 def test_each_row_is_the_gradient_of_that_tokens_loss(tiny):
     model, micros, logs = tiny
     for micro, log_q_NV in zip(micros, logs, strict=True):
@@ -65,12 +66,14 @@ def test_each_row_is_the_gradient_of_that_tokens_loss(tiny):
             close(g_NP[n], plain_gradient(model, loss), *GRADIENT)
 
 
+@pytest.mark.numeric
 def test_the_mean_gradient_is_the_mean_of_the_rows(tiny):
     model, micros, logs = tiny
     rows = torch.cat([token_gradients(model, *pair) for pair in zip(micros, logs, strict=True)])
     close(mean_gradient(model, micros, logs), rows.mean(0), *GRADIENT)
 
 
+@pytest.mark.numeric
 def test_measured_columns_are_what_they_say(tiny):
     model, micros, logs = tiny
     gradient_P = mean_gradient(model, micros, logs)
@@ -90,6 +93,7 @@ def test_measured_columns_are_what_they_say(tiny):
     close(worth.cosine_square, cosine.square(), *sums)
 
 
+@pytest.mark.numeric
 def test_no_weight_descends_further_than_the_oracles():
     alignment, square, rate, smoothness = 0.3, 2.0, 0.1, 4.0
     weights = np.linspace(-5, 5, 100_001)
@@ -132,6 +136,7 @@ class TestByQuadrant:
 
 
 class TestSignalToCurvature:
+    @pytest.mark.numeric
     def test_by_hand(self):
         # P_S = (½, ½), P_T = (0.9, 0.1): g = (−0.4, 0.4), ‖g‖² = 0.32, gᵀHg = ½·0.16·2 − 0 = 0.16
         log_p, log_q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()

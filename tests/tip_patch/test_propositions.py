@@ -20,6 +20,7 @@ def soft_or_scores(stats, **options):
     return SoftOr(**options).score(stats, Rollouts.of(stats.rollout_N), 0)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("f", [lambda h: h, lambda h: h**2, np.sqrt, np.tanh, lambda h: np.maximum(h - 0.1, 0)])
 def test_any_function_of_entropy_alone_gives_q3_nothing_while_soft_or_gives_it_its_divergence(f, make_stats):
     scores = f(np.array(H))
@@ -30,6 +31,7 @@ def test_any_function_of_entropy_alone_gives_q3_nothing_while_soft_or_gives_it_i
     close(soft[2], 0.8 + EPSILON * 0.2, 1)
 
 
+@pytest.mark.numeric
 def test_q4_stays_near_zero_under_both(make_stats):
     soft = soft_or_scores(make_stats(h=H, delta=DELTA), clip_quantile=1.0)
     # ĥ = 1e-4, δ̂ = 0.5e-4: their sum less their product

@@ -13,6 +13,7 @@ from tip_patch.rivals import AdaptiveKL, FirstFraction, PositionWeighted, Verify
 
 
 class TestAdaptiveKL:
+    @pytest.mark.numeric
     def test_weights_by_hand(self, make_stats):
         # |V| = e²: log|V| = 2 up to rounding of |V|, so take |V| = 4 and H_T in units of log 4
         unit = math.log(4)
@@ -28,6 +29,7 @@ class TestAdaptiveKL:
         stats = make_stats(h=[0.0, 0.0], teacher=[0.3, 0.1], vocab=4)
         assert AdaptiveKL().weigh(stats, Selection(torch.tensor([True, True]))).weight_N.tolist() == [1.0, 1.0]
 
+    @pytest.mark.numeric
     def test_through_the_loss_it_equals_its_weights(self):
         generator = torch.Generator().manual_seed(0)
         student_ND, teacher_NE = (torch.randn(12, 8, generator=generator) for _ in range(2))

@@ -29,6 +29,7 @@ def test_top_keeps_the_highest_and_among_equals_the_earliest(rows, budget):
         assert [n for n in mine if kept_N[n]] == sorted(best)
 
 
+@pytest.mark.numeric
 @given(ROWS, st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
 def test_quantile_of_each_rollout_is_numpys(rows, q):
@@ -54,6 +55,7 @@ def test_positions_count_within_interleaved_rollouts():
     assert Rollouts.of(torch.tensor([9, 4, 9, 9, 4])).position_N().tolist() == [0, 0, 1, 2, 1]
 
 
+@pytest.mark.numeric
 @pytest.mark.e2e
 def test_quantile_works_beyond_two_to_the_24():
     # 2^24 + 3 values 0, 1, 2, … in shuffled order; their 0.98-quantile is 0.98·(2^24 + 2) by linear interpolation.

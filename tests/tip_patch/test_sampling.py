@@ -107,6 +107,7 @@ def test_no_draw_lifts_a_token_without_entropy_over_the_least_entropy_of_fp32():
 class TestImportanceWeighted:
     MASS = st.lists(st.floats(1e-4, 10.0), min_size=1, max_size=25)
 
+    @pytest.mark.numeric
     @given(mass=MASS, share=st.floats(0.01, 1.0))
     @settings(max_examples=200, deadline=None)
     def test_inclusion_probabilities_are_proportional_up_to_one_and_add_up_to_the_budget(self, mass, share):
@@ -144,6 +145,7 @@ class TestImportanceWeighted:
         often = sum(systematic_mask(pi_m, 3, start).double() for start in starts) / 4000
         np.testing.assert_allclose(often, pi_m, atol=1 / 4000)  # one of the 4000 starts
 
+    @pytest.mark.numeric
     def test_weights_are_the_budgets_share_over_the_probability(self, make_stats):
         selection = EntropySample(retention=0.5, importance_weighted=True)(make_stats(h=H), 3)
         pi_m = inclusion_probabilities(torch.tensor(H) + 0.01, 3)
@@ -151,6 +153,7 @@ class TestImportanceWeighted:
         close(selection.weight_N[kept_N], (3 / 6 / pi_m)[kept_N], 6)
         assert torch.all(selection.weight_N[~kept_N] == 1)
 
+    @pytest.mark.numeric
     @pytest.mark.e2e
     def test_the_gradient_is_unbiased_and_the_unweighted_one_is_not(self, make_stats):
         generator = torch.Generator().manual_seed(0)
