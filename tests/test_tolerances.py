@@ -52,6 +52,8 @@ def test_sums_of_random_terms_stay_within_it_and_use_some_of_it(terms):
 def test_what_could_hide_a_fault_of_1e_4_is_refused():
     with pytest.raises(AssertionError, match="compare sooner"):
         rounding(10**10)
+    with pytest.raises(AssertionError, match="compare sooner"):
+        rounding(1, dtype=torch.bfloat16)
     with pytest.raises(AssertionError, match="a fault of 1e-4 would pass"):
         close(0.1, 0.1, 100, size=30.0)
     close(0.1, 0.1, 100, size=30.0, cancels=True)

@@ -8,9 +8,9 @@ import torch
 
 # Unit roundoff: how far, relative to a value, rounding to the nearest number of a type moves it at most.
 ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-# A rounding is off by u/√3 in the mean, and the largest of a million random errors lies five standard deviations out:
-# 3 u. Twice that, as a term is rounded itself (a product, an exponential) before it is added; and twice again, as what
-# is added up reaches further than what comes out.
+# A rounding is off by u/√3 in the quadratic mean, and the largest of a million random errors lies five standard
+# deviations out: 3 u. Twice that, as a term is rounded itself (a product, an exponential) before it is added; and twice
+# again, as what is added up reaches further than what comes out.
 MARGIN = 12.0
 # A comparison must see a relative fault of 1e-4, and see it clearly.
 MOST = 5e-5
@@ -23,14 +23,15 @@ def rounding(*sums: int, dtype: torch.dtype = torch.float32) -> float:
     in about √n blocks of √n, vector lane by vector lane, so a term goes through about 2·√n additions, in an order that
     depends on the processor. Their errors are independent with mean 0 and add up as a random walk: k additions are off
     by about u·√k, not by the u·k of the worst case (Higham and Mary 2019, "A new approach to probabilistic rounding
-    error analysis"; Blanchard, Higham and Mary 2020 on blocked summation). Hence MARGIN · u · √(Σ 2·√n).
+    error analysis"; Blanchard, Higham and Mary 2020, "A class of fast and accurate summation algorithms"). Hence
+    MARGIN · u · √(Σ 2·√n).
 
     Size is what is added up, not what comes out: where terms cancel, or logits of 30 make a divergence of 0.1, the
     rounding is that of the terms.
-    Errors: AssertionError for sums so long that a fault of 1e-4 could pass (bf16 alone may: its own rounding is 4e-3).
+    Errors: AssertionError for sums so long, or a type so coarse, that a fault of 1e-4 could pass.
     """
     relative = MARGIN * ROUNDOFF[dtype] * math.sqrt(sum(2.0 * math.sqrt(n) for n in sums))
-    assert dtype == torch.bfloat16 or relative <= MOST, f"{relative:.2g} would let a fault of 1e-4 pass: compare sooner"
+    assert relative <= MOST, f"{relative:.2g} would let a fault of 1e-4 pass: compare sooner"
     return relative
 
 
@@ -69,7 +70,7 @@ def close(
         return
     largest = float(np.abs(expected).max())
     allowed = rounding(*sums, dtype=dtype) * max(largest, size or 0.0)
-    assert cancels or dtype == torch.bfloat16 or allowed <= MOST * largest, (
+    assert cancels or allowed <= MOST * largest, (
         f"{said} {allowed:.3g} allowed of {largest:.3g}: a fault of 1e-4 would pass"
     )
     worst = float(np.abs(found - expected).max())
