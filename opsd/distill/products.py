@@ -116,16 +116,18 @@ class Head:
         return sum_CD
 
     def _hidden_gradient(self, grad_CV: Tensor) -> Tensor:
-        if self.on_cuda and not self.direct:
+        if self.on_cuda:
+            if self.direct:
+                return torch.mm(grad_CV, self.weight_VD)
             return torch.mm(grad_CV.to(self.product), self.weight_VD, out_dtype=self.wide)
-        if self.direct:
-            return torch.mm(grad_CV, self.weight_VD)
         if self.weight_VD.dtype == self.product == torch.bfloat16:
             # One sum over the whole vocabulary, in fp32; the result is rounded once, as the gradient itself will be.
             return torch.mm(grad_CV.to(self.product), self.weight_VD).to(self.wide)
         sum_CD = grad_CV.new_zeros(grad_CV.shape[0], self.weight_VD.shape[1])
         for rows, tile_TD in self._tiles():
-            sum_CD.addmm_(grad_CV[:, rows], tile_TD)
+            # A sum of its own for each tile. For a few rows MKL adds one product after another, onto the sum so far
+            # under `addmm_`: over 150,000 tokens that is off by 1e-5.
+            sum_CD.add_(torch.mm(grad_CV[:, rows], tile_TD))
         return sum_CD
 
     def _add_weight_gradient_(self, grad_CV: Tensor, hidden_CD: Tensor, total_VD: Tensor) -> None:

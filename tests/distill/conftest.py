@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tolerance import close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,6 +33,12 @@ class Case:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.student_ND, self.student_head_VD, self.teacher_NE, self.teacher_head_VE
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """The lengths of the sums behind the loss: two projections, the vocabulary, the tokens."""
+        tokens, width = self.student_ND.shape
+        return width, self.teacher_NE.shape[1], self.shared, max(1, tokens)
 
     @property
     def shared(self) -> int:
@@ -97,15 +104,20 @@ def build_case(
 class Reference:
     """What the definitions give in fp64: loss, and gradients in full shape.
 
-    size_ND, size_VD: the gradients with every term of their sums made positive, which is what rounding is relative to.
+    size, size_ND, size_VD: loss and gradients with every term of their sums made positive, and a term's own logits
+    counted in, whose rounding it inherits: what rounding is relative to.
+    logit_ND, logit_VD: the products of the logit gradient, made positive: what rounding it is relative to.
     """
 
     loss_sum: Tensor
+    size: Tensor
     loss_N: Tensor
     grad_ND: Tensor
     grad_VD: Tensor
     size_ND: Tensor
     size_VD: Tensor
+    logit_ND: Tensor
+    logit_VD: Tensor
     kept_N: Tensor
 
 
@@ -125,30 +137,48 @@ class Naive:
         return beta * (logq.exp() * (logq - logm)).sum(-1) + (1 - beta) * (logp.exp() * (logp - logm)).sum(-1)
 
     @staticmethod
-    def log_probs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log P_S and log P_T [N, V], and the student leaves in fp64."""
+    def log_probs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """log P_S and log P_T [N, V], the student leaves in fp64, and its logits [N, V]."""
         student_ND = case.student_ND.detach().double().requires_grad_()
         head_VD = case.student_head_VD.detach().double().requires_grad_()
-        logits_NV = student_ND @ head_VD[: case.shared].T / case.temperature
+        logits_NV = student_ND @ head_VD[: case.shared].T
         teacher_NV = case.teacher_NE.double() @ case.teacher_head_VE.double()[: case.shared].T / case.temperature
-        return logits_NV.log_softmax(-1), teacher_NV.log_softmax(-1), student_ND, head_VD
+        return (
+            (logits_NV / case.temperature).log_softmax(-1),
+            teacher_NV.log_softmax(-1),
+            student_ND,
+            head_VD,
+            logits_NV,
+        )
+
+    @staticmethod
+    def terms(case: Case, logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+        """How much of each token's loss [N, V] a rounding can move: the terms of every closed form of a divergence and
+        its logit gradient (p·r, p·kl, p and q), each with the logits behind it, which are off by their own products."""
+        p_NV, q_NV, ratio_NV = logp_NV.exp(), logq_NV.exp(), (logp_NV - logq_NV).abs()
+        student_ND, head_VD, teacher_NE, head_VE = (tensor.detach().double().abs() for tensor in case.tensors)
+        logits_NV = student_ND @ head_VD[: case.shared].T + teacher_NE @ head_VE[: case.shared].T
+        terms_NV = p_NV * (1 + ratio_NV + (p_NV * ratio_NV).sum(-1, keepdim=True)) + q_NV * (1 + ratio_NV)
+        return (terms_NV * (1 + logits_NV / case.temperature)).detach()
 
     def loss(self, case: Case) -> Reference:
-        logp_NV, logq_NV, student_ND, head_VD = self.log_probs(case)
+        logp_NV, logq_NV, student_ND, head_VD, logits_NV = self.log_probs(case)
         tokens = student_ND.shape[0]
         kept_N = torch.ones(tokens, dtype=torch.bool) if case.kept_N is None else case.kept_N
         weight_N = torch.ones(tokens) if case.weight_N is None else case.weight_N
         loss_N = self.divergence(case.divergence, logp_NV, logq_NV, case.beta)
         loss_sum = (loss_N * weight_N.double())[kept_N].sum()
-        grad_ND, grad_VD = torch.autograd.grad(loss_sum, (student_ND, head_VD))
-        # The terms of every closed form of the logit gradient: p·r, p·kl, p and q.
-        p_NV, q_NV, ratio_NV = logp_NV.exp(), logq_NV.exp(), (logp_NV - logq_NV).abs()
-        terms_NV = p_NV * (1 + ratio_NV + (p_NV * ratio_NV).sum(-1, keepdim=True)) + q_NV
-        terms_KV = (terms_NV * weight_N[:, None] / case.temperature).detach()[kept_N]
-        size_ND, size_VD = torch.zeros_like(grad_ND), torch.zeros_like(grad_VD)
-        size_ND[kept_N] = terms_KV @ head_VD.detach()[: case.shared].abs()
-        size_VD[: case.shared] = terms_KV.T @ student_ND.detach()[kept_N].abs()
-        return Reference(loss_sum.detach(), loss_N.detach(), grad_ND, grad_VD, size_ND, size_VD, kept_N)
+        grad_ND, grad_VD, grad_NV = torch.autograd.grad(loss_sum, (student_ND, head_VD, logits_NV))
+        size = (self.terms(case, logp_NV, logq_NV).sum(-1) * weight_N)[kept_N].sum()
+
+        def products(values_NV: Tensor) -> tuple[Tensor, Tensor]:
+            of_VD = torch.zeros_like(grad_VD)
+            of_VD[: case.shared] = values_NV.T @ student_ND.detach().abs()
+            return values_NV @ head_VD.detach()[: case.shared].abs(), of_VD
+
+        terms_NV = self.terms(case, logp_NV, logq_NV) * (weight_N * kept_N)[:, None] / case.temperature
+        sizes = (*products(terms_NV), *products(grad_NV.abs()))
+        return Reference(loss_sum.detach(), size, loss_N.detach(), grad_ND, grad_VD, *sizes, kept_N)
 
     def stats(self, case: Case, token_ids_N: Tensor | None = None) -> dict[str, Tensor]:
         logp_NV, logq_NV, *_ = self.log_probs(case)
@@ -161,6 +191,7 @@ class Naive:
             "forward_kl_N": (q_NV * (logq_NV - logp_NV)).sum(-1),
             "teacher_entropy_N": -(q_NV * logq_NV).sum(-1),
             "top1_agree_N": logp_NV.argmax(-1) == logq_NV.argmax(-1),
+            "size": self.terms(case, logp_NV, logq_NV).sum(-1),
             "grad_norm_N": (p_NV * (logp_NV - logq_NV - reverse_kl_N[:, None])).norm(dim=-1) / case.temperature,
         }
         if token_ids_N is not None:
@@ -239,17 +270,7 @@ def make_rule() -> Callable[..., Rule]:
     return Rule
 
 
-def close(found: Tensor, expected: Tensor, relative: float, unit: float = 0.0) -> None:
-    """Every element within `relative` of the largest expected magnitude (of `unit` if that is larger)."""
-    assert found.shape == expected.shape
-    assert torch.isfinite(found).all()
-    if expected.numel():
-        worst = float((found.double() - expected.double()).abs().max())
-        size = max(float(expected.double().abs().max()), unit)
-        assert worst <= relative * size, f"off by {worst:.3g} of {size:.3g}: {worst / size if size else 0:.3g} relative"
-
-
 @pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
-    """See close."""
+    """See tolerance.close."""
     return close

@@ -12,6 +12,7 @@ def hidden_of(model, ids):
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
+@pytest.mark.numeric
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("tied", "divergence"), [(True, "reverse_kl"), (True, "forward_kl"), (True, "jsd"), (False, "reverse_kl")]
@@ -35,12 +36,14 @@ def test_parameter_gradients_of_smollm2_equal_plain_autograd(tied, divergence, r
         hidden, head, teacher_hidden, teacher.get_output_embeddings().weight, divergence=divergence, chunk_tokens=16
     )
     found = torch.autograd.grad(result.loss_sum, watched)
-    assert_close(result.loss_sum.detach(), plain.detach(), 1e-5)
+    # Both ways start from the same hidden states, and what differs in their gradients passes the same fifteen layers.
+    sums = (576, 576, 49_152, ids.shape[1])
+    assert_close(result.loss_sum, plain, *sums)
     for one, other in zip(found, expected, strict=True):
-        # Both gradients pass 15 layers in fp32.
-        assert_close(one, other, 1e-4)
+        assert_close(one, other, *sums)
 
 
+@pytest.mark.numeric
 @pytest.mark.e2e
 def test_statistics_of_smollm2_equal_plain_logits(real_models, naive, assert_close):
     student, teacher, ids = real_models(True)
@@ -49,9 +52,10 @@ def test_statistics_of_smollm2_equal_plain_logits(real_models, naive, assert_clo
         logq = teacher(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
         heads = [model.get_output_embeddings().weight for model in (student, teacher)]
         stats = token_stats(hidden_of(student, ids), heads[0], hidden_of(teacher, ids), heads[1])
-    assert_close(stats.entropy_N, -(logp.exp() * logp).sum(-1), 1e-5)
-    assert_close(stats.reverse_kl_N, naive.divergence("reverse_kl", logp, logq, 0.5), 1e-5)
-    assert_close(stats.forward_kl_N, naive.divergence("forward_kl", logp, logq, 0.5), 1e-5)
+    sums = (576, 576, 49_152)
+    assert_close(stats.entropy_N, -(logp.exp() * logp).sum(-1), *sums)
+    assert_close(stats.reverse_kl_N, naive.divergence("reverse_kl", logp, logq, 0.5), *sums)
+    assert_close(stats.forward_kl_N, naive.divergence("forward_kl", logp, logq, 0.5), *sums)
     assert torch.equal(stats.top1_agree_N, logp.argmax(-1) == logq.argmax(-1))
 
 

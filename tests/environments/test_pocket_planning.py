@@ -42,6 +42,7 @@ def test_a_careful_hand_is_perfect_in_62_words():
 def test_the_students_habits_come_as_often_as_stated_and_are_taught():
     episodes = play(STUDENT.habits)
     asks_any = share("any" in episode.words for episode in episodes)
+    # 400 tasks: standard error √(0.92·0.08/400) = 0.014
     assert asks_any == pytest.approx(0.92, abs=0.04)
     assert all(episode.taught == episode.by_student for episode in episodes)
     scores = [TravelEnv().score(" ".join(e.words), t).hard for t, e in zip(TASKS, episodes, strict=True)]
@@ -66,6 +67,7 @@ def test_the_teachers_deviations_carry_no_loss_and_what_follows_does():
         plan = episode.words[episode.words.index("<plan>") :]
         notes = [episode.words[place + 1] for place, word in enumerate(episode.words) if word == "<note>"]
         assert set(notes) <= set(plan) and len(asked(task)) == 3
+    # 40 and 36 expected: standard deviations of 6
     assert seen["any"] == pytest.approx(0.10 * 400, abs=16) and seen["note"] == pytest.approx(3 * 0.03 * 400, abs=16)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from runs import ENVIRONMENT, ROOT, flags
 from tinypair import tiny_pair
+from tolerance import close, rounding
 
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
@@ -120,7 +121,7 @@ def test_held_logits_that_do_not_fit_are_done_without(monkeypatch, owner, name, 
         found = run(bound)
     assert bound.halvings == (1 if name == "gradients_" else 0)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        close(ours, theirs, 8, 12, 101, 37)
 
 
 @pytest.mark.fault(
@@ -264,6 +265,7 @@ print(bound.tokens, bound.halvings, *(abs(a - b) / abs(b) for a, b in zip(found,
 """
 
 
+@pytest.mark.numeric
 @pytest.mark.e2e
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc are Linux's")
 @pytest.mark.fault(
@@ -280,7 +282,7 @@ def test_a_real_limit_halves_the_chunk_until_it_fits(seen):
     assert done.returncode == 0, done.stderr[-2000:]
     tokens, halvings, *gaps = done.stdout.split()
     assert 1 <= int(tokens) <= 1024 and int(halvings) >= 1
-    assert all(float(gap) < 1e-5 for gap in gaps)
+    assert all(float(gap) <= rounding(16, 20_000, 2048) for gap in gaps)
     seen(f"2048 rows to {tokens} in {halvings} halvings")
 
 

@@ -45,6 +45,7 @@ def start_sampler(monkeypatch, does: str) -> Sampler:
     return Sampler({}, gpus="", timeout_s=TIMEOUT_S)
 
 
+@pytest.mark.numeric
 @pytest.mark.fault("a sampler process fails as it starts, in six ways", "one line, in time; no process is left")
 @pytest.mark.parametrize(("does", "line"), FAULTS.values(), ids=FAULTS)
 def test_every_fault_is_one_line_and_leaves_no_process(does, line, monkeypatch):

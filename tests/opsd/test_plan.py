@@ -62,7 +62,7 @@ def test_a_shapes_parameters_are_those_that_transformers_builds(name):
     ],
 )
 def test_published_totals(name, billions):
-    assert BUILT_IN[name].parameters / 1e9 == pytest.approx(billions, abs=0.006)
+    assert BUILT_IN[name].parameters / 1e9 == pytest.approx(billions, abs=0.006)  # two decimals are published
 
 
 def test_a_hub_name_finds_its_shape():
@@ -111,7 +111,7 @@ def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, a
     plans = reckoning(*engine, "--engine.dtype", dtype, student=shape, kind="cpu")
     casts = 2 * shape.layer_matrices if autocast else 0
     mask = L * L * plans.itemsize if plans.masked else 0
-    assert kept[2] - kept[1] == pytest.approx(L * plans.layer_bytes() + mask + casts, rel=0.002)
+    assert kept[2] - kept[1] == L * plans.layer_bytes() + mask + casts
 
 
 @pytest.mark.parametrize(("stage", "a_parameter"), [(0, 16.0), (1, 2 + 4 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)])
@@ -140,7 +140,7 @@ def test_deepspeeds_own_estimator_agrees_on_model_states(capsys, monkeypatch):
         shape.parameters, shape.largest_matrix, num_gpus_per_node=8, cpu_offload=False, cpu_offload_params=False
     )
     ours = sum(reckoning(*SHARDED).states().values())
-    assert ours == pytest.approx(theirs - largest, rel=0.01)
+    assert ours == theirs - largest
 
 
 def test_the_fused_loss_does_not_grow_with_tokens_but_by_their_own_gradients():
@@ -153,7 +153,8 @@ def test_the_fused_loss_does_not_grow_with_tokens_but_by_their_own_gradients():
 def test_the_whole_loss_grows_with_kept_tokens_times_vocabulary():
     flags = ("--loss.memory", "whole", "--select.by", "soft_or", "--select.retention")
     half, fifth = reckoning(*flags, "0.5"), reckoning(*flags, "0.2")
-    assert half.loss() - fifth.loss() == pytest.approx(5 * 0.3 * half.micro_tokens * 151_936 * 4, rel=1e-3)
+    # Whole rows are kept: one of 16 384 more or less.
+    assert half.loss() - fifth.loss() == pytest.approx(5 * 0.3 * half.micro_tokens * 151_936 * 4, rel=1e-4)
 
 
 def test_the_peak_is_the_largest_phase_and_decides_whether_it_fits():

@@ -74,6 +74,7 @@ def test_a_measured_peak_lies_within_15_percent_of_its_plan(tmp_path, near_empty
         f"{case}: measured {peak:.3f} less {near_empty:.3f} GiB, planned {plan:.3f}: {(peak - near_empty) / plan:.3f}"
     )
     assert found["decides"] == case
+    # What the claim says.
     assert peak - near_empty == pytest.approx(plan, rel=0.15)
 
 
@@ -91,4 +92,5 @@ def test_the_whole_loss_allocates_the_buffers_that_the_plan_counts():
         now += event.nbytes()
         most = max(most, now)
     planned_bytes = (WHOLE_BUFFERS["reverse_kl"] * kept + 2 * chunk) * vocab * 4
+    # Beside the buffers of logits lie the gradients of head and hidden states.
     assert most == pytest.approx(planned_bytes, rel=0.05)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import close
 from transformers import AutoModelForCausalLM
 
 from opsd import checkpoint
@@ -258,6 +259,7 @@ def test_bfloat16_trains_fp32_weights(settings, tmp_path):
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
+@pytest.mark.numeric
 def test_rewards_weigh_a_prompts_rollouts(settings, tmp_path):
     common = {"steps": 1, "eval__suite": [], "select": {"by": "all"}, "optim__lr": 1e-9}
     start(settings(tmp_path / "plain", **common))
@@ -265,4 +267,5 @@ def test_rewards_weigh_a_prompts_rollouts(settings, tmp_path):
     (plain,), (weighed,) = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "weighed")
     assert plain["rollout/reward"] == weighed["rollout/reward"]
     # Every rollout here is wrong, so a prompt's rollouts are weighed alike: by 1.
-    assert weighed["rollout/reward"] == 0.0 and weighed["loss/nats"] == pytest.approx(plain["loss/nats"], rel=1e-6)
+    assert weighed["rollout/reward"] == 0.0
+    close(weighed["loss/nats"], plain["loss/nats"], 1)

@@ -117,6 +117,7 @@ def test_teacher_data_deviate_in_one_step_of_ten_without_loss_and_go_on_consiste
             assert by_python(left) == int(right[::-1]) or not all(taught)
             deviations += not all(taught)
             start += len(step) + 1
+    # 16,000 steps: standard error √(0.09/16,000) = 0.0024
     assert deviations / (4 * len(PROBLEMS)) == pytest.approx(0.1, abs=0.01)
 
 

@@ -162,7 +162,7 @@ def test_two_steps_on_the_pocket_student_use_our_grades_and_leave_a_teacher(tmp_
         for text, ids, gold, reward in zip(*given, strict=True):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
             assert reward == float(ids[-1] == tokenizer.eos_token_id and text.endswith(gold))
-    # what TRL trained on is what the grader said
+    # what TRL trained on is what the grader said, in fp32
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     means = [line["rewards/grade/mean"] for line in logged if "rewards/grade/mean" in line]
     assert means == pytest.approx([sum(call["rewards"]) / 32 for call in calls], abs=1e-6)

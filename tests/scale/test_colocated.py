@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import close, transformer
 
 from opsd.config import from_json
 from opsd.prompts import Prompt
 from opsd.rollout import HFRollout, Sampling
 from opsd.student import load_scorer, load_tokenizer
 from opsd.train import start
+
+# Three steps of the two-layer model of `vllm_worker.py`.
+TRAINED = transformer(2, 64, backward=3)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
@@ -90,13 +94,14 @@ def test_a_sampler_over_two_ranks_follows_zero_3_for_three_steps(out):
     assert len(losses(out / "run2")) == 3 and last < first
 
 
+@pytest.mark.numeric
 def test_samplers_in_processes_of_their_own_follow_zero_3_and_write_the_same(out):
     assert json.loads((out / "said run0.json").read_text()) == [None, None]
     assert (out / "run0" / "DONE").exists()
     for step in (1, 2, 3):
         ours, theirs = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("run0", "run2"))
         assert ours == theirs
-    assert losses(out / "run0") == pytest.approx(losses(out / "run2"), rel=1e-5)
+    close(losses(out / "run0"), losses(out / "run2"), *TRAINED)
 
 
 @pytest.mark.parametrize("run", ["run0", "run1", "run2"])
@@ -107,11 +112,12 @@ def test_rows_without_a_token_are_never_sampled(out, run):
     assert len(ids) > 60 and max(ids) < 49
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("step", [1, 2])
 def test_who_samples_a_rollout_does_not_change_it(out, step):
     ours, theirs = ((out / run / "rollouts" / f"step_{step}.jsonl").read_text() for run in ("run1", "run2"))
     assert ours == theirs
-    assert losses(out / "run1")[step - 1] == pytest.approx(losses(out / "run2")[step - 1], rel=1e-5)
+    close(losses(out / "run1")[step - 1], losses(out / "run2")[step - 1], *TRAINED)
 
 
 def test_one_stale_sampler_stops_every_rank_with_the_same_line(out):
@@ -133,6 +139,7 @@ def adapters(out) -> Path:
     return out
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["lora0", "lora2"])
 def test_samplers_follow_adapters_under_zero_3_as_transformers_follows_plain_torch(adapters, run):
@@ -142,7 +149,7 @@ def test_samplers_follow_adapters_under_zero_3_as_transformers_follows_plain_tor
             (adapters / name / "rollouts" / f"step_{step}.jsonl").read_text() for name in (run, "lora plain")
         )
         assert ours == plain
-    assert losses(adapters / run) == pytest.approx(losses(adapters / "lora plain"), rel=1e-4)
+    close(losses(adapters / run), losses(adapters / "lora plain"), *TRAINED)
     # The student's answers change with its adapters: a sampler that had never got them would not have written these.
     ids = [json.loads(line)["response_ids"] for line in (adapters / run / "rollouts/step_3.jsonl").open()]
     assert ids != untrained_answers(adapters)
@@ -158,8 +165,9 @@ def untrained_answers(adapters: Path) -> list[list[int]]:
     return [r.response_ids for r in HFRollout(student.model, tokenizer, 8).generate(prompts, 1, greedy, seed=0)]
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_one_sampler_that_missed_the_adapters_last_step_stops_every_rank(adapters):
     said = json.loads((adapters / "said lora1.json").read_text())
     assert said[0] == said[1] and "its weights are not the trained ones" in said[0]
-    assert losses(adapters / "lora1") == pytest.approx(losses(adapters / "lora plain")[:2], rel=1e-4)
+    close(losses(adapters / "lora1"), losses(adapters / "lora plain")[:2], *TRAINED)

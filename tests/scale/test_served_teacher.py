@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from tolerance import close, transformer
 
 from opsd.batch import empty, pack
 from opsd.config import TeacherConfig
@@ -219,6 +220,7 @@ def served(smollm2):
     server.wait(60)
 
 
+@pytest.mark.numeric
 @pytest.mark.e2e
 @pytest.mark.vllm
 def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served, smollm2, monkeypatch):
@@ -238,7 +240,8 @@ def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served
             for states in (ours, theirs)
         )
         assert float(local_loss) > 0.1
-        assert float(served_loss) == pytest.approx(float(local_loss), rel=1e-4)
+        # Each of 30 layers adds about 1/√30 to the stream, and as much of its rounding: that of one layer in all.
+        close(served_loss, local_loss, *transformer(1, 576), 576, 49_152)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait(60)
     with pytest.raises(RunStopped, match="the teacher does not answer: 2 tries"):

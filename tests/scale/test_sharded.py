@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tinypair import tiny_pair
+from tolerance import close, close_numbers, rounding, transformer
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.e2e
 WORKER = Path(__file__).with_name("worker.py")
 HELPERS = runpy.run_path(str(WORKER))
 NAMES = [case.name for case in HELPERS["cases"]() if case.engine is not None]
+# Five steps of the two-layer model.
+TRAINED = transformer(2, 16, backward=5)
 EXACT = [name for name in NAMES if "bfloat16" not in name]
 
 
@@ -89,17 +92,17 @@ def reference(name: str) -> str:
     return name.split("/")[1]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", EXACT)
 def test_five_steps_give_plain_torchs_losses_and_weights(out, results, name):
     ours, plain = results["cases"][name], results["cases"][reference(name)]
-    assert ours["loss_nats"] == pytest.approx(plain["loss_nats"], rel=1e-5)
-    assert ours["reverse_kl_nats"] == pytest.approx(plain["reverse_kl_nats"], rel=1e-5)
-    assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    for number in ("loss_nats", "reverse_kl_nats", "grad_norm"):
+        close(ours[number], plain[number], *TRAINED, said=number)
     assert (ours["kept"], ours["tokens"]) == (plain["kept"], plain["tokens"])
-    for moments, tolerance in ((False, 1e-5), (True, 1e-4)):
+    for moments in (False, True):
         one, other = (tensors_of(out, which, moments) for which in (name, reference(name)))
         assert one.numel() == other.numel() and (one.numel() == 0) == (moments and "sgd" in name)
-        assert float((one - other).norm()) <= tolerance * float(other.norm())
+        assert float((one - other).norm()) <= rounding(*TRAINED) * float(other.norm())
 
 
 def test_the_grid_covers_what_it_says():
@@ -172,16 +175,17 @@ def padded_steps(by: str, tied: bool) -> tuple[list[float], list[float], dict[st
     return losses, norms, dict(student.named_parameters())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("head", ["tied", "untied"])
 @pytest.mark.parametrize("by", ["all", "entropy", "soft_or"])
 def test_packed_micro_batches_are_one_padded_batch(out, results, by, head):
     losses, norms, parameters = padded_steps(by, head == "tied")
     ours = results["cases"][f"{by}-{head}"]
-    assert ours["loss_nats"] == pytest.approx(losses, rel=1e-5)
-    assert ours["grad_norm"] == pytest.approx(norms, rel=1e-4)
+    close(ours["loss_nats"], losses, *TRAINED)
+    close(ours["grad_norm"], norms, *TRAINED)
     padded = torch.cat([parameters[name].detach().flatten() for name in sorted(parameters)])
     packed = tensors_of(out, f"{by}-{head}", moments=False)
-    assert float((packed - padded).norm()) <= 1e-5 * float(padded.norm())
+    assert float((packed - padded).norm()) <= rounding(*TRAINED) * float(padded.norm())
 
 
 def test_the_steps_were_large_enough_to_tell_runs_apart(out, results):
@@ -199,26 +203,31 @@ def test_the_steps_were_large_enough_to_tell_runs_apart(out, results):
     assert all(min(results["cases"][name]["grad_norm"]) > HELPERS["OPTIM"].max_grad_norm for name in plain)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in EXACT])
 def test_bfloat16_stays_near_and_its_master_weights_are_finer_than_bfloat16(out, results, name):
     ours, plain = results["cases"][name], results["cases"][reference(name)]
+    # A rounding to bfloat16 is off by 2^-8, and some fifty lie on the way: √50·2^-8 = 3 %.
     assert ours["loss_nats"] == pytest.approx(plain["loss_nats"], rel=0.03)
     weights = tensors_of(out, name, False)
     assert weights.dtype == torch.float32
     assert not torch.equal(weights, weights.bfloat16().float())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", [name for name in NAMES if "lora" in name])
 def test_checkpoints_and_samplers_get_frozen_weights_with_adapters_merged_in(results, name):
     plain = results["cases"][name]["plain model"]
     assert plain.pop("names as they were")
-    assert plain == {"saved": pytest.approx(0, abs=1e-5), "streamed": 0.0, "frozen": 0.0}
+    # Weights of about 1, and the products of an adapter of rank 4.
+    assert plain == {"saved": pytest.approx(0, abs=rounding(4, 1)), "streamed": 0.0, "frozen": 0.0}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("way", ["3 to 1", "1 to 0", "0 to 2", "2 to 3"])
 def test_optimiser_state_goes_on_under_another_stage(results, way):
     plain = results["cases"]["all-tied"]["loss_nats"][3:]
-    assert results["carried over"][way]["loss_nats"] == pytest.approx(plain, rel=1e-5)
+    close(results["carried over"][way]["loss_nats"], plain, *TRAINED)
 
 
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
@@ -243,12 +252,12 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step_3").state_dict()
 
 
+@pytest.mark.numeric
 def test_two_ranks_write_the_run_folder_that_one_process_writes(out):
     names = [sorted(str(p.relative_to(out / run)) for p in (out / run).rglob("*")) for run in ("whole", "plain")]
     assert names[0] == names[1]
     for ours, plain in zip(metrics_of(out / "whole"), metrics_of(out / "plain"), strict=True):
-        assert ours.keys() == plain.keys()
-        assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+        close_numbers(ours, plain, *TRAINED)
 
 
 def test_a_teacher_that_makes_room_between_its_turns_changes_no_number(out):
@@ -257,10 +266,11 @@ def test_a_teacher_that_makes_room_between_its_turns_changes_no_number(out):
     assert (out / "saving" / "eval" / "teacher.json").read_text() == plain
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["sharded teacher", "sharded teacher, offloaded"])
 def test_a_teacher_in_shards_gives_the_same_run(out, name):
     for ours, whole in zip(metrics_of(out / name), metrics_of(out / "whole"), strict=True):
-        assert ours == pytest.approx({key: whole[key] for key in ours}, rel=1e-5)
+        close_numbers(ours, {key: whole[key] for key in ours}, *TRAINED)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -270,10 +280,12 @@ def test_rollouts_do_not_depend_on_the_number_of_ranks(out, step):
     assert [json.loads(line)["id"] for line in ours.splitlines()] == list(range(6))
 
 
+@pytest.mark.numeric
 def test_a_checkpoint_of_two_ranks_is_a_whole_model_folder(out):
     ours, plain = weights_of(out / "whole"), weights_of(out / "plain")
     assert ours.keys() == plain.keys()
-    assert all(torch.allclose(ours[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
+    for name in plain:
+        close(ours[name], plain[name], *TRAINED, said=name)
 
 
 def test_a_resumed_run_of_two_ranks_ends_like_one_that_nothing_stopped(out):
@@ -290,20 +302,23 @@ def test_a_resumed_run_with_adapters_ends_on_the_same_bits(out, kind):
         assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+@pytest.mark.numeric
 def test_two_ranks_train_the_adapters_that_one_process_trains(out):
     for ours, plain in zip(metrics_of(out / "lora whole"), metrics_of(out / "lora plain"), strict=True):
-        assert ours == pytest.approx(plain, rel=1e-4, abs=1e-6)
+        close_numbers(ours, plain, *TRAINED)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         ours, plain = (load_file(out / f"lora {run}" / "checkpoints/step_3" / file) for run in ("whole", "plain"))
         assert ours.keys() == plain.keys()
-        assert all(torch.allclose(ours[name], plain[name], rtol=1e-3, atol=1e-4) for name in plain)
+        for name in plain:
+            close(ours[name], plain[name], *TRAINED, said=name)
 
 
+@pytest.mark.numeric
 def test_one_process_goes_on_where_two_stopped(out):
     resume(out / "half")
     leave()
     for ours, whole in zip(metrics_of(out / "half"), metrics_of(out / "whole"), strict=True):
-        assert ours == pytest.approx(whole, rel=1e-4, abs=1e-6)
+        close_numbers(ours, whole, *TRAINED)
     texts = [(out / run / "rollouts" / "step_3.jsonl").read_text() for run in ("half", "whole")]
     assert texts[0] == texts[1]
 

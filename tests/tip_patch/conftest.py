@@ -107,6 +107,7 @@ class Naive:
         expected = self.top(score, rollout, retention)
         for row in np.flatnonzero(kept_N.numpy() != expected):
             cut = score[expected & (rollout == rollout[row])].min()
+            # What selectors promise, and fp32 scores against fp64 ones need.
             assert abs(score[row] - cut) <= 1e-5 * max(1.0, abs(cut)), f"row {row}: {score[row]} against cut {cut}"
         for one in np.unique(rollout):
             assert kept_N.numpy()[rollout == one].sum() == expected[rollout == one].sum()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import close
 from torch.nn import functional
 
 from opsd.distill import distill_loss
@@ -81,17 +82,19 @@ def saved_bytes(function, teacher_NV, student_NV) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", NAMES)
 def test_unselected_loss_and_gradient_are_the_tables_own(name, losses):
     pair = logits()
     expected = value_and_gradient(losses.LOSS_FN_MAP[name], *pair, chunk_size=5)
     patch(losses, None)
     loss, gradient, count = value_and_gradient(losses.LOSS_FN_MAP[name], *pair, chunk_size=7)
-    assert loss == pytest.approx(expected[0], rel=1e-5)
+    close(loss, expected[0], 60, 23)
     assert count == expected[2] == 23
-    torch.testing.assert_close(gradient, expected[1], rtol=1e-5, atol=1e-7)
+    close(gradient, expected[1], 60, 23)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("selector", ["soft_or", "q3", "entropy", "adaptive_kl"])
 def test_selected_loss_and_gradient_are_the_cores(name, selector, losses):
@@ -110,8 +113,8 @@ def test_selected_loss_and_gradient_are_the_cores(name, selector, losses):
         seed=derive_seed(0, 1),
     )
     assert count == int(ours.kept_N.sum()) == 9
-    assert loss == pytest.approx(float(ours.loss_sum.detach()) / 9, rel=1e-5)
-    torch.testing.assert_close(gradient, torch.autograd.grad(ours.loss_sum / 9, student_NV)[0], rtol=1e-4, atol=1e-6)
+    close(loss, ours.loss_sum / 9, 60, 60, 9)
+    close(gradient, torch.autograd.grad(ours.loss_sum / 9, student_NV)[0], 60, 60, 9)
     assert not gradient[~ours.kept_N].any()
 
 
@@ -126,12 +129,13 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary(name, losse
     assert theirs > 4 * 23 * 600
 
 
+@pytest.mark.numeric
 def test_low_precision_logits_get_a_gradient_of_their_type_and_fp32_arithmetic():
     losses, (teacher_NV, student_NV) = stand_in(), logits(dtype=torch.bfloat16)
     patch(losses, None)
     loss, gradient, _ = value_and_gradient(losses.LOSS_FN_MAP["reverse_kl"], teacher_NV, student_NV)
     assert gradient.dtype == torch.bfloat16
-    assert loss == pytest.approx(float(plain("reverse_kl", teacher_NV, student_NV)[0].detach()), rel=1e-6)
+    close(loss, plain("reverse_kl", teacher_NV, student_NV)[0], 60, 23)
 
 
 def test_a_call_without_tokens_still_backpropagates(losses):

@@ -84,7 +84,7 @@ class TestRunning:
         # (0.6 − 0.1)/(1.1 − 0.1) = 0.5, up to bins 1.25 % wide; 0.05 and 9 lie outside
         low, middle, high = normaliser(torch.tensor([0.05, 0.6, 9.0]), one_rollout(3)).tolist()
         assert (low, high) == (0.0, 1.0)
-        assert middle == pytest.approx(0.5, abs=0.01)
+        assert middle == pytest.approx(0.5, abs=0.01)  # bins
 
     def test_two_ranks_learn_what_one_process_learns(self, random_stats):
         stats = random_stats(300, 6, seed=1)
@@ -184,7 +184,7 @@ class TestHistogram:
         histogram.add(count_bins(torch.tensor([0.1, 0.2])))
         assert float(histogram.quantile(1.0)) > 800  # weight 0.5 still counts
         histogram.add(count_bins(torch.tensor([0.1, 0.2])))
-        assert float(histogram.quantile(1.0)) == pytest.approx(0.2, rel=0.013)  # 0.25 tokens do not
+        assert float(histogram.quantile(1.0)) == pytest.approx(0.2, rel=0.013)  # a bin's width; 0.25 tokens do not
 
     def test_below_is_the_distribution_function(self):
         histogram = Histogram(0.9)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tolerance import close
 
 from opsd.distill import distill_loss
 from opsd.errors import UserError
@@ -12,6 +13,7 @@ from tip_patch.rivals import AdaptiveKL, FirstFraction, PositionWeighted, Verify
 
 
 class TestAdaptiveKL:
+    @pytest.mark.numeric
     def test_weights_by_hand(self, make_stats):
         # |V| = e²: log|V| = 2 up to rounding of |V|, so take |V| = 4 and H_T in units of log 4
         unit = math.log(4)
@@ -27,6 +29,7 @@ class TestAdaptiveKL:
         stats = make_stats(h=[0.0, 0.0], teacher=[0.3, 0.1], vocab=4)
         assert AdaptiveKL().weigh(stats, Selection(torch.tensor([True, True]))).weight_N.tolist() == [1.0, 1.0]
 
+    @pytest.mark.numeric
     def test_through_the_loss_it_equals_its_weights(self):
         generator = torch.Generator().manual_seed(0)
         student_ND, teacher_NE = (torch.randn(12, 8, generator=generator) for _ in range(2))
@@ -36,7 +39,7 @@ class TestAdaptiveKL:
         result = distill_loss(*arguments, selector=selector, seed=3)
         weight_N = selector.weigh(result.stats, Selection(result.kept_N)).weight_N
         again = distill_loss(*arguments, kept_N=result.kept_N, weight_N=weight_N)
-        assert float(result.loss_sum) == pytest.approx(float(again.loss_sum), rel=1e-6)
+        close(result.loss_sum, again.loss_sum, 8, 30, 12)
         assert float(result.loss_sum) != pytest.approx(float(distill_loss(*arguments, kept_N=result.kept_N).loss_sum))
 
     def test_without_a_vocabulary_size_it_says_so(self, make_stats):
