@@ -259,7 +259,7 @@ def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 
 def _only_tokens(vocab_size: int) -> type:
-    """vLLM's form of `opsd.rollout.draws.OnlyTokens`: a class, which each engine makes its own instance of."""
+    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     class OnlyTokens(LogitsProcessor):
