@@ -118,7 +118,8 @@ def main() -> None:
     if options.quick:
         options = dataclasses.replace(options, rounds=3, new_tokens=16)
     torch.set_num_threads(options.threads)
-    # A trainer starts in an empty folder; the models stay.
+    if min(options.rounds, options.prompts, options.new_tokens, options.threads) < 1:
+        raise UserError("--rounds, --prompts, --new_tokens and --threads: give 1 or more")
     shutil.rmtree(options.out / "work", ignore_errors=True)
     (options.out / "work").mkdir(parents=True)
     settings = prepare(options)
@@ -132,9 +133,7 @@ def prepare(options: Options) -> dict[str, Any]:
     """Models without an end token, prompts, and all that the trainers are told."""
     folders = {name: options.out / "models" / name for name in ("student", "teacher")}
     for every, (name, folder) in zip((2, 1), folders.items(), strict=True):
-        given = getattr(options, name)
-        if given or not folder.exists():
-            make_folder(folder, given, every)
+        make_folder(folder, getattr(options, name), every)
     texts = [
         PROMPT.format(number=n + 2, other=7 * n + 11, more=" Think before you write." * (n % 3))
         for n in range(options.prompts)
