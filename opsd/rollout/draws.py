@@ -1,10 +1,11 @@
-"""One random stream a rollout, whatever is generated beside it."""
+"""One random stream per rollout, whatever is generated beside it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -12,44 +13,53 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opsd.errors import RunStopped
 from opsd.rollout.base import Sampling
 from opsd.seeding import derive_seed
 
 
-class DrawByRollout:
-    """Leaves one token possible in every row: the one that the row's own stream draws from its distribution.
+class Draws:
+    """Each row's next token: the likeliest at temperature 0, else the one that the row's own stream draws.
 
-    Greedy generation then takes it. rollout_ids: the rows' rollouts. prompt_tokens: the batch's padded width.
+    rollout_ids: the rows' rollouts. vocab_size: rows of a padded vocabulary that the tokenizer has no token for are cut
+    off, as the loss gives them no chance.
     """
 
-    def __init__(self, seed: int, rollout_ids: list[int], max_new_tokens: int, prompt_tokens: int) -> None:
+    def __init__(
+        self, seed: int, rollout_ids: list[int], sampling: Sampling, vocab_size: int, device: torch.device
+    ) -> None:
+        self._vocab_size, self._greedy, self._warpers = vocab_size, sampling.temperature == 0, _warpers(sampling)
+        self._rollout_ids = rollout_ids
         streams = [torch.Generator().manual_seed(derive_seed(seed, "draws", number)) for number in rollout_ids]
         self._uniform_BT = torch.stack(
-            [torch.rand(max_new_tokens, generator=stream, dtype=torch.float64) for stream in streams]
-        )
-        self._prompt_tokens = prompt_tokens
+            [torch.rand(sampling.max_new_tokens, generator=stream, dtype=torch.float64) for stream in streams]
+        ).to(device)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] to 0 at the drawn token and -inf elsewhere."""
-        self._uniform_BT = self._uniform_BT.to(scores.device)
+    def __call__(self, logits_BV: Tensor, place: int) -> list[int]:
+        """B token ids, from logits in fp32. place: which of the response's tokens they are.
+
+        Raises RunStopped where logits are not finite: nothing can be drawn from them.
+        """
+        tokens = self._draw(logits_BV[:, : self._vocab_size], place).tolist()
+        if max(tokens) >= self._vocab_size:
+            number = self._rollout_ids[tokens.index(max(tokens))]
+            raise RunStopped(f"rollout {number}: the model's logits are not finite; its weights are damaged")
+        return tokens
+
+    def _draw(self, scores_BV: Tensor, place: int) -> Tensor:
+        if self._greedy:
+            return scores_BV.argmax(-1)
+        scores_BV = self._warpers(None, scores_BV)  # pyright: ignore[reportArgumentType] (none of them reads the ids)
         # fp64: in fp32 the running sum of 150,000 probabilities is coarser than the rare ones of them.
-        mass_BV = scores.double().softmax(-1).cumsum(-1)
-        place = input_ids.shape[1] - self._prompt_tokens
+        mass_BV = scores_BV.double().softmax(-1).cumsum_(-1)
         drawn_B1 = self._uniform_BT[:, place, None] * mass_BV[:, -1:]
-        # The first token whose cumulated mass is above the draw; one without mass is never that.
-        token_B1 = torch.searchsorted(mass_BV, drawn_B1, right=True)
-        return torch.full_like(scores, float("-inf")).scatter_(1, token_B1, 0.0)
+        # The first token whose cumulated mass is above the draw; one without mass is never that. V where there is none.
+        return torch.searchsorted(mass_BV, drawn_B1, right=True)[:, 0]
 
-
-class OnlyTokens:
-    """Cuts off the rows of a padded vocabulary that the tokenizer has no token for: the loss gives them no chance."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] of the first vocab_size rows."""
-        return scores[:, : self._vocab_size]
+    def keep(self, places: list[int]) -> None:
+        """Go on with these rows alone."""
+        self._rollout_ids = [self._rollout_ids[place] for place in places]
+        self._uniform_BT = self._uniform_BT[places]
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -57,19 +67,13 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def processors(sampling: Sampling, vocab_size: int, draw: DrawByRollout) -> LogitsProcessorList:
-    """The tokenizer's tokens only; then temperature, top-k, top-p, the draw: transformers' own order.
-
-    At temperature 0 greedy generation follows.
-    """
-    steps = LogitsProcessorList([OnlyTokens(vocab_size)])
-    if sampling.temperature == 0:
-        return steps
-    if sampling.temperature != 1.0:
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """Temperature, top-k, top-p: transformers' own order."""
+    steps = LogitsProcessorList()
+    if sampling.temperature not in (0, 1):
         steps.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         steps.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
         steps.append(TopPLogitsWarper(sampling.top_p))
-    steps.append(draw)
     return steps

@@ -28,7 +28,7 @@ from opsd.ranks import Ranks, before_leaving
 from opsd.rollout.base import Rollout, Sampling, jobs_of
 from opsd.rollout.draws import vocabulary_size
 from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.vllm import PROBE_TOKENS, TOLERANCE_NATS, check_probe, rollouts_of
+from opsd.rollout.vllm import TOLERANCE_NATS, check_probe, probe_of, rollouts_of
 
 Value = TypeVar("Value")
 # Weights that are sent at once: the trainer never holds more than this beside its own.
@@ -146,7 +146,7 @@ class VLLMProcessRollout:
         max_model_tokens: int,
         trust: bool = False,
     ) -> None:
-        self._engine, self._ranks = engine, engine.ranks
+        self._engine, self._ranks, self._max_model_tokens = engine, engine.ranks, max_model_tokens
         self._eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
         self._dtype = getattr(torch, compute.dtype)
@@ -196,7 +196,7 @@ class VLLMProcessRollout:
         jobs = jobs_of(prompts, samples, Ranks())
         rollouts = rollouts_of(jobs, [answers[number] for number, _ in jobs], self._eos_ids, sampling)
         if rollouts:
-            self._probe_ids = (rollouts[0].prompt.ids + rollouts[0].response_ids)[:PROBE_TOKENS]
+            self._probe_ids = probe_of(rollouts[0], self._max_model_tokens)
             if not self._checked:
                 self._check()
         return rollouts

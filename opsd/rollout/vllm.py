@@ -155,7 +155,7 @@ class VLLMRollout(VLLMSampler):
             trust,
             vocabulary_size(tokenizer),
         )
-        self._engine = engine
+        self._engine, self._max_model_tokens = engine, max_model_tokens
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
         self._probe_ids: list[int] = []
         self._rest()
@@ -166,7 +166,7 @@ class VLLMRollout(VLLMSampler):
         rollouts = super().generate(prompts, samples, sampling, seed)
         first_time = not self._probe_ids
         if rollouts:
-            self._probe_ids = (rollouts[0].prompt.ids + rollouts[0].response_ids)[:PROBE_TOKENS]
+            self._probe_ids = probe_of(rollouts[0], self._max_model_tokens)
             if first_time:
                 self._check()
         self._rest()
@@ -209,6 +209,11 @@ def rollouts_of(
         Rollout(number, prompt, *cut_at_eos(ids, eos_ids, sampling.max_new_tokens))
         for (number, prompt), ids in zip(jobs, answers, strict=True)
     ]
+
+
+def probe_of(rollout: Rollout, max_model_tokens: int) -> list[int]:
+    """A rollout's first tokens. One fewer than the sampler can hold: scoring them makes it write one."""
+    return (rollout.prompt.ids + rollout.response_ids)[: min(PROBE_TOKENS, max_model_tokens - 1)]
 
 
 def check_probe(engine: Engine, ids: list[int], sampler_nats: list[float], allowed_nats: float) -> None:
@@ -259,7 +264,7 @@ def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 
 def _only_tokens(vocab_size: int) -> type:
-    """vLLM's form of `opsd.rollout.draws.OnlyTokens`: a class, which each engine makes its own instance of."""
+    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     class OnlyTokens(LogitsProcessor):

@@ -168,10 +168,10 @@ def test_the_models_mode_is_put_back(model, tokenizer, prompts, monkeypatch):
     engine = HFRollout(model, tokenizer, 64)
     engine.generate(prompts, 1, GREEDY, seed=0)
     assert model.training
-    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(model, "prepare_inputs_for_generation", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate(prompts, 1, GREEDY, seed=0)
-    assert model.training
+    assert model.training and model.config._attn_implementation == "sdpa"
 
 
 def test_temperature_1_samples_from_the_models_own_distribution(make_model, make_tokenizer):

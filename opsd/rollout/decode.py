@@ -1,0 +1,176 @@
+"""The decode loop: rows side by side on one key-value cache, token by token, each until it says that it is done.
+
+Legend: B rows, L tokens so far, prompts padded at the left, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from opsd.prompts import Prompt
+from opsd.rollout.attention import decode_attention, new_cache
+from opsd.rollout.base import Sampling
+from opsd.rollout.draws import Draws
+from opsd.rollout.onednn import onednn_weights
+
+
+class Row(Protocol):
+    """One answer as it grows."""
+
+    @property
+    def id(self) -> int:
+        """The rollout's: what is drawn for the row depends on it and on the seed alone."""
+        ...
+
+    @property
+    def prompt(self) -> Prompt:
+        """What is read first."""
+        ...
+
+    def next(self, drawn: int) -> int | None:
+        """The token that follows: `drawn`, or another in its place; None where none follows.
+
+        Called once per token and, while other rows are busy, after the end.
+        """
+        ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def decode(
+    model: PreTrainedModel,
+    rows: Sequence[AnyRow],
+    batch_rollouts: int,
+    context: Callable[[], AbstractContextManager[Any]],
+    sampling: Sampling,
+    vocab_size: int,
+    seed: int,
+) -> None:
+    """Let every row grow to its end, `batch_rollouts` of like length side by side; the model is put into eval mode.
+
+    context: entered also where there is no row. A row takes at most sampling.max_new_tokens tokens.
+    """
+    rows = sorted(rows, key=lambda row: (len(row.prompt.ids), row.id))
+    side_by_side = min(batch_rollouts, len(rows))
+    with (
+        _eval_mode(model),
+        context(),
+        decode_attention(model),
+        onednn_weights(model, side_by_side, sampling.max_new_tokens),
+        _inference(model),
+    ):
+        for first in range(0, len(rows), batch_rollouts):
+            _decode_batch(model, rows[first : first + batch_rollouts], sampling, vocab_size, seed)
+
+
+def _decode_batch(model: PreTrainedModel, rows: Sequence[Row], sampling: Sampling, vocab_size: int, seed: int) -> None:
+    """See `decode`, for rows that fit side by side."""
+    batch = _Batch(model, [row.prompt.ids for row in rows], sampling.max_new_tokens)
+    draws = Draws(seed, [row.id for row in rows], sampling, vocab_size, model.device)
+    for place in range(sampling.max_new_tokens):
+        drawn = draws(batch.logits(), place)
+        fed = [row.next(token) for row, token in zip(rows, drawn, strict=True)]
+        busy = [number for number, token in enumerate(fed) if token is not None]
+        if not busy:
+            return
+        if 2 * len(busy) <= len(rows):
+            # Most are finished: go on with the others alone.
+            rows, fed = [rows[number] for number in busy], [fed[number] for number in busy]
+            batch.keep(busy)
+            draws.keep(busy)
+        batch.append([0 if token is None else token for token in fed])
+
+
+class _Batch:
+    """Rows in the model, and their cache. limit: tokens that may be added."""
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], limit: int) -> None:
+        self._model: Any = model
+        self._width = max(map(len, prompts))
+        self._length, self._new = self._width, self._width
+        self._ids_BL = torch.zeros(len(prompts), self._width + limit, dtype=torch.int64)
+        self._mask_BL = torch.ones_like(self._ids_BL)
+        for row, ids in enumerate(prompts):
+            start = self._width - len(ids)
+            # Any id pads: it is masked.
+            self._mask_BL[row, :start] = 0
+            self._ids_BL[row, start : self._width] = torch.tensor(ids)
+        self._ids_BL, self._mask_BL = self._ids_BL.to(model.device), self._mask_BL.to(model.device)
+        takes = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._has_positions = "position_ids" in takes
+        # Models of recurrent states alone have a name of their own for it.
+        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        self._cache: Any = new_cache(model.config, self._width + limit) if _takes_caches(model) else None
+        self._positions_BL = (self._mask_BL[:, : self._width].cumsum(-1) - 1).clamp_(min=0)
+
+    def logits(self) -> Tensor:
+        """Of the tokens that follow, fp32 [B, V]; reads what was added since the last call."""
+        inputs = self._model.prepare_inputs_for_generation(
+            self._ids_BL[:, : self._length],
+            next_sequence_length=self._new,
+            is_first_iteration=self._length == self._width,
+            attention_mask=self._mask_BL[:, : self._length],
+            use_cache=True,
+            **{self._cache_name: self._cache},
+            **({"position_ids": self._positions_BL} if self._has_positions else {}),
+            **self._options,
+        )
+        out = self._model(**inputs, return_dict=True)
+        self._cache = out.get(self._cache_name, self._cache)
+        return out.logits[:, -1].float()
+
+    def append(self, tokens: list[int]) -> None:
+        """A token for each row."""
+        self._ids_BL[:, self._length] = torch.tensor(tokens, device=self._ids_BL.device)
+        self._length, self._new = self._length + 1, 1
+        self._positions_BL = self._positions_BL[:, -1:] + 1
+
+    def keep(self, places: list[int]) -> None:
+        """Go on with these rows alone."""
+        places_B = torch.tensor(places, device=self._ids_BL.device)
+        self._cache.reorder_cache(places_B)
+        self._ids_BL, self._mask_BL = self._ids_BL[places_B], self._mask_BL[places_B]
+        self._positions_BL = self._positions_BL[places_B]
+
+
+def _takes_caches(model: PreTrainedModel) -> bool:
+    """Whether the model works on transformers' caches, as nearly all do; the others make one of their own."""
+    return model._supports_default_dynamic_cache()  # pyright: ignore[reportCallIssue] (GenerationMixin's)
+
+
+@contextmanager
+def _inference(model: PreTrainedModel) -> Iterator[None]:
+    """torch's inference mode, of which nothing stays behind in the model: training goes on with it.
+
+    Some models make tensors of their own while they run (rotary frequencies for longer texts).
+    """
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        # Of the weights that autocast has turned to its type.
+        torch.clear_autocast_cache()
+        for module in model.modules():
+            for held in (vars(module), module._buffers):
+                for name, value in held.items():
+                    if isinstance(value, Tensor) and value.is_inference():
+                        held[name] = value.clone()
+
+
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,86 @@
+"""What a step cannot be faster than on this machine: its matrix products at the best rate that any of them reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's weights: in its linear layers, and its head [V, D]."""
+
+    linear: int
+    vocab: int
+    width: int
+    layers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one thread, per second of processor time: GFLOP of a matrix product, GB read from memory."""
+
+    gflop_s: float
+    gb_s: float
+
+
+def shape_of(folder: str) -> Shape:
+    """From a model folder's config."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    vocab, width = model.get_output_embeddings().weight.shape
+    head = model.get_output_embeddings()
+    linear = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    layers = tuple(sorted({(rows, columns) for rows, columns in linear}))
+    return Shape(sum(rows * columns for rows, columns in linear), vocab, width, layers)
+
+
+def measure(student: Shape, tokens: int, seconds: float) -> Rates:
+    """The best of torch's and oneDNN's products [tokens, D] · Wᵀ at the student's shapes; `seconds` for each shape."""
+    products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [functional.linear]
+    if torch.backends.mkldnn.is_available():
+        products.append(lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
+    best = 0.0
+    for rows, columns in (*student.layers, (student.vocab, student.width)):
+        x, w = torch.randn(tokens, columns), torch.randn(rows, columns)
+        for product in products:
+            spent = _fastest(lambda x=x, w=w, product=product: product(x, w), seconds / len(products))
+            best = max(best, 2e-9 * tokens * rows * columns / spent)
+    memory = torch.ones(64 * 2**20)
+    return Rates(best, 1e-9 * memory.nbytes / _fastest(memory.sum, seconds))
+
+
+def _fastest(act: Callable[[], object], seconds: float) -> float:
+    """Processor seconds of the fastest of several calls, after one that does not count."""
+    act()
+    spent, end = [], time.perf_counter() + seconds
+    while not spent or time.perf_counter() < end:
+        start = time.process_time()
+        act()
+        spent.append(time.process_time() - start)
+    return max(min(spent), 1e-9)
+
+
+def floor(student: Shape, teacher: Shape, prompt_tokens: int, rows: int, new_tokens: int, rates: Rates) -> dict:
+    """Processor seconds by part. prompt_tokens: of all rows together.
+
+    rollout: prompts at the product's rate, then for each token the slower of its products and of reading the weights
+    once. Attention, norms, softmaxes and optimiser count nothing.
+    """
+    flop, trained = 1e9 * rates.gflop_s, rows * new_tokens
+    read_tokens = prompt_tokens + rows * (new_tokens - 1)
+    weights = student.linear + student.vocab * student.width
+    step_s = max(2 * rows * weights / flop, 4 * weights / (1e9 * rates.gb_s))
+    return {
+        "rollout": 2 * prompt_tokens * student.linear / flop + new_tokens * step_s,
+        "teacher": 2 * read_tokens * teacher.linear / flop,
+        "student": 6 * read_tokens * student.linear / flop,
+        # Both projections and both gradients of the student's.
+        "loss": 2 * trained * (3 * student.vocab * student.width + teacher.vocab * teacher.width) / flop,
+    }

@@ -1,0 +1,188 @@
+"""One trainer of the step benchmark, in a process of its own: a step each time that `bench_step.py` asks for one.
+
+Started with an inherited socket's number. Over it go JSON messages: the settings first, then for each step
+{"responses": [[token ids], …] or null} and back what the step took. responses: answers to train on in place of the
+trainer's own, by prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# More steps than are ever asked for: the process is ended by the one that asks.
+STEPS = 10_000
+
+
+class Line:
+    """The line to the one that asks, and what the step that runs has taken so far, in seconds by stage."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.stages: dict[str, dict[str, float]] = {}
+
+    def read(self) -> Any:
+        return json.loads(self._connection.recv_bytes())
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        so_far = self.stages.setdefault(name, {"wall_s": 0.0, "cpu_s": 0.0})
+        so_far["wall_s"] += time.perf_counter() - wall
+        so_far["cpu_s"] += time.process_time() - cpu
+
+
+def run_opsd(line: Line, settings: dict[str, Any]) -> None:
+    """`opsd train` as it is, but that each step waits to be asked for."""
+    import opsd.train
+    from opsd.config import from_json
+    from opsd.tracking import Stopwatch
+
+    run = Path(settings["out"])
+
+    class Watch(Stopwatch):
+        @contextmanager
+        def stage(self, name: str) -> Iterator[None]:
+            if name == "step":
+                if line.stages:
+                    metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+                    counts = {"tokens": metrics["rollout/tokens"], "loss_nats": metrics["loss/nats"]}
+                    line.send({"stages": line.stages, **counts})
+                else:
+                    line.send({"ready": True})
+                line.read()
+                line.stages = {}
+            with line.stage(name), super().stage(name):
+                yield
+
+    opsd.train.Stopwatch = Watch
+    opsd.train.start(
+        from_json(
+            {
+                "student": settings["student"],
+                "teacher": {"model": settings["teacher"]},
+                "prompts": settings["prompts_file"],
+                "prompt_format": "raw",
+                "out": str(run),
+                "steps": STEPS,
+                "prompts_per_step": len(settings["prompts"]),
+                "rollout": {
+                    "engine": settings["method"].removeprefix("opsd-"),
+                    "samples_per_prompt": 1,
+                    "max_prompt_tokens": settings["prompt_tokens"],
+                    "max_new_tokens": settings["new_tokens"],
+                },
+                "optim": {"lr": settings["lr"], "schedule": "constant"},
+                "engine": {"device": "cpu"},
+                "checkpoint": {"every": 0},
+                "telemetry": {"every": 0, "save_rollouts_every": 1},
+                "track": {"progress": False},
+            }
+        )
+    )
+
+
+def run_trl(line: Line, settings: dict[str, Any]) -> None:
+    """TRL's DistillationTrainer: on-policy, reverse KL, the teacher in the same process."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl.trainer.distillation_config import DistillationConfig
+    from trl.trainer.distillation_trainer import DistillationTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings["student"])
+    # It needs an end token; min_new_tokens keeps the model from writing it.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.get_vocab().values()))
+    given: dict[str, Any] = {"responses": None}
+    counts: dict[str, Any] = {}
+
+    class Timed(DistillationTrainer):
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **more: Any) -> Any:
+            with line.stage("rollout"):
+                ids = given["responses"] or super()._generate_single_turn(prompt_ids, *others, **more)
+            counts["tokens"] = sum(map(len, ids))
+            return ids
+
+        def compute_loss(self, *inputs: Any, **more: Any) -> Any:
+            with line.stage("teacher, student forward and loss"):
+                loss = super().compute_loss(*inputs, **more)
+            counts["loss_nats"] = float(loss)
+            return loss
+
+    class Baton(TrainerCallback):
+        step: Any = None
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            line.send({"ready": True} if self.step is None else {"stages": line.stages, **counts})
+            given.update(line.read())
+            line.stages = {}
+            self.step = line.stage("step")
+            self.step.__enter__()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.step.__exit__(None, None, None)
+
+    config = DistillationConfig(
+        output_dir=settings["out"],
+        per_device_train_batch_size=len(settings["prompts"]),
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        max_steps=STEPS,
+        max_completion_length=settings["new_tokens"],
+        generation_kwargs={"min_new_tokens": settings["new_tokens"]},
+        beta=1.0,
+        temperature=1.0,
+        learning_rate=settings["lr"],
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        bf16=False,
+        use_cpu=True,
+        model_init_kwargs={"dtype": "float32"},
+        teacher_model_init_kwargs={"dtype": "float32"},
+        shuffle_dataset=False,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    dataset = Dataset.from_list([{"prompt": prompt} for prompt in settings["prompts"]])
+    with torch.random.fork_rng():
+        Timed(
+            settings["student"],
+            settings["teacher"],
+            config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[Baton()],
+        ).train()
+
+
+def main(socket: int) -> None:
+    line = Line(Connection(socket))
+    settings = line.read()
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    try:
+        (run_trl if settings["method"] == "trl" else run_opsd)(line, settings)
+    except EOFError:
+        return  # nobody asks any more
+    except Exception as error:
+        line.send({"error": f"{type(error).__name__}: {error}"})
+        raise
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    main(int(sys.argv[1]))
