@@ -99,5 +99,4 @@ class TorchEngine:
             raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the torch engine")
         for name, tensor in tensors.items():
             parameter, key = name.rsplit("/", 1)
-            moved = tensor if key == "step" else tensor.to(self.device)
-            self._optimizer.state[self._named[parameter]][key] = moved
+            self._optimizer.state[self._named[parameter]][key] = tensor.to(self.device)

@@ -170,7 +170,7 @@ class DeepSpeedEngine:
             shards = self._engine.optimizer.fp32_partitioned_groups_flat
         for shard in shards:
             zeros = {moment: torch.zeros_like(shard) for moment in self._moments}
-            optimizer.state[shard] = {"step": torch.tensor(0.0), **zeros}
+            optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **zeros}
         if self._stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -190,8 +190,15 @@ class Reckoning:
             return {"sampler (vLLM's share)": there * r.gpu_memory_share * self.hardware.gib * GIB}
         side_by_side = min(r.generate_batch, math.ceil(self.step_tokens / self.longest / self.hardware.gpus))
         whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
+        whole += self.copied_weights(self.student)
         cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)
         return {"sampler (whole weights)": whole, "sampler (key-value cache)": cache}
+
+    def copied_weights(self, shape: ModelShape) -> int:
+        """Bytes of the weights in oneDNN's layout, which sampling by transformers keeps on a CPU in fp32."""
+        if self.hardware.kind != "cpu" or self.itemsize != WIDE:
+            return 0
+        return WIDE * (shape.layers * shape.layer_matrices + shape.vocab * shape.hidden)
 
     def evaluations(self, resident: dict[str, float]) -> dict[str, dict[str, float]]:
         """Bytes while transformers answers the suites: the student under rollout.engine hf, a local teacher always."""
@@ -206,9 +213,10 @@ class Reckoning:
         found = {}
         if r.engine == "hf":
             whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
+            whole += self.copied_weights(self.student)
             found["evaluation"] = resident | {"sampler (whole weights)": whole} | answers(self.student)
         if e.teacher and t.kind == "local" and not t.shard:
-            working = {"teacher weights": self.teacher_weights(working=True)}
+            working = {"teacher weights": self.teacher_weights(working=True) + self.copied_weights(self.teacher)}
             found["teacher's evaluation"] = resident | working | answers(self.teacher)
         return found
 
@@ -228,11 +236,10 @@ class Reckoning:
         # A single micro-batch's backward starts with no gradient beside it.
         first = not self.zero and self.rank_tokens <= self.micro_tokens
         held = {} if first else {"gradients": states["gradients"]}
-        update = 2 * WIDE * self.student.largest_matrix
-        if self.hardware.kind == "cuda":
-            update = WIDE * self.trained / self.share(1)  # AdamW over all tensors at once
-        if self.config.engine.offload_optimizer:
-            update = 0
+        update = 0.0  # AdamW's fused kernel makes no copies
+        if self.config.optim.kind == "sgd" and not self.config.engine.offload_optimizer:
+            all_at_once = self.hardware.kind == "cuda"
+            update = WIDE * (self.trained / self.share(1) if all_at_once else 2 * self.student.largest_matrix)
         width = self.teacher.query_width * 2 + 3 * self.teacher.ffn + 4 * self.teacher.hidden
         served = t.kind == "vllm"
         found = {
