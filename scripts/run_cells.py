@@ -113,7 +113,7 @@ class Lanes:
             self.running = [life for life in self.running if life.process.returncode is None]
 
     def stop(self) -> None:
-        """Have every cell that runs save and end, and wait for it. A second signal is passed on, to end them at once."""
+        """Have every cell that runs save and end, and wait for it. A second signal is passed on: ends them at once."""
         for life in self.running:
             life.ask_to_stop()
         passed, ended_s = max(1, self._wish.times), time.monotonic()
