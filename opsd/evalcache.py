@@ -74,7 +74,7 @@ def evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> dict[str,
 
     All ranks call it. What to take and what to make is for the first one to decide; then all of them act alike.
     """
-    jobs = _jobs(parts, run.config)
+    jobs = jobs_of(parts, run.config)
     there = {job.name: parts.ranks.broadcast(run.read_eval(job.name)) for job in jobs}
     results = {name: result for name, result in there.items() if result is not None}
     with _Shared(parts, run, tracker) as shared:
@@ -100,8 +100,8 @@ def check_cache(config: TrainConfig) -> None:
         raise UserError(f"--eval.cache {folder} is no folder; give one, which is made where it is missing, or None")
 
 
-def ingredients(parts: Parts, config: TrainConfig, job: Job) -> dict[str, Any] | str:
-    """All that decides a job's result, as JSON values; where that cannot be known, why not, in a few words."""
+def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry | str:
+    """Where in the folder `cache` a job's result lies; where not all that decides it is known, why, in a few words."""
     folders = [_folder(model) for model in (config.student, job.model)]
     if None in folders:
         return f"the files of {config.student if folders[0] is None else job.model} are not found"
@@ -114,7 +114,7 @@ def ingredients(parts: Parts, config: TrainConfig, job: Job) -> dict[str, Any] |
     settings["eval"] = {name: value for name, value in settings["eval"].items() if name not in _NOT_SAMPLING}
     suites: list[Suite] = parts.evaluator.suites
     root = config.environment.deepplanning_root
-    return {
+    ingredients = {
         "who": job.who,
         "model": of_folder(model),
         # Encodes the prompts, ends and decodes the answers, of the teacher too.
@@ -131,6 +131,7 @@ def ingredients(parts: Parts, config: TrainConfig, job: Job) -> dict[str, Any] |
         "opsd": _digest(of_folder(Path(__file__).parent, only=".py")),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
+    return Entry(cache / f"{job.who}-{_digest(ingredients)}.json", json.loads(json.dumps(ingredients)))
 
 
 class _Shared:
@@ -191,17 +192,16 @@ class _Shared:
         return self._entries[job.name]
 
     def _find(self, job: Job) -> Entry | None:
-        config = self._run.config
-        if config.eval.cache is None:
+        cache = self._run.config.eval.cache
+        if cache is None:
             return None
-        decides = ingredients(self._parts, config, job)
-        if isinstance(decides, str):
-            self._tracker.say(f"the {job.who}'s evaluation before training is not shared (--eval.cache): {decides}")
+        entry = entry_of(self._parts, self._run.config, job, Path(cache))
+        if isinstance(entry, str):
+            self._tracker.say(f"the {job.who}'s evaluation before training is not shared (--eval.cache): {entry}")
             return None
-        folder = Path(config.eval.cache)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        return Entry(folder / f"{job.who}-{_digest(decides)}.json", json.loads(json.dumps(decides)))
+        with writing(entry.file):
+            entry.file.parent.mkdir(parents=True, exist_ok=True)
+        return entry
 
     def _claim(self, entry: Entry) -> bool:
         """Whether no other run makes this result; then none can, until it is released."""
@@ -235,7 +235,7 @@ class _Shared:
         return None
 
 
-def _jobs(parts: Parts, config: TrainConfig) -> list[Job]:
+def jobs_of(parts: Parts, config: TrainConfig) -> list[Job]:
     """The teacher once, so that the room for improvement is known; the student as it starts."""
     jobs = []
     if config.eval.teacher and parts.evaluator.suites:

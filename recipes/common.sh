@@ -248,10 +248,13 @@ line_of() {
 # Runs a job that this shell can hand signals on to: while a command runs in front, bash hears none. Words stand on its
 # standard input, each ended by NUL.
 run_in_reach() {
-    local job status=0 struck=
+    local job status=0 struck= name
     printf '%s\0' "${WORDS[@]}" | "$@" &
     job=$!
-    trap 'struck=yes; kill -TERM "$job" 2>/dev/null || true' INT TERM HUP
+    for name in INT TERM HUP; do
+        # shellcheck disable=SC2064  # the job and the signal as they are now
+        trap "struck=yes; kill -$name $job 2>/dev/null || true" "$name"
+    done
     wait "$job" || status=$?
     # A signal ends the waiting, with its own number, before the job ends.
     while [[ $struck ]]; do

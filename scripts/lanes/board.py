@@ -80,7 +80,9 @@ class Board:
         if cell.name in self._first and progress.step_s is not None:
             before_s, step = self._first[cell.name]
             self._after_s = max(0.0, seconds - before_s - (progress.step - step) * progress.step_s)
-        self.say(f"{cell.label} {cell.name}: done in {in_words(seconds)}{progress.numbers and f', {progress.numbers}'}")
+        self.say(
+            f"{cell.label} {cell.name}: done in {in_words(seconds)}{''.join(f', {one}' for one in progress.accuracies)}"
+        )
 
     def look(self) -> None:
         """Read how far the cells are; where there is no terminal and it is time, say so."""
@@ -146,10 +148,10 @@ class Board:
     def _rows(self) -> Table:
         """A line for each cell that runs."""
         counted = 2 * len(str(max(cell.steps for cell in self._cells))) + 1
-        rows = Table.grid(padding=(0, 2))
+        rows = Table.grid(padding=(0, 2), expand=True)
         rows.add_column(no_wrap=True)
         rows.add_column(no_wrap=True, justify="right", min_width=counted)
-        rows.add_column(no_wrap=True, overflow="ellipsis")
+        rows.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for cell in self._cells:
             if cell.name in self._running:
                 progress, name = self._progress[cell.name], Text(f"{cell.label} {short(cell.name)}")

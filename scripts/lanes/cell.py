@@ -121,6 +121,10 @@ class Progress:
         for key, label in (("loss/nats", "loss"), ("rollout/reward", "reward")):
             if key in self._latest:
                 shown.append(f"{label} {self._latest[key]:.3f}")
+        return " · ".join([*shown, *self.accuracies])
+
+    @property
+    def accuracies(self) -> list[str]:
+        """The newest of the first two suites."""
         evals = [key for key in self._latest if key.startswith("eval/") and "/mean@" in key]
-        shown += [f"{key.split('/')[1]} {100 * self._latest[key]:.1f} %" for key in evals[:2]]
-        return " · ".join(shown)
+        return [f"{key.split('/')[1]} {100 * self._latest[key]:.1f} %" for key in evals[:2]]
