@@ -41,13 +41,16 @@ class Life:
     cell: Cell
     process: subprocess.Popen[bytes]
     lock: BinaryIO
+    told_leftovers: bool = False
 
     def ask_to_stop(self) -> None:
         """opsd saves and ends; a second time it ends at once."""
         if self.process.poll() is None:
             self.process.terminate()
         else:
+            # DeepSpeed's launcher ends without a word to its ranks.
             self.strike(signal.SIGTERM)
+            self.told_leftovers = True
 
     def strike(self, number: int) -> None:
         """Send a signal to whatever the cell's first process has left."""
@@ -120,6 +123,10 @@ class Lanes:
         while alive := [life for life in self.running if life.process.poll() is None or life.leftovers()]:
             time.sleep(POLL_S)
             self._board.look()
+            for life in alive:
+                if life.process.returncode is not None and not life.told_leftovers:
+                    life.ask_to_stop()
+                    ended_s = time.monotonic()
             if any(life.process.returncode is None for life in alive):
                 ended_s = time.monotonic()
             if self._wish.times > passed:
@@ -207,6 +214,8 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
             if others:
                 board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving what is trained")
             work.stop()
+            for life in others:
+                board.say(f"{life.cell.name}: {'; '.join(last_lines(life.cell)[-1:])}")
     if code:
         print(f"{recipe}: {message}", file=sys.stderr)
     elif wish.times:
