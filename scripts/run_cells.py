@@ -36,11 +36,15 @@ SHOWN_LINES = 12
 
 @dataclass
 class Life:
-    """A cell that runs: its first process, which leads a session of its own, and the lock that the process inherits."""
+    """A cell that runs: its first process, which leads a session of its own, and the lock that the process inherits.
+
+    log_start: bytes that the cell's log held before.
+    """
 
     cell: Cell
     process: subprocess.Popen[bytes]
     lock: BinaryIO
+    log_start: int
     told_leftovers: bool = False
 
     def ask_to_stop(self) -> None:
@@ -149,6 +153,7 @@ class Lanes:
         command = cell.next_command
         self._board.begin(cell)
         with cell.log.open("ab") as log:
+            log_start = log.tell()
             # The lock lasts as long as the cell, should this process be killed.
             process = subprocess.Popen(
                 command,
@@ -158,7 +163,7 @@ class Lanes:
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
             )
-        return Life(cell, process, lock)
+        return Life(cell, process, lock, log_start)
 
     def _check(self, life: Life) -> None:
         """Raises Failed where a cell has ended and its run has not finished."""
@@ -173,14 +178,15 @@ class Lanes:
             # DeepSpeed's launcher exits with 0 where a part of it was killed.
             what = f"{cell.run} has not finished, though what ran it exited with 0; the same command goes on with it"
             raise Failed(2, what)
-        shown = "\n".join(last_lines(cell))
+        shown = "\n".join(last_lines(life))
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
         raise Failed(code if code > 0 else 128 - code, f"{cell.name} failed ({how}; all it said: {cell.log})\n{shown}")
 
 
-def last_lines(cell: Cell) -> list[str]:
-    """The end of what a cell said: opsd's own line of what was wrong, or, where there is none, several."""
-    lines = [line for line in cell.log.read_text(errors="replace").splitlines() if line.strip()]
+def last_lines(life: Life) -> list[str]:
+    """The end of what a cell said since this start: opsd's own line of what was wrong, or several if there is none."""
+    said = life.cell.log.read_bytes()[life.log_start :].decode(errors="replace")
+    lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1:] if lines and lines[-1].startswith("opsd: ") else lines[-SHOWN_LINES:]
 
 
@@ -215,7 +221,7 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
                 board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving what is trained")
             work.stop()
             for life in others:
-                board.say(f"{life.cell.name}: {'; '.join(last_lines(life.cell)[-1:])}")
+                board.say(f"{life.cell.name}: {'; '.join(last_lines(life)[-1:])}")
     if code:
         print(f"{recipe}: {message}", file=sys.stderr)
     elif wish.times:

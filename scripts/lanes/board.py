@@ -18,7 +18,7 @@ from opsd.durations import in_words
 PLAIN_EVERY_S = 30.0
 
 
-def short(name: str, most: int = 28) -> str:
+def short(name: str, most: int = 24) -> str:
     """A name with its middle left out where it is long: its end, the seed, tells cells apart."""
     return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
 

@@ -118,10 +118,10 @@ class Progress:
         shown = [] if self.begun else ["starting, evaluating"]
         if self.step == self._steps - 1 and self._last_checkpoint.exists():
             shown.append("evaluating")
-        for key, label in (("loss/nats", "loss"), ("rollout/reward", "reward")):
+        for key, shape in (("loss/nats", "loss {:.3f}"), ("rollout/reward", "reward {:.2f}")):
             if key in self._latest:
-                shown.append(f"{label} {self._latest[key]:.3f}")
-        return " · ".join([*shown, *self.accuracies])
+                shown.append(shape.format(self._latest[key]))
+        return ", ".join([*shown, *self.accuracies])
 
     @property
     def accuracies(self) -> list[str]:
