@@ -9,12 +9,13 @@ TABLE ?= table5
 RUNS ?= runs/$(TABLE)
 FROM ?= runs
 comma := ,
-NEEDS := $(if $(DRY_RUN),,setup)
+# What a recipe needs: nothing to print its commands, little at pocket scale.
+NEEDS := $(if $(DRY_RUN),,$(if $(filter pocket,$(SCALE)),setup-demo,setup))
 # A file of tests stays with one worker: its tests share what is slow to start. One thread each; idle OpenMP threads
 # that spin would slow the other worker down.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
+.PHONY: help setup setup-demo demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
 	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench clean
 
 help: ## show this list
@@ -23,7 +24,10 @@ help: ## show this list
 setup: ## make .venv with all packages (PYTHON=, ACCELERATOR=cpu|gpu, TORCH_INDEX_URL= override)
 	@scripts/setup.sh
 
-demo: setup ## Table 5 at pocket scale, one seed, on this CPU: runs, table, picture (about 10 minutes)
+setup-demo: ## the same with what make demo, pocket recipes and reports need alone
+	@scripts/setup.sh demo
+
+demo: setup-demo ## Table 5 at pocket scale, one seed, on this CPU: runs, table, picture (about 10 minutes)
 	@SCALE=pocket SEEDS=0 recipes/table5_soft_or.sh
 
 table3: $(NEEDS) ## entropy sampling (all tables: SCALE=paper|pocket, PAIRS=, CELLS=, SEEDS=, RUNS=, DRY_RUN=1)
@@ -60,13 +64,13 @@ sweep-normalise: $(NEEDS) ## where Soft-OR takes min and max, and how it tames o
 sweep-seeds: $(NEEDS) ## Table 5 with seeds 0 to 4
 	@recipes/sweep_seeds.sh
 
-grpo-teacher: $(NEEDS) ## the teacher of the pair qwen3: GRPO by TRL, our grader as the reward
+grpo-teacher: $(if $(DRY_RUN),,setup) ## the teacher of the pair qwen3: GRPO by TRL, our grader as the reward
 	@recipes/grpo_teacher.sh
 
-figures: $(NEEDS) ## Figures 1 to 4 from the run folders that there are under runs/ (FROM=): a page and PNGs
+figures: $(if $(DRY_RUN),,setup-demo) ## Figures 1 to 4 from the run folders that there are under runs/ (FROM=): a page and PNGs
 	@$(if $(DRY_RUN),echo )$(PY) scripts/figures.py $(FROM) --out $(FROM)/figures
 
-report: setup ## read the run folders of TABLE= (a table or sweep_…) under RUNS= again: table and picture (CELLS= only these)
+report: setup-demo ## read the run folders of TABLE= (a table or sweep_…) under RUNS= again: table and picture (CELLS= only these)
 	@$(PY) scripts/report.py $(RUNS) --table $(TABLE) --out $(RUNS)/report $(if $(CELLS),--cells $(subst $(comma), ,$(CELLS)))
 
 test: setup ## all tests but the slow ones
@@ -84,7 +88,7 @@ check: setup ## lint, format, types and the fast tests, under 90 seconds
 	@.venv/bin/basedpyright --level error & types=$$!; failed=0; \
 		$(PYTEST) -m "not slow and not gpu and not vllm and not e2e" || failed=1; wait $$types && exit $$failed
 
-bench: setup ## time and memory of the loss core
+bench: setup-demo ## time and memory of the loss core
 	@$(PY) scripts/bench_loss.py
 
 clean: ## remove caches and builds; run folders and .venv stay

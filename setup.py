@@ -6,9 +6,9 @@ from setuptools import find_packages, setup
 CORE = [
     "torch>=2.11,<2.15",
     "transformers>=5.16.1,<5.20",
-    "peft>=0.19,<0.22",
     "safetensors>=0.6",
     "xxhash>=3.4",
+    "filelock>=3.13",
     "numpy>=2.0",
     "pandas>=2.2",
     "pyarrow>=18",
@@ -18,10 +18,11 @@ CORE = [
     "psutil>=6",
     "math-verify>=0.9,<0.10",
 ]
+LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
 TRL = ["trl>=1.16,<2"]
-GPU = ["vllm>=0.32,<0.33", "flash-attn>=2.8", *DEEPSPEED, *WANDB]
+GPU = ["vllm>=0.32,<0.33", "flash-attn>=2.8", *DEEPSPEED, *LORA, *WANDB]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -33,6 +34,7 @@ TEST = [
     "gguf>=0.17",
     # For recipes/grpo_teacher.sh.
     *TRL,
+    *LORA,
     *WANDB,
 ]
 
@@ -45,7 +47,7 @@ setup(
     packages=find_packages(include=["opsd", "opsd.*", "tip_patch", "tip_patch.*"]),
     package_data={"opsd.viewer": ["*.html", "*.css", "*.js"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "deepspeed": DEEPSPEED, "wandb": WANDB, "test": TEST, "trl": TRL},
+    extras_require={"gpu": GPU, "deepspeed": DEEPSPEED, "lora": LORA, "wandb": WANDB, "test": TEST, "trl": TRL},
     entry_points={
         "console_scripts": ["opsd = opsd.__main__:main"],
         "opsd.selectors": [

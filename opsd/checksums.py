@@ -48,6 +48,16 @@ def damage(folder: Path, file: Path) -> str | None:
     return f"{wrong[0]} is not what was written" if wrong else None
 
 
+def of_folder(folder: Path, only: str = "", but: str | None = None) -> dict[str, str]:
+    """The checksums of all files below `folder`, by relative name; hidden files and folders are left out.
+
+    only, but: endings of the names that are taken alone, and of those that are left out.
+    """
+    files = [path.relative_to(folder) for path in folder.rglob(f"*{only}") if path.is_file()]
+    names = sorted(str(file) for file in files if not any(part.startswith(".") for part in file.parts))
+    return _of_files(folder, [name for name in names if but is None or not name.endswith(but)])
+
+
 def _of_files(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _of_file(folder / name), names), strict=True))

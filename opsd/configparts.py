@@ -213,6 +213,9 @@ class EvalConfig:
     """Evaluate the teacher once, so that the room for improvement is known."""
     seed: int = 1234
     """Sampling seed of evaluations, apart from the run's: cells of a table share it."""
+    cache: str | None = None
+    """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): one
+    that is there for the same models, problems, settings and versions is taken, not made again. None is off."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.config import RolloutConfig, SelectConfig, TrainConfig
+from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.engine import Engine, build_engine
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.world import TravelWorld
@@ -58,6 +58,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     """
     check_wandb(config)
     check_rollout(config.rollout)
+    check_adapters(config.lora)
     selector = build_selector(config.select)
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
@@ -140,6 +141,12 @@ def check_rollout(rollout: RolloutConfig) -> None:
                 f"--rollout.tensor_parallel {rollout.tensor_parallel} does not divide the {world_size()} processes; "
                 "give a number that does"
             )
+
+
+def check_adapters(lora: LoraConfig) -> None:
+    """Raises UserError where adapters are asked for and peft is not installed."""
+    if lora.rank and importlib.util.find_spec("peft") is None:
+        raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
 
 
 def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> tuple[Teacher, Any, Any]:

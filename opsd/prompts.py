@@ -25,6 +25,10 @@ class Prompt:
     ids: list[int]
     answer: str | None
 
+    def content(self) -> list[Any]:
+        """All that decides how it is asked and graded, as JSON values."""
+        return [self.id, self.ids, self.answer]
+
 
 @dataclass(frozen=True)
 class PromptFormat:

@@ -267,7 +267,7 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
-        code = _own_code(folder)
+        code = own_code(folder)
         if code is not None and not trust:
             raise UserError(
                 f"{flag} {path}: it brings code of its own ({code}), which was not run; "
@@ -279,7 +279,7 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
         raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
 
 
-def _own_code(folder: Path) -> str | None:
+def own_code(folder: Path) -> str | None:
     """Where a folder names code of its own, or a kernel on the hub; None where it does not."""
     for name in ("config.json", "tokenizer_config.json"):
         named = _json_object(folder / name)

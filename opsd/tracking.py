@@ -1,4 +1,4 @@
-"""Where numbers go: the run folder always, a progress bar on a terminal, wandb when asked."""
+"""Where numbers go: the run folder always; a progress bar on a terminal, else a line now and then; wandb when asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,12 @@ from rich.table import Column
 
 from opsd import wandbrun
 from opsd.config import TrainConfig
+from opsd.durations import in_words
 from opsd.errors import UserError
 from opsd.runfolder import RunFolder
+
+# Where there is no terminal: seconds between two lines that say how far the run is.
+PLAIN_EVERY_S = 30.0
 
 
 class Stopwatch:
@@ -59,6 +64,7 @@ class Tracker:
         mode = run.config.track.wandb
         self._wandb = None if mode == "off" else wandbrun.start(run.config, run.path, mode)
         self._latest_eval = ""
+        self._lines = _PlainLines(self._console, run, first_step)
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
@@ -68,16 +74,18 @@ class Tracker:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not run.config.track.progress,
+            disable=not (run.config.track.progress and self._console.is_terminal),
         )
         self._task = self._bar.add_task(run.path.name, total=run.config.steps, completed=first_step, numbers="starting")
 
     def __enter__(self) -> Tracker:
         self._bar.start()
+        self._lines.start()
         return self
 
     def __exit__(self, *problem: object) -> None:
         self._bar.stop()
+        self._lines.stop()
         if self._wandb is not None:
             self._wandb.summary.update(wandbrun.summary(self._run.path / "metrics.jsonl"))
             self._wandb.finish(exit_code=0 if problem[0] is None else 1)
@@ -89,6 +97,7 @@ class Tracker:
     def doing(self, what: str) -> None:
         """Show what takes long just now."""
         self._bar.update(self._task, numbers=what)
+        self._lines.doing(what)
 
     def step(self, metrics: dict[str, float]) -> None:
         """Record one step; metrics["step"] is its number."""
@@ -98,7 +107,57 @@ class Tracker:
             table = wandbrun.sample_table(self._run.path / "rollouts" / f"step_{step}.jsonl", step)
             self._wandb.log(metrics if table is None else {**metrics, "rollout/samples": table}, step=step)
         self._latest_eval = _eval_text(metrics) or self._latest_eval
-        self._bar.update(self._task, completed=metrics["step"], numbers=_numbers(metrics, self._latest_eval))
+        numbers = _numbers(metrics, self._latest_eval)
+        self._bar.update(self._task, completed=metrics["step"], numbers=numbers)
+        self._lines.step(int(metrics["step"]), numbers)
+
+
+class _PlainLines:
+    """What the bar is on a terminal, elsewhere: every PLAIN_EVERY_S seconds, and at the end, a line with the same."""
+
+    def __init__(self, console: Console, run: RunFolder, first_step: int) -> None:
+        self._console, self._name, self._steps = console, run.path.name, run.config.steps
+        self._wanted = run.config.track.progress and not console.is_terminal
+        self._step, self._numbers = first_step, "starting"
+        # Of the first step that was told: from there the pace is known, without what comes before the steps.
+        self._clock: tuple[int, float] | None = None
+        self._pace_s = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
+
+    def start(self) -> None:
+        """From now on, in a thread: an evaluation may take many times as long as the lines are apart."""
+        if self._wanted:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """The last line."""
+        if self._wanted:
+            self._over.set()
+            self._thread.join()
+            self._say()
+
+    def doing(self, what: str) -> None:
+        """What takes long just now."""
+        self._numbers = what
+
+    def step(self, step: int, numbers: str) -> None:
+        """A step is done."""
+        self._step, self._numbers, now = step, numbers, time.monotonic()
+        if self._clock is None:
+            self._clock = step, now
+        elif step > self._clock[0]:
+            self._pace_s = (now - self._clock[1]) / (step - self._clock[0])
+
+    def _tell(self) -> None:
+        while not self._over.wait(PLAIN_EVERY_S):
+            self._say()
+
+    def _say(self) -> None:
+        left = self._steps - self._step
+        ahead = f", {in_words(left * self._pace_s)} left" if left and self._pace_s else ""
+        text = f"{self._name}: step {self._step}/{self._steps}, {self._numbers}{ahead}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _numbers(metrics: dict[str, float], latest_eval: str) -> str:

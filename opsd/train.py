@@ -14,6 +14,7 @@ from opsd.config import TrainConfig
 from opsd.distill.topk import ModelTop
 from opsd.engine import check_engine, learning_rate
 from opsd.errors import RunStopped, StepUnusable, UserError
+from opsd.evalcache import check_cache, evaluate_before
 from opsd.evaluate import summary
 from opsd.hooks import TokenTelemetry
 from opsd.memory import memory_for
@@ -39,6 +40,7 @@ TOKEN_MEANS = {
 def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
     RunFolder.check_new(Path(config.out))
+    check_cache(config)
     ranks = _meet(config)
     parts = assemble(config, ranks)
     _run(parts, RunFolder.create(config) if ranks.is_main else Follower(Path(config.out), config), done_steps=0)
@@ -275,21 +277,12 @@ def _measure_update(
 
 
 def _evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> None:
-    """The teacher once, so that the room for improvement is known; the student as it starts."""
-    config = run.config
-    metrics: dict[str, float] = {"step": 0}
+    """The teacher and the student as they start; the metrics of step 0."""
     if not parts.evaluator.suites:
         return
-    if config.eval.teacher:
-        result = parts.ranks.broadcast(run.read_eval("teacher"))
-        if result is None:
-            tracker.doing("evaluating the teacher")
-            assert parts.teacher_rollout is not None
-            result = parts.evaluator.run(parts.teacher_rollout, config.teacher.model, None)
-            run.write_eval("teacher", result)
-        metrics |= summary(result, "teacher_eval")
-    if config.eval.at_start:
-        metrics |= _evaluate(parts, run, 0, tracker)
+    metrics: dict[str, float] = {"step": 0}
+    for name, result in evaluate_before(parts, run, tracker).items():
+        metrics |= summary(result, "teacher_eval" if name == "teacher" else "eval")
     tracker.step(metrics)
 
 

@@ -9,6 +9,7 @@
 #   PAIRS, CELLS, SEEDS  run only these, e.g. PAIRS="qwen3 llama" CELLS=all,soft_or-50 SEEDS="0 1 2"
 #   RUNS                 folder of the run folders (default runs/NAME)
 #   STEPS                optimiser steps
+#   LANES                how many cells run at a time (default: at pocket scale the number of cores; at paper scale 1)
 # Flags after the recipe's name go to every `opsd train` as they are.
 #
 # SCALE=paper reads the base repository's variables, and one pair of model paths for each pair of the paper:
@@ -34,7 +35,7 @@ fail() {
 }
 
 # Counts are checked before anything is written; `opsd train` checks the rest.
-for name in STEPS NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
+for name in STEPS LANES NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
     MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH OPD_CHUNK_SIZE OPD_MAX_LENGTH; do
     [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: give a whole number above 0"
 done
@@ -231,7 +232,7 @@ command_of() {
         LAUNCH+=(${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank --module opsd train)
     fi
     COMMAND=("${LAUNCH[@]}" --student "$STUDENT" --teacher "$TEACHER" --prompts "$PROMPTS" --out "$RUN" --seed "$seed"
-        "${FLAGS[@]}" "$@")
+        --eval.cache "$RUNS/evaluations" "${FLAGS[@]}" "$@")
 }
 
 # The words of a command as one line that a shell reads back; $VARIABLES that were not set stay readable.
@@ -244,26 +245,24 @@ line_of() {
     echo "${line# }"
 }
 
-# Runs, resumes or skips one cell. Beside its folder lies the command that made it; another one under that name stops here.
-run_cell() {
-    local made=$RUNS/$NAME.command line
-    line=$(line_of "${COMMAND[@]}")
-    if [[ -f $made && $(<"$made") != "$line" ]]; then
-        fail "$RUN was made by another command ($made); set RUNS to another folder, or remove both"
-    fi
-    if [[ -e $RUN/DONE ]]; then
-        echo "$1 $NAME: finished already"
-    elif [[ -e $RUN/config.json ]]; then
-        echo "$1 $NAME: resuming"
-        "${LAUNCH[@]}" --resume "$RUN"
-    else
-        echo "$1 $NAME"
-        mkdir -p "$RUNS"
-        echo "$line" >"$made"
-        "${COMMAND[@]}"
-    fi
-    # DeepSpeed's launcher exits with 0 where a part of it was killed.
-    [[ -e $RUN/DONE ]] || fail "$RUN has not finished, though what ran it exited with 0; the same command goes on with it"
+# Runs a job that this shell can hand signals on to: while a command runs in front, bash hears none. Words stand on its
+# standard input, each ended by NUL.
+run_in_reach() {
+    local job status=0 struck= name
+    printf '%s\0' "${WORDS[@]}" | "$@" &
+    job=$!
+    for name in INT TERM HUP; do
+        # shellcheck disable=SC2064  # the job and the signal as they are now
+        trap "struck=yes; kill -$name $job 2>/dev/null || true" "$name"
+    done
+    wait "$job" || status=$?
+    # A signal ends the waiting, with its own number, before the job ends.
+    while [[ $struck ]]; do
+        struck= status=0
+        wait "$job" || status=$?
+    done
+    trap - INT TERM HUP
+    return "$status"
 }
 
 # plan_of PAIR FLAGS…: what `opsd plan` says of the pair's first chosen cell, as comments. Models that are not set have their
@@ -288,25 +287,32 @@ plan_of() {
 
 # run_table NAME FLAGS…: every chosen pair, seed and cell, then the report.
 run_table() {
-    local table=$1 seed pair cell number=0 total report
+    local table=$1 seed pair cell report lanes=${LANES:-}
     shift
+    WORDS=()
     RUNS=${RUNS:-runs/$table}
     choose
     [[ -n ${DRY_RUN:-} ]] || require
+    if [[ $SCALE == paper ]]; then
+        ((${lanes:=1} == 1)) || fail "LANES=$lanes: at SCALE=paper a cell has all of its GPUs, so give 1; for more at a time \
+start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT"
+    fi
     # Idle threads sleep: spinning ones slow a step down five times when anything else runs. The pocket models are too small
     # to be shared out: one thread takes two thirds of the time of two.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     [[ $SCALE == paper ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    total=$((${#SEED_LIST[@]} * ${#PAIR_LIST[@]} * ${#CELL_LIST[@]}))
     for seed in "${SEED_LIST[@]}"; do
         for pair in "${PAIR_LIST[@]}"; do
             for cell in "${CELL_LIST[@]}"; do
-                number=$((number + 1))
                 command_of "$pair" "$cell" "$seed" "$@"
-                if [[ -n ${DRY_RUN:-} ]]; then line_of "${COMMAND[@]}"; else run_cell "[$number/$total]"; fi
+                if [[ -n ${DRY_RUN:-} ]]; then line_of "${COMMAND[@]}"; fi
+                # As scripts/lanes/cell.py reads them.
+                WORDS+=("$NAME" "$RUN" "$(line_of "${COMMAND[@]}")" "${#LAUNCH[@]}" "${#COMMAND[@]}" "${COMMAND[@]}")
             done
         done
     done
+    [[ -n ${DRY_RUN:-} ]] || run_in_reach python scripts/run_cells.py --title "$table" --recipe "$(basename "$0")" \
+        ${lanes:+--lanes "$lanes"} || exit $?
     if [[ -n ${DRY_RUN:-} && $SCALE == paper ]]; then
         if [[ -x .venv/bin/opsd ]]; then
             for pair in "${PAIR_LIST[@]}"; do plan_of "$pair" "$@"; done

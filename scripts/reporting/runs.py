@@ -199,6 +199,7 @@ _DEFAULTS = _defaults()
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """What makes the protocol. Settings that a folder's version of opsd did not have yet count as unset."""
     whole = {**config, **{part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}}
+    whole["eval"] = {name: value for name, value in whole["eval"].items() if name != "cache"}
     return {name: value for name, value in whole.items() if name not in NOT_PROTOCOL}
 
 

@@ -7,7 +7,7 @@ import torch
 from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
 
-from opsd import checkpoint
+from opsd import checkpoint, parts
 from opsd.batch import pack
 from opsd.checkpoint import TrainerState
 from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
@@ -308,3 +308,10 @@ def test_the_seed_draws_the_adapters(settings, tmp_path):
         start(settings(tmp_path / name, seed=seed, steps=1, optim={"lr": 1e-12}))
         saved.append((tmp_path / name / "checkpoints/step_1/adapter/adapter_model.safetensors").read_bytes())
     assert saved[0] == saved[1] != saved[2]
+
+
+def test_adapters_without_peft_are_one_line_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(parts.importlib.util, "find_spec", lambda name: None)
+    parts.check_adapters(LoraConfig())
+    with pytest.raises(UserError, match=r"^--lora.rank 4: peft is not installed; run `make setup`, or give 0$"):
+        parts.check_adapters(LoraConfig(rank=4))

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from opsd import tracking
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
+from opsd.durations import in_words
 from opsd.runfolder import RunFolder
 from opsd.tracking import Stopwatch, Tracker, peak_gib
 
@@ -63,6 +67,56 @@ def test_the_bar_shows_the_numbers_that_matter_within_80_columns(make_run, capsy
     # the evaluation of step 1 stays in sight
     for part in ("run", "2/3", "loss 0.123", "reward 0.50", "kept 50%", "step 1.23 s", "math500 25.0%"):
         assert part in " ".join(shown.err.split())
+
+
+def test_on_a_terminal_the_bar_shows_the_same_and_the_count_uncut(make_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    with Tracker(make_run(), 0) as tracker:
+        tracker.step({"step": 2, "loss/nats": 0.12345, "rollout/reward": 0.5, "time/step_s": 1.234})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "2/3" in shown and "loss 0.123" in shown and "step 2/3" not in shown
+
+
+def test_where_there_is_no_terminal_lines_say_how_far_the_run_is(make_run, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "PLAIN_EVERY_S", 0.005)
+    run = make_run()
+    said = ""
+    with Tracker(run, 0) as tracker:
+        tracker.doing("evaluating the teacher")
+        while "run: step 0/3, evaluating the teacher\n" not in said:
+            said += capsys.readouterr().err
+        # Steps 1 and 2 are 10 s apart, so the third has 10 s to go.
+        clock = iter([100.0, 110.0])
+        with monkeypatch.context() as patch:
+            patch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+            tracker.step(metrics_of(1))
+            tracker.step(metrics_of(2))
+        while "run: step 2/3, loss 0.286 · step 1.50 s, 10 s left\n" not in said:
+            said += capsys.readouterr().err
+        tracker.step(metrics_of(3))
+    assert (said + capsys.readouterr().err).endswith("run: step 3/3, loss 0.429 · step 1.50 s\n")
+
+
+def test_the_line_of_the_end_is_said_however_short_the_run(make_run, capsys):
+    with Tracker(make_run(), 0) as tracker:
+        tracker.step(metrics_of(1))
+    assert capsys.readouterr().err == "run: step 1/3, loss 0.143 · step 1.50 s\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (190, "3 min 10 s"),
+        (3600, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_spans_of_time_are_short(seconds, words):
+    assert in_words(seconds) == words
 
 
 def test_without_progress_only_what_is_said_is_shown(make_run, capsys):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,11 @@ echo '{}' >"$run/config.json"
 [[ -e fail ]] && exit 3
 touch "$run/DONE"
 """
-NOTE = '#!/bin/bash\necho "$(basename "$0") $*" >>calls\n'
+# Stands in for `python`: what runs the cells is the real one.
+PYTHON = f"""#!/bin/bash
+[[ $1 != scripts/run_cells.py ]] || exec {sys.executable} "$@"
+echo "$(basename "$0") $*" >>calls
+"""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,13 @@ class Project:
 def project(tmp_path: Path) -> Project:
     """A project with `opsd` installed and no GPU."""
     root = tmp_path / "project"
-    shutil.copytree(ROOT / "recipes", root / "recipes")
+    for name in ("recipes", "scripts/lanes", "scripts/run_cells.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        copy(ROOT / name, root / name)
     made = Project(root, tmp_path / "bin")
     made.bin.mkdir()
     made.program("opsd", TRAINER)
-    made.program("python", NOTE)
+    made.program("python", PYTHON)
     made.program("nvidia-smi", "#!/bin/bash\nexit 9\n")
     return made

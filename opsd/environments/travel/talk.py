@@ -23,6 +23,11 @@ class TravelPrompt(Prompt):
 
     task: TravelTask
 
+    def content(self) -> list[Any]:
+        """See Prompt.content: also the trip, and the tables that the tools read."""
+        task = self.task
+        return [*super().content(), task.lang, task.query, task.meta, task.form, task.source, task.tables]
+
 
 class Talk:
     """Conversation (see opsd.rollout.agent) about travel tasks, in whichever form a task has.

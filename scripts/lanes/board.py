@@ -1,0 +1,159 @@
+"""How far a table is: on a terminal one display that moves, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import heapq
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lanes.cell import Cell, Progress
+from opsd.durations import in_words
+
+# Where there is no terminal: seconds between two lines that say how far the table is.
+PLAIN_EVERY_S = 30.0
+
+
+def short(name: str, most: int = 24) -> str:
+    """A name with its middle left out where it is long: its end, the seed, tells cells apart."""
+    return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
+
+
+def time_left(running: list[float], waiting: list[float], lanes: int) -> float:
+    """Seconds until all cells are done. running: what is left of each that runs; waiting: of the others, in order.
+
+    A cell that waits starts in the first lane that is free.
+    """
+    ends = [0.0] * (lanes - len(running)) + running
+    heapq.heapify(ends)
+    for seconds in waiting:
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
+
+
+class Board:
+    """The whole table. Use as a context manager; tell it what begins and ends, and call `look` often."""
+
+    def __init__(self, title: str, cells: list[Cell], lanes: int, console: Console) -> None:
+        self._title, self._cells, self._lanes, self._console = title, cells, lanes, console
+        self._progress = {cell.name: Progress(cell) for cell in cells}
+        self._running: dict[str, float] = {}
+        self._done = {cell.name for cell in cells if cell.is_done}
+        # Seconds before the first and after the last step, of the newest cell that had them.
+        self._before_s = self._after_s = 0.0
+        # For each cell: the step it was started from, then when, and at which step, it told the first one since.
+        self._from: dict[str, int] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+        self._told_s = time.monotonic()
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Board:
+        self.look()
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def begin(self, cell: Cell) -> None:
+        """A cell starts, or is resumed."""
+        progress = self._progress[cell.name]
+        self._running[cell.name] = time.monotonic()
+        self._from[cell.name] = progress.step if progress.begun else -1
+        if not self._console.is_terminal:
+            self.say(f"{cell.label} {cell.name}{': resuming' if cell.is_begun else ''}")
+
+    def end(self, cell: Cell) -> None:
+        """A cell is done."""
+        progress, seconds = self._progress[cell.name], time.monotonic() - self._running.pop(cell.name)
+        self._done.add(cell.name)
+        progress.look()
+        if cell.name in self._first and progress.step_s is not None:
+            before_s, step = self._first[cell.name]
+            self._after_s = max(0.0, seconds - before_s - (progress.step - step) * progress.step_s)
+        self.say(
+            f"{cell.label} {cell.name}: done in {in_words(seconds)}{''.join(f', {one}' for one in progress.accuracies)}"
+        )
+
+    def look(self) -> None:
+        """Read how far the cells are; where there is no terminal and it is time, say so."""
+        now = time.monotonic()
+        for cell in self._cells:
+            if cell.name not in self._done:
+                self._look_at(cell, now)
+        if not self._console.is_terminal and now - self._told_s >= PLAIN_EVERY_S:
+            self._told_s = now
+            steps, whole = self._steps()
+            cells = f"{len(self._done)} of {len(self._cells)} cells done"
+            self.say(f"{self._title}: step {steps}/{whole}, {cells}, {self._left_in_words()}")
+
+    def _look_at(self, cell: Cell, now: float) -> None:
+        """See whether the cell has told its first step since it was started."""
+        progress, since = self._progress[cell.name], self._running.get(cell.name)
+        progress.look()
+        start = self._from.get(cell.name, -1)
+        if since is not None and cell.name not in self._first and progress.begun and progress.step > start:
+            self._first[cell.name] = (now - since, progress.step)
+            # One that is resumed does not evaluate first.
+            self._before_s = now - since if start < 0 else self._before_s
+
+    def _steps(self) -> tuple[int, int]:
+        """Steps that are done, and of the whole table."""
+        done = (cell.steps if cell.name in self._done else self._progress[cell.name].step for cell in self._cells)
+        return sum(done), sum(cell.steps for cell in self._cells)
+
+    def _left_in_words(self) -> str:
+        left = self._left()
+        return "time left unknown" if left is None else f"{in_words(left)} left"
+
+    def _left(self) -> float | None:
+        """Seconds until the table is done, by the pace of its steps; None before there is one."""
+        paces = [pace for progress in self._progress.values() if (pace := progress.step_s) is not None]
+        if not paces:
+            return None
+        common = sum(paces) / len(paces)
+        now, running, waiting = time.monotonic(), [], []
+        for cell in self._cells:
+            if cell.name in self._done:
+                continue
+            progress, since = self._progress[cell.name], self._running.get(cell.name)
+            seconds = (cell.steps - progress.step) * (progress.step_s or common) + self._after_s
+            if since is None:
+                waiting.append(seconds + (0.0 if progress.begun else self._before_s))
+            else:
+                running.append(seconds + (0.0 if progress.begun else max(0.0, self._before_s - (now - since))))
+        return time_left(running, waiting, self._lanes)
+
+    def _render(self) -> RenderableType:
+        steps, whole = self._steps()
+        table = Table.grid(padding=(0, 2), expand=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", max_width=24)
+        table.add_column(ratio=1)
+        for _ in range(3):
+            table.add_column(no_wrap=True)
+        cells = f"{len(self._done)}/{len(self._cells)} cells"
+        bar = ProgressBar(total=whole, completed=steps)
+        table.add_row(Text(self._title), bar, f"step {steps}/{whole}", cells, self._left_in_words(), style="bold")
+        return Group(table, self._rows())
+
+    def _rows(self) -> Table:
+        """A line for each cell that runs."""
+        counted = 2 * len(str(max(cell.steps for cell in self._cells))) + 1
+        rows = Table.grid(padding=(0, 2), expand=True)
+        rows.add_column(no_wrap=True)
+        rows.add_column(no_wrap=True, justify="right", min_width=counted)
+        rows.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        for cell in self._cells:
+            if cell.name in self._running:
+                progress, name = self._progress[cell.name], Text(f"{cell.label} {short(cell.name)}")
+                rows.add_row(name, f"{progress.step}/{cell.steps}", Text(progress.numbers))
+        return rows

@@ -1,0 +1,257 @@
+#!/usr/bin/env python
+"""The cells of a table, so many at a time: what recipes/common.sh hands on standard input, by one display.
+
+Finished cells are skipped, interrupted ones resumed. The first one that fails stops the others, which save a checkpoint
+first; so does Ctrl-C or SIGTERM. The same command goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import psutil
+import tyro
+from rich.console import Console
+
+from lanes.board import Board
+from lanes.cell import Cell, read_cells
+from opsd.errors import UserError
+
+POLL_S = 0.2
+# A terminal's Ctrl-C reaches us from the terminal and from make: only what comes later is a second one.
+REPEAT_S = 1.0
+# How long what a cell's first process has left behind may take to end, before it is killed.
+LEFTOVER_S = 120.0
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOWN_LINES = 12
+
+
+@dataclass
+class Life:
+    """A cell that runs: its first process, which leads a session of its own, and the lock that the process inherits.
+
+    log_start: bytes that the cell's log held before.
+    """
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    lock: BinaryIO
+    log_start: int
+    told_leftovers: bool = False
+
+    def ask_to_stop(self) -> None:
+        """opsd saves and ends; a second time it ends at once."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        else:
+            # DeepSpeed's launcher ends without a word to its ranks.
+            self.strike(signal.SIGTERM)
+            self.told_leftovers = True
+
+    def strike(self, number: int) -> None:
+        """Send a signal to whatever the cell's first process has left."""
+        for process in self.leftovers():
+            process.send_signal(number)
+
+    def leftovers(self) -> list[psutil.Process]:
+        """The processes of the session that have not ended, but for the first one."""
+        return [other for other in psutil.process_iter() if other.pid != self.process.pid and self._has(other)]
+
+    def _has(self, other: psutil.Process) -> bool:
+        try:
+            return os.getsid(other.pid) == self.process.pid and other.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, PermissionError, psutil.Error):
+            return False
+
+
+class Wish:
+    """Whether a signal asked to stop, and how often; 0 for not."""
+
+    def __init__(self) -> None:
+        self.number, self.times, self._last_s = 0, 0, 0.0
+        for number in STOPS:
+            # nohup has it ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if not self.times or now - self._last_s >= REPEAT_S:
+            self.times += 1
+        self.number, self._last_s = self.number or number, now
+
+
+class Failed(Exception):
+    """A cell has failed. code: what the recipe ends with; text: what to say."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Lanes:
+    """Runs cells, at most so many at a time, in their order."""
+
+    def __init__(self, cells: list[Cell], lanes: int, board: Board, wish: Wish) -> None:
+        self._waiting, self._lanes = [cell for cell in cells if not cell.is_done], lanes
+        self._board, self._wish = board, wish
+        self.running: list[Life] = []
+
+    def run(self) -> None:
+        """All cells, to their ends or a signal.
+
+        Raises Failed for the first one that fails, UserError for one that another recipe runs.
+        """
+        while (self._waiting or self.running) and not self._wish.times:
+            while self._waiting and len(self.running) < self._lanes:
+                self.running.append(self._start(self._waiting.pop(0)))
+            time.sleep(POLL_S)
+            self._board.look()
+            for life in self.running:
+                self._check(life)
+            self.running = [life for life in self.running if life.process.returncode is None]
+
+    def stop(self) -> None:
+        """Have every cell that runs save and end, and wait for it. A second signal is passed on: ends them at once."""
+        for life in self.running:
+            life.ask_to_stop()
+        passed, ended_s = max(1, self._wish.times), time.monotonic()
+        while alive := [life for life in self.running if life.process.poll() is None or life.leftovers()]:
+            time.sleep(POLL_S)
+            self._board.look()
+            for life in alive:
+                if life.process.returncode is not None and not life.told_leftovers:
+                    life.ask_to_stop()
+                    ended_s = time.monotonic()
+            if any(life.process.returncode is None for life in alive):
+                ended_s = time.monotonic()
+            if self._wish.times > passed:
+                passed = self._wish.times
+                for life in alive:
+                    life.ask_to_stop()
+            elif time.monotonic() - ended_s > LEFTOVER_S:
+                for life in alive:
+                    life.strike(signal.SIGKILL)
+
+    def _start(self, cell: Cell) -> Life:
+        cell.run.parent.mkdir(parents=True, exist_ok=True)
+        if not cell.made.exists():
+            cell.made.write_text(cell.line + "\n")
+        lock = cell.made.open("rb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{cell.run} is being run by another recipe, or by what a killed one has left") from None
+        command = cell.next_command
+        self._board.begin(cell)
+        with cell.log.open("ab") as log:
+            log_start = log.tell()
+            # The lock lasts as long as the cell, should this process be killed.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
+            )
+        return Life(cell, process, lock, log_start)
+
+    def _check(self, life: Life) -> None:
+        """Raises Failed where a cell has ended and its run has not finished."""
+        code, cell = life.process.poll(), life.cell
+        if code is None:
+            return
+        if code == 0 and cell.is_done:
+            life.lock.close()
+            self._board.end(cell)
+            return
+        if code == 0:
+            # DeepSpeed's launcher exits with 0 where a part of it was killed.
+            what = f"{cell.run} has not finished, though what ran it exited with 0; the same command goes on with it"
+            raise Failed(2, what)
+        shown = "\n".join(last_lines(life))
+        how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+        raise Failed(code if code > 0 else 128 - code, f"{cell.name} failed ({how}; all it said: {cell.log})\n{shown}")
+
+
+def last_lines(life: Life) -> list[str]:
+    """The end of what a cell said since this start: opsd's own line of what was wrong, or several if there is none."""
+    said = life.cell.log.read_bytes()[life.log_start :].decode(errors="replace")
+    lines = [line for line in said.splitlines() if line.strip()]
+    return lines[-1:] if lines and lines[-1].startswith("opsd: ") else lines[-SHOWN_LINES:]
+
+
+def check(cells: list[Cell]) -> None:
+    """Raises UserError where a run folder was made by another command."""
+    for cell in cells:
+        if cell.made.exists() and cell.made.read_text().rstrip("\n") != cell.line:
+            raise UserError(
+                f"{cell.run} was made by another command ({cell.made}); set RUNS to another folder, or remove both"
+            )
+
+
+def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
+    """Every cell that is not done, then the exit code. What was wrong is on stderr."""
+    wish = Wish()
+    code, message = 0, ""
+    with ExitStack() as stack:
+        board = stack.enter_context(Board(title, cells, lanes, Console()))
+        for cell in cells:
+            if cell.is_done:
+                board.say(f"{cell.label} {cell.name}: finished already")
+        work = Lanes(cells, lanes, board, wish)
+        try:
+            work.run()
+        except Failed as failed:
+            code, message = failed.code, str(failed)
+        except UserError as error:
+            code, message = 2, str(error)
+        if code or wish.times:
+            others = [life for life in work.running if life.process.poll() is None]
+            if others:
+                board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving what is trained")
+            work.stop()
+            for life in others:
+                board.say(f"{life.cell.name}: {'; '.join(last_lines(life)[-1:])}")
+    if code:
+        print(f"{recipe}: {message}", file=sys.stderr)
+    elif wish.times:
+        code = 128 + wish.number
+        name = signal.Signals(wish.number).name
+        print(f"{recipe}: stopped by {name}; the same command goes on", file=sys.stderr)
+    return code
+
+
+def main(title: str, recipe: str, lanes: int | None = None) -> int:
+    """Run the cells that stand on standard input, each word ended by NUL (lanes/cell.py).
+
+    Args:
+        title: What the display calls the table.
+        recipe: Who messages are from.
+        lanes: How many cells run at a time; None: as many as there are cores for this process.
+    """
+    cells = read_cells(sys.stdin.read())
+    try:
+        check(cells)
+    except UserError as error:
+        print(f"{recipe}: {error}", file=sys.stderr)
+        return 2
+    return run(cells, title, min(lanes or cores(), len(cells)), recipe)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
