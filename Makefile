@@ -10,9 +10,11 @@ RUNS ?= runs/$(TABLE)
 FROM ?= runs
 comma := ,
 NEEDS := $(if $(DRY_RUN),,setup)
-# A file of tests stays with one worker: its tests share what is slow to start. One thread each; idle OpenMP threads
-# that spin would slow the other worker down.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
+# A file of tests stays with one worker: its tests share what is slow to start; files that take long come first. One
+# thread each; idle OpenMP threads that spin would slow the other worker down. Tests start many processes: what these
+# import is to be compiled once.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: help setup demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
 	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench clean
