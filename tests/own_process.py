@@ -76,7 +76,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Show the reports of a test that has run in a process of its own."""
     if REPORTS in os.environ or item.config.option.usepdb or item.get_closest_marker(MARKER) is None:
         return None
@@ -87,6 +87,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in found.pop(item.nodeid):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What the test before this one left set up for this one's folder must not meet the next one's.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

@@ -69,7 +69,9 @@ def test_both():
 def run(folder: Path, *options: str, **files: str) -> str:
     """What pytest says of a folder with these files, under this suite's machinery and markers."""
     for name, text in files.items():
-        (folder / f"test_{name}.py").write_text(text)
+        file = folder / name.replace("__", "/test_") if "__" in name else folder / f"test_{name}"
+        file.parent.mkdir(exist_ok=True)
+        file.with_suffix(".py").write_text(text)
     (folder / "conftest.py").write_text('pytest_plugins = ["own_process", "not_run"]\n')
     markers = "\n".join(
         [
@@ -112,6 +114,13 @@ def properties(report: Path, test: str) -> dict[str, str]:
     cases = ElementTree.parse(report).iter("testcase")
     (case,) = (case for case in cases if case.get("name") == f"test_{test}")
     return {found.get("name", ""): found.get("value", "") for found in case.iter("property")}
+
+
+@pytest.mark.e2e
+def test_tests_before_and_after_it_are_set_up_and_torn_down_as_ever(tmp_path):
+    mixed = "import pytest\ndef test_before(): pass\n@pytest.mark.own_process\ndef test_own(): pass\n"
+    said = run(tmp_path, one__mixed=mixed, two__plain="def test_after(): pass\n")
+    assert said.splitlines()[-1].startswith("3 passed in "), said
 
 
 @pytest.mark.e2e
