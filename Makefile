@@ -11,9 +11,11 @@ FROM ?= runs
 comma := ,
 # What a recipe needs: nothing to print its commands, little at pocket scale.
 NEEDS := $(if $(DRY_RUN),,$(if $(filter pocket,$(SCALE)),setup-demo,setup))
-# A file of tests stays with one worker: its tests share what is slow to start. One thread each; idle OpenMP threads
-# that spin would slow the other worker down.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile
+# A file of tests stays with one worker: its tests share what is slow to start; files that take long come first. One
+# thread each; idle OpenMP threads that spin would slow the other worker down. Tests start many processes: what these
+# import is to be compiled once.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: help setup setup-demo demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
 	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench clean

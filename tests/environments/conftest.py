@@ -39,7 +39,7 @@ def queries():
         return QUERIES
     if root := os.environ.get("DEEPPLANNING_ROOT"):
         return travel_folder(Path(root)) / "data"
-    pytest.skip(f"the public queries are not at {QUERIES}, and DEEPPLANNING_ROOT is not set")
+    pytest.skip("needs the DeepPlanning benchmark: set DEEPPLANNING_ROOT to a copy of it")
 
 
 @pytest.fixture(scope="session")
@@ -47,5 +47,5 @@ def official():
     """The benchmark's own code."""
     root = os.environ.get("DEEPPLANNING_ROOT")
     if not root:
-        pytest.skip("DEEPPLANNING_ROOT is not set: no copy of the DeepPlanning benchmark to compare with")
+        pytest.skip("needs the DeepPlanning benchmark: set DEEPPLANNING_ROOT to a copy of it")
     return Official(Path(root))

@@ -154,8 +154,8 @@ def test_time_is_bounded_on_hostile_text():
         "¥" * 190_000,
         "<plan>Day 1:\n" + "1" * 190_000 + "</plan>",
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     for text in hostile:
         TravelEnv().score(text, TASK)
     # Linear work on a million characters; quadratic work would take minutes.
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 10.0

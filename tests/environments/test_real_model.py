@@ -1,4 +1,9 @@
-"""Episodes of a real model with its own chat template: it need not plan well, the loop must hold."""
+"""Episodes of a real model with its own chat template: it need not plan well, the loop must hold.
+
+Every third of its layers is enough for that: its prompts of 2,000 tokens are what takes time.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +13,13 @@ from opsd.config import EngineConfig, OptimConfig, RolloutConfig
 from opsd.engine import TorchEngine
 from opsd.environments.travel import TravelEnv, generate_tasks
 from opsd.environments.travel.talk import Talk
+from opsd.ranks import leave
 from opsd.rollout import HFRollout, Rollout, Sampling
 from opsd.rollout.agent import AgentRollout
 from opsd.student import load_scorer
+from smollm2 import thin
+
+pytestmark = pytest.mark.own_process
 
 CALL = '<tool_call>\n{"name": "search_location", "arguments": {"place_name": "Nowhere"}}\n</tool_call><|im_end|>'
 
@@ -68,20 +77,39 @@ def test_the_opening_names_tools_and_task_in_the_models_template(talk, tokenizer
     assert '"name": "query_train_info"' in text and task.query in text
 
 
-@pytest.mark.e2e
-def test_transformers_plays_episodes(smollm2, talk, tokenizer):
+@pytest.fixture(scope="module")
+def folder(smollm2, tokenizer, tmp_path_factory) -> Path:
+    """The model with every third layer."""
     model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
-    play(HFRollout(model, tokenizer, 2), talk, tokenizer)
+    thin(model, 3)
+    folder = tmp_path_factory.mktemp("thin")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def played(folder, talk, tokenizer) -> list[list[int]]:
+    """What transformers writes."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return play(HFRollout(model, tokenizer, 2), talk, tokenizer)
+
+
+@pytest.mark.e2e
+def test_transformers_plays_episodes(played):
+    assert len(played) == 2
 
 
 @pytest.mark.e2e
 @pytest.mark.vllm
-def test_vllm_plays_the_same_episodes(smollm2, talk, tokenizer):
+def test_vllm_plays_the_same_episodes(folder, played, talk, tokenizer):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     from opsd.rollout.vllm import VLLMRollout
 
-    student = load_scorer(str(smollm2.folder), "--student", torch.float32, torch.device("cpu"))
+    student = load_scorer(str(folder), "--student", torch.float32, torch.device("cpu"))
     engine = TorchEngine(student, EngineConfig(), OptimConfig(lr=1e-3), torch.device("cpu"))
     settings = RolloutConfig(engine="vllm", generate_batch=8)
-    vllm = VLLMRollout(str(smollm2.folder), tokenizer, engine, settings, EngineConfig(), 2600)
-    assert play(vllm, talk, tokenizer) == play(HFRollout(student.model, tokenizer, 2), talk, tokenizer)
+    vllm = VLLMRollout(str(folder), tokenizer, engine, settings, EngineConfig(), 2600)
+    ours = play(vllm, talk, tokenizer)
+    leave()
+    assert ours == played

@@ -39,8 +39,10 @@ STAGES = {
     "checkpoint": (opsd.checkpoint, "save"),
     "evaluation": (opsd.evaluate.Evaluator, "run"),
 }
-LONGEST_S = 240.0
+LONGEST_S = 600.0
 _told: list[int] = []
+# In a run that strikes itself: the stage, how often it is still to begin, the signal.
+_strike: list[Any] = []
 _stages: list[str] = ["between"]
 
 
@@ -48,6 +50,10 @@ def tell() -> None:
     """Send the innermost stage to the process that watches; a call of no matter where else."""
     if _told:
         os.write(_told[0], f"{_stages[-1]}\n".encode())
+    if _strike and _stages[-1] == _strike[0]:
+        _strike[1] -= 1
+        if not _strike[1]:
+            os.kill(os.getpid(), _strike[2])
 
 
 def watch(name: str, owner: Any, function: str) -> None:
@@ -106,8 +112,8 @@ class Life:
         return [codes[pid] for pid in self.pids]
 
 
-def begin(args: list[str], ranks: int, name: Path) -> Life:
-    """Fork the processes of `opsd ARGS`."""
+def begin(args: list[str], ranks: int, name: Path, strike: tuple[Any, ...] = ()) -> Life:
+    """Fork the processes of `opsd ARGS`. strike: the stage in which each strikes itself, which time, the signal."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -117,6 +123,7 @@ def begin(args: list[str], ranks: int, name: Path) -> Life:
         errors = name.with_suffix(f".{rank}.stderr")
         pid = os.fork()
         if not pid:
+            _strike.extend(strike)
             live(args, rank, ranks, port, write, errors)
         os.close(write)
         life.pids.append(pid)
@@ -155,20 +162,22 @@ def strike(flags: list[str], out: Path, ranks: int, moment: dict[str, Any], seen
     """One run, struck in `moment["stage"]`, at a place and after a time that are drawn; then resumed.
 
     seen: what this rank of an undisturbed run told, from which the place is drawn. moment["flags"]: more of this run's.
+    moment["itself"]: it strikes itself as the stage begins, so that no other process's turn decides how far it comes.
     """
     draw = random.Random(moment["seed"])
     entries = [place for place, (stage, _) in enumerate(seen[:-1]) if stage == moment["stage"]]
     place = draw.randrange(len(entries))
     lasts_s = seen[entries[place] + 1][1] - seen[entries[place]][1]
     wait_s = draw.random() * lasts_s
-    life = begin([*flags, *moment["flags"], "--out", str(out)], ranks, out)
-    stages = life.stages(moment["rank"])
-    reach(stages, moment["stage"], place + 1)
-    time.sleep(wait_s)
-    struck_s = time.monotonic()
+    itself = (moment["stage"], place + 1, moment["signal"]) if moment["itself"] else ()
+    life = begin([*flags, *moment["flags"], "--out", str(out)], ranks, out, itself)
     pid = life.pids[moment["rank"]]
-    os.kill(pid, moment["signal"])
-    codes = life.ends(90.0, frozen=pid if moment["signal"] == signal.SIGSTOP else None)
+    if not itself:
+        reach(life.stages(moment["rank"]), moment["stage"], place + 1)
+        time.sleep(wait_s)
+        os.kill(pid, moment["signal"])
+    struck_s = time.monotonic()
+    codes = life.ends(frozen=pid if moment["signal"] == signal.SIGSTOP else None)
     took_s = time.monotonic() - struck_s
     said = "".join(file.read_text() for file in life.errors)
     saved = sorted(path.name for path in (out / "checkpoints").glob("step_*"))

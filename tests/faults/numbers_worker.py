@@ -1,4 +1,4 @@
-"""Run by torchrun: steps that cannot be trained on, put between good ones, under every ZeRO stage.
+"""Two ranks: steps that cannot be trained on, put between good ones, under every ZeRO stage.
 
 For each engine: two good steps; and the same with an unusable step in front of each, the cause on the last rank alone.
 What came out is JSON: whether weights and optimiser state are equal to the bit, and what the ranks said.
@@ -16,8 +16,7 @@ import torch
 
 from opsd.config import EngineConfig
 from opsd.errors import StepUnusable
-from opsd.ranks import join, leave
-from opsd.signals import end
+from opsd.ranks import join
 
 HELPERS = runpy.run_path(str(Path(__file__).parents[1] / "scale" / "worker.py"))
 CAUSES = ("loss", "gradient", "teacher", "empty")
@@ -84,9 +83,7 @@ def main(out: Path) -> None:
         results[name] = {"said": said, "equal": all(torch.equal(ours[key], theirs[key]) for key in theirs)}
     if ranks.is_main:
         out.write_text(json.dumps(results))
-    leave()
-    end(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    HELPERS["on_ranks"](2, lambda: main(Path(sys.argv[1])))

@@ -56,7 +56,7 @@ def flags(**changed: object) -> list[str]:
 def opsd(*args: str | Path, through: Sequence[str] = (), **more: object) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own. through: a command that starts it."""
     command = [*through, sys.executable, "-m", "opsd", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **more)  # type: ignore[call-overload]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, **more)  # type: ignore[call-overload]
 
 
 def metrics_of(run: Path) -> list[dict]:

@@ -386,8 +386,12 @@ def test_bad_input_ends_in_one_line(args, said, place, monkeypatch, capfd):
 )
 @pytest.mark.parametrize(
     "args",
-    [command("train", ["--student", "config-list"]), command("eval", ["--suite", "s=deep.jsonl"]), WHOLE[3][1]],
-    ids=["model", "file", "run"],
+    [
+        pytest.param(command("train", ["--student", "config-list"]), id="model"),
+        # Another process's start each, for what the test above reads from the same command line.
+        pytest.param(command("eval", ["--suite", "s=deep.jsonl"]), id="file", marks=pytest.mark.slow),
+        pytest.param(WHOLE[3][1], id="run", marks=pytest.mark.slow),
+    ],
 )
 def test_the_installed_command_ends_in_one_line(args, place):
     done = subprocess.run([sys.executable, "-m", "opsd", *args], cwd=place, capture_output=True, text=True, check=False)

@@ -33,8 +33,9 @@ from opsd.rollout.calls import ChatTurns, read_calls
 from opsd.viewer.command import InspectConfig, inspect
 
 pytestmark = pytest.mark.e2e
-# Python is about ten times as fast; work that grows with the square of these texts takes more than a minute.
-SECONDS_OF_PROCESSOR = 1.0
+# A tenth of a second is enough, work that grows with the square of these texts takes more than a minute: room for a
+# processor that is slow or shared.
+SECONDS_OF_PROCESSOR = 10.0
 TASKS = [*generate_tasks(1, seed=5), *generate_tasks(1, seed=5, compact=False), *pocket_tasks(1, seed=5)]
 ENV = TravelEnv()
 SHORT = [piece for piece in (*CODE, *NUMBERS, *CHARACTERS) if len(piece) < 500]
@@ -289,7 +290,7 @@ FILLINGS = [
 @pytest.mark.e2e
 @pytest.mark.fault(
     "1,650 texts of 20,000 signs that make a regular expression look at every part of a text again and again",
-    "each reader takes time in proportion to the text: under a second of processor time",
+    "each reader takes time in proportion to the text",
 )
 def test_no_pattern_takes_the_square_of_a_text(monkeypatch, seen):
     monkeypatch.setattr(grading._WORKER, "equal", lambda *_, **__: False)

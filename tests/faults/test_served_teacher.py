@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ENVIRONMENT, POCKET, ROOT
-from served import WIDTH, Server
+from served import WIDTH, Server, hurry
 
 from opsd.batch import pack
 from opsd.config import TeacherConfig, from_json
@@ -53,7 +53,7 @@ def pair(monkeypatch):
 
 def teacher_of(*servers):
     urls = tuple(server.url for server in servers)
-    config = TeacherConfig(model="m", kind="vllm", urls=urls, timeout_s=0.5, retries=1)
+    config = TeacherConfig(model="m", kind="vllm", urls=urls, timeout_s=600, retries=1)
     teacher = VLLMTeacher(config, torch.zeros(50, WIDTH), torch.device("cpu"))
     teacher.connect()
     return teacher
@@ -66,6 +66,8 @@ BATCHES = pack([Rollout(0, Prompt("0", "", [3, 4], None), [5, 6, 7], True)], 16)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_next_replica_is_asked(pair, fault):
     teacher = teacher_of(*pair)
+    if fault == "it hangs":
+        hurry(teacher, pair[0].url)
     pair[0].fault, before = fault, pair[1].asked
     (hidden_NE,) = teacher.hidden(BATCHES)
     assert torch.equal(hidden_NE, torch.ones(3, WIDTH))
@@ -76,6 +78,8 @@ def test_the_next_replica_is_asked(pair, fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_without_another_the_run_stops(pair, fault):
     teacher = teacher_of(pair[0])
+    if fault == "it hangs":
+        hurry(teacher, pair[0].url)
     pair[0].fault = fault
     with pytest.raises(RunStopped, match=rf"^the teacher does not answer: 2 tries [^\n]*({FAULTS[fault]})[^\n]*$"):
         teacher.hidden(BATCHES)
@@ -186,7 +190,7 @@ def test_a_real_server_asks_for_its_key(smollm2, tmp_path):
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 900
         while status(port, "/health") != 200:
             assert server.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
             time.sleep(1)

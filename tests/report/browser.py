@@ -147,4 +147,4 @@ def browser(profile: Path) -> Iterator[Page]:
         yield Page(to_write[0], to_read[1])
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=300)

@@ -135,7 +135,7 @@ def test_the_papers_cells_and_numbers_are_those_of_the_data_file():
 def test_the_data_file_is_the_one_that_was_handed_over():
     source = ROOT.parent / "shared" / "paper" / "tables.csv"
     if not source.exists():
-        pytest.skip("the source of assets/paper/tables.csv is not beside this checkout")
+        pytest.skip("needs the source of assets/paper/tables.csv beside this checkout")
     assert PAPER.read_bytes() == source.read_bytes()
 
 

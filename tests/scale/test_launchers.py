@@ -135,7 +135,7 @@ def begin(command: list[str], variables: dict[str, str], log: Path) -> subproces
 
 def finish(command: list[str], variables: dict[str, str], log: Path) -> tuple[int, str]:
     """Exit code and what was said."""
-    return begin(command, variables, log).wait(timeout=300), log.read_text()
+    return begin(command, variables, log).wait(timeout=900), log.read_text()
 
 
 def assert_plain(folder: Path, run: Path) -> None:
@@ -219,7 +219,7 @@ def test_sigterm_to_a_recipe_and_its_launcher_saves_and_the_same_recipe_goes_on(
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     # Both launchers may be gone before the ranks are; the recipe waits for all.
-    assert process.wait(timeout=120) == 143
+    assert process.wait(timeout=600) == 143
     (run,) = (path.parent for path in (folder / "struck").glob("*/config.json"))
     assert (folder / "struck.log").read_text().splitlines()[-1].endswith("the same command goes on")
     log = run.with_name(f"{run.name}.log").read_text()

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from served import hurry
 from tolerance import close, transformer
 
 from opsd.batch import empty, pack
@@ -44,6 +45,7 @@ class StandIn:
 
     def __init__(self, width=WIDTH):
         self.asked, self.faults, self.keys, stand_in = [], [], [], self
+        self._over = threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
@@ -55,7 +57,7 @@ class StandIn:
                 stand_in.keys.append(self.headers["Authorization"])
                 fault = stand_in.faults.pop(0) if stand_in.faults else None
                 if fault == "late":
-                    time.sleep(1.0)
+                    stand_in._over.wait()
                 elif fault is not None:
                     return self.send_error(fault, "no such thing")
                 states = [
@@ -88,6 +90,7 @@ class StandIn:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self):
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -147,8 +150,10 @@ def test_many_sequences_go_in_several_requests(servers, monkeypatch):
 
 @pytest.mark.parametrize("fault", [500, 503, "late"])
 def test_a_failed_request_is_tried_again_on_the_next_replica(servers, fault):
-    teacher = connected(*servers, timeout_s=0.3)
+    teacher = connected(*servers, timeout_s=600.0)
     servers[0].faults = [fault]
+    if fault == "late":
+        hurry(teacher, servers[0].url)
     (micro,) = pack(rollouts(), 100)
     (hidden_NE,) = teacher.hidden([micro])
     assert hidden_NE[:, 0].tolist() == micro.input_ids_1L[0, micro.rows_N].tolist()
@@ -205,7 +210,7 @@ def served(smollm2):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 900
     while True:
         assert server.poll() is None, "the server ended"
         try:

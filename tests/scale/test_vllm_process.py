@@ -3,7 +3,6 @@
 import os
 import runpy
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ def engine(models):
 def vllm(models, engine):
     from opsd.rollout.process import VLLMProcessRollout
 
-    settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=120)
+    settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=600)
     tokenizer = load_tokenizer(str(models / "student"), "--student")
     return VLLMProcessRollout(str(models / "student"), tokenizer, engine, settings, EngineConfig(), 96)
 
@@ -89,7 +88,6 @@ def test_a_signal_to_end_is_the_trainers_affair(models, engine, vllm):
     # Launchers send SIGTERM to every process of a run: the trainer finishes the part of its step first.
     before = ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0))
     vllm._samplers[0]._process.terminate()
-    time.sleep(0.2)
     assert ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0)) == before
 
 

@@ -1,6 +1,8 @@
 """vLLM as the sampler: it says what transformers says, takes new weights, and is caught where it does not."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from opsd.errors import RunStopped
 from opsd.evalcommand import EvalCommand, evaluate
 from opsd.lora import add_adapters, trained
 from opsd.prompts import Prompt
+from opsd.ranks import leave
 from opsd.rollout import HFRollout, Sampling
 from opsd.student import load_scorer, load_tokenizer
 from opsd.train import start
 
-pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.own_process]
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
@@ -37,7 +40,8 @@ def vllm(smollm2, tokenizer, engine):
     from opsd.rollout.vllm import VLLMRollout
 
     settings = RolloutConfig(engine="vllm", generate_batch=8)
-    return VLLMRollout(str(smollm2.folder), tokenizer, engine, settings, EngineConfig(), 96)
+    yield VLLMRollout(str(smollm2.folder), tokenizer, engine, settings, EngineConfig(), 96)
+    leave()  # ends the engine: its cache alone is a GiB
 
 
 @pytest.fixture(scope="module")
@@ -135,29 +139,32 @@ def test_every_stop_token_ends_an_answer_with_itself_and_the_limit_is_flagged(en
 
 
 @pytest.fixture(scope="module", params=["all weights", "adapters"])
-def run(request, smollm2, questions, tmp_path_factory):
-    """Three steps of SmolLM2 towards itself after a disturbance, rollouts by vLLM, on the command line's defaults."""
+def run(request, tmp_path_factory):
+    """Three steps of a small random model towards another one, rollouts by vLLM, on the command line's defaults."""
     folder = tmp_path_factory.mktemp("vllm")
-    student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
-    disturb(TorchEngine(student, EngineConfig(), OptimConfig(), CPU), 3)
-    student.model.save_pretrained(folder / "student")
-    load_tokenizer(str(smollm2.folder), "--student").save_pretrained(folder / "student")
+    worker = runpy.run_path(str(Path(__file__).with_name("vllm_worker.py")))
+    for name, seed in (("student", 0), ("teacher", 1)):
+        worker["model"](seed).save_pretrained(folder / name)
+        worker["HELPERS"]["tokenizer"]().save_pretrained(folder / name)
+    (folder / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+2="}) + "\n" for a in range(4)))
     values = {
         "student": str(folder / "student"),
-        "teacher": {"model": str(smollm2.folder)},
-        "prompts": str(questions),
+        "teacher": {"model": str(folder / "teacher")},
+        "prompts": str(folder / "sums.jsonl"),
         "out": str(folder / "run"),
         "steps": 3,
         "prompts_per_step": 2,
+        "prompt_format": "raw",
         "rollout": {"engine": "vllm", "samples_per_prompt": 2, "max_prompt_tokens": 48, "max_new_tokens": 8},
         "select": {"by": "soft_or", "normalise_over": "batch"},
-        "optim": {"lr": 1e-4},
+        "optim": {"lr": 1e-2},
         "lora": {"rank": 8} if request.param == "adapters" else {},
         "engine": {"device": "cpu", "micro_batch_tokens": 256},
         "telemetry": {"every": 0, "save_rollouts_every": 1},
         "track": {"progress": False},
     }
     start(from_json(values))
+    leave()
     return folder / "run"
 
 
@@ -171,14 +178,20 @@ def test_three_steps_with_vllm_rollouts(run):
     assert (run / "checkpoints/step_3/adapter/adapter_model.safetensors").exists() == adapted
 
 
-def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run, tokenizer, prompts):
+def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run):
     from opsd.rollout.vllm import VLLMRollout
 
     path = str(run / "checkpoints" / "step_3")
+    tokenizer = load_tokenizer(path, "--student")
+    prompts = [Prompt(str(place), "", [5 + place, 6, 7], None) for place in range(3)]
     engine = TorchEngine(load_scorer(path, "--student", torch.float32, CPU), EngineConfig(), OptimConfig(), CPU)
     vllm = VLLMRollout(path, tokenizer, engine, RolloutConfig(engine="vllm"), EngineConfig(), 96)
     ours = vllm.generate(prompts, 1, GREEDY, seed=0)
+    leave()
     assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 1, GREEDY, seed=0))
+    untrained = load_scorer(str(run.parent / "student"), "--student", torch.float32, CPU)
+    before = HFRollout(untrained.model, tokenizer, 8).generate(prompts, 1, GREEDY, seed=0)
+    assert ids_of(ours) != ids_of(before)  # the steps did change what is said
 
 
 def test_an_evaluation_by_vllm_is_transformers_evaluation(smollm2, questions, tmp_path):

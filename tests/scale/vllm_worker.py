@@ -1,8 +1,10 @@
-"""Run by torchrun: ZeRO-3 training and vLLM samplers. Arguments: folder, ranks to a sampler (0: own processes), run.
+"""Two ranks: ZeRO-3 training and vLLM samplers: one over both, one on each, in processes of their own.
 
-run: "run", or "lora", which trains adapters and samples greedily: then transformers would write the same.
+Arguments: folder, run. run: "run", or "lora", which trains adapters and samples greedily: then transformers would write
+the same.
 """
 
+import functools
 import json
 import runpy
 import sys
@@ -13,12 +15,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from opsd.config import from_json
 from opsd.errors import RunStopped
-from opsd.ranks import join, leave
+from opsd.ranks import join
 from opsd.rollout import vllm as rollout_vllm
-from opsd.signals import end
 from opsd.train import start
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("worker.py")))
+CPU = torch.device("cpu")
 
 
 def model(seed: int):
@@ -42,13 +44,20 @@ def model(seed: int):
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
 
-def main(out: Path, width: int, run: str) -> None:
-    ranks = join(torch.device("cpu"))
-    if ranks.is_main:
-        for name, seed in (("student", 0), ("teacher", 1)):
-            model(seed).save_pretrained(out / name)
-            HELPERS["tokenizer"]().save_pretrained(out / name)
-    ranks.gather(None)
+def main(out: Path, run: str) -> None:
+    for name, seed in (("student", 0), ("teacher", 1)):
+        model(seed).save_pretrained(out / name)
+        HELPERS["tokenizer"]().save_pretrained(out / name)
+    _ = rollout_vllm._import_vllm(CPU).LLM  # so that no rank has to
+    for width in (2, 1, 0):
+        HELPERS["on_ranks"](2, functools.partial(train, out, width, run))
+        shared = sorted(path.name for path in Path("/dev/shm").glob("*cpushm*"))
+        (out / f"shared {run}{width}.json").write_text(json.dumps(shared))
+
+
+def train(out: Path, width: int, run: str) -> None:
+    """A run whose samplers have so many ranks each (0: processes of their own); what stopped it is noted."""
+    ranks = join(CPU)
     values = json.loads((out / "settings.json").read_text())
     if width:
         values["rollout"]["tensor_parallel"] = width
@@ -56,9 +65,9 @@ def main(out: Path, width: int, run: str) -> None:
         values["rollout"] |= {"engine": "vllm_process", "samplers": 2}
     if run == "lora":
         values |= {"lora": {"rank": 4}, "rollout": {**values["rollout"], "temperature": 0.0}}
+    said = None
     if width == 1:
         rollout_vllm.VLLMRollout._load_weights = miss_the_third(rollout_vllm.VLLMRollout._load_weights)
-    said = None
     try:
         start(from_json({**values, "out": str(out / f"{run}{width}")}))
     except RunStopped as stop:
@@ -66,8 +75,6 @@ def main(out: Path, width: int, run: str) -> None:
     said = ranks.gather(said)
     if ranks.is_main:
         (out / f"said {run}{width}.json").write_text(json.dumps(said))
-    leave()
-    end(0)
 
 
 def miss_the_third(load):
@@ -85,4 +92,4 @@ def miss_the_third(load):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,16 +1,24 @@
-"""Run by torchrun, once for all tests on so many ranks; what came out is JSON, safetensors and run folders.
+"""Two ranks, once for all tests of them; what came out is JSON, safetensors and run folders.
 
-A case trains a tiny random student for five steps on rollouts fixed by hand, with an engine of its own. Then whole runs
-of the trainer, from settings that the tests wrote.
+The ranks are forks of this process, in which everything is imported already, and meet as a launcher's would.
+
+A case trains a tiny random student for three steps on rollouts fixed by hand, with an engine of its own. Then whole
+runs of the trainer, from settings that the tests wrote.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
+import os
 import shutil
+import signal
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,13 +33,12 @@ from opsd.batch import empty, pack, share
 from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
 from opsd.distill import DistillResult
 from opsd.engine import TorchEngine, learning_rate
-from opsd.engine.sharded import DeepSpeedEngine
+from opsd.engine.sharded import DeepSpeedEngine, import_deepspeed
 from opsd.hooks import load_selector
 from opsd.lora import add_adapters
 from opsd.prompts import Prompt
 from opsd.ranks import join, leave
 from opsd.rollout import Rollout
-from opsd.signals import end
 from opsd.student import Scorer
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
@@ -39,7 +46,7 @@ from opsd.update import Updater
 
 NOTHING: tuple = (None, None)
 CPU = torch.device("cpu")
-STEPS, VOCABULARY = 5, 49
+STEPS, VOCABULARY = 3, 49
 # Clipping is active in every step (norms are around 1), decay and warm-up are on.
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.25)
 # Without Adam's scaling the clipped gradient of norm 0.25 wants a larger rate.
@@ -71,22 +78,24 @@ EVEN: tuple = ()
 UNEVEN = (((1,), (0, 2), (4, 6)), ((5,),))
 EMPTY = (((1, 2), (0, 4, 5, 6)), ((3,),))
 LAYOUTS = {"even": EVEN, "uneven": UNEVEN, "empty": EMPTY}
-# Under stage z a selector's layout runs with checkpointing and head number (entry + z) mod 4 of these. So every stage
-# has every pair of selector, layout, checkpointing and head, and over the four stages each combination comes once.
+# Under stage z selector number i has layout (2i + z) mod 3, and of these ways of checkpointing and head (i + z) mod 4.
+# So every two of stage, selector, layout, checkpointing and head meet.
 WAYS = [(False, True), (True, True), (False, False), (True, False)]
-GRID = {"all": (0, 1, 3), "entropy": (3, 0, 1), "soft_or": (2, 3, 0)}
+SELECTORS = ("all", "entropy", "soft_or")
 BATCH = {"normalise_over": "batch"}
 
 
 def grid(stage: int) -> list[Case]:
-    """Every selector in every layout."""
+    """Every selector under a stage; under stage 3, whose ranks meet at every weight, Soft-OR in every layout."""
     found = []
-    for by, entries in GRID.items():
-        for (layout, hand), entry in zip(LAYOUTS.items(), entries, strict=True):
-            checkpointing, tied = WAYS[(entry + stage) % 4]
+    for number, by in enumerate(SELECTORS):
+        first = 2 * number + stage
+        for place in range(first, first + (3 if (stage, by) == (3, "soft_or") else 1)):
+            layout = list(LAYOUTS)[place % 3]
+            checkpointing, tied = WAYS[(number + stage + place - first) % 4]
             engine = EngineConfig(kind="deepspeed", zero_stage=stage, gradient_checkpointing=checkpointing)
             name = f"zero{stage}/{by}-{head(tied)}/{layout}{', checkpointed' * checkpointing}"
-            found.append(Case(name, engine, by, tied=tied, hand=hand, options=options(by)))
+            found.append(Case(name, engine, by, tied=tied, hand=LAYOUTS[layout], options=options(by)))
     return found
 
 
@@ -104,7 +113,9 @@ def cases() -> list[Case]:
     A name's middle part, or the whole, is that of the plain case to compare with.
     """
     found = [
-        Case(f"{by}-{head(tied)}", None, by, tied=tied, options=options(by)) for by in GRID for tied in (True, False)
+        Case(f"{by}-{head(tied)}", None, by, tied=tied, options=options(by))
+        for by in SELECTORS
+        for tied in (True, False)
     ]
     found += [
         Case("sgd-tied", None, optim=SGD),
@@ -281,17 +292,17 @@ def keep(out: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def carry_over(ranks) -> dict[str, dict]:
-    """Three steps under one stage, the last two under another one, which is given weights and optimiser state."""
+    """Two steps under one stage, the last one under another, which is given weights and optimiser state."""
     results = {}
     for source, target in ((3, 1), (1, 0), (0, 2), (2, 3)):
         first, second = (Case("", EngineConfig(kind="deepspeed", zero_stage=stage)) for stage in (source, target))
         one = build(first, ranks)
-        train(first, ranks, one, 1, 3)
+        train(first, ranks, one, 1, STEPS - 1)
         held, (moments, values) = weights(one[0]), one[0].optimizer_state()
         held, moments = ranks.broadcast([{k: v.detach() for k, v in held.items()}, moments])
         two = build(second, ranks, held)
         two[0].load_optimizer_state(moments, values)
-        results[f"{source} to {target}"] = train(second, ranks, two, 4, 5)
+        results[f"{source} to {target}"] = train(second, ranks, two, STEPS, STEPS)
     return results
 
 
@@ -375,6 +386,44 @@ def whole_runs(ranks, settings: Path) -> None:
         resume(Path(config(f"{kind} resumed").out))
 
 
+def on_ranks(count: int, act: Callable[[], None]) -> None:
+    """`act` on so many ranks; exits with 1 where one fails, which ends the others."""
+    import_deepspeed(CPU)
+    # DeepSpeed collects garbage as it builds an engine: among what was imported, which stays, it need not look.
+    gc.freeze()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    running = set()
+    for rank in range(count):
+        if not (pid := os.fork()):
+            be_rank({**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}, act)
+        running.add(pid)
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        if status:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
+def be_rank(place: dict[str, str], act: Callable[[], None]) -> None:
+    """Never returns: the fork ends with what it did."""
+    code = 1
+    try:
+        os.environ |= place
+        act()
+        leave()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def main(out: Path) -> None:
     # So that the few tokens here come in several groups of lengths.
     batch.PADDING_TOKENS = 4
@@ -391,10 +440,9 @@ def main(out: Path) -> None:
     extra = {"carried over": carry_over(ranks), "not finite": not_finite(ranks), "discarded": discarded(ranks)}
     if ranks.is_main:
         (out / "results.json").write_text(json.dumps({"cases": results, **extra}))
+    gc.freeze()
     whole_runs(ranks, out / "settings.json")
-    leave()
-    end(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_ranks(2, lambda: main(Path(sys.argv[1])))

@@ -41,7 +41,7 @@ def stand_in() -> types.SimpleNamespace:
 
 def checkout() -> types.ModuleType:
     if not BASE_REPO:
-        pytest.skip("BASE_REPO names no checkout of HJSang/OPSD_OnPolicyDistillation")
+        pytest.skip("needs the base repository: set BASE_REPO to a checkout of HJSang/OPSD_OnPolicyDistillation")
     spec = importlib.util.spec_from_file_location("base_losses", Path(BASE_REPO) / "src" / "opd" / "losses.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
