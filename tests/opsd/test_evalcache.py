@@ -177,7 +177,11 @@ def in_json(name: str, **values):
     return change
 
 
-@pytest.mark.parametrize("change", [one_weight, in_json("config.json", rms_norm_eps=1e-5), None], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [one_weight, in_json("config.json", rms_norm_eps=1e-5), None],
+    ids=["a weight", "config.json", "generation_config.json"],
+)
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_another_model_is_another_key_of_its_own_evaluation(settings, tmp_path, who, change):
     change = change or in_json("generation_config.json", eos_token_id=[1, 2])
