@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerance import close
+from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
 
-from opsd import checkpoint
+from opsd import batch, checkpoint, student
 from opsd.config import from_json, to_json
 from opsd.errors import RunStopped, UserError
 from opsd.evaluate import Evaluator
@@ -204,6 +204,42 @@ def test_what_was_written_past_the_checkpoint_is_cut_off_not_doubled(finished, s
     monkeypatch.setattr(checkpoint, "save", whole)
     resume(run)
     assert_same_run(run, finished)
+
+
+def test_a_run_in_groups_of_lengths_resumes_to_the_same_numbers_and_matches_one_packed_run(
+    settings, tmp_path, monkeypatch
+):
+    # Answers of 1 to 24 tokens, and hardly any padding allowed: a micro-batch is several calls of the model.
+    monkeypatch.setattr(batch, "PADDING_TOKENS", 2)
+    monkeypatch.setattr(batch, "PADDING_SHARE", 0.0)
+    groups, whole = [], student.padded_rows
+    monkeypatch.setattr(student, "padded_rows", lambda micro: groups.append(rows := whole(micro)) or rows)
+    options = {"rollout__max_new_tokens": 24, "engine__micro_batch_tokens": 500, "checkpoint__every": 2}
+    start(settings(tmp_path / "whole", **options))
+    assert max(len(rows.groups) for rows in groups) > 2
+
+    save = checkpoint.save
+
+    def stop(folder, model, tokenizer, state, *rest):
+        if state.step == 4:
+            raise KeyboardInterrupt
+        return save(folder, model, tokenizer, state, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings(tmp_path / "broken", **options))
+    monkeypatch.setattr(checkpoint, "save", save)
+    resume(tmp_path / "broken")
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+    monkeypatch.setattr(student, "_has_varlen_attention", lambda model: True)
+    calls = len(groups)
+    start(settings(tmp_path / "packed", **options))
+    assert len(groups) == calls
+    # The first step, before rounding has moved a weight.
+    ours, theirs = (metrics_of(tmp_path / name)[1] for name in ("packed", "whole"))
+    for name in ("loss/nats", "optim/grad_norm"):
+        close(ours[name], theirs[name], *transformer(2, 16, backward=1))
 
 
 def test_a_run_that_ended_in_an_evaluation_repeats_the_evaluation_alone(finished, settings, tmp_path, monkeypatch):
