@@ -30,10 +30,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.floor import floor, measure, shape_of
 from opsd.errors import UserError
+from opsd.student import load_model, load_tokenizer
 from smollm2 import load, thin
 
 Method = Literal["trl", "opsd-hf", "opsd-vllm"]
@@ -133,14 +133,14 @@ def prepare(options: Options) -> dict[str, Any]:
     """Models without an end token, prompts, and all that the trainers are told."""
     folders = {name: options.out / "models" / name for name in ("student", "teacher")}
     for every, (name, folder) in zip((2, 1), folders.items(), strict=True):
-        make_folder(folder, getattr(options, name), every)
+        make_folder(folder, getattr(options, name), every, f"--{name}")
     texts = [
         PROMPT.format(number=n + 2, other=7 * n + 11, more=" Think before you write." * (n % 3))
         for n in range(options.prompts)
     ]
     file = options.out / "work" / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    lengths = [len(ids) for ids in AutoTokenizer.from_pretrained(folders["student"])(texts)["input_ids"]]
+    lengths = [len(ids) for ids in load_tokenizer(folders["student"], "--student")(texts)["input_ids"]]
     return {
         "student": str(folders["student"].resolve()),
         "teacher": str(folders["teacher"].resolve()),
@@ -154,11 +154,11 @@ def prepare(options: Options) -> dict[str, Any]:
     }
 
 
-def make_folder(folder: Path, given: str, every: int) -> None:
+def make_folder(folder: Path, given: str, every: int, flag: str) -> None:
     """A copy of the model folder `given` (empty: SmolLM2, each `every`-th layer), whose answers have no end."""
     if given:
-        model: Any = AutoModelForCausalLM.from_pretrained(given, dtype=torch.float32)
-        tokenizer: Any = AutoTokenizer.from_pretrained(given)
+        model: Any = load_model(given, flag, torch.float32, torch.device("cpu"))
+        tokenizer: Any = load_tokenizer(given, flag)
     else:
         model, tokenizer = load()
         thin(model, every)
@@ -196,7 +196,7 @@ def first_answers(options: Options, settings: dict[str, Any]) -> list[list[int]]
     if not file.exists():
         return None
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(settings["student"])
+    tokenizer = load_tokenizer(settings["student"], "--student")
     answers = {tuple(row["prompt_ids"]): row["response_ids"] for row in rows}
     return [answers[tuple(ids)] for ids in tokenizer(settings["prompts"])["input_ids"]]
 

@@ -33,7 +33,7 @@ class Rates:
 def shape_of(folder: str) -> Shape:
     """From a model folder's config."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     vocab, width = model.get_output_embeddings().weight.shape
     head = model.get_output_embeddings()
     linear = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear) and m is not head]

@@ -143,7 +143,8 @@ def hook(event, args):
         event == "open" and isinstance(args[0], str) and ("passwd" in args[0] or set(str(args[1])) & set("wax+"))
     ):
         print("did", event, args, file=sys.stderr, flush=True)
-    if event == "compile" and args[0] is not None:
+    # What is compiled of a file is a module that is imported for the first time.
+    if event == "compile" and args[0] is not None and not str(args[1]).endswith(".py"):
         print("compile", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(hook)
 runpy.run_path(sys.argv[1], run_name="__main__")

@@ -29,7 +29,7 @@ from opsd.errors import RunStopped
 from opsd.evaluate import Evaluator
 from opsd.hooks import load_selector
 from opsd.memory import is_out_of_memory
-from opsd.rollout import HFRollout
+from opsd.rollout import decode
 from opsd.student import Scorer
 from opsd.teacher import LocalTeacher
 from opsd.train import start
@@ -198,7 +198,7 @@ def values(tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     ("owner", "name", "call", "part", "flag"),
     [
-        (HFRollout, "_generate_batch", 3, "rollout", "--rollout.generate_batch"),
+        (decode, "_decode_batch", 3, "rollout", "--rollout.generate_batch"),
         (LocalTeacher, "hidden", 2, "teacher", "--teacher.offload True"),
         (Scorer, "hidden", 4, "student's forward and backward", "--engine.gradient_checkpointing True"),
         (TorchEngine, "backward", 2, "student's forward and backward", "--engine.micro_batch_tokens"),
