@@ -140,7 +140,7 @@ def prepare(options: Options) -> dict[str, Any]:
     ]
     file = options.out / "work" / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    lengths = [len(ids) for ids in load_tokenizer(folders["student"], "--student")(texts)["input_ids"]]
+    lengths = [len(ids) for ids in load_tokenizer(str(folders["student"]), "--student")(texts)["input_ids"]]
     return {
         "student": str(folders["student"].resolve()),
         "teacher": str(folders["teacher"].resolve()),
