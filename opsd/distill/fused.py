@@ -161,7 +161,7 @@ class _Run:
         teacher_CV = work.teacher_CV
         if not held.has_teacher:
             hidden_KE = inputs.teacher_NE if self.kept_K is None else inputs.teacher_NE[self.kept_K]
-            teacher_CV = work.student_CV.new_empty(rows, inputs.vocab_size)
+            teacher_CV = work.student_CV.new_empty(rows, work.student_CV.shape[1])
             inputs.teacher_head().project_(hidden_KE, teacher_CV)
         for block, scratch_SBV in work.blocks(rows):
             where = block if self.kept_K is None else self.kept_K[block]
