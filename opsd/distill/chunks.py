@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,14 @@ BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
 ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
 # Chunks of one size, micro-batch after micro-batch, are what CUDA's allocator keeps memory for.
 CHUNK_MULTIPLE = {"cpu": 1, "cuda": 128}
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def has_row_kernels(like: Tensor, wide: torch.dtype) -> bool:
+    """Whether `triton_rows` does the element-wise work: on CUDA, for fp32 logits, where triton is installed."""
+    return HAS_TRITON and like.is_cuda and wide == torch.float32
 
 
 def row_width(kind: str, vocab_size: int) -> int:
@@ -147,19 +156,21 @@ class Workspace:
     """The buffers a call reuses over its chunks: both models' logits [C, V], scratch for a block of rows [S, B, V].
 
     V is `row_width`, the vocabulary or more. Where copies were asked for, the last two scratch buffers hold a block of
-    both models' logits.
+    both models' logits. kernels: `has_row_kernels`; these need no scratch.
     """
 
     student_CV: Tensor
     teacher_CV: Tensor
     scratch_SBV: Tensor
+    kernels: bool = False
 
     @classmethod
     def allocate(
         cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True, copies: bool = False
     ) -> Workspace:
         """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
-        scratch = SCRATCH_BUFFERS + (2 if copies else 0)
+        kernels = has_row_kernels(like, wide)
+        scratch = 0 if kernels else SCRATCH_BUFFERS + (2 if copies else 0)
         # Whole rows for each thread, and as many for one as for another.
         threads = 1 if like.is_cuda else torch.get_num_threads()
         width = row_width(like.device.type, vocab_size)
@@ -169,7 +180,7 @@ class Workspace:
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, width, dtype=wide, device=like.device)
 
-        return cls(empty(rows), empty(rows if teacher else 0), empty(scratch, block))
+        return cls(empty(rows), empty(rows if teacher else 0), empty(scratch, block), kernels)
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the first `rows` rows, each with scratch of its height."""

@@ -14,39 +14,15 @@ from opsd.distill.topk import top_tokens
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 FIELDS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N", "grad_norm_N")
+pytestmark = pytest.mark.usefixtures("wide_rows")
 # One entry, the rest alone, an aligned part and a rest of 1 and 63, an aligned part alone.
 VOCABS = (1, 37, 65, 127, 128, 301)
 
 
-@pytest.fixture(autouse=True)
-def wide_rows(monkeypatch):
-    monkeypatch.setitem(chunks.ROW_MULTIPLE, "cpu", 64)
-
-
 @pytest.fixture(params=["cpu", "cuda"])
-def products(request, monkeypatch):
-    """The operands of every product of CUDA's way; the CPU's way has none."""
-    operands = []
-    if request.param == "cpu":
-        return operands
-    start, mm, addmm = Head.__init__, torch.mm, torch.addmm
-
-    def as_on_cuda(self, weight_VD, product, wide):
-        start(self, weight_VD, product, wide)
-        self.on_cuda, self.onednn, self.weight_VD, self.direct = True, False, weight_VD.to(product), product == wide
-
-    def wide_mm(left, right, out_dtype=None, out=None):
-        operands.append(left)
-        return mm(left.to(out_dtype or left.dtype), right.to(out_dtype or right.dtype), out=out)
-
-    def wide_addmm(total, left, right, out_dtype, out):
-        operands.append(left)
-        return addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
-
-    monkeypatch.setattr(Head, "__init__", as_on_cuda)
-    monkeypatch.setattr(torch, "mm", wide_mm)
-    monkeypatch.setattr(torch, "addmm", wide_addmm)
-    return operands
+def products(request):
+    """Either way through the products; the left operands of CUDA's."""
+    return request.getfixturevalue("cuda_products") if request.param == "cuda" else []
 
 
 @pytest.fixture
