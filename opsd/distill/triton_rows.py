@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of a row per step. So pass 1 takes 64 registers per thread (80 with the rank), and four programs of eight warps
-# on a multiprocessor keep 32 KB of reads in flight; of 2048 entries it spills. The gradient's kernel has no sums.
+# Entries of a row per step. So pass 1 takes 64 registers per thread (80 with the rank), and four programs of eight
+# warps on a multiprocessor keep 32 KB of reads in flight; of 2048 entries it spills. The gradient has no sums to keep.
 STATISTICS_BLOCK, GRADIENT_BLOCK = 1024, 4096
 WARPS, STAGES = 8, 2
 # What pass 1 leaves of a row, by line of its output.
