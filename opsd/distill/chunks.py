@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -52,11 +54,14 @@ ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
 CHUNK_MULTIPLE = {"cpu": 1, "cuda": 128}
 
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton needs a compiler of C for what starts its kernels, and takes one of these.
+HAS_TRITON = importlib.util.find_spec("triton") is not None and bool(
+    os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+)
 
 
 def has_row_kernels(like: Tensor, wide: torch.dtype) -> bool:
-    """Whether `triton_rows` does the element-wise work: on CUDA, for fp32 logits, where triton is installed."""
+    """Whether `triton_rows` does the element-wise work: on CUDA, for fp32 logits, where triton can run."""
     return HAS_TRITON and like.is_cuda and wide == torch.float32
 
 

@@ -227,7 +227,11 @@ def token_fields(
     token_ids_C: Tensor | None,
 ) -> dict[str, Tensor]:
     """As `divergence.token_fields_`, from logits before the temperature, which are left as they are."""
-    pair = _Pair.of(student_CW, teacher_CW, temperature)
+    with torch.cuda.device_of(student_CW):
+        return _fields(_Pair.of(student_CW, teacher_CW, temperature), needs, token_ids_C)
+
+
+def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> dict[str, Tensor]:
     row = pair.statistics(token_ids_C if "teacher_rank_N" in needs else None)
     found = {name: row[NAMES.index(name)] for name in needs & set(NAMES)}
     if "top1_agree_N" in found:
@@ -255,7 +259,12 @@ def gradient_(
     out_CW: of any floating type, and the student's logits themselves where no rows of theirs are picked. The rows that
     are picked of either model's buffer; None: the first C.
     """
-    pair = _Pair.of(student_CW, teacher_CW, temperature, student_rows_C, teacher_rows_C, out_CW.shape[0])
+    with torch.cuda.device_of(student_CW):
+        pair = _Pair.of(student_CW, teacher_CW, temperature, student_rows_C, teacher_rows_C, out_CW.shape[0])
+        return _differentiate_(pair, divergence, beta, scale_C, out_CW)
+
+
+def _differentiate_(pair: _Pair, divergence: str, beta: float, scale_C: Tensor, out_CW: Tensor) -> Tensor:
     row = pair.statistics(None)
     jsd = row
     if divergence == "jsd":
@@ -270,7 +279,7 @@ def gradient_(
 
 
 class _Pair:
-    """Rows of both models' logits at a temperature, as the kernels take them."""
+    """Rows of both models' logits at a temperature, as the kernels take them, and a launch of each kernel."""
 
     def __init__(self, student: Tensor, teacher: Tensor, places: tuple[Tensor, Tensor], rows: int, inv: float) -> None:
         self.rows, self.inv, self.width, self.stride = rows, inv, student.shape[1], student.stride(0)
@@ -291,7 +300,7 @@ class _Pair:
         first = torch.arange(rows, device=student_CW.device)
         teacher = student_CW if teacher_CW is None else teacher_CW
         assert student_CW.stride() == teacher.stride() and student_CW.stride(1) == 1
-        places = tuple(first if picked is None else picked for picked in (student_rows_C, teacher_rows_C))
+        places = tuple(first if picked is None else picked.contiguous() for picked in (student_rows_C, teacher_rows_C))
         return cls(student_CW, teacher, (places[0], places[1]), rows, 1.0 / temperature)
 
     def statistics(self, token_ids_C: Tensor | None) -> Tensor:
@@ -299,7 +308,7 @@ class _Pair:
         row = self._empty(len(NAMES))
         if not self.rows:
             return row
-        ids_C = self.at[2] if token_ids_C is None else token_ids_C
+        ids_C = self.at[2] if token_ids_C is None else token_ids_C.contiguous()
         statistics_kernel[(self.rows,)](
             *self.at, ids_C, row, self.rows, self.width, self.stride, self.inv,
             TEACHER=self.has_teacher, RANKED=token_ids_C is not None,
@@ -327,10 +336,14 @@ class _Pair:
 
     def gradient(self, divergence: str, beta: float, row: Tensor, jsd: Tensor, scale_C: Tensor, out_CW: Tensor) -> None:
         """Pass 2."""
+        assert out_CW.stride(1) == 1
         if self.rows:
+            # Other divergences allow a beta of 0 or 1, and do not read it.
+            logit_beta = _logit(beta) if divergence == "jsd" else 0.0
             gradient_kernel[(self.rows, triton.cdiv(self.width, GRADIENT_BLOCK))](
-                *self.at, row, jsd, scale_C, out_CW, self.rows, self.width, self.stride, out_CW.stride(0), self.inv,
-                _logit(beta), DIVERGENCE=divergence, BLOCK=GRADIENT_BLOCK, num_warps=WARPS,
+                *self.at, row, jsd, scale_C.contiguous(), out_CW,
+                self.rows, self.width, self.stride, out_CW.stride(0), self.inv, logit_beta,
+                DIVERGENCE=divergence, BLOCK=GRADIENT_BLOCK, num_warps=WARPS,
             )  # fmt: skip
 
     def _empty(self, *lines: int) -> Tensor:
