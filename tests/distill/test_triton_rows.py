@@ -83,3 +83,11 @@ def test_a_kernel_compiles_for_an_h100_without_spills(name, constants, narrow, t
     code = subprocess.run([tool, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
     # Four logits per read, whether through registers or straight into shared memory.
     assert re.search(r"LDG\S*\.128|LDGSTS\S*\.128", code), "logits are read one by one"
+
+
+def test_a_loss_on_a_cpu_imports_no_triton():
+    program = (
+        "import sys, torch; from opsd.distill import distill_loss; x = torch.ones(2, 3, requires_grad=True); "
+        "distill_loss(x, x, x.detach(), x.detach()).loss_sum.backward(); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
