@@ -32,6 +32,8 @@ TEST = [
     # What transformers needs to read SmolLM2's GGUF file.
     "accelerate>=1.10",
     "gguf>=0.17",
+    # The loss's CUDA kernels run in its interpreter, and compile, without a GPU; torch's CPU build does not bring it.
+    "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'",
     # For recipes/grpo_teacher.sh.
     *TRL,
     *LORA,

@@ -104,7 +104,8 @@ paper_flags() {
     setting --thinking off "$thinking"                                      # base repository: what its launcher passes
     setting --loss.divergence reverse_kl "${OPD_LOSS_TYPE:-}"               # Eq. 1
     setting --loss.reward_beta 0 "${OPD_REWARD_BETA:-}"                     # base repository: off
-    setting --loss.chunk_tokens 512 "${OPD_CHUNK_SIZE:-}"                   # Table 9, "OPD chunk"
+    # Table 9, "OPD chunk": 512. How many logits exist at once: a memory knob that changes no number.
+    setting --loss.chunk_tokens auto "${OPD_CHUNK_SIZE:-}"                  # ours: what memory allows
     setting --engine.micro_batch_tokens 16384 "${OPD_MAX_LENGTH:-}"         # Table 9, "OPD max length"
     setting --engine.dtype bfloat16                                         # our choice: fp32 master weights stay
     setting --optim.lr $lr "${LEARNING_RATE:-}"                             # Table 9: 1e-6 Qwen, 3e-7 Llama

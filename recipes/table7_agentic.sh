@@ -53,7 +53,8 @@ paper_flags() {
     setting --environment.max_turns 50                                      # launcher
     setting --environment.tool_output_characters 1024                       # launcher: its library's default
     setting --loss.divergence reverse_kl "${OPD_LOSS_TYPE:-}"               # Eq. 1
-    setting --loss.chunk_tokens 512 "${OPD_CHUNK_SIZE:-}"                   # Table 9
+    # Table 9, "OPD chunk": 512. How many logits exist at once: a memory knob that changes no number.
+    setting --loss.chunk_tokens auto "${OPD_CHUNK_SIZE:-}"                  # ours: what memory allows
     setting --engine.micro_batch_tokens 16384 "${OPD_MAX_LENGTH:-}"         # launcher
     setting --engine.dtype bfloat16                                         # our choice: fp32 master weights stay
     setting --optim.lr 1e-6 "${LEARNING_RATE:-}"                            # launcher

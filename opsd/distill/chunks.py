@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -44,6 +47,28 @@ MAX_HELD_BYTES = {"cpu": 150 * 2**20, "cuda": 1200 * 2**20}
 # Element-wise passes walk a chunk in blocks of rows whose buffers take this much: about what stays in a CPU's
 # last-level cache between two passes; on CUDA, enough to fill the device.
 BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
+# Rows of logits are this many entries wide, or a multiple: tensor cores want rows that start at aligned addresses, and
+# the vocabularies of Qwen2.5 and Qwen3 are odd. `Head.project_` fills what is beyond the vocabulary.
+ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
+# Chunks of one size, micro-batch after micro-batch, are what CUDA's allocator keeps memory for.
+CHUNK_MULTIPLE = {"cpu": 1, "cuda": 128}
+
+
+# Triton needs a compiler of C for what starts its kernels, and takes one of these.
+HAS_TRITON = importlib.util.find_spec("triton") is not None and bool(
+    os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+)
+
+
+def has_row_kernels(like: Tensor, wide: torch.dtype) -> bool:
+    """Whether `triton_rows` does the element-wise work: on CUDA, for fp32 logits, where triton can run."""
+    return HAS_TRITON and like.is_cuda and wide == torch.float32
+
+
+def row_width(kind: str, vocab_size: int) -> int:
+    """Entries of a row of logits in memory, on a device of this kind: the vocabulary, rounded up."""
+    multiple = ROW_MULTIPLE[kind]
+    return math.ceil(vocab_size / multiple) * multiple
 
 
 def most_rows(kind: str, vocab_size: int) -> int:
@@ -66,7 +91,8 @@ def may_hold(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor
 
 
 def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
-    """Rows a chunk: at most `chunk_tokens`, evened out so that the last chunk is no stub.
+    """Rows per chunk: at most `chunk_tokens`. On a CPU evened out, so that the last chunk is no stub; on CUDA a
+    multiple of 128 where the bound allows it, which may be more than there are rows.
 
     "auto" asks the free memory of `like`'s device. Raises UserError for a bound below 1.
     """
@@ -79,7 +105,14 @@ def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tens
         bound = chunk_tokens
     else:
         raise UserError(f"chunk_tokens {chunk_tokens!r}: give a number of tokens from 1, or 'auto'")
-    return math.ceil(rows / math.ceil(rows / bound)) if rows else 1
+    if not rows:
+        return 1
+    multiple = CHUNK_MULTIPLE[like.device.type]
+    if multiple == 1:
+        return math.ceil(rows / math.ceil(rows / bound))
+    if bound < multiple:
+        return min(rows, bound)
+    return min(math.ceil(rows / multiple), bound // multiple) * multiple
 
 
 def in_chunks(
@@ -111,7 +144,8 @@ def in_chunks(
 
 def _affordable_rows(vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
     """Rows whose logits of both models take `FREE_SHARE` of the free memory."""
-    bytes_per_row = 2 * vocab_size * wide.itemsize + (2 * vocab_size if like.is_cuda else 0)
+    width = row_width(like.device.type, vocab_size)
+    bytes_per_row = 2 * width * wide.itemsize + (2 * width if like.is_cuda else 0)
     return int(FREE_SHARE * _free_bytes(like.device)) // bytes_per_row
 
 
@@ -126,28 +160,32 @@ def _free_bytes(device: torch.device) -> int:
 class Workspace:
     """The buffers a call reuses over its chunks: both models' logits [C, V], scratch for a block of rows [S, B, V].
 
-    Where copies were asked for, the last two scratch buffers hold a block of both models' logits.
+    V is `row_width`, the vocabulary or more. Where copies were asked for, the last two scratch buffers hold a block of
+    both models' logits. kernels: `has_row_kernels`; these need no scratch.
     """
 
     student_CV: Tensor
     teacher_CV: Tensor
     scratch_SBV: Tensor
+    kernels: bool = False
 
     @classmethod
     def allocate(
         cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True, copies: bool = False
     ) -> Workspace:
         """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
-        scratch = SCRATCH_BUFFERS + (2 if copies else 0)
+        kernels = has_row_kernels(like, wide)
+        scratch = 0 if kernels else SCRATCH_BUFFERS + (2 if copies else 0)
         # Whole rows for each thread, and as many for one as for another.
         threads = 1 if like.is_cuda else torch.get_num_threads()
-        per_step = threads * (2 + SCRATCH_BUFFERS) * vocab_size * wide.itemsize
+        width = row_width(like.device.type, vocab_size)
+        per_step = threads * (2 + SCRATCH_BUFFERS) * width * wide.itemsize
         block = min(rows, threads * max(1, BLOCK_BYTES["cuda" if like.is_cuda else "cpu"] // per_step))
 
         def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, vocab_size, dtype=wide, device=like.device)
+            return torch.empty(*shape, width, dtype=wide, device=like.device)
 
-        return cls(empty(rows), empty(rows if teacher else 0), empty(scratch, block))
+        return cls(empty(rows), empty(rows if teacher else 0), empty(scratch, block), kernels)
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the first `rows` rows, each with scratch of its height."""

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.distill.chunks import Workspace, in_chunks
-from opsd.distill.divergence import GRADIENTS, temper_
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec
+from opsd.distill.rows import Differentiated, differentiate_, differentiate_held_, gradient_buffer
 from opsd.distill.slices import slices
 
 
@@ -68,12 +68,10 @@ class _Fused(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """part: which of the K rows. gradient_CV: logit gradients, before `_scale`. loss_C, mass_C: as in GRADIENTS."""
+    """part: which of the K rows. found: their divergences and logit gradients."""
 
     part: slice
-    gradient_CV: Tensor
-    loss_C: Tensor
-    mass_C: Tensor
+    found: Differentiated
 
 
 @dataclass(frozen=True)
@@ -126,60 +124,40 @@ class _Run:
             total_VD = grad_VD.zero_()[: inputs.vocab_size]
         head = inputs.student_head()
         with torch.autocast(inputs.student_ND.device.type, enabled=False):
-            for part, gradient_CV, loss_C, mass_C in chunks:
+            for part, (gradient_CW, loss_C, scale_C1) in chunks:
                 where = part if self.kept_K is None else self.kept_K[part]
-                loss_K[part], scale_C1 = loss_C, self._scale(part, mass_C)
-                hidden_CD = inputs.student_ND[where] * scale_C1
-                grad_CD = head.gradients_(gradient_CV, grad_ND is not None, hidden_CD, total_VD)
+                loss_K[part], hidden_CD = loss_C, inputs.student_ND[where]
+                if scale_C1 is not None:
+                    hidden_CD = hidden_CD * scale_C1
+                grad_CD = head.gradients_(gradient_CW, grad_ND is not None, hidden_CD, total_VD)
                 if grad_ND is not None and grad_CD is not None:
-                    grad_ND[where] = grad_CD.mul_(scale_C1).to(grad_ND.dtype)
+                    grad_ND[where] = (grad_CD if scale_C1 is None else grad_CD.mul_(scale_C1)).to(grad_ND.dtype)
 
     def _projected(self, chunk: int, rows: int) -> Iterator[_Chunk]:
         """Chunks of at most `chunk` rows, whose logits are projected."""
         inputs = self.inputs
         student_head, teacher_head = inputs.student_head(), inputs.teacher_head()
         work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide)
+        gradient_CW = gradient_buffer(work, chunk, inputs.student_type)
         for part in slices(rows, chunk):
             where = part if self.kept_K is None else self.kept_K[part]
             count = part.stop - part.start
-            student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
-            teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-            found = [
-                self._differentiate_(student_CV[block], teacher_CV[block], scratch_SBV)
-                for block, scratch_SBV in work.blocks(count)
-            ]
-            losses, masses = zip(*found, strict=True)
-            yield _Chunk(part, student_CV, torch.cat(losses), torch.cat(masses))
+            student_CW = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
+            teacher_CW = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+            weight_C, out_CW = self._weight(part), gradient_CW[:count]
+            yield _Chunk(part, differentiate_(work, student_CW, teacher_CW, self.spec, weight_C, out_CW))
 
     def _held(self, held: HeldLogits, rows: int) -> Iterator[_Chunk]:
-        """All rows as one chunk, from logits that are there already.
-
-        Gradients are gathered at the buffer's head: the k-th kept row never stands before the k-th place, so a block
-        overwrites nothing that a later one reads.
-        """
-        inputs, work, found = self.inputs, held.take(), []
-        teacher_CV = work.teacher_CV
+        """All rows as one chunk, from logits that are there already."""
+        inputs, work, everything = self.inputs, held.take(), slice(0, rows)
+        teacher_CW = work.teacher_CV
         if not held.has_teacher:
             hidden_KE = inputs.teacher_NE if self.kept_K is None else inputs.teacher_NE[self.kept_K]
-            teacher_CV = work.student_CV.new_empty(rows, inputs.vocab_size)
-            inputs.teacher_head().project_(hidden_KE, teacher_CV)
-        for block, scratch_SBV in work.blocks(rows):
-            where = block if self.kept_K is None else self.kept_K[block]
-            student_BV = work.copied(0, work.student_CV, where)
-            teacher_BV = work.copied(1, teacher_CV, where) if held.has_teacher else teacher_CV[block]
-            found.append(self._differentiate_(student_BV, teacher_BV, scratch_SBV))
-            work.student_CV[block] = student_BV
-        losses, masses = zip(*found, strict=True)
-        yield _Chunk(slice(0, rows), work.student_CV[:rows], torch.cat(losses), torch.cat(masses))
+            teacher_CW = work.student_CV.new_empty(rows, work.student_CV.shape[1])
+            inputs.teacher_head().project_(hidden_KE, teacher_CW)
+        out_KW = gradient_buffer(work, rows, inputs.student_type, picked=self.kept_K is not None)
+        weight_K = self._weight(everything)
+        yield _Chunk(everything, differentiate_held_(work, teacher_CW, self.kept_K, self.spec, weight_K, out_KW))
 
-    def _differentiate_(self, student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor) -> tuple[Tensor, Tensor]:
-        """Divergences [B] of a block; its student logits become their gradient, before `_scale`, whose mass [B] is
-        the second."""
-        spec = self.spec
-        temper_(spec.temperature, student_BV, teacher_BV)
-        return GRADIENTS[spec.divergence](student_BV, teacher_BV, scratch_SBV, spec.beta)
-
-    def _scale(self, part: slice, mass_C: Tensor) -> Tensor:
-        """weight/(mass·T) of the chunk's rows [C, 1]: a row's factor costs nothing outside the [C, V] gradient."""
-        scale_C = 1.0 / (mass_C * self.spec.temperature)
-        return (scale_C if self.weight_K is None else scale_C * self.weight_K[part])[:, None]
+    def _weight(self, part: slice) -> Tensor | None:
+        return None if self.weight_K is None else self.weight_K[part]

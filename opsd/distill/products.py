@@ -6,7 +6,11 @@ oneDNN is allowed to multiply in bf16: what was bf16 before comes through unroun
 fp32 products go to oneDNN too where the processor has AVX-512: torch's own `mm` uses MKL, which takes
 half as long a vector on processors of other makers than its own (docs/performance.md has the numbers).
 
-Legend: C rows of a chunk, V shared vocabulary, T rows of a tile of it, D hidden size.
+Rows of logits may be wider than the vocabulary (`row_width`). What is beyond it is filled so that no softmax notices,
+and enters no product: rows of a head above the shared vocabulary may hold anything.
+
+Legend: C rows of a chunk, V shared vocabulary, W width of a row of logits, T rows of a tile of the vocabulary, D hidden
+size.
 """
 
 from __future__ import annotations
@@ -23,6 +27,11 @@ from opsd.distill.slices import slices
 # until they are used.
 TILE_BYTES = 8 * 2**20
 TILE_ROWS = 1024
+# On CUDA a product over the vocabulary takes a multiple of this in one go, and what is left in another: kernels for the
+# tensor cores read several entries at a time.
+ALIGNED_ROWS = 64
+# The logits beyond the vocabulary: exp of it is 0 beside any logit, and unlike -inf it has a difference with itself.
+BEYOND = -1e30
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -72,34 +81,82 @@ class Head:
         for rows in slices(height, max(1, min(TILE_ROWS, TILE_BYTES // (width * self.wide.itemsize)))):
             yield rows, self.weight_VD[rows].to(self.product).to(self.wide)
 
-    def project_(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
-        """out = hidden · headᵀ, in the wide type."""
+    def _spans(self) -> Iterator[slice]:
+        """The vocabulary in a part of aligned length and the rest, leaving out one that is empty."""
+        height = self.weight_VD.shape[0]
+        aligned = height - height % ALIGNED_ROWS
+        for span in (slice(0, aligned), slice(aligned, height)):
+            if span.stop > span.start:
+                yield span
+
+    def project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
+        """out = hidden · headᵀ, in the wide type; `BEYOND` in what out has beyond the head's rows."""
         hidden_CD = hidden_CD.to(self.product)
+        height = self.weight_VD.shape[0]
+        if out_CW.shape[1] > height:
+            out_CW[:, height:] = BEYOND
         if self.on_cuda:
-            if self.direct:
-                return torch.mm(hidden_CD, self.weight_VD.T, out=out_CV)
-            return torch.mm(hidden_CD, self.weight_VD.T, out_dtype=self.wide, out=out_CV)
-        if not out_CV.numel():
-            return out_CV
+            for span in self._spans():
+                self._product(hidden_CD, self.weight_VD[span].T, out=out_CW[:, span])
+            return out_CW
+        if not out_CW.numel():
+            return out_CW
         hidden_CD = hidden_CD.to(self.wide).contiguous()
         with self._precision():
             for rows, tile_TD in self._tiles():
                 if self.onednn:
-                    out_CV[:, rows] = _onednn(hidden_CD, tile_TD)
+                    out_CW[:, rows] = _onednn(hidden_CD, tile_TD)
                 else:
-                    torch.mm(hidden_CD, tile_TD.T, out=out_CV[:, rows])
-        return out_CV
+                    torch.mm(hidden_CD, tile_TD.T, out=out_CW[:, rows])
+        return out_CW
 
     def gradients_(
-        self, grad_CV: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
+        self, grad_CW: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
     ) -> Tensor | None:
-        """total += gradᵀ · hidden where a total is given; returns grad · head [C, D] where wanted. In the wide type."""
+        """total += gradᵀ · hidden where a total is given; returns grad · head [C, D] where wanted. In the wide type.
+
+        The gradient may be as wide as rows of logits are, and on CUDA in the product type already.
+        """
+        if self.on_cuda:
+            return self._cuda_gradients_(grad_CW, hidden_wanted, hidden_CD, total_VD)
+        grad_CV = grad_CW[:, : self.weight_VD.shape[0]]
         if self.onednn and grad_CV.numel():
             return self._tiled_gradients_(grad_CV, hidden_wanted, hidden_CD, total_VD)
         with self._precision():
             if total_VD is not None:
-                self._add_weight_gradient_(grad_CV, hidden_CD, total_VD)
+                total_VD.addmm_(grad_CV.T, hidden_CD.to(self.wide))
             return self._hidden_gradient(grad_CV) if hidden_wanted else None
+
+    def _cuda_gradients_(
+        self, grad_CW: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
+    ) -> Tensor | None:
+        # Cast once for both products, and whole: of a slice the copy would have rows as short as the vocabulary.
+        grad_CW, hidden_CD = grad_CW.to(self.product), hidden_CD.to(self.product)
+        sum_CD = None
+        for span in self._spans():
+            grad_CV = grad_CW[:, span]
+            if total_VD is not None:
+                self._add_product_(total_VD[span], grad_CV.T, hidden_CD)
+            if hidden_wanted and sum_CD is None:
+                sum_CD = self._product(grad_CV, self.weight_VD[span])
+            elif sum_CD is not None:
+                self._add_product_(sum_CD, grad_CV, self.weight_VD[span])
+        return sum_CD
+
+    def _product(self, left_MK: Tensor, right_KN: Tensor, out: Tensor | None = None) -> Tensor:
+        """left · right on CUDA, in the wide type."""
+        if self.direct:
+            return torch.mm(left_MK, right_KN, out=out)
+        if out is None:
+            return torch.mm(left_MK, right_KN, out_dtype=self.wide)
+        return torch.mm(left_MK, right_KN, out_dtype=self.wide, out=out)
+
+    def _add_product_(self, total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+        """total += left · right on CUDA, in the wide type."""
+        if self.direct:
+            total_MN.addmm_(left_MK, right_KN)
+        else:
+            torch.addmm(total_MN, left_MK, right_KN, out_dtype=self.wide, out=total_MN)
 
     def _tiled_gradients_(
         self, grad_CV: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
@@ -116,10 +173,6 @@ class Head:
         return sum_CD
 
     def _hidden_gradient(self, grad_CV: Tensor) -> Tensor:
-        if self.on_cuda:
-            if self.direct:
-                return torch.mm(grad_CV, self.weight_VD)
-            return torch.mm(grad_CV.to(self.product), self.weight_VD, out_dtype=self.wide)
         if self.weight_VD.dtype == self.product == torch.bfloat16:
             # One sum over the whole vocabulary, in fp32; the result is rounded once, as the gradient itself will be.
             return torch.mm(grad_CV.to(self.product), self.weight_VD).to(self.wide)
@@ -129,10 +182,3 @@ class Head:
             # under `addmm_`: over 150,000 tokens that is off by 1e-5.
             sum_CD.add_(torch.mm(grad_CV[:, rows], tile_TD))
         return sum_CD
-
-    def _add_weight_gradient_(self, grad_CV: Tensor, hidden_CD: Tensor, total_VD: Tensor) -> None:
-        if self.on_cuda and not self.direct:
-            grad_VC, hidden_CD = grad_CV.to(self.product).T, hidden_CD.to(self.product)
-            torch.addmm(total_VD, grad_VC, hidden_CD, out_dtype=self.wide, out=total_VD)
-        else:
-            total_VD.addmm_(grad_CV.T, hidden_CD.to(self.wide))

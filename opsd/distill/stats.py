@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens, Workspace, in_chunks
-from opsd.distill.divergence import temper_, token_fields_
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
+from opsd.distill.rows import score_
 from opsd.distill.slices import slices
 from opsd.errors import UserError
 from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
@@ -91,16 +91,10 @@ def score_rows(
 
 
 def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: HeldLogits) -> dict[str, Tensor]:
-    """The named fields [N] of all rows, from copies of their logits, block by block."""
-    found: list[dict[str, Tensor]] = []
+    """The named fields [N] of all rows, from logits that are left as they are."""
     work = held.work
-    for block, scratch_SBV in work.blocks(inputs.rows):
-        student_BV = work.copied(0, work.student_CV, block)
-        teacher_BV = work.copied(1, work.teacher_CV, block) if needs & TEACHER_FIELDS else None
-        temper_(spec.temperature, student_BV, teacher_BV)
-        ids_B = None if inputs.token_ids_N is None else inputs.token_ids_N[block]
-        found.append(token_fields_(needs, student_BV, teacher_BV, scratch_SBV, spec.temperature, ids_B))
-    return {name: torch.cat([values[name] for values in found]) for name in needs}
+    teacher_NW = work.teacher_CV if needs & TEACHER_FIELDS else None
+    return score_(needs, work, work.student_CV, teacher_NW, spec.temperature, inputs.token_ids_N, held=True)
 
 
 def _scored_chunks(
@@ -119,33 +113,13 @@ def _scored_chunks(
             if teacher_head is not None:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
             ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
-            yield where, _score_chunk(needs, student_CV, teacher_CV, work, temperature, ids_C)
+            yield where, score_(needs, work, student_CV, teacher_CV, temperature, ids_C)
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:
     dtype = FIELD_TYPES.get(name, torch.float32)
     fill = float("nan") if dtype.is_floating_point else 0
     return torch.full((inputs.rows,), fill, dtype=dtype, device=inputs.student_ND.device)
-
-
-def _score_chunk(
-    needs: frozenset[str],
-    student_CV: Tensor,
-    teacher_CV: Tensor | None,
-    work: Workspace,
-    temperature: float,
-    token_ids_C: Tensor | None,
-) -> dict[str, Tensor]:
-    """The named fields [C] of one chunk, block by block; the logits are used up."""
-    found: dict[str, list[Tensor]] = {name: [] for name in needs}
-    for block, scratch_SBV in work.blocks(student_CV.shape[0]):
-        student_BV, teacher_BV = student_CV[block], None if teacher_CV is None else teacher_CV[block]
-        temper_(temperature, student_BV, teacher_BV)
-        ids_B = None if token_ids_C is None else token_ids_C[block]
-        values = token_fields_(needs, student_BV, teacher_BV, scratch_SBV, temperature, ids_B)
-        for name in needs:
-            found[name].append(values[name])
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, in_chunks
+from opsd.distill.chunks import ChunkTokens, in_chunks, row_width
 from opsd.distill.divergence import log_softmax_
 from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.slices import slices
@@ -64,13 +64,15 @@ def top_tokens(
 
     def fill(chunk: int) -> None:
         # One buffer serves both models in turn.
-        buffer_CV = torch.empty(chunk, inputs.vocab_size, dtype=inputs.wide, device=inputs.student_ND.device)
+        device, vocab_size = inputs.student_ND.device, inputs.vocab_size
+        buffer_CW = torch.empty(chunk, row_width(device.type, vocab_size), dtype=inputs.wide, device=device)
         models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
-        with torch.autocast(inputs.student_ND.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             for part in slices(inputs.rows, chunk):
-                logits_CV = buffer_CV[: part.stop - part.start]
+                logits_CW = buffer_CW[: part.stop - part.start]
                 for (hidden, head), top in zip(models, tops, strict=True):
-                    log_p_CV = log_softmax_(head.project_(hidden[part], logits_CV), spec.temperature)
+                    log_p_CW = log_softmax_(head.project_(hidden[part], logits_CW), spec.temperature)
+                    log_p_CV = log_p_CW[:, :vocab_size]
                     top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
                     sampled_C = log_p_CV.gather(-1, inside_N1[part]).squeeze(-1)
                     top.sampled_N[part] = sampled_C.masked_fill(outside_N[part], float("-inf"))

@@ -10,7 +10,8 @@ from tolerance import close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd.distill import DistillResult, distill_loss, token_stats
+from opsd.distill import DistillResult, chunks, distill_loss, token_stats
+from opsd.distill.products import Head
 from opsd.hooks import Selection, TokenStats
 
 
@@ -239,6 +240,36 @@ class ProductCounter(TorchDispatchMode):
             # [M, K] by [K, N], or by [N, K] in a linear layer: M·K · K·N / K.
             self.flops += 2 * left.numel() * right.numel() // left.shape[1]
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of logits as wide as on CUDA: a multiple of 64."""
+    monkeypatch.setitem(chunks.ROW_MULTIPLE, "cpu", chunks.ROW_MULTIPLE["cuda"])
+
+
+@pytest.fixture
+def cuda_products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """CUDA's way through the products, whose `out_dtype` torch has on CUDA alone; their left operands."""
+    operands: list[Tensor] = []
+    start, mm, addmm = Head.__init__, torch.mm, torch.addmm
+
+    def as_on_cuda(self: Head, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype) -> None:
+        start(self, weight_VD, product, wide)
+        self.on_cuda, self.onednn, self.weight_VD, self.direct = True, False, weight_VD.to(product), product == wide
+
+    def wide_mm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        operands.append(left)
+        return mm(left.to(out_dtype or left.dtype), right.to(out_dtype or right.dtype), out=out)
+
+    def wide_addmm(total: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        operands.append(left)
+        return addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
+
+    monkeypatch.setattr(Head, "__init__", as_on_cuda)
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    return operands
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd.distill import divergence, stats
+from opsd.distill import divergence, rows
 from opsd.distill.products import Head
 
 pytestmark = pytest.mark.e2e
@@ -110,12 +110,12 @@ def test_contracts_show_a_planted_fault(plant, test, monkeypatch, make_case, mak
 
 @pytest.mark.parametrize("field", ["entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N"])
 def test_statistics_show_a_planted_fault(field, monkeypatch, make_case, naive, assert_close):
-    whole = stats.token_fields_
+    whole = rows.token_fields_
 
     def off(*args):
         found = whole(*args)
         return {**found, field: found[field] * FAULT}
 
-    monkeypatch.setattr(stats, "token_fields_", off)
+    monkeypatch.setattr(rows, "token_fields_", off)
     with pytest.raises(AssertionError, match=SEEN):
         STATS["test_without_a_wish_the_five_required_fields_are_computed"](make_case, naive, assert_close)
