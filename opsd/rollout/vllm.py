@@ -95,7 +95,8 @@ class VLLMSampler:
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights over, one by one as they come; what was cached for the old ones is dropped."""
-        self._llm.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
+        # The worker's own method, not its model runner's: layers may ask for the settings that it makes current.
+        self._llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(weights)))
         self._llm.reset_prefix_cache()
 
     def score(self, ids: list[int]) -> list[float]:
@@ -264,14 +265,19 @@ def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 
 def _only_tokens(vocab_size: int) -> type:
-    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor
+    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of.
 
-    class OnlyTokens(LogitsProcessor):
-        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    One class for both of vLLM's model runners: V2, taken on a GPU, refuses a class of V1's interface, and the other
+    way round. They construct it and call `apply` with different arguments, none of which is needed.
+    """
+    from vllm.v1.sample.logits_processor import LogitsProcessor as ForV1
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForV2
+
+    class OnlyTokens(ForV1, ForV2):
+        def __init__(self, vllm_config: Any, *_: Any) -> None:
             pass
 
-        def apply(self, logits: Tensor) -> Tensor:
+        def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
             logits[:, vocab_size:] = float("-inf")
             return logits
 
