@@ -36,17 +36,14 @@ class DistillHead(nn.Module):
         self.weight = weight
 
     def forward(self, hidden: torch.Tensor, use: HeadUse[Any] | None = None) -> Any:
-        """Logits [..., V], or use(hidden, head), both in the compute type and outside autocast.
+        """Logits [..., V], or use(hidden, head): hidden in the compute type, the head as it is.
 
-        Autocast would round the loss core's logits to bfloat16; it keeps them in fp32 by itself.
+        Under autocast, which stays on, the loss core rounds the head for its products alone: the head's gradient
+        reaches the Parameter in fp32, as it was summed. The core keeps logits in fp32 by itself.
         """
         if use is None:
             return functional.linear(hidden, self.weight)
-        kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            hidden = hidden.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return use(hidden, self.weight.to(hidden.dtype))
+        return use(hidden.to(compute_dtype(hidden)), self.weight)
 
 
 class Scorer(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from tolerance import ROUNDOFF, rounding
 
 from opsd.distill import distill_loss
+from opsd.distill.products import Head
 from opsd.errors import UserError
 from opsd.hooks import Selection
 
@@ -346,3 +347,13 @@ def test_hidden_states_that_do_not_fit_are_named(make_case):
         distill_loss(case.student_ND, case.student_head_VD, case.student_ND, case.teacher_head_VE)
     with pytest.raises(UserError, match="5 student tokens but 4 teacher tokens"):
         distill_loss(case.student_ND, case.student_head_VD, case.teacher_NE[:4], case.teacher_head_VE)
+
+
+def test_the_setting_of_cpu_products_is_left_alone_on_cuda():
+    head = Head(torch.ones(2, 2), torch.bfloat16, torch.float32)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with head._precision():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    head.on_cuda = True
+    with head._precision():
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
