@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tolerance import ROUNDOFF, rounding
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import distill_loss
 from opsd.distill.products import Head
@@ -357,3 +358,16 @@ def test_the_setting_of_cpu_products_is_left_alone_on_cuda():
     head.on_cuda = True
     with head._precision():
         assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_whole_losss_backward_does_not_touch_all_rows_once_per_chunk(make_case):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func.overloadpacket))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Calls():
+        make_case(24, 50).gradients(memory="whole", chunk_tokens=4)
+    assert called.count("aten._log_softmax_backward_data") == 6  # one for each chunk
+    assert "aten.slice_backward" not in called
