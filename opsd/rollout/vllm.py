@@ -130,7 +130,12 @@ class VLLMRollout(VLLMSampler):
     """A sampler that follows the student in training: new weights after every step, checked by a probe.
 
     path: a model folder with the plain weights of `engine`'s student. max_model_tokens: longest prompt and response.
+
+    On a GPU it may sleep, from the end of a rollout to the next `sync`; from there to the next rollout it stays awake.
     """
+
+    # While it sleeps it has neither weights nor cache.
+    _asleep = False
 
     def __init__(
         self,
@@ -178,10 +183,11 @@ class VLLMRollout(VLLMSampler):
 
         Raises RunStopped, on every rank, where sampler and trainer then disagree about a probe.
         """
-        self._wake()
-        self._load_weights()
+        if self._asleep:
+            self._wake()
+        else:
+            self._load_weights()
         self._check()
-        self._rest()
 
     def _load_weights(self) -> None:
         self.load(self._engine.gathered())
@@ -193,13 +199,19 @@ class VLLMRollout(VLLMSampler):
         check_probe(self._engine, self._probe_ids, self.score(self._probe_ids), self._allowed_nats)
 
     def _wake(self) -> None:
-        if self._sleeps:
-            self._llm.wake_up()
+        """Take GPU memory again: for weights, which are the trainer's newest, and only then for the cache."""
+        if not self._asleep:
+            return
+        self._llm.wake_up(["weights"])
+        self._load_weights()
+        self._llm.wake_up(["kv_cache"])
+        self._asleep = False
 
     def _rest(self) -> None:
-        """Give the GPU memory back: weights to host memory, the key-value cache dropped."""
+        """Give GPU memory back. Level 2 keeps no copy of the weights: the trainer has them, and soon newer ones."""
         if self._sleeps:
-            self._llm.sleep(level=1)
+            self._llm.sleep(level=2)
+            self._asleep = True
 
 
 def rollouts_of(
