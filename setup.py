@@ -22,7 +22,9 @@ LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
 TRL = ["trl>=1.16,<2"]
-GPU = ["vllm>=0.32,<0.33", "flash-attn>=2.8", *DEEPSPEED, *LORA, *WANDB]
+# Compiles for long where there is no wheel; without it attention is by torch's own kernel of variable length.
+FLASH = ["flash-attn>=2.8"]
+GPU = ["vllm>=0.32,<0.33", *DEEPSPEED, *LORA, *WANDB]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -49,7 +51,15 @@ setup(
     packages=find_packages(include=["opsd", "opsd.*", "tip_patch", "tip_patch.*"]),
     package_data={"opsd.viewer": ["*.html", "*.css", "*.js"]},
     install_requires=CORE,
-    extras_require={"gpu": GPU, "deepspeed": DEEPSPEED, "lora": LORA, "wandb": WANDB, "test": TEST, "trl": TRL},
+    extras_require={
+        "gpu": GPU,
+        "flash": FLASH,
+        "deepspeed": DEEPSPEED,
+        "lora": LORA,
+        "wandb": WANDB,
+        "test": TEST,
+        "trl": TRL,
+    },
     entry_points={
         "console_scripts": ["opsd = opsd.__main__:main"],
         "opsd.selectors": [

@@ -6,7 +6,8 @@ micro-batch, R rows of a group of them, P padded places of all groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 
@@ -35,7 +36,16 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        return MicroBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved = MicroBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        vars(moved)["lengths"] = self.lengths
+        return moved
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, in the row's order. A copy on a device is given them: it need not be asked."""
+        (start_S,) = (self.position_ids_1L[0] == 0).nonzero(as_tuple=True)
+        ends = [*start_S.tolist()[1:], self.position_ids_1L.shape[1]]
+        return [end - start for start, end in zip(start_S.tolist(), ends, strict=True)]
 
     def student_tokens(self) -> int:
         """N."""

@@ -119,8 +119,10 @@ def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer
     # As DeepSpeedEngine will have it: what is checked here must be what is used.
     packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
+    compute = getattr(torch, config.engine.dtype)
+
     def load(folder: str) -> Scorer:
-        return load_scorer(folder, "--student", torch.float32, device, config.trust_remote_code, packed)
+        return load_scorer(folder, "--student", torch.float32, device, config.trust_remote_code, packed, compute)
 
     if not config.lora.rank:
         return load(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from opsd.attention import attention_for, compute_dtype, has_varlen_attention, in_one_row
 from opsd.batch import MicroBatch, padded_rows
 from opsd.errors import UserError
 from opsd.memory import is_out_of_memory
@@ -35,17 +36,14 @@ class DistillHead(nn.Module):
         self.weight = weight
 
     def forward(self, hidden: torch.Tensor, use: HeadUse[Any] | None = None) -> Any:
-        """Logits [..., V], or use(hidden, head), both in the compute type and outside autocast.
+        """Logits [..., V], or use(hidden, head): hidden in the compute type, the head as it is.
 
-        Autocast would round the loss core's logits to bfloat16; it keeps them in fp32 by itself.
+        Under autocast, which stays on, the loss core rounds the head for its products alone: the head's gradient
+        reaches the Parameter in fp32, as it was summed. The core keeps logits in fp32 by itself.
         """
         if use is None:
             return functional.linear(hidden, self.weight)
-        kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            hidden = hidden.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return use(hidden, self.weight.to(hidden.dtype))
+        return use(hidden.to(compute_dtype(hidden)), self.weight)
 
 
 class Scorer(nn.Module):
@@ -60,7 +58,7 @@ class Scorer(nn.Module):
     def __init__(self, model: PreTrainedModel, packed: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.packed = packed or _has_varlen_attention(model)
+        self.packed = packed or has_varlen_attention(model)
         self.model.set_output_embeddings(DistillHead(_head_of(model).weight))
 
     @property
@@ -79,7 +77,8 @@ class Scorer(nn.Module):
         """
         base = self.model.base_model
         if self.packed:
-            out = base(input_ids=micro.input_ids_1L, position_ids=micro.position_ids_1L, use_cache=False)
+            row = {"input_ids": micro.input_ids_1L, "position_ids": micro.position_ids_1L}
+            out = in_one_row(base, micro.lengths, **row, use_cache=False)
             return out.last_hidden_state[0].index_select(0, micro.rows_N)
         rows = padded_rows(micro)
         hidden = [base(input_ids=ids_RL, use_cache=False).last_hidden_state.flatten(0, 1) for ids_RL in rows.groups]
@@ -104,34 +103,48 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
 
 
 def load_scorer(
-    path: str, flag: str, dtype: torch.dtype, device: torch.device, trust: bool = False, packed: bool = False
+    path: str,
+    flag: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust: bool = False,
+    packed: bool = False,
+    compute: torch.dtype | None = None,
 ) -> Scorer:
-    """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve."""
-    model = load_model(path, flag, dtype, device, trust)
+    """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve.
+
+    dtype: the weights'. compute: what the run takes products in, under autocast where it is another; None: dtype.
+    """
+    model = load_model(path, flag, dtype, device, trust, compute)
     disable_dropout(model)
-    check_plain_head(model, f"{flag} {path}")
-    scorer = Scorer(model, packed)
-    check_packing(scorer, f"{flag} {path}")
+    autocast = compute not in (None, dtype)
+    with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext():
+        check_plain_head(model, f"{flag} {path}")
+        scorer = Scorer(model, packed)
+        check_packing(scorer, f"{flag} {path}")
     return scorer
 
 
 def load_model(
-    path: str, flag: str, dtype: torch.dtype | Literal["auto"], device: torch.device, trust: bool = False
+    path: str,
+    flag: str,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+    trust: bool = False,
+    compute: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A model folder on `device`, safetensors only. dtype "auto": as the folder's config.json says.
 
-    trust: as for `load_tokenizer`. Raises UserError where it cannot be loaded whole.
+    trust: as for `load_tokenizer`. compute: as for `load_scorer`; attention is chosen by it.
+    Raises UserError where it cannot be loaded whole.
     """
     check_folder(path, flag, trust)
     _check_shards(path, flag)
-    attention = "sdpa"
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") and dtype != torch.float32:
-        attention = "flash_attention_2"
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation="sdpa",
             trust_remote_code=trust,
             # Other formats are pickles, which run what they hold.
             use_safetensors=True,
@@ -149,7 +162,11 @@ def load_model(
             f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
             "give a whole Hugging Face model folder"
         )
-    return model.to(device)
+    model = model.to(device)
+    attention = attention_for(model, compute or model.dtype, device)
+    if attention != "sdpa":
+        model.set_attn_implementation(attention)
+    return model
 
 
 def _unloadable(error: Exception, what: str, give: str) -> Exception:
@@ -209,17 +226,12 @@ def check_packing(scorer: Scorer, name: str) -> None:
     together = scorer.hidden(micro).split(lengths)
     for ids_L, hidden_LD in zip(micro.input_ids_1L[0].split(lengths), together, strict=True):
         alone_LD = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0]
-        tolerance = 1e-3 if alone_LD.dtype == torch.float32 else 0.1
+        tolerance = 1e-3 if compute_dtype(alone_LD) == torch.float32 else 0.1
         if float((hidden_LD - alone_LD).float().norm()) > tolerance * float(alone_LD.float().norm()):
             where = "packed into one row" if scorer.packed else "of one batch"
             raise UserError(
                 f"{name}: sequences {where} see each other; this trainer needs a model that keeps them apart"
             )
-
-
-def _has_varlen_attention(model: PreTrainedModel) -> bool:
-    """Whether attention takes sequences of any length in one row, without a mask."""
-    return "flash" in str(model.config._attn_implementation)
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:

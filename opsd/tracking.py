@@ -42,8 +42,14 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let the peak of `peak_gib` start here on CUDA; that of a process on a CPU cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gib(device: torch.device) -> float:
-    """Peak memory in GiB: CUDA memory allocated, or the process's peak resident size on CPU."""
+    """Peak memory in GiB: CUDA memory allocated since `forget_peak`, or the process's peak resident size on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")

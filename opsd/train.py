@@ -26,7 +26,7 @@ from opsd.runfolder import Follower, RunFolder
 from opsd.saving import find_checkpoint, save_if_due, stop_if_asked
 from opsd.seeding import derive_seed
 from opsd.tokenrecord import RECORD_FIELDS, recorded_rollouts, score_top, token_table
-from opsd.tracking import Stopwatch, Tracker, peak_gib
+from opsd.tracking import Stopwatch, Tracker, forget_peak, peak_gib
 from opsd.update import Update
 
 # Asked for at every telemetry step; the means of these are the run's diagnostics.
@@ -88,6 +88,8 @@ def _run(
     parts: Parts, run: RunFolder, done_steps: int, notes: Sequence[str] = (), pending: dict[str, Any] | None = None
 ) -> None:
     """Steps done_steps + 1 to the last. notes: told first. pending: metrics of step done_steps that lack a line yet."""
+    # Loading takes copies of its own, which no step needs.
+    forget_peak(parts.engine.device)
     with Tracker(run, done_steps) as tracker:
         for note in notes if parts.ranks.is_main else ():
             tracker.say(note)

@@ -210,7 +210,10 @@ class Updater:
             weight_N = rollout_weights[micro.rollout_N.cpu()]
 
         def use(student_ND: Tensor, head_VD: Tensor) -> DistillResult:
-            return distill(self._inputs(student_ND, head_VD, teacher_NE, micro, weight_N), choice, self._spec)
+            inputs = self._inputs(student_ND, head_VD, teacher_NE, micro, weight_N)
+            # The inputs know what products are taken in; a selector's own arithmetic is not to be rounded.
+            with torch.autocast(student_ND.device.type, enabled=False):
+                return distill(inputs, choice, self._spec)
 
         return self._engine.forward(micro, use)
 

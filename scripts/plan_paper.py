@@ -25,7 +25,7 @@ PAIRS = {
 }
 RECIPE = (
     "--loss.chunk_tokens 512 --engine.micro_batch_tokens 16384 --engine.dtype bfloat16 --engine.kind deepspeed "
-    "--rollout.engine vllm --engine.gradient_checkpointing True --select.by entropy_sample --attention flash"
+    "--rollout.engine vllm --engine.gradient_checkpointing True --select.by entropy_sample"
 )
 RETENTIONS = (1.0, 0.5, 0.2, 0.1)
 

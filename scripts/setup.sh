@@ -6,6 +6,8 @@
 #
 #   PYTHON=python3.12      the Python to use; unset takes the newest of 3.14 … 3.11 that is found
 #   ACCELERATOR=cpu|gpu    which set of packages; unset asks nvidia-smi
+#   FLASH_ATTN=1           with ACCELERATOR=gpu: install flash-attn too, which may compile for an hour; without it
+#                          attention is by torch's own kernel of variable length
 #   TORCH_INDEX_URL=URL    a further package index to look for torch in. On Linux x86-64 PyPI's torch is the CUDA build
 #                          (some GB); PyTorch's own CPU index has the small one.
 #
@@ -56,9 +58,17 @@ choose_accelerator() {
     esac
 }
 
+# Prints what flash-attn is to be built for: its names of the generations of the GPUs that are there, such as "80;90".
+# Unset, it builds for all that it knows.
+flash_attn_archs() {
+    local found
+    found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\..*/\10/p' | sort -un)
+    echo "${found//$'\n'/;}"
+}
+
 # All that .venv depends on: if any of it changes, setup runs again. The folder comes first.
 fingerprint() {
-    printf '%s\n%s %s\n' "$PWD" "$ACCELERATOR" "${TORCH_INDEX_URL:-}"
+    printf '%s\n%s %s\n' "$PWD" "$ACCELERATOR${FLASH_ATTN:+ with flash-attn}" "${TORCH_INDEX_URL:-}"
     "$PYTHON" - setup.py scripts/setup.sh "constraints/$ACCELERATOR".txt constraints/cpu-vllm.txt <<'PY'
 import hashlib, pathlib, sys
 print(sys.version.split()[0])
@@ -116,6 +126,11 @@ LEVEL=${1:-all}
 [[ $LEVEL == all || $LEVEL == demo ]] || missing "level $LEVEL is unknown; give demo, or nothing for everything"
 choose_python
 choose_accelerator
+case ${FLASH_ATTN:-} in
+    '' | 0) FLASH_ATTN= ;;
+    1) [[ $ACCELERATOR == gpu ]] || missing "FLASH_ATTN=1 is for GPUs; unset it, or give ACCELERATOR=gpu" ;;
+    *) missing "FLASH_ATTN=$FLASH_ATTN is unknown; give 1, or unset it" ;;
+esac
 WANTED=$(fingerprint)
 if holds "$STAMP" || { [[ $LEVEL == demo ]] && holds "$DEMO_STAMP"; }; then exit 0; fi
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -135,7 +150,7 @@ VLLM_CPU=
 STAGES=0
 holds "$DEMO_STAMP" || STAGES=4
 [[ $LEVEL == demo ]] || STAGES=$((STAGES + 3))
-[[ $LEVEL == demo || ($ACCELERATOR == cpu && -z $VLLM_CPU) ]] || STAGES=$((STAGES + 1))
+[[ $LEVEL == demo || -z $FLASH_ATTN$VLLM_CPU ]] || STAGES=$((STAGES + 1))
 
 # What is imported of what was just installed is compiled now, once, and not by every process of a table; it also shows that
 # all of it is whole.
@@ -156,8 +171,10 @@ if ! holds "$DEMO_STAMP"; then
     echo "$WANTED" >"$DEMO_STAMP"
 fi
 if [[ $LEVEL == all ]]; then
-    if [[ $ACCELERATOR == gpu ]]; then
+    if [[ $FLASH_ATTN ]]; then
         # flash-attn builds against the torch that is installed, so not in isolation.
+        archs=${FLASH_ATTN_CUDA_ARCHS:-$(flash_attn_archs)}
+        [[ -z $archs ]] || export FLASH_ATTN_CUDA_ARCHS=$archs
         "${PIP[@]}" packaging ninja psutil setuptools wheel >>"$LOG" 2>&1
         stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
     fi

@@ -73,7 +73,8 @@ class Head:
         self.onednn = ONEDNN and not self.on_cuda and product == wide == torch.float32
 
     def _precision(self) -> AbstractContextManager[None]:
-        return bf16_products() if self.product == torch.bfloat16 else nullcontext()
+        # CUDA has no use for a setting of the CPU's products, which is the whole process's.
+        return bf16_products() if self.product == torch.bfloat16 and not self.on_cuda else nullcontext()
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary with their rows, rounded to the product type and widened."""

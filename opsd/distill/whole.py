@@ -15,7 +15,6 @@ from torch.nn.functional import log_softmax
 from opsd.distill.chunks import chunk_rows
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.inputs import Inputs, LossSpec
-from opsd.distill.slices import slices
 
 
 def whole_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
@@ -30,11 +29,12 @@ def whole_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, s
     chunk = chunk_rows(spec.chunk_tokens, rows, inputs.vocab_size, student_KD, inputs.wide)
     losses = []
     with torch.autocast(student_KD.device.type, enabled=False):
-        for part in slices(rows, chunk):
-            log_p_CV = log_softmax(logits_KV[part] / spec.temperature, -1)
-            log_q_CV = log_softmax(teacher_KV[part] / spec.temperature, -1)
+        # One split, not slices: each slice's backward would fill and add a whole [K, V] of zeros.
+        for student_CV, teacher_CV in zip(logits_KV.split(chunk), teacher_KV.split(chunk), strict=True):
+            log_p_CV = log_softmax(student_CV / spec.temperature, -1)
+            log_q_CV = log_softmax(teacher_CV / spec.temperature, -1)
             losses.append(plain_divergence(spec.divergence, log_p_CV, log_q_CV, spec.beta))
-        loss_K = torch.cat(losses) if losses else logits_KV.sum(-1)
+        loss_K = torch.cat(losses)
         loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
     return loss_sum, loss_K.detach().clamp_min(0.0)
 

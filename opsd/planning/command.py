@@ -19,7 +19,7 @@ from opsd.planning.shapes import find_shape
 # What takes less of a part, of the phase's largest ones.
 KNOBS = {
     "activations": "--engine.gradient_checkpointing True or a smaller --engine.micro_batch_tokens",
-    "attention masks": "flash-attn (--attention flash), or a smaller --engine.micro_batch_tokens",
+    "attention masks": "--engine.dtype bfloat16 on CUDA, or a smaller --engine.micro_batch_tokens",
     "one layer's backward": "a smaller --engine.micro_batch_tokens",
     "loss stage": "--loss.memory fused and a smaller --loss.chunk_tokens",
     "student weights": "--engine.kind deepspeed with --engine.zero_stage 3 over more --gpus",
@@ -52,8 +52,9 @@ class PlanConfig(TrainConfig):
     """Dense bf16 TFLOP/s of a GPU (H200's data sheet); 0.4 of it are assumed to be reached."""
     bandwidth_gbs: float = 4800.0
     """Memory bandwidth of a GPU in GB/s (H200's data sheet); 0.6 of it are assumed to be reached."""
-    attention: Literal["sdpa", "flash"] = "sdpa"
-    """flash: flash-attn is installed on the GPUs (the trainer takes it under bfloat16)."""
+    attention: Literal["sdpa", "flash"] = "flash"
+    """flash: of variable length, which the trainer takes on CUDA under bfloat16. sdpa: GPUs before Ampere, or a model
+    that torch's kernel does not fit."""
     brief: bool = False
     """Print the phases' sums and the verdict alone."""
     json: bool = False

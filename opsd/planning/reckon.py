@@ -171,7 +171,7 @@ class Reckoning:
         if c.shard:
             spread = 0 if c.offload else t.parameters * i / self.hardware.gpus
             return head + spread + (min(LIVE_WEIGHTS, t.parameters) * i if working else 0)
-        return t.parameters * i + (head if c.offload else 0) if working or not c.offload else head
+        return t.parameters * i if working or not c.offload else head
 
     def buffers(self) -> float:
         """DeepSpeed's own: a bucket of gradients, gathered weights under ZeRO-3."""

@@ -19,6 +19,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from opsd.attention import FLASH, VARLEN
+
 NAME = "opsd_decode"
 # Room that a cache layer takes beyond its tokens, at least.
 BLOCK_TOKENS = 64
@@ -75,15 +77,20 @@ def new_cache(config: PreTrainedConfig, limit: int) -> DynamicCache:
 
 @contextmanager
 def decode_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model that attends by transformers' sdpa reads its cache as it lies."""
-    switched = model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()
+    """Within it a model whose attention is one that training chooses reads its cache as it lies, by sdpa.
+
+    Rows side by side are padded at the left: attention of variable length would take the padding out, and put it back,
+    in every layer for every token.
+    """
+    before = str(model.config._attn_implementation)
+    switched = before in ("sdpa", FLASH, VARLEN) and model._can_set_attn_implementation()
     if switched:
         model.set_attn_implementation(NAME)
     try:
         yield
     finally:
         if switched:
-            model.set_attn_implementation("sdpa")
+            model.set_attn_implementation(before)
 
 
 def _attend(

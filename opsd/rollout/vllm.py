@@ -95,7 +95,8 @@ class VLLMSampler:
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take new weights over, one by one as they come; what was cached for the old ones is dropped."""
-        self._llm.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=iter(weights)))
+        # The worker's own method, not its model runner's: layers may ask for the settings that it makes current.
+        self._llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(weights)))
         self._llm.reset_prefix_cache()
 
     def score(self, ids: list[int]) -> list[float]:
@@ -129,7 +130,12 @@ class VLLMRollout(VLLMSampler):
     """A sampler that follows the student in training: new weights after every step, checked by a probe.
 
     path: a model folder with the plain weights of `engine`'s student. max_model_tokens: longest prompt and response.
+
+    On a GPU it may sleep, from the end of a rollout to the next `sync`; from there to the next rollout it stays awake.
     """
+
+    # While it sleeps it has neither weights nor cache.
+    _asleep = False
 
     def __init__(
         self,
@@ -177,10 +183,11 @@ class VLLMRollout(VLLMSampler):
 
         Raises RunStopped, on every rank, where sampler and trainer then disagree about a probe.
         """
-        self._wake()
-        self._load_weights()
+        if self._asleep:
+            self._wake()
+        else:
+            self._load_weights()
         self._check()
-        self._rest()
 
     def _load_weights(self) -> None:
         self.load(self._engine.gathered())
@@ -192,13 +199,19 @@ class VLLMRollout(VLLMSampler):
         check_probe(self._engine, self._probe_ids, self.score(self._probe_ids), self._allowed_nats)
 
     def _wake(self) -> None:
-        if self._sleeps:
-            self._llm.wake_up()
+        """Take GPU memory again: for weights, which are the trainer's newest, and only then for the cache."""
+        if not self._asleep:
+            return
+        self._llm.wake_up(["weights"])
+        self._load_weights()
+        self._llm.wake_up(["kv_cache"])
+        self._asleep = False
 
     def _rest(self) -> None:
-        """Give the GPU memory back: weights to host memory, the key-value cache dropped."""
+        """Give GPU memory back. Level 2 keeps no copy of the weights: the trainer has them, and soon newer ones."""
         if self._sleeps:
-            self._llm.sleep(level=1)
+            self._llm.sleep(level=2)
+            self._asleep = True
 
 
 def rollouts_of(
@@ -264,14 +277,19 @@ def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 
 def _only_tokens(vocab_size: int) -> type:
-    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of."""
-    from vllm.v1.sample.logits_processor import LogitsProcessor
+    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of.
 
-    class OnlyTokens(LogitsProcessor):
-        def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    One class for both of vLLM's model runners: V2, taken on a GPU, refuses a class of V1's interface, and the other
+    way round. They construct it and call `apply` with different arguments, none of which is needed.
+    """
+    from vllm.v1.sample.logits_processor import LogitsProcessor as ForV1
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForV2
+
+    class OnlyTokens(ForV1, ForV2):
+        def __init__(self, vllm_config: Any, *_: Any) -> None:
             pass
 
-        def apply(self, logits: Tensor) -> Tensor:
+        def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
             logits[:, vocab_size:] = float("-inf")
             return logits
 

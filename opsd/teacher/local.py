@@ -16,8 +16,8 @@ from opsd.teacher.base import Cache, cached
 class LocalTeacher:
     """Teacher on a loaded model, frozen and in eval mode. device: where the micro-batches are computed.
 
-    offload: between its turns the model lies in host memory; only its head stays on the device. cache: where the states
-    of a step wait, "device" or "host".
+    offload: between its turns the model lies in host memory (pinned beside a GPU); only its head and what is small stay
+    on the device. cache: where the states of a step wait, "device" or "host".
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class LocalTeacher:
         cache: Cache = "device",
     ) -> None:
         self._scorer, self._device = scorer.eval().requires_grad_(False), device
-        self._offload = offload
         self._cache: Cache = cache
-        # Where nothing is offloaded this is the model's own tensor.
         self._head_VE = scorer.head.weight.detach()
-        if offload:
-            self._head_VE = self._head_VE.to(device, copy=True)
-            self._scorer.to("cpu")
+        # The loss needs the head all along: it is never moved, nor are embeddings that are tied to it.
+        moved = [p for p in scorer.parameters() if p is not scorer.head.weight] if offload else []
+        # Frozen weights never change: one host copy serves every turn, and nothing is copied back.
+        self._offloaded = [(parameter, _host_copy(parameter)) for parameter in moved]
+        self._leave()
 
     @torch.no_grad()
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
@@ -49,10 +49,19 @@ class LocalTeacher:
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
         """Within it the whole model is on the device."""
-        if self._offload:
-            self._scorer.to(self._device)
+        for parameter, host in self._offloaded:
+            # From pinned memory the copy runs on while the next ones are asked for.
+            parameter.data = host.to(self._device, non_blocking=True, copy=True)
         try:
             yield
         finally:
-            if self._offload:
-                self._scorer.to("cpu")
+            self._leave()
+
+    def _leave(self) -> None:
+        for parameter, host in self._offloaded:
+            parameter.data = host
+
+
+def _host_copy(parameter: Tensor) -> Tensor:
+    host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
+    return host.copy_(parameter.detach())

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from tolerance import ROUNDOFF, rounding
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import distill_loss
+from opsd.distill.products import Head
 from opsd.errors import UserError
 from opsd.hooks import Selection
 
@@ -346,3 +348,26 @@ def test_hidden_states_that_do_not_fit_are_named(make_case):
         distill_loss(case.student_ND, case.student_head_VD, case.student_ND, case.teacher_head_VE)
     with pytest.raises(UserError, match="5 student tokens but 4 teacher tokens"):
         distill_loss(case.student_ND, case.student_head_VD, case.teacher_NE[:4], case.teacher_head_VE)
+
+
+def test_the_setting_of_cpu_products_is_left_alone_on_cuda():
+    head = Head(torch.ones(2, 2), torch.bfloat16, torch.float32)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with head._precision():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    head.on_cuda = True
+    with head._precision():
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_whole_losss_backward_does_not_touch_all_rows_once_per_chunk(make_case):
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(str(func.overloadpacket))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Calls():
+        make_case(24, 50).gradients(memory="whole", chunk_tokens=4)
+    assert called.count("aten._log_softmax_backward_data") == 6  # one for each chunk
+    assert "aten.slice_backward" not in called

@@ -1,5 +1,7 @@
 """Packing and the shift by one: which hidden state predicts which token, and that neighbours never meet."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,7 @@ def test_a_second_rollout_starts_behind_the_first_with_positions_from_0(make_rol
     assert micro.token_ids_N.tolist() == [20, EOS, 22, 23]
     assert micro.rollout_N.tolist() == [0, 0, 1, 1]
     assert all(tensor.dtype == torch.int64 for tensor in vars(micro).values())
+    assert micro.lengths == [3, 2]
 
 
 def test_eos_is_trained_on_though_it_is_the_padding_token_too(make_rollout):
@@ -199,4 +202,5 @@ def test_to_moves_every_tensor(make_rollout):
     (micro,) = pack([make_rollout(0, [10, 11], [20])], 100)
     moved = micro.to(torch.device("meta"))
     assert isinstance(moved, MicroBatch)
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {getattr(moved, field.name).device.type for field in fields(moved)} == {"meta"}
+    assert moved.lengths == micro.lengths == [2]  # without asking the device

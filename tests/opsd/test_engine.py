@@ -235,13 +235,13 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_weights(make_engine, teacher, rol
     (micro,) = pack(rollouts, 100)
     seen = []
     engine.forward(micro, lambda hidden, head: seen.extend((hidden.dtype, head.dtype)))
-    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert seen == [torch.bfloat16, torch.float32]
     # The model's own layers under autocast, then fp32 logits of what came out in bfloat16.
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden = exact.student.hidden(micro).bfloat16().float()
     head = exact.student.model.get_output_embeddings().weight.detach().bfloat16().float()
     teacher_NE = teacher.hidden(micro).detach().bfloat16().float()
-    teacher_VE = teacher.model.get_output_embeddings().weight.detach()
+    teacher_VE = teacher.model.get_output_embeddings().weight.detach().bfloat16().float()
     log_p, log_q = (hidden @ head.T).log_softmax(-1), (teacher_NE @ teacher_VE.T).log_softmax(-1)
     loss = backward(engine, teacher, micro, 7)
     close(loss, (log_p.exp() * (log_p - log_q)).sum(), 16, 52, 7)

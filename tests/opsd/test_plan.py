@@ -158,11 +158,18 @@ def test_the_whole_loss_grows_with_kept_tokens_times_vocabulary():
 
 
 def test_the_peak_is_the_largest_phase_and_decides_whether_it_fits():
-    config = parse(PlanConfig, [*PAIR, *SHARDED], "opsd plan")
+    config = parse(PlanConfig, [*PAIR, *SHARDED, "--gpu_gib", "120"], "opsd plan")
     found = planned(config)
     sums = [sum(parts.values()) for parts in found["phases_gib"].values()]
     assert found["peak_gib"] == max(sums) and not found["fits"] and found["decides"] == "activations"
     assert planned(dataclasses.replace(config, gpu_gib=max(sums)))["fits"]
+
+
+def test_a_packed_row_has_masks_where_attention_is_not_of_variable_length():
+    flags = [*PAIR, *SHARDED, "--engine.dtype"]
+    for more, masked in ((["bfloat16"], False), (["float32"], True), (["bfloat16", "--attention", "sdpa"], True)):
+        phases = planned(parse(PlanConfig, [*flags, *more], "opsd plan"))["phases_gib"]
+        assert ("attention masks" in phases["student"]) == masked
 
 
 def test_a_sharded_teacher_is_spread_and_its_head_whole():
@@ -209,13 +216,13 @@ def test_bad_input_is_one_line_and_exit_2(flags, message, capsys, monkeypatch):
 
 
 def test_what_does_not_fit_exits_1_with_the_knob_and_what_fits_returns(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["opsd", "plan", *PAIR, *SHARDED])
+    monkeypatch.setattr("sys.argv", ["opsd", "plan", *PAIR, *SHARDED, "--gpu_gib", "120"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(
-        r"does not fit: peak [\d.]+ of 131.3 GiB, in the student phase; activations decides; with --eng", last
+        r"does not fit: peak [\d.]+ of 120.0 GiB, in the student phase; activations decides; with --eng", last
     )
     monkeypatch.setattr("sys.argv", ["opsd", "plan", *PAIR, *SHARDED, "--engine.gradient_checkpointing", "True"])
     main()

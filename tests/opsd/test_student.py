@@ -124,19 +124,46 @@ def test_gradients_through_the_head_equal_autograd_on_full_logits(make_model, ma
         close(ours.grad, theirs.grad, *transformer(2, 16, backward=1), 49, said=name)
 
 
-def test_under_autocast_the_head_hands_on_the_compute_type_and_turns_autocast_off(make_model, make_rollout):
+def test_under_autocast_hidden_states_are_in_the_compute_type_and_the_head_is_the_parameter(make_model, make_rollout):
     scorer = Scorer(make_model())
     (micro,) = pack([make_rollout(0, [6, 7], [8, 9])], 100)
     seen = {}
 
     def use(hidden_ND, head_VD):
-        seen.update(hidden=hidden_ND.dtype, head=head_VD.dtype, autocast=torch.is_autocast_enabled("cpu"))
+        seen.update(hidden=hidden_ND.dtype, same=head_VD is scorer.head.weight)
 
     with torch.autocast("cpu", torch.bfloat16):
         scorer(micro, use)
-    assert seen == {"hidden": torch.bfloat16, "head": torch.bfloat16, "autocast": False}
+    assert seen == {"hidden": torch.bfloat16, "same": True}
     scorer(micro, use)
-    assert seen == {"hidden": torch.float32, "head": torch.float32, "autocast": False}
+    assert seen == {"hidden": torch.float32, "same": True}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("memory", ["fused", "whole"])
+def test_under_autocast_the_heads_gradient_is_not_rounded_to_the_compute_type(make_model, make_rollout, memory):
+    scorer, teacher = Scorer(make_model(tied=False)), Scorer(make_model(seed=1))
+    (micro,) = pack([make_rollout(0, [6, 7], [8, 9, 10, 11])], 100)
+    with torch.no_grad():
+        teacher_NE = teacher.hidden(micro)
+    given = []
+
+    def loss_of(hidden_ND, head_VD):
+        given.append(hidden_ND.detach().float())
+        return distill_loss(hidden_ND, head_VD, teacher_NE, teacher.head.weight.detach(), memory=memory).loss_sum
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = scorer(micro, loss_of)
+    loss.backward()
+    found = scorer.head.weight.grad
+    # By hand: logits of operands rounded to bf16, in fp32, and their gradients, in fp32.
+    head = scorer.head.weight.detach().bfloat16().float().requires_grad_()
+    log_q = (teacher_NE.bfloat16().float() @ teacher.head.weight.detach().bfloat16().float().T).log_softmax(-1)
+    log_p = (given[0] @ head.T).log_softmax(-1)
+    (log_p.exp() * (log_p - log_q)).sum().backward()
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    # The product may round its operands to bf16, 2^-9 each: a whole rounding of the sum would be one more.
+    assert float((found - head.grad).norm()) < 2.0**-8 * float(head.grad.norm())
 
 
 # ---- models that can or cannot serve

@@ -1,5 +1,6 @@
 """Where numbers go: the run folder always, a bar where there is a terminal, wandb without a network."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from opsd import tracking
+from opsd import tracking, train
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
 from opsd.durations import in_words
+from opsd.ranks import ONE_RANK
 from opsd.runfolder import RunFolder
-from opsd.tracking import Stopwatch, Tracker, peak_gib
+from opsd.tracking import Stopwatch, Tracker, forget_peak, peak_gib
 
 CPU = torch.device("cpu")
 
@@ -257,3 +259,18 @@ def test_metrics_reach_wandb_step_by_step_and_a_failed_run_is_marked(make_run, m
                 raise problem
         assert recorder.logged == [(1, metrics_of(1))]
         assert recorder.exit_code == exit_code
+
+
+def test_on_cuda_the_peak_starts_after_loading(monkeypatch):
+    allocated, device = [30 * 2**30], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: allocated.append(2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: allocated[-1])
+    parts = SimpleNamespace(engine=SimpleNamespace(device=device), ranks=ONE_RANK, dropped_prompts=0)
+    seen = []
+    monkeypatch.setattr(train, "Tracker", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "_evaluate_before", lambda *_: seen.append(peak_gib(device)))
+    monkeypatch.setattr(train, "_train", lambda *_: None)
+    train._run(parts, SimpleNamespace(finish=lambda: None), 0)
+    assert seen == [1.0]
+    forget_peak(torch.device("cpu"))
+    assert len(allocated) == 2

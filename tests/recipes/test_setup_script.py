@@ -101,7 +101,9 @@ WORKING = """case "$*" in
     "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; : >.venv/bin/opsd; chmod +x .venv/bin/* ;;
     *"pip install"*)
         words=$*
-        echo "${words##*constraints/cpu.txt}" >>installed
+        words=${words##*constraints/?pu.txt}
+        [[ $words != *flash-attn* ]] || words+=" for $FLASH_ATTN_CUDA_ARCHS"
+        echo "$words" >>installed
         [[ ! -e fails || "$*" != *"$(<fails)"* ]] || { echo no such package; exit 1; } ;;
     "- "*) shift; exec REAL - "$@" ;;
     *torch.version*) exit 1 ;;
@@ -125,11 +127,11 @@ def machine(tmp_path):
     for file in bin_folder.iterdir():
         file.chmod(0o755)
 
-    def run(*level: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
+    def run(*level: str, **env: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
         (root / "installed").unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", str(root / "scripts" / "setup.sh"), *level],
-            env={"PATH": f"{bin_folder}:/usr/bin:/bin", "ACCELERATOR": "cpu", "PYTHON": "python3.12"},
+            env={"PATH": f"{bin_folder}:/usr/bin:/bin", "ACCELERATOR": "cpu", "PYTHON": "python3.12"} | env,
             capture_output=True,
             text=True,
         )
@@ -172,3 +174,43 @@ def test_other_constraints_set_both_levels_up_again(machine):
     (root / "constraints" / "cpu.txt").write_text("")
     assert run("demo")[0] == DEMO
     assert run()[0] == MORE
+
+
+def test_flash_attn_is_for_gpus_alone_and_1_or_nothing(setup):
+    said = {}
+    for value in ("1", "yes"):
+        done = setup({"python3": python("3 12")}, ACCELERATOR="cpu", FLASH_ATTN=value)
+        said[value] = done.returncode, done.stderr
+    assert said == {
+        "1": (2, "setup: FLASH_ATTN=1 is for GPUs; unset it, or give ACCELERATOR=gpu\n"),
+        "yes": (2, "setup: FLASH_ATTN=yes is unknown; give 1, or unset it\n"),
+    }
+
+
+GPU = " -e .[gpu,test]"
+
+
+@pytest.mark.parametrize(
+    ("env", "archs"),
+    [
+        ({}, None),
+        # Ada (8.9) runs what is built for Ampere: flash-attn knows no 89.
+        ({"FLASH_ATTN": "1"}, "80;90"),
+        ({"FLASH_ATTN": "1", "FLASH_ATTN_CUDA_ARCHS": "100"}, "100"),
+    ],
+)
+def test_flash_attn_is_compiled_where_it_is_asked_for_and_for_the_gpus_that_are_there(machine, env, archs):
+    root, run = machine
+    shutil.copy(ROOT / "constraints" / "gpu.txt", root / "constraints")
+    program = root.parent / "bin" / "nvidia-smi"
+    program.write_text('#!/bin/bash\n[[ "$*" != *compute_cap* ]] || printf "9.0\\n8.9\\n9.0\\n"\n')
+    program.chmod(0o755)
+    installed, done = run(ACCELERATOR="gpu", **env)
+    flash = [f" --no-build-isolation flash-attn for {archs}"] if archs else []
+    assert [line for line in installed if "flash" in line] == flash
+    assert GPU in installed and done.returncode == 0, done.stderr
+    assert f"setup {8 if archs else 7}/{8 if archs else 7}  first start" in done.stdout
+    assert run(ACCELERATOR="gpu", **env)[0] == []
+    # Asked for later, or no longer, it is set up again.
+    other = {} if env else {"FLASH_ATTN": "1"}
+    assert run(ACCELERATOR="gpu", **other)[0] != []

@@ -14,38 +14,41 @@ WORKER = runpy.run_path(str(Path(__file__).with_name("worker.py")))
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu", 0)  # equal in what they do, told apart by name
 
 
-class Watched(Scorer):
-    """Says where it was moved to."""
-
-    def to(self, device):
-        self.moves = [*getattr(self, "moves", []), device]
-        return super().to(device)
-
-
 @pytest.fixture
 def batches():
     return pack(WORKER["rollouts"](), 16)
 
 
-def test_an_offloaded_model_is_on_the_device_while_it_computes_only(batches):
-    plain = LocalTeacher(Scorer(WORKER["model"](True, 1)), CPU).hidden(batches)
-    scorer = Watched(WORKER["model"](True, 1))
+def places(scorer):
+    return {name: parameter.data_ptr() for name, parameter in scorer.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_offloaded_model_is_on_the_device_while_it_computes_only_and_its_one_host_copy_stays(batches, tied):
+    plain = LocalTeacher(Scorer(WORKER["model"](tied, 1)), CPU).hidden(batches)
+    scorer = Scorer(WORKER["model"](tied, 1))
+    head = scorer.head.weight.data_ptr()
     teacher = LocalTeacher(scorer, DEVICE, offload=True)
-    assert scorer.moves == ["cpu"]
+    host = places(scorer)
+    for _ in range(2):
+        with teacher.present():
+            device = places(scorer)
+        assert places(scorer) == host  # nothing was copied back
+        for name in host:
+            assert (host[name] == device[name]) == (host[name] == head), name
     states = teacher.hidden(batches)
-    assert scorer.moves == ["cpu", DEVICE, "cpu"]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(states, plain, strict=True))
     with pytest.raises(ValueError, match="within"), teacher.present():
         raise ValueError("within")
-    assert scorer.moves[3:] == [DEVICE, "cpu"]  # it leaves after an error too
+    assert places(scorer) == host  # it leaves after an error too
 
 
-def test_an_offloaded_models_head_stays_on_the_device_as_a_copy():
-    scorer = Scorer(WORKER["model"](True, 1))
-    head = LocalTeacher(scorer, DEVICE, offload=True).head()
-    assert torch.equal(head, scorer.head.weight)
-    assert head.data_ptr() != scorer.head.weight.data_ptr()
-    assert LocalTeacher(scorer, DEVICE).head().data_ptr() == scorer.head.weight.data_ptr()
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_head_is_the_models_own_and_stays_where_it_is(offload):
+    scorer = Scorer(WORKER["model"](False, 1))
+    before = scorer.head.weight.data_ptr()
+    head = LocalTeacher(scorer, DEVICE, offload).head()
+    assert head.data_ptr() == scorer.head.weight.data_ptr() == before
 
 
 @pytest.mark.gpu
@@ -53,4 +56,5 @@ def test_on_a_gpu_the_states_wait_in_pinned_host_memory(batches):
     scorer = Scorer(WORKER["model"](True, 1))
     (first, *_) = LocalTeacher(scorer.cuda(), torch.device("cuda"), offload=True, cache="host").hidden(batches)
     assert first.device.type == "cpu" and first.is_pinned()
-    assert next(scorer.parameters()).device.type == "cpu"
+    moved = next(p for p in scorer.parameters() if p is not scorer.head.weight)
+    assert moved.device.type == "cpu" and moved.is_pinned() and scorer.head.weight.is_cuda

@@ -1,8 +1,10 @@
 """vLLM as the sampler: it says what transformers says, takes new weights, and is caught where it does not."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +66,25 @@ def disturb(engine, seed):
 
 def ids_of(rollouts):
     return [(rollout.id, rollout.prompt.id, rollout.response_ids, rollout.truncated) for rollout in rollouts]
+
+
+def test_both_of_vllms_model_runners_take_the_class_that_cuts_the_vocabulary():
+    # Runner V2 is taken on a GPU alone: here only its own loader can be asked.
+    pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
+    from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
+    from vllm.v1.worker.gpu.sample.logits_processor import loader
+
+    from opsd.rollout.vllm import _only_tokens
+
+    only = _only_tokens(3)
+    state = {field.name: None for field in dataclasses.fields(loader.LogitsProcRequestState)}
+    (second,) = loader.build_custom_logits_processors(None, SimpleNamespace(**state), False, [only])
+    loader.build_custom_logits_processors_params_validator([only])(None)
+    assert _load_logitsprocs_by_fqcns([only]) == [only]
+    first = only(None, CPU, False)
+    cut = [0.0, 1.0, 2.0, -torch.inf, -torch.inf]
+    assert second.add_request(0, None) and second.apply(torch.arange(5.0)[None], None).tolist() == [cut]
+    assert not first.is_argmax_invariant() and first.apply(torch.arange(5.0)[None]).tolist() == [cut]
 
 
 def test_greedy_answers_are_transformers(engine, tokenizer, vllm, prompts):
