@@ -24,6 +24,7 @@ import torch
 
 import opsd.__main__
 import opsd.checkpoint
+import opsd.distill.loop
 import opsd.evaluate
 import opsd.rollout
 import opsd.train
@@ -33,7 +34,7 @@ from opsd.engine.sharded import import_deepspeed
 # Where a stage begins and ends.
 STAGES = {
     "rollout": (opsd.rollout.HFRollout, "generate"),
-    "scoring": (opsd.update.Updater, "_score"),
+    "scoring": (opsd.distill.loop, "choose"),
     "backward": (opsd.update.Updater, "_forward"),
     "weight sync": (opsd.rollout.HFRollout, "sync"),
     "checkpoint": (opsd.checkpoint, "save"),
