@@ -24,7 +24,7 @@ PAIRS = {
     "qwen25": "--student qwen2.5-1.5b --teacher qwen2.5-14b --gpus 4",
 }
 RECIPE = (
-    "--loss.chunk_tokens 512 --engine.micro_batch_tokens 16384 --engine.dtype bfloat16 --engine.kind deepspeed "
+    "--engine.micro_batch_tokens 16384 --engine.dtype bfloat16 --engine.kind deepspeed "
     "--rollout.engine vllm --engine.gradient_checkpointing True --select.by entropy_sample"
 )
 RETENTIONS = (1.0, 0.5, 0.2, 0.1)
