@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,20 @@ def evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> dict[str,
 
 
 def check_cache(config: TrainConfig) -> None:
-    """Raises UserError where --eval.cache cannot be a folder. Writes nothing."""
+    """Make the folder of --eval.cache. Raises UserError where it cannot be one, or nothing can be written into it."""
     folder = config.eval.cache
-    if folder is not None and (not folder or (Path(folder).exists() and not Path(folder).is_dir())):
-        raise UserError(f"--eval.cache {folder} is no folder; give one, which is made where it is missing, or None")
+    if folder is None:
+        return
+    try:
+        if not folder:
+            raise OSError(None, "no name")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--eval.cache {folder!r} cannot be written ({error.strerror}); give another folder, or None"
+        ) from error
 
 
 def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry | str:
@@ -225,6 +236,8 @@ class _Shared:
             stored = json.loads(entry.file.read_text())
         except FileNotFoundError:
             return None
+        except IsADirectoryError as error:
+            raise UserError(f"{entry.file} is a folder, where an evaluation is kept; remove it") from error
         except (OSError, ValueError):
             stored = None
         if _is_whole(stored, entry):

@@ -94,7 +94,7 @@ def _run(
         for note in notes if parts.ranks.is_main else ():
             tracker.say(note)
         if parts.dropped_prompts and parts.ranks.is_main:
-            tracker.say(f"{parts.dropped_prompts} prompts over --rollout.max_prompt_tokens were left out")
+            tracker.say(f"prompts left out, longer than --rollout.max_prompt_tokens: {parts.dropped_prompts}")
         if done_steps == 0:
             with memory_for("evaluation"):
                 _evaluate_before(parts, run, tracker)

@@ -131,10 +131,13 @@ paper_flags() {
 
 # The pocket protocol, fixed before any comparison was run. Every cell shares it.
 pocket_flags() {
+    local warmup=4
+    # A try-out of fewer steps is all warm-up.
+    ((${STEPS:-240} >= warmup)) || warmup=$STEPS
     FLAGS+=(--prompt_format raw)
     setting --steps 240 "${STEPS:-}"
     FLAGS+=(--prompts_per_step 16 --rollout.samples_per_prompt 4 --rollout.max_prompt_tokens 16 --rollout.max_new_tokens 40
-        --optim.lr 1e-3 --optim.warmup_steps 4 --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 4096
+        --optim.lr 1e-3 --optim.warmup_steps $warmup --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 4096
         --eval.suite pocket=assets/pocket/eval.jsonl --eval.grader suffix --eval.samples 16 --eval.temperature 1.0
         --eval.generate_batch 1024
         --checkpoint.every 60 --telemetry.every 10 --telemetry.save_tokens True --telemetry.top_tokens 5

@@ -78,10 +78,13 @@ paper_flags() {
 
 # Fixed before any comparison was run. Few steps: longer ones close every gap.
 pocket_flags() {
+    local warmup=2
+    # A try-out of a single step is all warm-up.
+    ((${STEPS:-16} >= warmup)) || warmup=$STEPS
     setting --steps 16 "${STEPS:-}"
     FLAGS+=(--prompts_per_step 16 --rollout.samples_per_prompt 4 --rollout.max_prompt_tokens 8
         --rollout.max_new_tokens 120 --environment.kind travel --environment.max_turns 8
-        --optim.lr 3e-4 --optim.warmup_steps 2 --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 8192
+        --optim.lr 3e-4 --optim.warmup_steps $warmup --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 8192
         --eval.suite "synthetic-travel=$DATA_DIR/held_out.jsonl" --eval.samples 16 --eval.temperature 1.0
         --eval.generate_batch 512 --checkpoint.every 0 --telemetry.every 4
         --telemetry.options entropy_split 0.3 divergence_split 0.3) # nats, as in the other pocket tables

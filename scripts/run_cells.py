@@ -180,7 +180,10 @@ class Lanes:
             raise Failed(2, what)
         shown = "\n".join(last_lines(life))
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-        raise Failed(code if code > 0 else 128 - code, f"{cell.name} failed ({how}; all it said: {cell.log})\n{shown}")
+        if code == -signal.SIGKILL:
+            shown = shown or "SIGKILL lets nothing be said; the system sends it where memory runs out"
+        what = f"{cell.name} failed ({how}; all it said: {cell.log}); the same command goes on\n{shown}"
+        raise Failed(code if code > 0 else 128 - code, what)
 
 
 def last_lines(life: Life) -> list[str]:

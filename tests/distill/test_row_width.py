@@ -5,7 +5,7 @@ Forced: the width of a row, and CUDA's way through the products, whose `out_dtyp
 
 import pytest
 import torch
-from tolerance import ROUNDOFF, rounding
+from tolerance import ROUNDOFF, close, rounding
 
 from opsd.distill import chunks
 from opsd.distill.chunks import chunk_rows, row_width
@@ -133,8 +133,8 @@ def test_the_likeliest_tokens_are_of_the_vocabulary(products, make_case, monkeyp
         narrow = top_tokens(*case.tensors, token_ids_N=torch.arange(7), k=37)
     for one, other in zip(wide, narrow, strict=True):
         assert torch.equal(one.ids_NK, other.ids_NK)
-        assert torch.allclose(one.log_prob_NK, other.log_prob_NK, atol=1e-5)
-        assert torch.allclose(one.sampled_N, other.sampled_N, atol=1e-5)
+        close(one.log_prob_NK, other.log_prob_NK, *case.sums)
+        close(one.sampled_N, other.sampled_N, *case.sums)
 
 
 def test_rows_are_as_wide_as_the_vocabulary_on_a_cpu_and_a_multiple_of_64_on_cuda(monkeypatch):

@@ -28,7 +28,7 @@ def test_the_floor_by_hand():
     assert slow_memory["rollout"] == pytest.approx(60 + 6 * (4 * 36 / 0.1))
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_trl_and_opsd_train_on_as_many_tokens_and_to_the_same_loss_on_the_same_answers(
     make_folder, make_model, make_tokenizer, tmp_path
@@ -59,7 +59,7 @@ def test_trl_and_opsd_train_on_as_many_tokens_and_to_the_same_loss_on_the_same_a
     assert "| opsd-vllm |" in done.stdout and "| floor |" in done.stdout
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_trainer_that_fails_is_said_in_one_line(make_folder, make_model, tokenizer, tmp_path):
     folder = make_folder(make_model(), tokenizer)
     flags = ("--out", tmp_path, "--student", folder, "--teacher", folder, "--methods", "opsd-hf", "--lr", "-1")

@@ -290,7 +290,7 @@ def test_what_is_not_known_by_its_files_is_not_shared(settings, tmp_path, evalua
     assert evaluated == [TEACHER, STUDENT, AFTER] * 2
     said = capsys.readouterr().err
     assert said.count("what the grader operator:eq does is not known") == 4
-    assert not (tmp_path / "evaluations").exists()
+    assert not list((tmp_path / "evaluations").iterdir())
 
 
 def test_a_hub_name_is_known_by_the_files_in_the_hubs_cache(settings, tmp_path, monkeypatch):
@@ -392,8 +392,22 @@ def test_a_run_that_has_its_teachers_evaluation_takes_it_on_resume(settings, tmp
     assert evaluation(run.path, "teacher")["mark"] == "kept"
 
 
-def test_a_cache_that_is_a_file_is_bad_input(settings, tmp_path):
+@pytest.mark.parametrize("cache", ["", "{tmp}/file", "{tmp}/file/below", "/proc/none", "/sys/kernel"])
+def test_a_cache_that_cannot_be_written_is_bad_input_before_anything_is(settings, tmp_path, cache):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--eval.cache .*file is no folder; give one"):
-        start(settings(eval={"cache": str(tmp_path / "file")}))
+    cache = cache.format(tmp=tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^--eval.cache '{cache}' cannot be written [^\n]+; give another folder, or None$"
+    ):
+        start(settings(eval={"cache": cache}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_the_place_of_a_shared_evaluation_is_named(settings, tmp_path):
+    config = settings(eval={"cache": str(tmp_path / "cache")})
+    start(config)
+    (entry, *_) = sorted((tmp_path / "cache").glob("teacher-*.json"))
+    entry.unlink()
+    entry.mkdir()
+    with pytest.raises(UserError, match=r"teacher-.*\.json is a folder, where an evaluation is kept; remove it$"):
+        start(dataclasses.replace(config, out=str(tmp_path / "other")))

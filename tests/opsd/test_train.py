@@ -232,7 +232,7 @@ def test_a_run_in_groups_of_lengths_resumes_to_the_same_numbers_and_matches_one_
     resume(tmp_path / "broken")
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
-    monkeypatch.setattr(student, "_has_varlen_attention", lambda model: True)
+    monkeypatch.setattr(student, "has_varlen_attention", lambda model: True)
     calls = len(groups)
     start(settings(tmp_path / "packed", **options))
     assert len(groups) == calls

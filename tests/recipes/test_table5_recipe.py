@@ -201,7 +201,7 @@ def test_an_interrupted_cell_is_resumed_then_the_rest_runs(project):
 def test_a_folder_made_by_another_command_is_not_taken_for_finished(project):
     project.run(SCALE="pocket", CELLS="all")
     recipe = project.root / "recipes" / "common.sh"
-    recipe.write_text(recipe.read_text().replace("--optim.warmup_steps 4", "--optim.warmup_steps 5"))
+    recipe.write_text(recipe.read_text().replace("local warmup=4", "local warmup=5"))
     done = project.run(SCALE="pocket", CELLS="all")
     assert done.returncode == 2
     assert "was made by another command" in done.stderr and done.stderr.count("\n") == 1
