@@ -29,7 +29,7 @@ setup: ## make .venv with all packages (PYTHON=, ACCELERATOR=cpu|gpu, TORCH_INDE
 setup-demo: ## the same with what make demo, pocket recipes and reports need alone
 	@scripts/setup.sh demo
 
-demo: setup-demo ## Table 5 at pocket scale, one seed, on this CPU: runs, table, picture (about 4 minutes; twice that without AVX-512)
+demo: setup-demo ## Table 5 at pocket scale, one seed, on this CPU: runs, table, picture (about 4 minutes on two cores with AVX-512)
 	@SCALE=pocket SEEDS=0 recipes/table5_soft_or.sh
 
 table3: $(NEEDS) ## entropy sampling (all tables: SCALE=paper|pocket, PAIRS=, CELLS=, SEEDS=, RUNS=, DRY_RUN=1)
