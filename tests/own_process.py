@@ -23,7 +23,7 @@ import pytest
 REPORTS = "TESTS_REPORTS"
 MARKER = "own_process"
 # What a worker may hold, libraries included; two of them, an engine and its trainer stay below 8 GB together.
-LIMIT_MIB = 2048
+LIMIT_MIB = 2560
 # Folders whose tests take longest come first, so that no worker is left alone with one.
 LONGEST = ("scale", "faults", "recipes", "environments")
 PLACES = ("location", "longrepr")

@@ -236,6 +236,7 @@ def test_logits_that_are_not_finite_stop_the_run(make_model, tokenizer, prompts)
         decoded(model, tokenizer, prompts[:2], 1, Sampling(max_new_tokens=4), 0)
 
 
+@pytest.mark.own_process
 @pytest.mark.e2e
 def test_a_real_model_writes_what_generate_writes(smollm2):
     """SmolLM2: nine query heads on three key-value heads, 49,152 tokens; greedy in fp32, draws in fp64.
