@@ -7,8 +7,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opsd.config.train.checks import check
-from opsd.config.train.schema import (
+from opsd.config.checks import check
+from opsd.config.schema import (
     CheckpointConfig,
     EngineConfig,
     EnvironmentConfig,

@@ -255,8 +255,8 @@ def test_the_student_is_loaded_with_the_attention_of_the_compute_type_and_checke
 def test_a_model_that_mixes_packed_sequences_under_a_mask_keeps_them_apart_by_lengths(kernel):
     config = OPTConfig(**SIZES, word_embed_proj_dim=64, ffn_dim=32, init_std=0.3)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    student.disable_dropout(model)
-    student.check_packing(Scorer(with_varlen(model)), "M")
+    disable_dropout(model)
+    checks.check_packing(Scorer(with_varlen(model)), "M")
     assert kernel == [({torch.float32}, [16, 5])]
 
 
