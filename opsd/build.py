@@ -27,7 +27,6 @@ from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.types import Sampling
-from opsd.update import Updater
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -39,21 +38,20 @@ class Parts:
 
     ranks: Ranks
     tokenizer: Any
-    stream: PromptStream
+    prompts: PromptStream
     dropped_prompts: int
-    rollout: RolloutEngine
+    sampler: RolloutEngine
     sampling: Sampling
     teacher: Teacher
-    teacher_rollout: RolloutEngine | None
+    teacher_sampler: RolloutEngine | None
     selector: TokenSelector | None
     vocab_size: int
     engine: Engine
-    updater: Updater
     evaluator: Evaluator | TravelEvaluator
     telemetry: list[TokenTelemetry]
 
 
-@memory_for("loading of the models", "then start again")
+@memory_for("loading", "then start again")
 def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
@@ -99,16 +97,15 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     return Parts(
         ranks=ranks,
         tokenizer=tokenizer,
-        stream=PromptStream(prompts, config.prompts_per_step, config.seed),
+        prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
-        rollout=rollout,
+        sampler=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=teacher,
-        teacher_rollout=teacher_rollout,
+        teacher_sampler=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,
-        updater=Updater(engine, teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,
         telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
     )

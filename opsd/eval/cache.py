@@ -252,10 +252,10 @@ def jobs_of(parts: Parts, config: TrainConfig) -> list[Job]:
     """The teacher once, so that the room for improvement is known; the student as it starts."""
     jobs = []
     if config.eval.teacher and parts.evaluator.suites:
-        assert parts.teacher_rollout is not None
-        jobs.append(Job("teacher", "teacher", config.teacher.model, None, parts.teacher_rollout))
+        assert parts.teacher_sampler is not None
+        jobs.append(Job("teacher", "teacher", config.teacher.model, None, parts.teacher_sampler))
     if config.eval.at_start and parts.evaluator.suites:
-        jobs.append(Job("step_0", "student", config.student, 0, parts.rollout))
+        jobs.append(Job("step_0", "student", config.student, 0, parts.sampler))
     return jobs
 
 

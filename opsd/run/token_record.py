@@ -19,16 +19,12 @@ import torch
 from torch import Tensor
 
 from opsd.config import LossConfig
-from opsd.distill.stats import REQUIRED_FIELDS
 from opsd.distill.topk import ModelTop, top_tokens
 from opsd.engine import Engine
 from opsd.selection import TokenStats
 from opsd.teacher import Teacher
 from opsd.types import MicroBatch, Rollout
 from opsd.utils.distributed import Ranks
-
-# Scored over all tokens wherever a record is due.
-RECORD_FIELDS = REQUIRED_FIELDS
 
 
 def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
