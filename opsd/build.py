@@ -15,8 +15,8 @@ from torch import Tensor
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.engine import Engine, build_engine
-from opsd.environments.travel.evaluate import TravelEvaluator
-from opsd.environments.travel.world import TravelWorld
+from opsd.environments import load_environment
+from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import shared_vocabulary
 from opsd.model.loading import load_scorer, load_tokenizer
@@ -47,8 +47,12 @@ class Parts:
     selector: TokenSelector | None
     vocab_size: int
     engine: Engine
-    evaluator: Evaluator | TravelEvaluator
+    evaluator: Any
     telemetry: list[TokenTelemetry]
+
+    def models(self) -> Models:
+        """What an evaluation reads of them."""
+        return Models(self.evaluator, self.sampler, self.teacher_sampler, self.ranks, self.engine.device)
 
 
 @memory_for("loading", "then start again")
@@ -65,7 +69,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
     how = prompt_format(config)
-    world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
+    world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
         prompts, dropped = load_prompts(config.prompts, tokenizer, how)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)

@@ -5,18 +5,23 @@ Legend: N student tokens of a micro-batch.
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from opsd.build import Parts
-from opsd.config import TrainConfig
-from opsd.distill.topk import ModelTop
-from opsd.engine import learning_rate
+from opsd.config import LossConfig, TrainConfig
+from opsd.distill.topk import ModelTop, top_tokens
+from opsd.engine import Engine, learning_rate
 from opsd.run.folder import RunFolder
-from opsd.run.token_record import recorded_rollouts, score_top, token_table
+from opsd.run.token_record import recorded_rollouts, token_table
 from opsd.run.tracking import peak_gib
 from opsd.selection import REQUIRED_FIELDS, STATISTICS, TokenTelemetry
+from opsd.teacher import Teacher
 from opsd.types import MicroBatch, Rollout
 from opsd.update import Update
+from opsd.utils.distributed import Ranks
 from opsd.utils.seeding import derive_seed
 
 # Statistics whose means are the run's diagnostics, and the metrics that show them.
@@ -107,3 +112,48 @@ class StepLog:
         """The telemetry of this step: all or nothing."""
         every = self._config.telemetry.every
         return self._parts.telemetry if every and step % every == 0 else []
+
+
+@torch.no_grad()
+def score_top(
+    engine: Engine,
+    teacher: Teacher,
+    batches: list[MicroBatch],
+    teacher_hidden: list[Tensor],
+    recorded: list[int],
+    k: int,
+    loss: LossConfig,
+    vocab_size: int,
+) -> tuple[ModelTop, ModelTop]:
+    """Both models' k likeliest tokens at the rows of the `recorded` rollouts, in the order of the micro-batches.
+
+    One forward pass of the student over every micro-batch, whether or not it holds such a row: under sharding all ranks
+    must make the same calls.
+    """
+    wanted = torch.tensor(recorded, dtype=torch.int64)
+    found = []
+    for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
+
+        def use(student_ND: Tensor, head_VD: Tensor, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
+            row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
+            return top_tokens(
+                student_ND[row_R],
+                head_VD,
+                teacher_NE.to(student_ND.device)[row_R],
+                teacher.head(),
+                token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
+                k=k,
+                vocab_size=vocab_size,
+                temperature=loss.temperature,
+                chunk_tokens=loss.chunk_tokens,
+            )
+
+        found.append(engine.forward(micro, use))
+    student, teacher_top = zip(*found, strict=True)
+    return _join(student, engine.ranks), _join(teacher_top, engine.ranks)
+
+
+def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:
+    """All micro-batches' rows of all ranks, in the order in which `Update` holds their statistics."""
+    names = [field.name for field in dataclasses.fields(ModelTop)]
+    return ModelTop(*(ranks.concatenate(torch.cat([getattr(part, name) for part in parts])) for name in names))

@@ -199,7 +199,7 @@ class Trainer:
             return
         metrics: dict[str, float] = {"step": 0}
         with self.stage("evaluation"):
-            for name, result in evaluate_before(self.parts, self.folder, tracker).items():
+            for name, result in evaluate_before(self.parts.models(), self.folder, tracker).items():
                 metrics |= summary(result, "teacher_eval" if name == "teacher" else "eval")
         tracker.step(metrics)
 
