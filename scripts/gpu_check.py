@@ -28,8 +28,8 @@ import torch
 from gpu.check import ROOT, Row
 from gpu.document import document
 from gpu.stage import STAGES
-from opsd.commandline import parse
-from opsd.errors import UserError
+from opsd.config.cli import parse
+from opsd.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opsd.utils.errors import first_line
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # The weight of the teacher's KL in what Liger and TRL call the JSD.
 BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
@@ -104,8 +106,7 @@ def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Unavailable(f"{module.split('.')[0]} cannot be imported ({reason})") from error
+        raise Unavailable(f"{module.split('.')[0]} cannot be imported ({first_line(error)})") from error
 
 
 BASELINES: dict[str, Callable[[str, int], Loss]] = {

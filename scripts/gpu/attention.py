@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 from bench.baselines import Unavailable
 from bench.meter import measure, seconds_of
 from gpu.check import Check, Row, relative
-from opsd.attention import VARLEN, in_one_row
+from opsd.model.attention import VARLEN, in_one_row
 
 # Of Qwen3-4B and -8B.
 HEADS, KV_HEADS, HEAD = 32, 8, 128

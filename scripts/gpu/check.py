@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines import Unavailable
+from opsd.utils.errors import first_line
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ class Check:
         except Unavailable as error:
             found = {"missing": str(error)}
         except Exception as error:  # whatever it is belongs into the row, and the next row is tried
-            found = {"failed": f"{type(error).__name__}: {first_line(error)}"}
+            found = {"failed": f"{type(error).__name__}: {first_line(error)[:300]}"}
         errors = {name: float(value) for name, value in found.items() if name.endswith("error")}
         over = [name for name, value in errors.items() if not value <= error_at_most]
         if over:
@@ -93,11 +94,6 @@ class Check:
             torch.cuda.synchronize()
         found = sorted(seen.key_averages(), key=lambda kernel: -kernel.self_device_time_total)[:SHOWN_KERNELS]
         return {"kernels": {kernel.key[:80]: kernel.self_device_time_total / 1e3 for kernel in found}}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.case import Case, inputs_of
 from gpu.check import BF16_ERROR, FP32_ERROR, Check, Row, relative
 from opsd.distill import distill_loss, token_stats
-from opsd.hooks import load_selector
+from opsd.selection import load_selector
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 # Each reads another part of the held logits: the student's, or both models'.

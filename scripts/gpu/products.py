@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.meter import seconds_of
 from gpu.check import BF16_ERROR, FP32_ERROR, Check, Row, relative
 from opsd.distill.chunks import row_width
-from opsd.distill.products import Head
+from opsd.distill.matmul import Head
 
 # Rows, or entries of the vocabulary, that are compared with fp64.
 COMPARED = 64

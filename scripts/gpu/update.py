@@ -11,19 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from gpu.check import Check, Row
-from opsd.attention import attention_for
-from opsd.batch import MicroBatch, pack
-from opsd.commandline import parse
 from opsd.config import EngineConfig, LossConfig, OptimConfig
+from opsd.config.cli import parse
+from opsd.data.packing import pack
 from opsd.engine import TorchEngine
-from opsd.hooks import load_selector
-from opsd.planning.command import PlanConfig, planned
-from opsd.planning.reckon import PROCESS_GIB
-from opsd.planning.shapes import BUILT_IN, ModelShape
-from opsd.prompts import Prompt
-from opsd.rollout import Rollout
-from opsd.student import Scorer, disable_dropout
+from opsd.estimate.command import PlanConfig, planned
+from opsd.estimate.memory import PROCESS_GIB
+from opsd.estimate.shapes import BUILT_IN, ModelShape
+from opsd.model.attention import attention_for
+from opsd.model.loading import disable_dropout
+from opsd.model.scorer import Scorer
+from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
+from opsd.types import MicroBatch, Prompt, Rollout
 from opsd.update import Updater
 
 Result = TypeVar("Result")

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, OPTCon
 from opsd.build import load_student
 from opsd.config import EngineConfig, LoraConfig
 from opsd.data.packing import pack
-from opsd.model import attention
+from opsd.model import attention, checks
 from opsd.model import scorer as student
 from opsd.model.attention import FLASH, VARLEN, attention_for, has_varlen_attention
-from opsd.model.loading import load_scorer
+from opsd.model.loading import disable_dropout, load_scorer
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout
 from opsd.types import Prompt, Sampling

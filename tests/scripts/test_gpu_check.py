@@ -48,6 +48,7 @@ def test_the_dry_run_goes_through_every_stage(tmp_path):
     assert page == document(rows) and "A dry run on a CPU" in page
 
 
+@pytest.mark.e2e
 def test_a_stage_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "STAGES", {"unheard_of": 60, "environment": 60})
     assert gpu_check.main(Options(tmp_path, device="cpu", small=True)) == 1
@@ -78,6 +79,7 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(options, message)
         gpu_check.check(options)
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line_and_exit_code_2():
     done = run()
