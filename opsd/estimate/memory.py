@@ -177,7 +177,7 @@ class Reckoning:
         width = row_width(kind, min(self.student.vocab, self.teacher.vocab))
         logits = 2 * rows * width * WIDE
         if kind == "cuda":
-            # Kernels need no scratch. Gradients go beside the logits, unless they have their type and all of their rows.
+            # Kernels need no scratch. Gradients go beside the logits, unless type and rows are the same.
             return logits + (trained * width * self.itemsize if held or self.itemsize != WIDE else 0)
         scratch = SCRATCH_BUFFERS + (2 if held else 0)
         block = min(rows, max(1, BLOCK_BYTES[kind] // ((2 + SCRATCH_BUFFERS) * width * WIDE)))
