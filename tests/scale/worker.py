@@ -27,10 +27,9 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from updates import trainer_of
-
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import opsd.train as train_module
+from bench.updates import trainer_of
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data import packing as batch
 from opsd.data.packing import empty, pack, share
