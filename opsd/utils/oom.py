@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from opsd.utils.errors import RunStopped
+from opsd.utils.errors import RunStopped, first_line
 
 # What torch, its allocators and BLAS say in a plain RuntimeError.
 _SAYINGS = (
@@ -50,5 +50,5 @@ def memory_for(part: str, then: str = "go on with --resume") -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RunStopped) or not is_out_of_memory(error):
             raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunStopped(f"out of memory in the {part} ({said[:160]}): {HELP.get(part, part)}; {then}") from error
+        said = first_line(error)[:160]
+        raise RunStopped(f"out of memory in the {part} ({said}): {HELP.get(part, part)}; {then}") from error

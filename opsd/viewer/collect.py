@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, first_line
 from opsd.viewer.examples import pick
 from opsd.viewer.texts import Texts
 
@@ -155,7 +155,7 @@ def _table(file: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); give another --step") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)}); give another --step") from error
 
 
 def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
