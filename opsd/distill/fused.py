@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import Workspace, in_chunks
+from opsd.distill.chunks import Workspace, in_chunks, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.rows import Differentiated, differentiate_, differentiate_held_, gradient_buffer
-from opsd.distill.slices import slices
 
 
 def fused_loss(

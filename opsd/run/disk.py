@@ -28,7 +28,7 @@ _THREADS = 8
 def writing(
     what: Path | str, then: str = "mend that, then go on with --resume", raises: type[Exception] = RunStopped
 ) -> Iterator[None]:
-    """Raises `raises`, with one line that names `what`, the cause and what to do `then`, where the body cannot write."""
+    """Where the body cannot write, raises `raises` with one line: `what` that is, why, and what to do `then`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

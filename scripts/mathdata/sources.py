@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from opsd.data.prompts import read_records
-from opsd.utils.errors import UserError, first_line, first_line
+from opsd.utils.errors import UserError, first_line
 
 ROWS_AT_ONCE = 8192
 """The hub's DAPO-Math-17k has 1.79 million rows: they are read in portions."""

@@ -121,6 +121,7 @@ def test_adapters_reach_the_sampler_merged_and_a_sampler_without_them_is_caught(
     add_adapters(student.model, LoraConfig(rank=8), 0, str(smollm2.folder))
     adapted = TorchEngine(student, EngineConfig(), OptimConfig(), CPU)
     monkeypatch.setattr(vllm, "_engine", adapted)
+    monkeypatch.setattr(vllm._probe, "_engine", adapted)
     vllm.sync()
     before = vllm.generate(prompts, 1, GREEDY, seed=0)
     generator = torch.Generator().manual_seed(4)
