@@ -138,7 +138,7 @@ def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry 
         "device": _device_name(parts.engine.device),
         "ranks": parts.ranks.world_size,
         "threads": torch.get_num_threads(),
-        "opsd": _digest(checksums_of(Path(__file__).parent, only=".py")),
+        "opsd": _digest(checksums_of(Path(__file__).parents[1], only=".py")),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
     return Entry(cache / f"{job.who}-{_digest(ingredients)}.json", json.loads(json.dumps(ingredients)))
