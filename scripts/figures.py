@@ -9,13 +9,13 @@ with the command that makes its runs.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from entry import one_line_errors
 from opsd.utils.errors import UserError
 from report import PAPER, report_group
 from reporting.page import Section, page
@@ -91,8 +91,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         tyro.cli(main)
-    except UserError as error:
-        print(f"figures: {error}", file=sys.stderr)
-        sys.exit(2)

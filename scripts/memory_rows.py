@@ -21,6 +21,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from entry import one_line_errors
 from opsd.utils.errors import UserError
 from reporting.paper import MEMORY, PAIRS, Paper
 from reporting.runs import CellName
@@ -134,8 +135,5 @@ def main(args: Args, further: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(*tyro.cli(Args, description=__doc__, return_unknown_args=True))
-    except UserError as error:
-        print(f"memory_rows: {error}", file=sys.stderr)
-        sys.exit(2)

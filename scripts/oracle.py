@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import arg
 
+from entry import one_line_errors
 from opsd.data.packing import pack
 from opsd.data.prompts import PromptFormat, load_prompts
 from opsd.model.loading import load_scorer, load_tokenizer
@@ -184,16 +185,11 @@ def draw(worth: TokenWorth, split: Split, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(args: Args) -> None:
     """Measure, print, write."""
-    args = tyro.cli(Args, description=__doc__)
     disable_progress_bar()
-    try:
-        worth = measure_pair(args)
-        splits = [split_tokens(worth, name, args.seed) for name in args.splits]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    worth = measure_pair(args)
+    splits = [split_tokens(worth, name, args.seed) for name in args.splits]
     args.out.mkdir(parents=True, exist_ok=True)
     print_tables(worth, splits, Console(width=150))
     found = {
@@ -214,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(tyro.cli(Args, description=__doc__))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from entry import one_line_errors
 from mathdata.clean import Counts, collect, split, without
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
@@ -200,15 +201,12 @@ def show(prepared: list[Prepared]) -> None:
 
 
 def main() -> None:
-    """The command line. Exit code 2 and one line for bad input."""
-    try:
+    """The command line."""
+    with one_line_errors():
         options = parse(Options, sys.argv[1:], "prepare_data.py", bare_switches=True)
         prepared = prepare(options)
         files = contents(prepared, options)
         write(files)
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        sys.exit(2)
     show(prepared)
     for path in files:
         print(path)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from typing import Any
 
 import tyro
 
+from entry import one_line_errors
 from opsd.utils.errors import UserError
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
@@ -66,8 +66,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         tyro.cli(main)
-    except UserError as error:
-        print(f"wandb_dashboard: {error}", file=sys.stderr)
-        sys.exit(2)

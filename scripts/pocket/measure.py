@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from entry import one_line_errors
 from opsd.config import EvalConfig
 from opsd.data.prompts import PromptFormat
 from opsd.eval.evaluator import Evaluator, Suite, load_suites
@@ -84,8 +85,5 @@ def main(models: Annotated[tuple[str, ...], tyro.conf.Positional], problems: Pat
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         tyro.cli(main)
-    except UserError as error:
-        print(f"measure: {error}", file=sys.stderr)
-        sys.exit(2)

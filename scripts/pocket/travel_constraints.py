@@ -19,6 +19,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from entry import one_line_errors
 from opsd.utils.errors import UserError
 from reporting.runs import Run, read_runs
 from reporting.tables import TextTable
@@ -100,8 +101,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         tyro.cli(main)
-    except UserError as error:
-        print(f"planning_constraints: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -26,7 +26,7 @@ from opsd.train import start
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
-from pocket.travel_sft import make_tokenizer as make_word_tokenizer
+from pocket.tokenizer import trips_tokenizer
 
 # The shape of Qwen3's template: tools in the system message, tool outputs in a user turn.
 HERMES = (
@@ -51,7 +51,7 @@ def chat_tokenizer(make_tokenizer):
 
 @pytest.fixture(scope="module")
 def word_tokenizer():
-    return make_word_tokenizer()
+    return trips_tokenizer()
 
 
 class Parrot:
