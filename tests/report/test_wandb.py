@@ -16,6 +16,8 @@ from opsd.run import wandb_run as wandbrun
 from opsd.run.folder import RunFolder
 from opsd.utils.errors import UserError
 
+ROOT = Path(__file__).parents[2]
+
 
 def config_of(out, **select):
     return from_json(
@@ -191,9 +193,8 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
             if isinstance(panel, LinePlot):
                 shown |= {metric for metric in panel.y if isinstance(metric, str)}
     assert len(shown) > 20
-    trainer = Path(wandbrun.__file__).parent
-    telemetry = trainer.parent / "tip_patch"
-    source = "".join(file.read_text() for file in [*trainer.glob("*.py"), *telemetry.glob("*.py")])
+    files = [file for package in ("opsd", "tip_patch") for file in (ROOT / package).rglob("*.py")]
+    source = "".join(file.read_text() for file in files)
     for name in shown:
         prefix, _, rest = name.partition("/")
         made = rest[3:] if prefix == "quadrant" else rest
@@ -202,6 +203,6 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
 
 
 def test_without_its_library_the_dashboard_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(wandb_dashboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wandb_dashboard, "ws", None)
     with pytest.raises(UserError, match="pip install wandb-workspaces"):
         wandb_dashboard.main("team", dry_run=True)
