@@ -13,7 +13,7 @@ from pocket.task import (
     SYMBOLS,
     Habits,
     Problem,
-    careful_hand,
+    Written,
     exact,
     fresh_problems,
     is_hard_product,
@@ -28,6 +28,11 @@ from pocket.tokenizer import sums_tokenizer
 PROBLEMS = list(islice(fresh_problems(Random(7), set()), 4000))
 # 38 + 3·8 + 61 + 19 = 142, so 42 modulo 100; units digit first: 24.
 WORKED = Problem(numbers=(38, 61, 19), factors=(3, 8), place=1, signs=("+", "+", "+"))
+
+
+def careful_hand(rng, op, left, right):
+    """Always right."""
+    return Written(exact(left, op, right))
 
 
 def by_python(expression: str) -> int:
