@@ -12,10 +12,10 @@ from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.rollout.probe import Probe
-from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
 from opsd.utils.seeding import derive_seed

@@ -24,7 +24,20 @@ SERVICES = ("Swimming Pool", "Gym", "Free Parking", "Laundry", "Airport Shuttle"
 TYPES = ("Museum", "Park", "Historic Site")
 CUISINES = ("Noodles", "Seafood", "Barbecue", "Vegetarian")
 TAGS = ("Birthday Package", "Private Room", "Terrace", "Live Music", "Child Menu")
-FIRST = "Amber Birch Cedar Dawn Ember Fern Golden Harbour Ivory Juniper Kestrel Lilac".split()
+FIRST = (
+    "Amber",
+    "Birch",
+    "Cedar",
+    "Dawn",
+    "Ember",
+    "Fern",
+    "Golden",
+    "Harbour",
+    "Ivory",
+    "Juniper",
+    "Kestrel",
+    "Lilac",
+)
 PLACES = ("Tower", "Garden", "Gallery", "Bridge", "Palace", "Harbour Museum", "Old Town", "Lake")
 TABLES = ("Kitchen", "Table", "Bistro", "Canteen", "Tavern", "Grill", "Teahouse", "Diner")
 BUDGET_PROBABILITY = 0.3
