@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 
 import opsd
 from opsd.build import assemble

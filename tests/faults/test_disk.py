@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import assert_same, flags, opsd
 from safetensors.torch import load_file
-from tinypair import HELPERS
+from tiny_models import plain_tokenizer, tiny_model
 
 from opsd.__main__ import main
 from opsd.config import TeacherConfig, TrainConfig
@@ -313,7 +313,7 @@ def put(folder: Path, step: int, model: torch.nn.Module) -> None:
         for weight in model.parameters():
             weight.fill_(step)
     state = checkpoint.TrainerState(step, {"moment": torch.full((3,), float(step))}, {}, {})
-    checkpoint.save(folder, model, HELPERS["tokenizer"](), state, keep=1)
+    checkpoint.save(folder, model, plain_tokenizer(), state, keep=1)
 
 
 def put_and_die(folder: Path, step: int, model: torch.nn.Module, change: int) -> bool:
@@ -345,7 +345,7 @@ def put_and_die(folder: Path, step: int, model: torch.nn.Module, change: int) ->
     "the old one or the new one is there, whole: none is gone before its successor is complete",
 )
 def test_none_is_gone_before_its_successor_is_complete(tmp_path, seen):
-    model, found, lived = HELPERS["model"](True, 0), [], False
+    model, found, lived = tiny_model(True, 0), [], False
     put(tmp_path / "first", 1, model)
     while not lived:
         folder = tmp_path / str(len(found))
