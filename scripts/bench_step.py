@@ -32,9 +32,8 @@ import torch
 import tyro
 
 from bench.floor import floor, measure, shape_of
-from entry import one_line_errors
 from opsd.model.loading import load_model, load_tokenizer
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from smollm2 import load, thin
 
 Method = Literal["trl", "opsd-hf", "opsd-vllm"]
@@ -276,5 +275,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("bench_step"):
         main(tyro.cli(Options, description=__doc__))

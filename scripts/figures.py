@@ -15,8 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from entry import one_line_errors
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from report import PAPER, report_group
 from reporting.page import Section, page
 from reporting.paper import LAYOUTS, Paper
@@ -91,5 +90,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("figures"):
         tyro.cli(main)

@@ -27,14 +27,13 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import arg
 
-from entry import one_line_errors
 from opsd.data.packing import pack
 from opsd.data.prompts import PromptFormat, load_prompts
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout
 from opsd.types import MicroBatch, Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 from tip_patch.oracle import QuadrantWorth, TokenWorth, by_quadrant, mean_gradient, measure
 from tip_patch.quadrants import QUADRANT_LABELS, check_split, quadrant_labels, split_at
@@ -188,7 +187,7 @@ def main() -> None:
     """Measure, print, write."""
     args = tyro.cli(Args, description=__doc__)
     disable_progress_bar()
-    with one_line_errors():
+    with exits_on_bad_input("oracle"):
         worth = measure_pair(args)
         splits = [split_tokens(worth, name, args.seed) for name in args.splits]
     args.out.mkdir(parents=True, exist_ok=True)

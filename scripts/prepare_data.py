@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from entry import one_line_errors
 from mathdata.clean import Counts, collect, split, without
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
 from opsd.config.cli import parse
 from opsd.run.disk import replace, writing
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 HELD_OUT_NAMES = {"dapo": "math_dapo"}
 """The paper's name for the held-out part of DAPO-Math-17k; of other sets it is NAME_held_out."""
@@ -202,7 +201,7 @@ def show(prepared: list[Prepared]) -> None:
 
 def main() -> None:
     """The command line."""
-    with one_line_errors():
+    with exits_on_bad_input("prepare_data"):
         options = parse(Options, sys.argv[1:], "prepare_data.py", bare_switches=True)
         prepared = prepare(options)
         files = contents(prepared, options)

@@ -18,8 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from entry import one_line_errors
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.markdown import markdown_text
 from reporting.csv_files import our_rows, paper_rows, write_csv
 from reporting.page import Section, page
@@ -161,5 +160,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path, cel
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("report"):
         tyro.cli(main)

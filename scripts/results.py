@@ -20,8 +20,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
-from entry import one_line_errors
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
 from reporting.results import Results, collect
 from reporting.tables import TextTable
@@ -108,5 +107,5 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("results"):
         tyro.cli(main, config=(OmitSubcommandPrefixes,))

@@ -17,8 +17,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entry import one_line_errors
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 
 def load() -> tuple[Any, Any]:
@@ -60,5 +59,5 @@ def main(out: Annotated[Path, tyro.conf.Positional], every: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("smollm2"):
         tyro.cli(main)

@@ -14,8 +14,7 @@ from typing import Any
 
 import tyro
 
-from entry import one_line_errors
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 try:
     import wandb_workspaces.reports.v2 as panels
@@ -140,5 +139,5 @@ def main(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("wandb_dashboard"):
         tyro.cli(main)

@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from entry import one_line_errors
 from opsd.eval.evaluator import Suite
 from opsd.run.disk import writing
 from opsd.types import Prompt
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 from pocket.measure import accuracy, measure
 from pocket.sft import SUMS_STUDENT, SUMS_TEACHER, SumsRecipe, sums_batches, sums_model, train_shown, write_made
@@ -113,5 +112,5 @@ def main(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("make"):
         tyro.cli(main)

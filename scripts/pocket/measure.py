@@ -21,14 +21,13 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from entry import one_line_errors
 from opsd.config import EvalConfig
 from opsd.data.prompts import PromptFormat
 from opsd.eval.evaluator import Evaluator, Suite, load_suites
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.rollout import HFRollout
 from opsd.types import Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from pocket.task import RESPONSE_TOKENS, Habits
 
 EVAL = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "eval.jsonl"
@@ -85,5 +84,5 @@ def main(models: Annotated[tuple[str, ...], tyro.conf.Positional], problems: Pat
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("measure"):
         tyro.cli(main)

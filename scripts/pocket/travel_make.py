@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from entry import one_line_errors
 from opsd.config import EvalConfig
 from opsd.environments.travel import TravelEnv, pocket_tasks
 from opsd.environments.travel.evaluate import TravelEvaluator
@@ -29,7 +28,7 @@ from opsd.environments.travel.talk import Talk
 from opsd.eval.evaluator import Suite
 from opsd.rollout.cached_agent import CachedAgentRollout
 from opsd.run.disk import writing
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from pocket.sft import (
     TRIPS_STUDENT,
     TRIPS_STUDENT_FROM_STEP,
@@ -98,5 +97,5 @@ def main(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with exits_on_bad_input("travel_make"):
         tyro.cli(main)
