@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from bench.updates import trainer_of
 from gpu.check import Check, Row
-from opsd.build import Parts
-from opsd.config import EngineConfig, LossConfig, OptimConfig, TeacherConfig, TrainConfig
+from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.config.cli import parse
 from opsd.data.packing import pack
 from opsd.engine import TorchEngine
@@ -24,9 +24,7 @@ from opsd.model.loading import disable_dropout
 from opsd.model.scorer import Scorer
 from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
-from opsd.train import Trainer
 from opsd.types import MicroBatch, Prompt, Rollout
-from opsd.utils.distributed import ONE_RANK
 
 Result = TypeVar("Result")
 TEACHER = "qwen3-8b"
@@ -150,8 +148,10 @@ class _Step:
     def update(self, memory: str, rule: str, retention: float) -> Row:
         """Forward, loss, backward and AdamW."""
         self._engine.discard()  # what an update that ran out of memory has left
-        trainer = self._trainer(memory, rule, retention)
-        found = self._clocked(lambda: trainer.update([self._micro], self._states, step=1))
+        selector = load_selector(rule, **({} if rule == "all" else {"retention": retention}))
+        loss = LossConfig(memory=memory)  # pyright: ignore[reportArgumentType]
+        trainer = trainer_of(self._engine, self._teacher, selector, loss, self.student.vocab)
+        found = self._clocked(lambda: trainer.update([self._micro], self._states, 1))
         done = found.result
         return {
             "seconds": found.seconds,
@@ -160,30 +160,6 @@ class _Step:
             "loss_nats": done.loss_nats,
             "chunk_halvings": done.chunk_halvings,
         }
-
-    def _trainer(self, memory: str, rule: str, retention: float) -> Trainer:
-        """One that updates alone: it has no prompts, no sampler and no folder."""
-        nothing: Any = None
-        loss = LossConfig(memory=memory)  # pyright: ignore[reportArgumentType]
-        config = TrainConfig(
-            student="", teacher=TeacherConfig(""), prompts="", out="", steps=1, loss=loss, optim=OptimConfig(lr=1e-6)
-        )
-        parts = Parts(
-            ranks=ONE_RANK,
-            tokenizer=nothing,
-            prompts=nothing,
-            dropped_prompts=0,
-            sampler=nothing,
-            sampling=nothing,
-            teacher=self._teacher,
-            teacher_sampler=None,
-            selector=load_selector(rule, **({} if rule == "all" else {"retention": retention})),
-            vocab_size=self.student.vocab,
-            engine=self._engine,
-            evaluator=nothing,
-            telemetry=[],
-        )
-        return Trainer(config, parts, nothing)
 
     def _clocked(self, run: Callable[[], Result]) -> _Clocked:
         if self._check.on_cuda:
