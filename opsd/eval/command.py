@@ -128,13 +128,13 @@ def evaluate(config: EvalCommand) -> None:
         plan = [[(group.suite, problem.id) for problem in group.problems] for group in groups]
         done = ranks.broadcast(files.begin(header, plan) if ranks.is_main else [])
         done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks)
-        records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
-        result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
         if ranks.is_main:
+            records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
+            result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
             files.finish(result)
     elif ranks.is_main:
         Console(stderr=True).print(f"{files.result}: finished already", highlight=False, markup=False)
-    if ranks.is_main:
+    if ranks.is_main and result is not None:
         print(table(result))
         print(files.result)
 

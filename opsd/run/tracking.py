@@ -55,7 +55,10 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Peak memory in GiB: CUDA memory allocated since `forget_peak`, or the process's peak resident size on CPU."""
+    """Peak memory in GiB: CUDA memory allocated since `forget_peak`, or the process's peak resident size on CPU.
+
+    vLLM's pool in this process counts as allocated, asleep or not: PyTorch does not see that it was given back.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")

@@ -72,7 +72,9 @@ def _model(check: Check, name: str) -> Any:
         head_dim=head,
     )
     with torch.device(check.device):
-        return AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation=name).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation="sdpa").eval()
+    model.set_attn_implementation(name)
+    return model
 
 
 class _Layer:

@@ -17,8 +17,9 @@ from opsd.utils.errors import first_line
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
-# How far a result may be off, relative to the exact one in the 2-norm: fp32 sums, and what is rounded to bf16 once.
-FP32_ERROR, BF16_ERROR = 1e-5, 8e-3
+# How far a result may be off, relative to the exact one in the 2-norm: fp32 sums (tensor cores cut off what others
+# round, up to 2e-5 over 4,096 terms), and what is rounded to bf16.
+FP32_ERROR, BF16_ERROR = 1e-4, 8e-3
 SHOWN_KERNELS = 5
 
 

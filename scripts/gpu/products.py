@@ -17,8 +17,8 @@ from opsd.distill.matmul import Head
 
 # Rows, or entries of the vocabulary, that are compared with fp64.
 COMPARED = 64
-# A sum over the whole vocabulary, whose terms cancel. On a CPU it comes out in bf16.
-LONG_SUM_ERROR = {"cuda": 1e-4, "cpu": BF16_ERROR}
+# A sum over the whole vocabulary. On a CPU it comes out in bf16.
+LONG_SUM_ERROR = {"cuda": 1e-3, "cpu": BF16_ERROR}
 
 
 def products(check: Check) -> None:

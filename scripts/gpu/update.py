@@ -28,7 +28,6 @@ from opsd.types import MicroBatch, Prompt, Rollout
 
 Result = TypeVar("Result")
 TEACHER = "qwen3-8b"
-# The first one whose plan fits is taken.
 STUDENTS = ("qwen3-4b", "qwen3-1.7b")
 TINY = ModelShape("tiny", "qwen3", 512, 64, 2, 4, 2, 16, 128, True)
 ROLLOUTS, PROMPT_TOKENS = 4, 8
@@ -50,8 +49,10 @@ def update(check: Check) -> None:
     for memory, rule, retention in CELLS:
         cell = {"memory": memory, "rule": rule, "retention": retention}
         plan = {} if check.small else plan_of(check, name, **cell)
-        if plan and plan["planned_gib"] > card_gib():
-            check.say("update", **cell, **plan, missing=f"planned for more than the card's {card_gib():.0f} GiB")
+        if plan and not fits(plan):
+            check.say(
+                "update", **cell, **plan, missing=f"the plan leaves too little of the card's {card_gib():.0f} GiB"
+            )
         else:
             check.tried("update", lambda cell=cell: step.update(**cell), **cell, **plan)
 
@@ -61,12 +62,16 @@ def card_gib() -> float:
     return torch.cuda.mem_get_info()[1] / 2**30
 
 
+def fits(plan: Row) -> bool:
+    """Whether the plan leaves a tenth of the card for what it does not count."""
+    return plan["planned_gib"] <= 0.9 * card_gib()
+
+
 def student_of(check: Check) -> str:
-    """The larger student, if a fused update on all tokens is planned to fit the card."""
+    """The larger student, where the plan of a fused update on all tokens fits."""
     if check.small:
         return TINY.name
-    plans = {name: plan_of(check, name, "fused", "all", 1.0)["planned_gib"] for name in STUDENTS}
-    return next((name for name, planned_gib in plans.items() if planned_gib <= card_gib()), STUDENTS[-1])
+    return next((name for name in STUDENTS if fits(plan_of(check, name, "fused", "all", 1.0))), STUDENTS[-1])
 
 
 def plan_of(check: Check, student: str, memory: str, rule: str, retention: float) -> Row:
