@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from opsd.model.attention import FLASH, VARLEN
+from opsd.model.attention import FLASH, VARLEN, compute_dtype
 
 NAME = "opsd_decode"
 # Room that a cache layer takes beyond its tokens, at least.
@@ -39,7 +39,12 @@ class GrowingLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, H / G, L, D], the new ones included."""
+        """All keys and values [B, H / G, L, D], the new ones included, in the type that attention multiplies.
+
+        Under autocast keys come in fp32, which norms and rotations give: kept so, they would take twice the memory, and
+        attention would round all of them for every token.
+        """
+        key_states, value_states = (states.to(compute_dtype(states)) for states in (key_states, value_states))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()

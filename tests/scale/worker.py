@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from tiny_models import tiny_model
 from two_ranks import on_ranks
-from updates import trainer_of
 
+from bench.updates import trainer_of
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data import packing as batch
 from opsd.data.packing import empty, pack, share
