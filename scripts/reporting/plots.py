@@ -46,6 +46,7 @@ def overview(reports: list[tuple[str, SuiteReport, list[CellCost]]]) -> Figure:
     for (left, right), (title, suite, cell_costs) in zip(axes, reports, strict=True):
         left.set_title(title)
         _our_bars(left, suite.stats, suite.before, suite.teacher)
+        left.set_ylabel("mean@k, %  (± the larger standard error, over problems or seeds)", fontsize=8)
         for found, name in ((suite.before, "before training"), (suite.teacher, "teacher")):
             if found is not None:
                 # Right of the bars, where no bar's number stands.
