@@ -22,7 +22,6 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import arg
@@ -35,6 +34,7 @@ from opsd.rollout import HFRollout
 from opsd.types import MicroBatch, Prompt, Sampling
 from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
+from reporting.tables import TextTable
 from tip_patch.oracle import QuadrantWorth, TokenWorth, by_quadrant, mean_gradient, measure
 from tip_patch.quadrants import QUADRANT_LABELS, check_split, quadrant_labels, split_at
 
@@ -128,31 +128,25 @@ def split_tokens(worth: TokenWorth, name: str, seed: int) -> Split:
 def print_tables(worth: TokenWorth, splits: list[Split], console: Console) -> None:
     """One table a split."""
     console.print(f"{len(worth.entropy)} tokens, ‖∇L‖ = {worth.gradient_square**0.5:.4g}")
+    heads = ["", "share", "φ", "M", "w*·ηβ", "φ²/2M·β [95 %]", "‖∇L‖²cos²/2·β [95 %]", "share of Σφ", "local"]
     for split in splits:
-        table = Table(title=f"h > {split.entropy_nats:.3g}, δ > {split.divergence_nats:.3g} nats ({split.name})")
-        for column in (
-            "",
-            "share",
-            "φ",
-            "M",
-            "w*·ηβ",
-            "φ²/2M·β [95 %]",
-            "‖∇L‖²cos²/2·β [95 %]",
-            "share of Σφ",
-            "local",
-        ):
-            table.add_column(column)
-        for q, row in split.quadrants.items():
-            intervals = [
-                f"{value:.3g} [{low:.2g}, {high:.2g}]"
-                for value, (low, high) in (
-                    (row.descent, row.descent_interval),
-                    (row.token_descent, row.token_descent_interval),
-                )
+        rows = [
+            [
+                f"Q{q}",
+                *(f"{value:.3g}" for value in (row.share, row.alignment, row.square, row.weight)),
+                _with_interval(row.descent, row.descent_interval),
+                _with_interval(row.token_descent, row.token_descent_interval),
+                f"{row.descent_share:.3f}",
+                f"{row.local_median:.3g}",
             ]
-            plain = [f"{value:.3g}" for value in (row.share, row.alignment, row.square, row.weight)]
-            table.add_row(f"Q{q}", *plain, *intervals, f"{row.descent_share:.3f}", f"{row.local_median:.3g}")
-        console.print(table)
+            for q, row in split.quadrants.items()
+        ]
+        title = f"h > {split.entropy_nats:.3g}, δ > {split.divergence_nats:.3g} nats ({split.name})"
+        console.print(TextTable(title, heads, rows).rich())
+
+
+def _with_interval(value: float, ends: tuple[float, float]) -> str:
+    return f"{value:.3g} [{ends[0]:.2g}, {ends[1]:.2g}]"
 
 
 def draw(worth: TokenWorth, split: Split, path: Path) -> None:

@@ -69,8 +69,8 @@ def tiny_model(tied: bool, seed: int) -> PreTrainedModel:
 
 def vllm_model(seed: int) -> PreTrainedModel:
     """Of a shape that vLLM's CPU attention takes, and with heads that two ranks can share."""
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32}
-    return build_model(seed=seed, initializer_range=0.1, **sizes)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    return build_model(seed=seed, num_key_value_heads=2, initializer_range=0.1, **sizes)
 
 
 def plain_tokenizer() -> PreTrainedTokenizerFast:

@@ -69,14 +69,13 @@ def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl"
     return name, path
 
 
-class Evaluator:
-    """Runs the same suites with the same sampling on whatever engine it is given."""
+class SuiteRunner:
+    """Runs the same suites with the same sampling on whatever engine it is given. max_new_tokens: unless config's."""
 
-    def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, tokenizer: Any) -> None:
-        self.suites, self._config, self._tokenizer = suites, config, tokenizer
+    def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int) -> None:
+        self.suites, self._config = suites, config
         length = config.max_new_tokens or max_new_tokens
         self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
-        self.grader = load_grader(config.grader)
 
     def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
         """Evaluate `engine` on every suite; the result is what eval/*.json holds. Fractions, tokens."""
@@ -84,12 +83,32 @@ class Evaluator:
         for suite in self.suites:
             seed = derive_seed(self._config.seed, "eval", suite.name)
             rollouts = engine.generate(suite.problems, self._config.samples, self._sampling, seed)
-            results[suite.name] = score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer)
+            results[suite.name] = self.statistics(suite, rollouts)
         sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
         return {"model": model, "step": step, "sampling": sampling, "suites": results}
 
+    def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
+        """What `run` finds of one suite's samples·problems rollouts, problem by problem."""
+        raise NotImplementedError
+
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
-        """See `grade_rollouts`: what training logs as the reward."""
+        """What training logs as the reward of each rollout; None where there is none."""
+        raise NotImplementedError
+
+
+class Evaluator(SuiteRunner):
+    """Answers against gold answers."""
+
+    def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, tokenizer: Any) -> None:
+        super().__init__(suites, config, max_new_tokens)
+        self._tokenizer, self.grader = tokenizer, load_grader(config.grader)
+
+    def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
+        """See `SuiteRunner.statistics`, and the function of that name."""
+        return score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer)
+
+    def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
+        """See `grade_rollouts`."""
         return grade_rollouts(rollouts, self.grader, self._tokenizer)
 
 

@@ -44,11 +44,11 @@ def _kinds(table: pd.DataFrame, labels: Labels) -> Iterator[tuple[str, int, np.n
             if label.examples and set(label.clearest) <= set(table):
                 clear = np.ones(len(table))
                 for name, side in label.clearest.items():
-                    scaled = _scaled(table[name])
+                    scaled = _scaled(table[name].to_numpy(dtype=float))
                     clear = clear * (scaled if side > 0 else 1 - scaled)
                 yield f"{column} {label.value}", label.examples, np.where(table[column] == label.value, clear, -np.inf)
     if "reverse_kl" in table:
-        divergence = _scaled(table["reverse_kl"])
+        divergence = _scaled(table["reverse_kl"].to_numpy(dtype=float))
         left_out = ~table["kept"].to_numpy(dtype=bool) & (divergence > 0)
         yield LEFT_OUT, 1, np.where(left_out, divergence, -np.inf)
 
@@ -60,7 +60,6 @@ def _key(table: pd.DataFrame, index: int) -> tuple[int, int]:
     return int(table["student_top_ids"].iloc[index][0]), int(table["teacher_top_ids"].iloc[index][0])
 
 
-def _scaled(column: pd.Series) -> np.ndarray:
+def _scaled(values: np.ndarray) -> np.ndarray:
     """Divided by the largest; all zeros stay zeros."""
-    values = column.to_numpy(dtype=float)
     return values / max(values.max(initial=0.0), 1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -48,9 +49,9 @@ def labels_of(table: pd.DataFrame) -> Labels:
     for telemetry in load_telemetry():
         known |= telemetry.labels if isinstance(telemetry, NamesLabels) else {}
     columns = [name for name in table if pd.api.types.is_integer_dtype(table[name]) and name not in _NUMBERS]
-    return {name: known.get(name) or _numbered(name, table[name]) for name in columns}
+    return {name: known.get(name) or _numbered(name, sorted(set(table[name].tolist()))) for name in columns}
 
 
-def _numbered(column: str, values: pd.Series) -> tuple[Label, ...]:
-    found = enumerate(sorted(values.unique().tolist()))
-    return tuple(Label(value, f"{column} {value}", "", _COLOURS[place % len(_COLOURS)]) for place, value in found)
+def _numbered(column: str, values: list[int]) -> tuple[Label, ...]:
+    colours = itertools.cycle(_COLOURS)
+    return tuple(Label(value, f"{column} {value}", "", colour) for value, colour in zip(values, colours, strict=False))

@@ -15,6 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from reporting.theme import colour_of
+
 Row = dict[str, Any]
 MEASURES = ("seconds", "cpu_seconds", "peak_gib")
 NAMES = {
@@ -100,9 +102,15 @@ def _retention(ax: Axes, rows: list[Row]) -> None:
         return
     rows = [row for row in rows if row["tokens"] == counts[0]]
     full = {row["method"]: row["cpu_seconds"] for row in rows if row["selector"] == "all"}
-    for selector, colour in (("soft_or", "#0072b2"), ("entropy", "#cc79a7")):
+    for selector in ("soft_or", "entropy"):
         points = sorted((row["retention"], row["cpu_seconds"]) for row in rows if row["selector"] == selector)
-        ax.plot([kept for kept, _ in points], [cpu for _, cpu in points], "o-", color=colour, label=f"ours, {selector}")
+        ax.plot(
+            [kept for kept, _ in points],
+            [cpu for _, cpu in points],
+            "o-",
+            color=colour_of(selector),
+            label=f"ours, {selector}",
+        )
     for method, seconds in full.items():
         ax.axhline(seconds, color=COLOURS[method], linestyle="--", linewidth=1, label=f"{NAMES[method]}, all tokens")
     ax.set(xlabel="retention", ylabel="processor seconds", ylim=(0, None), xlim=(0, 1))

@@ -112,27 +112,24 @@ class Paper:
 
     def number(self, pair: str, benchmark: str, cell: CellName) -> tuple[float, float | None] | None:
         """A value and the paper's ±, in the paper's unit; None where it has none."""
-        return _find(self.rows, pair, benchmark, cell)
+        row = _find(self.rows, pair, benchmark, cell)
+        return None if row is None else (float(row["value"]), float(row["std"]) if row["std"] else None)
 
     def best_of(self, pair: str, benchmark: str, cell: CellName) -> float | None:
         """Figure 4's best@16, percent."""
-        found = _find(self.best, pair, benchmark, cell)
-        return None if found is None else found[0]
+        row = _find(self.best, pair, benchmark, cell)
+        return None if row is None else float(row["value"])
 
     def value(self, pair: str, benchmark: str, cell: CellName) -> str:
         """One number with the paper's ±, as printed there, or "-"."""
-        for row in self.rows:
-            if (row["pair"], row["benchmark"], _cell(row)) == (pair, benchmark, cell):
-                return f"{row['value']} ± {row['std']}" if row["std"] else row["value"]
-        return MISSING
+        row = _find(self.rows, pair, benchmark, cell)
+        return MISSING if row is None else f"{row['value']} ± {row['std']}" if row["std"] else row["value"]
 
 
 def _cell(row: dict[str, str]) -> CellName:
     return CellName(row["method"], float(row["retention"]))
 
 
-def _find(rows: list[dict[str, str]], pair: str, benchmark: str, cell: CellName) -> tuple[float, float | None] | None:
-    for row in rows:
-        if (row["pair"], row["benchmark"], _cell(row)) == (pair, benchmark, cell):
-            return float(row["value"]), float(row["std"]) if row["std"] else None
-    return None
+def _find(rows: list[dict[str, str]], pair: str, benchmark: str, cell: CellName) -> dict[str, str] | None:
+    wanted = (pair, benchmark, cell)
+    return next((row for row in rows if (row["pair"], row["benchmark"], _cell(row)) == wanted), None)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -45,6 +46,7 @@ def overview(reports: list[tuple[str, SuiteReport, list[CellCost]]]) -> Figure:
     for (left, right), (title, suite, cell_costs) in zip(axes, reports, strict=True):
         left.set_title(title)
         _our_bars(left, suite.stats, suite.before, suite.teacher)
+        left.set_ylabel("mean@k, %  (± the larger standard error, over problems or seeds)", fontsize=8)
         for found, name in ((suite.before, "before training"), (suite.teacher, "teacher")):
             if found is not None:
                 # Right of the bars, where no bar's number stands.
@@ -248,10 +250,10 @@ def curves(group: list[Run]) -> Figure:
         ax.set_title(title)
         ax.set_xlabel("step")
         for cell in cells:
-            steps, values, low, high = _curve([run for run in group if run.cell == cell], key)
-            style = {"marker": "o", "markersize": 3} if len(steps) < 12 else {}
-            ax.plot(steps, values, color=colours[cell], ls=dashes(cell), label=str(cell), lw=1.4, **style)
-            ax.fill_between(steps, low, high, color=colours[cell], alpha=0.12, lw=0)
+            curve = _curve([run for run in group if run.cell == cell], key)
+            style = {"marker": "o", "markersize": 3} if len(curve) < 12 else {}
+            ax.plot(curve.index, curve["mean"], color=colours[cell], ls=dashes(cell), label=str(cell), lw=1.4, **style)
+            ax.fill_between(curve.index, curve["min"], curve["max"], color=colours[cell], alpha=0.12, lw=0)
     for ax in list(grid.flat)[len(names) :]:
         ax.set_axis_off()
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -259,25 +261,16 @@ def curves(group: list[Run]) -> Figure:
     return figure
 
 
-def _curve(runs: list[Run], key: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all seeds logged; mean, lowest and highest of the seeds, each smoothed over a fortieth of the run."""
-    series = [{int(line["step"]): line[key] for line in run.steps if key in line} for run in runs]
-    series = [one for one in series if one]
-    steps = sorted(set.intersection(*(set(one) for one in series))) if series else []
-    values_SK = np.array([[one[step] for step in steps] for one in series]).reshape(len(series), len(steps))
-    width = max(1, len(steps) // 40)
-    smooth_SK = np.array([_smooth(values_K, width) for values_K in values_SK]).reshape(values_SK.shape)
-    if not steps:
-        return [], np.array([]), np.array([]), np.array([])
-    return steps, smooth_SK.mean(0), smooth_SK.min(0), smooth_SK.max(0)
+def _curve(runs: list[Run], key: str) -> pd.DataFrame:
+    """mean, min and max of the seeds at each step that all of them logged, smoothed over a fortieth of the run.
 
-
-def _smooth(values_K: np.ndarray, width: int) -> np.ndarray:
-    """The mean over the last `width` values, fewer at the start: nothing from the future, nothing lost."""
-    sums_K = np.cumsum(np.insert(values_K, 0, 0.0))
-    ends = np.arange(1, len(values_K) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums_K[ends] - sums_K[starts]) / (ends - starts)
+    Smoothed: the mean over the last values, fewer at the start: nothing from the future, nothing lost.
+    """
+    series = [pd.Series({int(line["step"]): line[key] for line in run.steps if key in line}) for run in runs]
+    series = [one for one in series if len(one)]
+    whole = pd.concat(series, axis=1).dropna().sort_index() if series else pd.DataFrame()
+    smooth = whole.rolling(max(1, len(whole) // 40), min_periods=1).mean()
+    return pd.DataFrame({how: getattr(smooth, how)(axis=1) for how in ("mean", "min", "max")})
 
 
 def costs(group: list[Run], cells: Iterable[CellName]) -> Figure:

@@ -45,11 +45,6 @@ class Results:
             raise UserError(f"{file} holds no results; make it with scripts/results.py collect")
         return cls(values)
 
-    @property
-    def cells(self) -> list[str]:
-        """Names of the cells, in the file's order."""
-        return list(dict.fromkeys(run["cell"] for run in self.values["runs"]))
-
     def seeds(self, cell: str) -> list[int]:
         """The seeds that `cell` was run with."""
         return sorted(run["seed"] for run in self.values["runs"] if run["cell"] == cell)
@@ -65,11 +60,6 @@ class Results:
         if not seeds:
             return None
         return estimate(self.scores_SP(cell, seeds) - self.scores_SP(minus, seeds)), seeds
-
-    def logged(self, cell: str, name: str) -> float | None:
-        """The mean over seeds of one of LOGGED."""
-        found = [run[name] for run in self.values["runs"] if run["cell"] == cell and run[name] is not None]
-        return float(np.mean(found)) if found else None
 
 
 def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from opsd import __main__ as cli
 from opsd.utils.errors import UserError
 from opsd.viewer.command import InspectConfig, inspect
 from opsd.viewer.examples import pick
+from opsd.viewer.labels import Label
 from opsd.viewer.page import embed
 from opsd.viewer.texts import Texts
 from tip_patch.quadrants import QUADRANT_LABELS
@@ -71,6 +73,32 @@ def test_a_label_that_no_telemetry_knows_is_shown_by_its_numbers(token_run, tmp_
     assert [(label["name"], label["tokens"]) for label in labels["values"]] == [("parity 0", 0.5), ("parity 1", 0.5)]
     assert data["rollouts"][0]["label parity"] == [0, 1, 0, 1, 0, 1]
     assert [example["kind"] for example in data["examples"]] == ["left_out"]
+
+
+def test_a_label_column_has_the_names_colours_and_examples_that_its_telemetry_gives(token_run, tmp_path, monkeypatch):
+    class Halves:
+        labels: ClassVar[dict] = {
+            "half": (
+                Label(0, "early", "in the first half", "#123456"),
+                Label(1, "late", "in the second half", "#654321", clearest={"entropy": 1}, examples=2),
+            )
+        }
+
+    monkeypatch.setattr("opsd.viewer.labels.load_telemetry", lambda: [Halves(), object()])
+    run = token_run()
+    file = run / "tokens" / "step_20.parquet"
+    table = pd.read_parquet(file)
+    table.assign(half=table["position"] // 3).to_parquet(file)
+    data = data_of(inspect(InspectConfig(run, out=tmp_path / "page.html")))
+    quadrants, halves = data["labels"]
+    assert [label["name"] for label in quadrants["values"]] == [f"quadrant {number}" for number in (1, 2, 3, 4)]
+    assert [(label["name"], label["colour"]) for label in halves["values"]] == [
+        ("early", "#123456"),
+        ("late", "#654321"),
+    ]
+    # the second halves' highest entropy is 1, of rows 4, 9 and 14: 4 and 9 come first
+    late = [(e["rollout"], e["row"]) for e in data["examples"] if e["kind"] == "half 1"]
+    assert late == [(0, 4), (1, 3)]
 
 
 def test_no_text_of_a_model_can_end_the_element_it_stands_in(token_run, tmp_path):

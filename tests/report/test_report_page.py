@@ -2,13 +2,12 @@
 
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 
 import report as report_script
 from opsd.utils.errors import UserError
-from reporting.plots import _curve, _smooth
+from reporting.plots import _curve
 from reporting.runs import by_protocol, read_runs
 from reporting.tokens import plane, read_tokens
 
@@ -131,12 +130,13 @@ def test_a_curve_is_the_mean_over_seeds_with_its_range(make_run):
     folder = make_run(
         "all", 1.0, ALL, seed=1, metrics=({"step": 1, "x": 3.0}, {"step": 2, "x": 2.0}, {"step": 3, "x": 9.0})
     )
-    steps, mean, low, high = _curve(group_of(folder), "x")
-    assert steps == [1, 2]  # what both seeds logged
-    assert (mean.tolist(), low.tolist(), high.tolist()) == ([2.0, 2.0], [1.0, 2.0], [3.0, 2.0])
+    curve = _curve(group_of(folder), "x")
+    assert curve.index.tolist() == [1, 2]  # what both seeds logged
+    assert curve.to_dict("list") == {"mean": [2.0, 2.0], "min": [1.0, 2.0], "max": [3.0, 2.0]}
 
 
-def test_smoothing_looks_back_only_and_starts_with_the_first_value():
-    # width 3: 6, (6+0)/2, (6+0+3)/3, (0+3+3)/3
-    assert _smooth(np.array([6.0, 0.0, 3.0, 3.0]), 3).tolist() == [6.0, 3.0, 3.0, 2.0]
-    assert _smooth(np.array([6.0, 0.0]), 1).tolist() == [6.0, 0.0]
+def test_smoothing_looks_back_only_and_starts_with_the_first_value(make_run):
+    # 120 steps: the mean over the last three
+    values = [6.0, 0.0, 3.0, 3.0, *[0.0] * 116]
+    folder = make_run("all", 1.0, {"a": 0.5}, metrics=tuple({"step": n + 1, "x": x} for n, x in enumerate(values)))
+    assert _curve(group_of(folder), "x")["mean"].tolist()[:7] == pytest.approx([6.0, 3.0, 3.0, 2.0, 2.0, 1.0, 0.0])

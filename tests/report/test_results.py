@@ -40,12 +40,12 @@ def test_a_file_of_results_holds_every_run_and_where_it_came_from(results):
     values = results.values
     assert (values["commit"], values["command"]) == ("c0ffee", "recipes/table5_soft_or.sh")
     assert (values["suite"], values["samples"], values["problems"]) == ("pocket", 16, ["a", "b", "c", "d"])
-    assert results.cells == ["all", "soft_or-50"] and results.seeds("soft_or-50") == [0, 1]
+    assert [run["cell"] for run in values["runs"]] == [*["all"] * 2, *["soft_or-50"] * 2]
+    assert results.seeds("soft_or-50") == [0, 1]
     assert results.scores_SP("soft_or-50", [1, 0]).tolist() == [list(SOFT[1].values()), list(SOFT[0].values())]
     # kept: (0.5 + 0.4) / 2; the quadrant was logged once; nothing was logged by the other cell
-    assert results.logged("soft_or-50", "kept_frac") == pytest.approx(0.45)
-    assert results.logged("soft_or-50", "q1_frac") == 0.25
-    assert results.logged("all", "q1_frac") is None
+    assert [run["kept_frac"] for run in values["runs"]] == [None, None, pytest.approx(0.45), pytest.approx(0.45)]
+    assert [run["q1_frac"] for run in values["runs"]] == [None, None, 0.25, 0.25]
 
 
 def test_an_interval_joins_the_errors_over_problems_and_over_seeds(results):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,30 +9,20 @@ import numpy as np
 from opsd.config import EvalConfig
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.talk import Talk
-from opsd.eval.evaluator import Suite, standard_error
-from opsd.rollout import RolloutEngine
-from opsd.types import Rollout, Sampling
-from opsd.utils.seeding import derive_seed
+from opsd.eval.evaluator import Suite, SuiteRunner, standard_error
+from opsd.types import Rollout
 
 
-class TravelEvaluator:
-    """What `opsd.eval.evaluator.Evaluator` is for answers, for episodes: the same suites and sampling, any engine."""
+class TravelEvaluator(SuiteRunner):
+    """Episodes by the plans that they end with."""
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, talk: Talk) -> None:
-        self.suites, self._config, self._talk = suites, config, talk
-        length = config.max_new_tokens or max_new_tokens
-        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
+        super().__init__(suites, config, max_new_tokens)
+        self._talk = talk
 
-    def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
-        """See `Evaluator.run`. A suite's result has the keys of any other, and those of `statistics`."""
-        results = {}
-        for suite in self.suites:
-            seed = derive_seed(self._config.seed, "eval", suite.name)
-            rollouts = engine.generate(suite.problems, self._config.samples, self._sampling, seed)
-            scores = [self._talk.score(rollout) for rollout in rollouts]
-            results[suite.name] = statistics(rollouts, scores, self._config.samples)
-        sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
-        return {"model": model, "step": step, "sampling": sampling, "suites": results}
+    def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
+        """See the function of that name: the keys of any suite's result, and more."""
+        return statistics(rollouts, [self._talk.score(rollout) for rollout in rollouts], self._config.samples)
 
     def rewards(self, rollouts: list[Rollout]) -> list[float]:
         """The fraction of hard constraints that each rollout's plan satisfies."""

@@ -84,7 +84,7 @@ def show(name: str, arguments: Arguments, rows: list[Row], lang: str) -> str:
         return _json({"id": rows[0]["restaurant_id"], **_restaurant(rows[0])})
     if name == "query_road_route_info":
         return _json(_road(rows[0]))
-    return _json({"place_name": rows[0]["poi_name"], **_fields(rows[0], latitude="latitude", longitude="longitude")})
+    return _json({"place_name": rows[0]["poi_name"], **_fields(rows[0], "latitude", "longitude")})
 
 
 def _routes(
@@ -119,33 +119,26 @@ def _routes(
 
 
 def _hotel(row: Row) -> dict[str, Any]:
-    shown: dict[str, Any] = _fields(
-        row,
-        name="name",
-        address="address",
-        latitude="latitude",
-        longitude="longitude",
-        decorationTime="decoration_time",
-        hotelStar="hotel_star",
-        price="price",
-        score="score",
-        brand="brand",
-    )
-    return {**shown, **_list("services", row)}
+    return {
+        **_fields(row, "name", "address", "latitude", "longitude"),
+        **_fields(row, decorationTime="decoration_time", hotelStar="hotel_star"),
+        **_fields(row, "price", "score", "brand"),
+        **_list("services", row),
+    }
 
 
 def _restaurant(row: Row) -> dict[str, Any]:
-    same = ("price_per_person", "cuisine", "opening_time", "closing_time", "nearby_attraction_name", "rating")
     return {
-        **_fields(row, name="restaurant_name", latitude="latitude", longitude="longitude"),
-        **_fields(row, **dict(zip(same, same, strict=True))),
+        **_fields(row, name="restaurant_name"),
+        **_fields(row, "latitude", "longitude", "price_per_person", "cuisine", "opening_time", "closing_time"),
+        **_fields(row, "nearby_attraction_name", "rating"),
         **_list("tags", row),
     }
 
 
 def _road(row: Row) -> dict[str, Any]:
     return {
-        **_fields(row, origin="origin", destination="destination"),
+        **_fields(row, "origin", "destination"),
         "distance_in_meters": _whole(row["distance_meters"]),
         "duration_in_minutes": _whole(row["duration_minutes"]),
         "cost": _whole(row["cost"]),
@@ -180,8 +173,9 @@ def _attraction(row: Row, labels: dict[str, str]) -> str:
     )
 
 
-def _fields(row: Row, **columns: str) -> dict[str, str]:
-    return {shown: row[column] for shown, column in columns.items()}
+def _fields(row: Row, *same: str, **columns: str) -> dict[str, str]:
+    """Columns that are shown under their own names, then those that have another one."""
+    return {column: row[column] for column in same} | {shown: row[column] for shown, column in columns.items()}
 
 
 def _list(column: str, row: Row) -> dict[str, list[str]]:
