@@ -29,7 +29,7 @@ from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed
 
 
@@ -285,7 +285,7 @@ def _vllm_engine(
             vocab_size=vocabulary_size(tokenizer),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
 
 

@@ -135,7 +135,7 @@ def test_a_name_that_is_none_is_one_line(name):
 def shown(monkeypatch, tmp_path):
     """Reports a folder without figures; returns the rows of its first table and its JSON."""
     monkeypatch.setattr(report_script, "pictures", lambda *_: [])
-    monkeypatch.setattr(report_script, "draw", lambda *_: None)
+    monkeypatch.setattr(report_script, "png", lambda *_: b"")
 
     def show(folder, table, *cells):
         report_script.main(folder, table, tmp_path / "out", cells)
