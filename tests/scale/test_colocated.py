@@ -10,6 +10,8 @@ from tolerance import close, transformer
 from two_ranks import run_ranks
 
 from opsd.config import from_json
+from opsd.config.cli import parse
+from opsd.eval.command import EvalCommand, evaluate
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.rollout import HFRollout
 from opsd.train import start
@@ -48,6 +50,25 @@ def out(tmp_path_factory) -> Path:
         "telemetry": {"every": 0, "save_rollouts_every": 1},
     }
     (folder / "settings.json").write_text(json.dumps(values))
+    asked = folder / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"{a}+1=", "answer": "1"}) + "\n" for a in range(5)))
+    evaluation = {
+        "--model": folder / "teacher",
+        "--suite": f"sums={asked}",
+        "--samples": 2,
+        "--temperature": 0,
+        "--max_new_tokens": 12,
+        "--max_prompt_tokens": 16,
+        "--generate_batch": 20,
+        "--grader": "suffix",
+        "--prompt_format": "raw",
+        "--progress": False,
+        "--device": "cpu",
+        # As its config.json says, to which vLLM gives a meaning of its own.
+        "--dtype": "float32",
+        "--save_responses": True,
+    }
+    (folder / "evaluation.json").write_text(json.dumps([str(word) for pair in evaluation.items() for word in pair]))
     # A run that was killed can leave what its ranks shared, under the name that vLLM gives it: no run may trip on it.
     left = [Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}") for rank in (0, 1)]
     ours = [path for path in left if not path.exists()]
@@ -110,6 +131,15 @@ def test_one_stale_sampler_stops_every_rank_with_the_same_line(out):
     said = json.loads((out / "said run1.json").read_text())
     assert said[0] == said[1] and "its weights are not the trained ones" in said[0]
     assert len(losses(out / "run1")) == 2
+
+
+def test_opsd_eval_by_a_sampler_over_two_ranks_writes_what_transformers_would(out):
+    words = [*json.loads((out / "evaluation.json").read_text()), "--out", str(out / "by_hf.json")]
+    evaluate(parse(EvalCommand, words, "opsd eval"))
+    ours, theirs = (json.loads((out / f"by_{name}.json").read_text()) for name in ("vllm", "hf"))
+    assert ours["suites"] == theirs["suites"] and ours["settings"]["generate_batch"] == 20
+    ours, theirs = ((out / f"by_{name}.records.jsonl").read_text() for name in ("vllm", "hf"))
+    assert ours == theirs and ours.count("\n") == 5
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from two_ranks import on_ranks
 
 from opsd.config import from_json
+from opsd.config.cli import parse
+from opsd.eval.command import EvalCommand, evaluate
 from opsd.rollout import vllm as rollout_vllm
 from opsd.train import start
 from opsd.utils.distributed import join
@@ -29,6 +31,14 @@ def main(out: Path, run: str) -> None:
         on_ranks(2, functools.partial(train, out, width, run))
         shared = sorted(path.name for path in Path("/dev/shm").glob("*cpushm*"))
         (out / f"shared {run}{width}.json").write_text(json.dumps(shared))
+    if run == "run":
+        on_ranks(2, functools.partial(evaluate_teacher, out))
+
+
+def evaluate_teacher(out: Path) -> None:
+    """`opsd eval` by one sampler over two ranks, with the flags of the test."""
+    words = [*json.loads((out / "evaluation.json").read_text()), "--engine", "vllm", "--tensor_parallel", "2"]
+    evaluate(parse(EvalCommand, [*words, "--out", str(out / "by_vllm.json")], "opsd eval"))
 
 
 def train(out: Path, width: int, run: str) -> None:
