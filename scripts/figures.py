@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from opsd.utils.errors import UserError, exits_on_bad_input
-from report import PAPER, report_group
+from report import report_group
 from reporting.page import Section, page
 from reporting.paper import LAYOUTS, Paper
 from reporting.pictures import pictures
@@ -54,7 +54,7 @@ def drawn(runs: Path, source: Source) -> tuple[str, list[tuple[str, Picture]]]:
         layout = LAYOUTS[table]
         if not any((runs / table).glob("*/DONE")):
             continue
-        paper = Paper.read(PAPER, *layout.tables)
+        paper = Paper.read(*layout.tables)
         found = []
         for group in by_protocol(read_runs(runs / table, layout.axes)):
             report = report_group(group, paper)

@@ -26,7 +26,6 @@ from reporting.paper import MEMORY, PAIRS, Paper
 from reporting.runs import CellName
 from reporting.tables import TextTable
 
-PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 TABLES = ("table3", "table4")
 MODES = ("whole", "fused")
 STEPS = 2
@@ -51,7 +50,7 @@ class Args:
 
 def cells() -> list[CellName]:
     """The cells whose memory the paper states, in its order."""
-    return list(dict.fromkeys(cell for table in TABLES for cell in Paper.read(PAPER, table).cells))
+    return list(dict.fromkeys(cell for table in TABLES for cell in Paper.read(table).cells))
 
 
 def command(args: Args, cell: CellName, mode: str, run: Path, further: list[str]) -> list[str]:
@@ -93,7 +92,7 @@ def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[s
 
 def table(rows: list[dict[str, object]]) -> TextTable:
     """Ours per retention, each also as a fraction of its own full-token run, beside the paper's."""
-    papers = [Paper.read(PAPER, name) for name in TABLES]
+    papers = [Paper.read(name) for name in TABLES]
     peaks = {(row["selector"], row["retention"], row["memory"]): float(str(row["peak_gib"])) for row in rows}
     lines = []
     for cell in cells():

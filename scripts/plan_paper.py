@@ -10,14 +10,12 @@ process's own.
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 from opsd.config.cli import parse
 from opsd.estimate.command import PlanConfig, planned
 from opsd.estimate.memory import GIB, PROCESS_GIB
+from reporting.paper import MEMORY, Paper
+from reporting.runs import CellName
 
-PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 PAIRS = {
     "qwen3": "--student qwen3-4b --teacher qwen3-8b --gpus 8",
     "llama": "--student llama-3.1-8b --teacher llama-3.3-70b --gpus 8 --teacher.shard True",
@@ -45,10 +43,7 @@ def training_gb(pair: str, memory: str, retention: float, further: tuple[str, ..
 
 def main() -> None:
     """Print the table as Markdown."""
-    rows = [
-        row for row in csv.DictReader(PAPER.open()) if (row["table"], row["benchmark"]) == ("table3", "peak_memory")
-    ]
-    paper = {(row["pair"], float(row["retention"])): row["value"] for row in rows}
+    paper = Paper.read("table3")
     print(
         "| pair | tokens kept | fused, GB | whole, GB | fused, teacher in host memory, GB | paper, GB |\n"
         "|:--|--:|--:|--:|--:|--:|"
@@ -56,8 +51,10 @@ def main() -> None:
     for pair in PAIRS:
         for retention in RETENTIONS:
             ours = " | ".join(f"{training_gb(pair, memory, retention):.1f}" for memory in ("fused", "whole"))
+            cell = CellName("all" if retention == 1 else "entropy_sample", retention)
+            theirs = paper.value(pair, MEMORY, cell)
             lean = training_gb(pair, "fused", retention, LEAN)
-            print(f"| {pair} | {retention:.0%} | {ours} | {lean:.1f} | {paper[pair, retention]} |")
+            print(f"| {pair} | {retention:.0%} | {ours} | {lean:.1f} | {theirs} |")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_sta
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 from reporting.theme import png
 
-PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")
 
 
@@ -150,7 +149,7 @@ def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path, cel
     if table not in LAYOUTS:
         raise UserError(f"--table {table} is unknown; give one of: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[table]
-    paper = Paper.read(PAPER, *layout.tables)
+    paper = Paper.read(*layout.tables)
     found = [report_group(group, paper, cells) for group in by_protocol(read_runs(runs, layout.axes))]
     groups = [group for group in found if group.runs]
     if not groups:

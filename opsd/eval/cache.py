@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from opsd.config import TrainConfig, to_json
-from opsd.eval.evaluator import Suite
+from opsd.eval.evaluator import Suite, SuiteRunner
 from opsd.model.loading import own_code
 from opsd.rollout import RolloutEngine
 from opsd.run.disk import checksums_of, replace, writing
@@ -73,7 +73,7 @@ class Entry:
 class Models:
     """What is evaluated, by which evaluator. teacher_sampler: None where the teacher gives no answers of its own."""
 
-    evaluator: Any
+    evaluator: SuiteRunner
     sampler: RolloutEngine
     teacher_sampler: RolloutEngine | None
     ranks: Ranks
@@ -109,16 +109,11 @@ def check_cache(config: TrainConfig) -> None:
     folder = config.eval.cache
     if folder is None:
         return
-    try:
+    with writing(f"--eval.cache {folder!r}", "give another folder, or None", UserError):
         if not folder:
-            raise OSError(None, "no name")
+            raise OSError("no name")
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--eval.cache {folder!r} cannot be written ({error.strerror}); give another folder, or None"
-        ) from error
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entry | str:

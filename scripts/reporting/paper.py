@@ -8,6 +8,7 @@ from pathlib import Path
 
 from reporting.runs import CellName
 
+FILE = Path(__file__).parents[2] / "assets" / "paper" / "tables.csv"
 MISSING = "-"
 MEMORY = "peak_memory"
 TABLES = {
@@ -71,9 +72,9 @@ class Paper:
     best: list[dict[str, str]]
 
     @classmethod
-    def read(cls, file: Path, *tables: str) -> Paper:
+    def read(cls, *tables: str) -> Paper:
         """The rows of `tables`, e.g. table5, in this order."""
-        with file.open(newline="") as lines:
+        with FILE.open(newline="") as lines:
             rows = [{**row, "method": METHODS.get(row["method"], row["method"])} for row in csv.DictReader(lines)]
         best = [row for row in rows if row["table"] == "figure4" and "table7" in tables]
         own: dict[tuple[str, ...], dict[str, str]] = {}

@@ -116,7 +116,7 @@ def test_an_unknown_table_is_one_line_and_exit_2(make_run):
 
 
 def test_the_papers_cells_and_numbers_are_those_of_the_data_file():
-    paper = Paper.read(PAPER, "table5")
+    paper = Paper.read("table5")
     assert [str(cell) for cell in paper.cells] == [
         "all",
         "entropy_sample 50 %",
@@ -141,7 +141,7 @@ def test_the_data_file_is_the_one_that_was_handed_over():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_table_stands_with_the_papers_cells_pairs_and_numbers(make_run, report, table):
-    paper = Paper.read(PAPER, table)
+    paper = Paper.read(table)
     with PAPER.open(newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if row["table"] == table and row["benchmark"] != "peak_memory"]
     for row in rows:
