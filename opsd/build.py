@@ -209,11 +209,5 @@ def build_selector(select: SelectConfig) -> TokenSelector | None:
 
 def prompt_format(config: TrainConfig) -> PromptFormat:
     """How records of training and evaluation files become token ids."""
-    return PromptFormat(
-        kind=config.prompt_format,
-        thinking=config.thinking,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        max_tokens=config.rollout.max_prompt_tokens,
-        overlong=config.rollout.overlong_prompts,
-    )
+    r = config.rollout
+    return PromptFormat.of(config, max_tokens=r.max_prompt_tokens, overlong=r.overlong_prompts)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from opsd.config.checks import check
 from opsd.config.schema import (
     CheckpointConfig,
     EngineConfig,
@@ -16,61 +14,28 @@ from opsd.config.schema import (
     LoraConfig,
     LossConfig,
     OptimConfig,
+    PromptSettings,
     RolloutConfig,
     SelectConfig,
+    StepSettings,
     TeacherConfig,
     TelemetryConfig,
     TrackConfig,
 )
+from opsd.config.settings import fields_of
 from opsd.utils.errors import UserError
 
-__all__ = [
-    "CheckpointConfig",
-    "EngineConfig",
-    "EnvironmentConfig",
-    "EvalConfig",
-    "LoraConfig",
-    "LossConfig",
-    "OptimConfig",
-    "RolloutConfig",
-    "SelectConfig",
-    "TeacherConfig",
-    "TelemetryConfig",
-    "TrackConfig",
-    "TrainConfig",
-    "from_json",
-    "to_json",
-]
 
-
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(PromptSettings, StepSettings):
     """On-policy distillation of one student from one teacher."""
 
     student: str
     """Folder (or hub name) of the student to start from."""
     teacher: TeacherConfig
-    prompts: str
-    """Training prompts: .jsonl or .parquet."""
-    out: str
-    """Run folder; must be new or empty."""
-    steps: int = 100
-    """Optimiser steps."""
-    prompts_per_step: int = 8
-    """Prompts per optimiser step."""
-    seed: int = 0
-    """Decides prompt order, sampling and random selection; the same seed gives the same run."""
-    prompt_format: Literal["chat", "raw"] = "chat"
-    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
-    thinking: Literal["on", "off"] = "off"
-    """Thinking mode of the chat template, the same for student and teacher."""
     trust_remote_code: bool = False
     """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
     """
-    prompt_field: str = "prompt"
-    """Column that holds the prompt (a string or a list of chat messages)."""
-    answer_field: str = "answer"
-    """Column that holds the gold answer, where there is one."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -84,7 +49,23 @@ class TrainConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        check(self)
+        """Each part has checked itself; here parts are checked against each other. Raises UserError."""
+        super().__post_init__()
+        if self.optim.warmup_steps > self.steps:
+            raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
+        sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
+        if self.teacher.shard and (served or not sharded):
+            raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
+        if (served or self.teacher.shard) and self.eval.suite and self.eval.teacher:
+            raise UserError(
+                "a teacher that is served or sharded gives no answers of its own: give --eval.teacher False"
+            )
+        wait_s = self.rollout.timeout_s
+        if self.rollout.engine == "vllm_process" and sharded and wait_s >= self.engine.wait_s:
+            raise UserError(
+                f"--rollout.timeout_s {wait_s:g} is not below --engine.wait_s {self.engine.wait_s:g}: the other ranks "
+                "would give up first; make one smaller or the other larger"
+            )
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -94,39 +75,15 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
     """The inverse of `to_json`. Raises UserError for a key that this version does not know."""
-    parts = {
-        "teacher": TeacherConfig,
-        "rollout": RolloutConfig,
-        "select": SelectConfig,
-        "loss": LossConfig,
-        "optim": OptimConfig,
-        "lora": LoraConfig,
-        "engine": EngineConfig,
-        "eval": EvalConfig,
-        "environment": EnvironmentConfig,
-        "checkpoint": CheckpointConfig,
-        "telemetry": TelemetryConfig,
-        "track": TrackConfig,
-    }
     try:
-        built = {
-            key: parts[key](**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
-            if key in parts
-            else value
-            for key, value in values.items()
-        }
-        _check_choices(built, TrainConfig)
-        return TrainConfig(**built)
+        return _made(TrainConfig, values)
     except (TypeError, AttributeError) as error:
         raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
 
 
-def _check_choices(built: dict[str, Any], kind: type, name: str = "") -> None:
-    """Raises UserError for a value that is none of its field's choices: config.json can be edited, unlike flags."""
-    for key, hint in typing.get_type_hints(kind).items():
-        value = built.get(key, ...)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            _check_choices(vars(value), type(value), f"{name}{key}.")
-        elif typing.get_origin(hint) is Literal and value is not ... and value not in typing.get_args(hint):
-            choices = ", ".join(map(str, typing.get_args(hint)))
-            raise UserError(f"config.json: {name}{key} is {value!r}; give one of: {choices}")
+def _made(kind: Any, value: Any) -> Any:
+    """A value of a type, from what JSON makes of it."""
+    if dataclasses.is_dataclass(kind):
+        kinds = fields_of(kind)
+        return kind(**{name: _made(kinds.get(name), own) for name, own in value.items()})
+    return tuple(value) if isinstance(value, list) else value
