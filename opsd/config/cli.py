@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import io
 import re
@@ -12,7 +11,7 @@ from typing import TypeVar
 
 import tyro
 
-from opsd.config.settings import Settings, fields_of
+from opsd.config.settings import Settings, fields_of, is_part
 from opsd.utils.errors import UserError
 
 Config = TypeVar("Config", bound=Settings)
@@ -58,6 +57,6 @@ def flags_of(settings: type[Settings]) -> list[str]:
     found = []
     for name, kind in fields_of(settings).items():
         kind = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
-        found += flags_of(kind) if dataclasses.is_dataclass(kind) else [f"--{settings.part}{name}"]
+        found += flags_of(kind) if is_part(kind) else [f"--{settings.part}{name}"]
     # The teacher's model is given as --teacher itself.
     return [flag.removesuffix(".model") for flag in found]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, Union
 
 from opsd.utils.errors import UserError
 
@@ -59,6 +59,11 @@ def fields_of(settings: type) -> dict[str, Any]:
     """The fields of a dataclass and their types, with what stands beside these."""
     kinds = typing.get_type_hints(settings, include_extras=True)
     return {field.name: kinds[field.name] for field in dataclasses.fields(settings)}
+
+
+def is_part(kind: Any) -> TypeGuard[type[Settings]]:
+    """Whether a field of this type holds settings of its own."""
+    return isinstance(kind, type) and issubclass(kind, Settings)
 
 
 def _wanted(kind: Any, value: Any) -> str:

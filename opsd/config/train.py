@@ -22,7 +22,7 @@ from opsd.config.schema import (
     TelemetryConfig,
     TrackConfig,
 )
-from opsd.config.settings import fields_of
+from opsd.config.settings import fields_of, is_part
 from opsd.utils.errors import UserError
 
 
@@ -74,16 +74,18 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`. Raises UserError for a key that this version does not know."""
+    """The inverse of `to_json`. Raises UserError for a key that this version does not know, or a value that is none."""
     try:
         return _made(TrainConfig, values)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
 
 
 def _made(kind: Any, value: Any) -> Any:
     """A value of a type, from what JSON makes of it."""
-    if dataclasses.is_dataclass(kind):
+    if is_part(kind):
         kinds = fields_of(kind)
         return kind(**{name: _made(kinds.get(name), own) for name, own in value.items()})
     return tuple(value) if isinstance(value, list) else value
