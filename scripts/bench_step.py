@@ -33,7 +33,7 @@ import tyro
 
 from bench.floor import floor, measure, shape_of
 from opsd.model.loading import load_model, load_tokenizer
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from smollm2 import load, thin
 
 Method = Literal["trl", "opsd-hf", "opsd-vllm"]
@@ -276,8 +276,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("bench_step"):
         main()
-    except UserError as error:
-        print(f"bench_step: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -25,7 +25,7 @@ from opsd.config.settings import Bound, NonNegativeFloat, NonNegativeInt, Positi
 from opsd.data.prompts import PromptFormat, load_prompts, lookup, read_records
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.loading import load_tokenizer
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +191,8 @@ def train(config: GrpoConfig) -> Path:
 
 def main() -> None:
     """See the module's docstring."""
-    try:
+    with exits_on_bad_input("grpo_teacher"):
         model = train(parse(GrpoConfig, sys.argv[1:], "grpo_teacher"))
-    except UserError as error:
-        print(f"grpo_teacher: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{model}: a teacher; opsd train --teacher takes it")
 
 

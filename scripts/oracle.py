@@ -33,7 +33,7 @@ from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout
 from opsd.types import MicroBatch, Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 from tip_patch.oracle import QuadrantWorth, TokenWorth, by_quadrant, mean_gradient, measure
 from tip_patch.quadrants import check_split, quadrant_labels, split_at
@@ -188,12 +188,9 @@ def main() -> None:
     """Measure, print, write."""
     args = tyro.cli(Args, description=__doc__)
     disable_progress_bar()
-    try:
+    with exits_on_bad_input("oracle"):
         worth = measure_pair(args)
         splits = [split_tokens(worth, name, args.seed) for name in args.splits]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     args.out.mkdir(parents=True, exist_ok=True)
     print_tables(worth, splits, Console(width=150))
     found = {

@@ -23,7 +23,7 @@ from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
 from opsd.config.cli import parse
 from opsd.config.settings import FractionBelowOne, Settings
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 HELD_OUT_NAMES = {"dapo": "math_dapo"}
 """The paper's name for the held-out part of DAPO-Math-17k; of other sets it is NAME_held_out."""
@@ -205,14 +205,11 @@ def show(prepared: list[Prepared]) -> None:
 
 def main() -> None:
     """The command line. Exit code 2 and one line for bad input."""
-    try:
+    with exits_on_bad_input("prepare_data"):
         options = parse(Options, sys.argv[1:], "prepare_data.py", bare_switches=True)
         prepared = prepare(options)
         files = contents(prepared, options)
         write(files)
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        sys.exit(2)
     show(prepared)
     for path in files:
         print(path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.markdown import markdown_text
 from reporting.csv_files import our_rows, paper_rows, write_csv
 from reporting.figure import Panel, draw
@@ -160,8 +159,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path, cel
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("report"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        sys.exit(2)

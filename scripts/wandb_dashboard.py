@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from typing import Any
 
 import tyro
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")
@@ -66,8 +65,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("wandb_dashboard"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"wandb_dashboard: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -217,7 +217,9 @@ class LossConfig(Settings, part="loss"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
-            raise UserError(f"--loss.beta {self.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl")
+            raise UserError(
+                f"--loss.beta {self.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What all dataclasses of settings share: bounds stand in the types of their fields, and are checked when one is made."""
+"""What all dataclasses of settings share: bounds stand in the types of fields, and are checked when one is made."""
 
 from __future__ import annotations
 

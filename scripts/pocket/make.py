@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opsd.eval.evaluator import Suite
 from opsd.types import Prompt
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 from pocket.measure import accuracy, measure
 from pocket.sft import STEPS, STUDENT, TEACHER, Recipe, build_model, train
@@ -129,8 +129,5 @@ def main(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("make"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"make: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -31,7 +31,7 @@ from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.talk import Talk
 from opsd.eval.evaluator import Suite
 from opsd.rollout.cached_agent import CachedAgentRollout
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from pocket.travel_sft import STUDENT, STUDENT_FROM_STEP, TEACHER, Recipe, build_model, make_tokenizer, train
 
 TASKS, SAMPLES = 64, 16
@@ -115,8 +115,5 @@ def main(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("travel_make"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"planning_make: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -301,7 +301,11 @@ WHOLE = [
     ("resume with an unknown setting", ["train", "--resume", "run-unknown"], "colour"),
     ("resume with a text for a number", ["train", "--resume", "run-text"], "config.json does not fit"),
     ("resume with a number for a part", ["train", "--resume", "run-part"], "config.json does not fit"),
-    ("resume with an engine that is none", ["train", "--resume", "run-choice"], "config.json: --engine.kind zork: give one of: torch"),
+    (
+        "resume with an engine that is none",
+        ["train", "--resume", "run-choice"],
+        "config.json: --engine.kind zork: give one of: torch",
+    ),
     ("resume with a student that is gone", ["train", "--resume", "run-moved"], "no such folder"),
     ("a record that is no parquet", ["inspect", "record"], "record"),
     ("a run without a record", ["inspect", "nothing"], "nothing"),
