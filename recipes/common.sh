@@ -5,7 +5,7 @@
 #
 #   SCALE=paper|pocket   8×H200 with the paper's models (default), or minutes on a CPU with models of our own
 #   DRY_RUN=1            print the commands and, as comments, each pair's plan (memory, rough time); start nothing; needs
-#                        no models, no data, no GPU
+#                        Python alone: no models, no data, no GPU
 #   PAIRS, CELLS, SEEDS  run only these, e.g. PAIRS="qwen3 llama" CELLS=all,soft_or-50 SEEDS="0 1 2"
 #   RUNS                 folder of the run folders (default runs/NAME)
 #   STEPS                optimiser steps
@@ -40,30 +40,15 @@ for name in STEPS LANES NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
     [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: give a whole number above 0"
 done
 
-# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell; its name is what CELLS, run folders and the report call it. Flags are
-# part of the name where they are not what the paper's cell of that name has (scripts/reporting/runs.py: the same rule).
+# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell. Its name is what CELLS, run folders and the report call it.
 cell() {
-    local name=$1 flags="--select.by $1"
-    shift
-    if [[ $name != all ]]; then
-        flags+=" --select.retention $1"
-        name+=-$(awk "BEGIN { print 100 * $1 }")
+    local flags="--select.by $1"
+    if [[ $1 != all ]]; then
+        flags+=" --select.retention $2"
         shift
     fi
+    shift
     CELL_FLAGS+=("$flags${*:+ $*}")
-    while (($#)); do
-        case "$1 $2" in
-            "--select.normalise_over batch" | "--loss.divergence reverse_kl") ;;
-            "--select.normalise_over "* | "--loss.divergence "* | "--optim.kind "*) name+=-$2 ;;
-            "--select.options "*)
-                name+=-$2=$3
-                shift
-                ;;
-            *) name+=-${1##*.}=$2 ;;
-        esac
-        shift 2
-    done
-    CELL_NAMES+=("$name")
 }
 
 # setting FLAG VALUE [OVERRIDE]: adds the flag; a value that is not the recipe's own becomes part of the run's name.
@@ -178,13 +163,16 @@ chosen() {
 }
 
 choose() {
-    local seed
+    local seed names
     case $SCALE in
         paper) chosen PAIRS "${PAIRS:-}" "${PAPER_PAIRS[@]}" ;;
         pocket) chosen PAIRS "${PAIRS:-}" pocket ;;
         *) fail "SCALE=$SCALE is unknown; give paper or pocket" ;;
     esac
     PAIR_LIST=("${CHOSEN[@]}")
+    command -v python3 >/dev/null || fail "python3 is not found, which names the cells; install Python"
+    names=$(printf '%s\n' "${CELL_FLAGS[@]}" | python3 scripts/reporting/cells.py) || exit 2
+    read -r -d '' -a CELL_NAMES <<<"$names" || true
     chosen CELLS "${CELLS:-}" "${CELL_NAMES[@]}"
     CELL_LIST=("${CHOSEN[@]}")
     SEED_LIST=()

@@ -188,9 +188,10 @@ class SelectConfig(Settings, part="select"):
     """A selector's name (`opsd selectors` lists them) or module:Name; all keeps every token."""
     retention: Fraction = 0.5
     """Fraction of each rollout's tokens that is kept (the paper's ρ), in (0, 1]."""
-    normalise_over: Literal["micro_batch", "rollout", "batch", "running"] = "micro_batch"
-    """Where min and max are taken. micro_batch depends on how rollouts were packed; rollout and batch do
-    not. batch (the paper's word) costs one scoring pass over the step."""
+    normalise_over: Literal["micro_batch", "rollout", "batch", "running"] = "batch"
+    """Where rules that scale by min and max take them; to others it means nothing. batch is the paper's word and costs
+    one more pass over the step, without gradients. rollout and running cost none; micro_batch costs none either, but
+    depends on how rollouts were packed."""
     clip_quantile: Fraction = 0.98
     """Entropy is clipped at this quantile before min-max; 1.0 is off."""
     options: dict[str, str] = field(default_factory=dict)

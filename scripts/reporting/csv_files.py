@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from reporting.cells import CellName
 from reporting.paper import Paper
-from reporting.runs import CellName
 from reporting.stats import CellCost, CellStats
 
 COLUMNS: tuple[str, ...] = (

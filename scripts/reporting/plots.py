@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reporting.cells import CellName
 from reporting.paper import BENCHMARKS, PAIRS, Paper
-from reporting.runs import CellName, Run
+from reporting.runs import Run
 from reporting.stats import BASELINE, CellStats, Estimate
 from reporting.theme import colour_of, ink, tones
 

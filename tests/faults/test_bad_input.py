@@ -430,7 +430,11 @@ OF_TABLES = ("PAIRS", "CELLS", "SEEDS")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_bad_variables_stop_a_recipe_in_one_line(recipe, tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    names = Path("scripts/reporting/cells.py")
+    (tmp_path / names).parent.mkdir(parents=True)
+    shutil.copy(ROOT / names, tmp_path / names)
     (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").symlink_to(sys.executable)
     for name in ("opsd", "python", "deepspeed", "accelerate", "nvidia-smi"):
         (tmp_path / "bin" / name).write_text("#!/bin/bash\n[[ $1 == --list-gpus ]] || touch ran\n")
         (tmp_path / "bin" / name).chmod(0o755)
