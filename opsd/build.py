@@ -24,7 +24,7 @@ from opsd.model.lora import ADAPTER_FOLDER, add_adapters, load_adapters
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.tracking import check_wandb
-from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
+from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.types import Sampling
 from opsd.update import Updater
@@ -195,16 +195,18 @@ def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:
-    """The selector of the settings; it is handed those that differ from their defaults, and always the retention."""
+    """The selector of the settings; it is handed its retention, and what its own defaults may not say."""
     if select.by == ALL_TOKENS:
         return None
     defaults = SelectConfig()
-    changed = {
-        name: getattr(select, name)
-        for name in ("normalise_over", "clip_quantile")
-        if getattr(select, name) != getattr(defaults, name)
-    }
-    return load_selector(select.by, retention=select.retention, **changed, **select.options)
+    options: dict[str, Any] = {"retention": select.retention}
+    if select.clip_quantile != defaults.clip_quantile:
+        options["clip_quantile"] = select.clip_quantile
+    scope = select.normalise_over
+    # micro_batch is what a rule does by itself. The default is no wish of the user's: a rule may have no such option.
+    if scope != "micro_batch" and (scope != defaults.normalise_over or selector_takes(select.by, "normalise_over")):
+        options["normalise_over"] = scope
+    return load_selector(select.by, **(options | select.options))
 
 
 def prompt_format(config: TrainConfig) -> PromptFormat:
