@@ -20,8 +20,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from opsd.config.cli import parse
-from opsd.config.schema import LengthSettings, PromptSettings, StepSettings
-from opsd.config.settings import Bound, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ProperFraction
+from opsd.config.settings import (
+    Bound,
+    LengthSettings,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PromptSettings,
+    ProperFraction,
+    StepSettings,
+)
 from opsd.data.prompts import PromptFormat, load_prompts, lookup, read_records
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""The parts of a run's settings, each a frozen dataclass; opsd/config/train.py puts them together.
+"""Every setting of a run, in frozen dataclasses. The command line is made from these; so is config.json.
 
 Units stand in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) where it
 states one, else what the base repository's users expect.
@@ -6,97 +6,31 @@ states one, else what the base repository's users expect.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Literal
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from opsd.config.settings import (
+    EvaluationSettings,
     Fraction,
     FractionBelowOne,
     FractionFromZero,
+    LengthSettings,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PromptSettings,
     ProperFraction,
+    SamplingSettings,
     Settings,
+    StepSettings,
+    fields_of,
+    is_part,
 )
 from opsd.utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class LengthSettings(Settings):
-    """How long a prompt and a response may be."""
-
-    max_prompt_tokens: PositiveInt = 2048
-    """Longest prompt accepted, in tokens."""
-    max_new_tokens: PositiveInt = 8192
-    """Longest response, in tokens; one that reaches it is truncated: counted as such, and wrong in an evaluation."""
-
-
-@dataclass(frozen=True)
-class SamplingSettings(Settings):
-    """How a response is drawn. Stated, never inherited from training or from a model's generation_config."""
-
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 1.0 samples from the distribution that is trained, 0 is greedy."""
-    top_p: Fraction = 1.0
-    """Nucleus mass; 1.0 is off."""
-    top_k: NonNegativeInt = 0
-    """Most likely tokens sampled from; 0 is off."""
-
-
-@dataclass(frozen=True)
-class EvaluationSettings(SamplingSettings):
-    """How a suite is evaluated, during training and by `opsd eval`."""
-
-    samples: PositiveInt = 16
-    """Responses per problem (the k of mean@k)."""
-    generate_batch: PositiveInt = 256
-    """Responses generated side by side; `opsd eval` also grades and saves so many together."""
-    limit: PositiveInt | None = None
-    """Only the first so many problems of each suite."""
-    grader: str = "math"
-    """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
-    Or module:function(response, gold) -> bool."""
-    seed: int = 1234
-    """Sampling seed of evaluations, apart from a run's: cells of a table share it."""
-
-
-@dataclass(frozen=True)
-class PromptSettings(Settings):
-    """How records of prompt files become token ids."""
-
-    prompt_format: Literal["chat", "raw"] = "chat"
-    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
-    thinking: Literal["on", "off"] = "off"
-    """Thinking mode of the chat template, the same for student and teacher."""
-    prompt_field: str = "prompt"
-    """Column that holds the prompt (a string or a list of chat messages)."""
-    answer_field: str = "answer"
-    """Column that holds the gold answer, where there is one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.thinking == "on" and self.prompt_format == "raw":
-            raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
-
-
-@dataclass(frozen=True)
-class StepSettings(Settings):
-    """What is trained on, and how long."""
-
-    prompts: str
-    """Training prompts: .jsonl or .parquet."""
-    out: str
-    """Folder to write to; a run's must be new or empty."""
-    steps: PositiveInt = 100
-    """Optimiser steps."""
-    prompts_per_step: PositiveInt = 8
-    """Prompts per optimiser step."""
-    seed: int = 0
-    """Decides prompt order, sampling and random selection; the same seed gives the same run."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +212,9 @@ class LoraConfig(Settings, part="lora"):
             raise UserError(
                 f"--lora.target_modules {' '.join(self.target_modules)}: give all-linear alone, or names of layers"
             )
-        if not self.rank and any(getattr(self, setting.name) != setting.default for setting in fields(self)):
+        if not self.rank and any(
+            getattr(self, setting.name) != setting.default for setting in dataclasses.fields(self)
+        ):
             raise UserError("--lora.* is set but --lora.rank is 0, which trains all weights; give a rank, e.g. 16")
 
 
@@ -406,3 +342,68 @@ class TrackConfig(Settings, part="track"):
     project: str = "opsd"
     progress: bool = True
     """Show a progress bar on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(PromptSettings, StepSettings):
+    """On-policy distillation of one student from one teacher."""
+
+    student: str
+    """Folder (or hub name) of the student to start from."""
+    teacher: TeacherConfig
+    trust_remote_code: bool = False
+    """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
+    """
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        """Each part has checked itself; here parts are checked against each other. Raises UserError."""
+        super().__post_init__()
+        if self.optim.warmup_steps > self.steps:
+            raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
+        sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
+        if self.teacher.shard and (served or not sharded):
+            raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
+        if (served or self.teacher.shard) and self.eval.suite and self.eval.teacher:
+            raise UserError(
+                "a teacher that is served or sharded gives no answers of its own: give --eval.teacher False"
+            )
+        wait_s = self.rollout.timeout_s
+        if self.rollout.engine == "vllm_process" and sharded and wait_s >= self.engine.wait_s:
+            raise UserError(
+                f"--rollout.timeout_s {wait_s:g} is not below --engine.wait_s {self.engine.wait_s:g}: the other ranks "
+                "would give up first; make one smaller or the other larger"
+            )
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_json`. Raises UserError for a key that this version does not know, or a value that is none."""
+    try:
+        return _made(TrainConfig, values)
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """A value of a type, from what JSON makes of it."""
+    if is_part(kind):
+        kinds = fields_of(kind)
+        return kind(**{name: _made(kinds.get(name), own) for name, own in value.items()})
+    return tuple(value) if isinstance(value, list) else value

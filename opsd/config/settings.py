@@ -1,4 +1,4 @@
-"""What all dataclasses of settings share: bounds stand in the types of fields, and are checked when one is made."""
+"""What dataclasses of settings share: bounds, which stand in the types of fields, and fields of several commands."""
 
 from __future__ import annotations
 
@@ -79,3 +79,77 @@ def _wanted(kind: Any, value: Any) -> str:
         words = [word for arg in args[1:] for word in typing.get_args(arg) or (None,)]
         return "" if value in words else _wanted(args[0], value)
     return ""
+
+
+@dataclass(frozen=True)
+class LengthSettings(Settings):
+    """How long a prompt and a response may be."""
+
+    max_prompt_tokens: PositiveInt = 2048
+    """Longest prompt accepted, in tokens."""
+    max_new_tokens: PositiveInt = 8192
+    """Longest response, in tokens; one that reaches it is truncated: counted as such, and wrong in an evaluation."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Settings):
+    """How a response is drawn. Stated, never inherited from training or from a model's generation_config."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 1.0 samples from the distribution that is trained, 0 is greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus mass; 1.0 is off."""
+    top_k: NonNegativeInt = 0
+    """Most likely tokens sampled from; 0 is off."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(SamplingSettings):
+    """How a suite is evaluated, during training and by `opsd eval`."""
+
+    samples: PositiveInt = 16
+    """Responses per problem (the k of mean@k)."""
+    generate_batch: PositiveInt = 256
+    """Responses generated side by side; `opsd eval` also grades and saves so many together."""
+    limit: PositiveInt | None = None
+    """Only the first so many problems of each suite."""
+    grader: str = "math"
+    """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
+    Or module:function(response, gold) -> bool."""
+    seed: int = 1234
+    """Sampling seed of evaluations, apart from a run's: cells of a table share it."""
+
+
+@dataclass(frozen=True)
+class PromptSettings(Settings):
+    """How records of prompt files become token ids."""
+
+    prompt_format: Literal["chat", "raw"] = "chat"
+    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
+    thinking: Literal["on", "off"] = "off"
+    """Thinking mode of the chat template, the same for student and teacher."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt (a string or a list of chat messages)."""
+    answer_field: str = "answer"
+    """Column that holds the gold answer, where there is one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.thinking == "on" and self.prompt_format == "raw":
+            raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
+
+
+@dataclass(frozen=True)
+class StepSettings(Settings):
+    """What is trained on, and how long."""
+
+    prompts: str
+    """Training prompts: .jsonl or .parquet."""
+    out: str
+    """Folder to write to; a run's must be new or empty."""
+    steps: PositiveInt = 100
+    """Optimiser steps."""
+    prompts_per_step: PositiveInt = 8
+    """Prompts per optimiser step."""
+    seed: int = 0
+    """Decides prompt order, sampling and random selection; the same seed gives the same run."""

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from opsd.config.schema import PromptSettings
+from opsd.config.settings import PromptSettings
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from opsd.config.schema import EvaluationSettings, LengthSettings, PromptSettings
-from opsd.config.settings import ProperFraction
+from opsd.config.settings import EvaluationSettings, LengthSettings, PromptSettings, ProperFraction
 from opsd.data.prompts import PromptFormat
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table

@@ -16,12 +16,6 @@ from typing import Any
 NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})
 # What a table may compare beside rules: which settings each axis is made of.
 AXES = {"divergence": ("loss", ("divergence", "beta")), "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps"))}
-# The trainer's defaults, which are the paper's: what has them is not named. A test holds them against the trainer.
-UNNAMED: dict[str, dict[str, Any]] = {
-    "select": {"normalise_over": "batch", "clip_quantile": 0.98},
-    "loss": {"divergence": "reverse_kl", "beta": 0.5},
-    "optim": {"kind": "adamw", "lr": 1e-6},
-}
 _SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<variant>(?:-.+)?)")
 
 
@@ -62,29 +56,28 @@ class CellName:
     @classmethod
     def of(cls, config: dict[str, Any], axes: Iterable[str] = AXES) -> CellName:
         """The row that a run's configuration belongs to, where rows may differ along `axes`."""
-        select = {**UNNAMED["select"], **config["select"]}
+        select = config["select"]
         variant = "-".join([*_selection(select), *off_axes(config, axes)])
         return cls(select["by"], 1.0 if select["by"] == "all" else float(select["retention"]), variant)
 
 
 def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
     """In words, where a run is not reverse KL under AdamW, the paper's choice on both axes."""
-    loss, optim = ({**UNNAMED[part], **config.get(part, {})} for part in ("loss", "optim"))
-    words = []
-    if "divergence" in axes and loss["divergence"] != "reverse_kl":
-        words.append(loss["divergence"])
-        words += [f"beta={loss['beta']:g}"] if loss["divergence"] == "jsd" and loss["beta"] != 0.5 else []
-    if "optim" in axes and optim["kind"] != "adamw":
-        words += [optim["kind"], f"lr={optim['lr']:g}"]
+    loss, optim, words = config.get("loss", {}), config.get("optim", {}), []
+    if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
+        words.append(divergence)
+        words += [f"beta={beta:g}"] if divergence == "jsd" and (beta := loss.get("beta", 0.5)) != 0.5 else []
+    if "optim" in axes and (kind := optim.get("kind", "adamw")) != "adamw":
+        words += [kind, f"lr={optim.get('lr', 1e-6):g}"]
     return words
 
 
 def _selection(select: dict[str, Any]) -> list[str]:
-    """In words, where a selection is not the paper's of that name."""
+    """In words, where a selection is not the paper's of that name; unstated settings are the paper's."""
     words = []
     if select["by"] in NORMALISING or ":" in select["by"]:
-        words += [select["normalise_over"]] if select["normalise_over"] != "batch" else []
-        words += [f"clip_quantile={select['clip_quantile']:g}"] if select["clip_quantile"] != 0.98 else []
+        words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
+        words += [f"clip_quantile={share:g}"] if (share := select.get("clip_quantile", 0.98)) != 0.98 else []
     return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
 
 

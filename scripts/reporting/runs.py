@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opsd.config import TrainConfig
+from opsd.config import TeacherConfig, TrainConfig, to_json
 from opsd.utils.errors import UserError
 from reporting.cells import AXES, CellName, off_axes
 
@@ -117,16 +116,9 @@ def by_protocol(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _defaults() -> dict[str, dict[str, Any]]:
-    """What each part of a configuration holds where nothing is set."""
-    return {
-        field.name: dataclasses.asdict(field.default_factory())
-        for field in dataclasses.fields(TrainConfig)
-        if field.default_factory is not dataclasses.MISSING
-    }
-
-
-_DEFAULTS = _defaults()
+# What each part of a configuration holds where nothing is set.
+_UNSET = to_json(TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out=""))
+_DEFAULTS = {part: values for part, values in _UNSET.items() if isinstance(values, dict) and part != "teacher"}
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

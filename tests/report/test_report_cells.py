@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import report as report_script
-from opsd.config import LossConfig, OptimConfig, SelectConfig
+from opsd.config import LossConfig, OptimConfig, SelectConfig, TeacherConfig, TrainConfig, to_json
 from opsd.selection import load_selector
 from opsd.utils.errors import UserError
-from reporting.cells import NORMALISING, UNNAMED, CellName
+from reporting.cells import NORMALISING, CellName
 from reporting.runs import by_protocol, read_runs
 from reporting.stats import BASELINE, cell_stats
 
@@ -33,8 +33,15 @@ def test_the_rules_that_read_a_scale_are_those_that_say_so():
 
 
 def test_what_a_name_leaves_out_are_the_trainers_defaults():
-    parts = {"select": SelectConfig(), "loss": LossConfig(), "optim": OptimConfig()}
-    assert {part: {name: getattr(parts[part], name) for name in own} for part, own in UNNAMED.items()} == UNNAMED
+    models = {"student": "s", "teacher": TeacherConfig(model="t"), "prompts": "p", "out": "o"}
+    for divergence in ("reverse_kl", "jsd"):
+        parts = {"select": SelectConfig(by="soft_or"), "loss": LossConfig(divergence=divergence)}
+        whole = to_json(TrainConfig(**models, **parts))
+        stated = {"select": {"by": "soft_or", "retention": 0.5}, "loss": {"divergence": divergence}}
+        assert CellName.of(whole) == CellName.of(stated)
+        assert CellName.of(whole | {"optim": {"kind": "sgd"}}) == CellName.of(
+            whole | {"optim": {"kind": "sgd", "lr": 1e-6}}
+        )
 
 
 def test_cells_that_no_name_tells_apart_are_refused(tmp_path):
