@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PromptSettings, ProperFraction
@@ -26,8 +25,10 @@ from opsd.model.loading import load_model, load_tokenizer
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
 from opsd.rollout.sampling import vocabulary_size
+from opsd.run.tracking import progress_bar
 from opsd.types import Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.distributed import local_device
+from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed
 
 
@@ -71,7 +72,7 @@ def evaluate(config: EvalCommand) -> None:
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
     suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
     grader = load_grader(config.grader, "--grader")
-    device = _device(config.device)
+    device = local_device(config.device, "--device")
     header = _header(config, suites, device)
     result = files.check(header)
     if result is None:
@@ -119,8 +120,9 @@ def _run_groups(
     """Generate, grade and save every group that is not among `done`."""
     finished = {(one.suite, one.record.id) for one in done}
     sampling, samples = _sampling(config), config.samples
-    with _progress_bar(config) as bar:
-        task = bar.add_task(Path(config.model).name, total=sum(len(group.problems) for group in groups), numbers="")
+    total = sum(len(group.problems) for group in groups)
+    with progress_bar(Console(stderr=True), total, shown=config.progress) as bar:
+        task = bar.add_task(Path(config.model).name, total=total, numbers="")
         bar.advance(task, len(done))
         for group in groups:
             if (group.suite, group.problems[0].id) in finished:
@@ -207,7 +209,7 @@ def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, devic
             vocab_size=vocabulary_size(tokenizer),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
 
 
@@ -236,24 +238,3 @@ def _prompt_format(config: EvalCommand) -> PromptFormat:
 
 def _sampling(config: EvalCommand) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _progress_bar(config: EvalCommand) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not config.progress,
-    )
