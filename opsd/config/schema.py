@@ -282,9 +282,10 @@ class EvalConfig(EvaluationSettings, part="eval"):
 class EnvironmentConfig(Settings, part="environment"):
     """Episodes of several turns with tools, in place of single answers. Off unless a kind is named."""
 
-    kind: Literal["none", "travel"] = "none"
-    """travel: --prompts and --eval.suite name travel task files, which python -m opsd.environments.travel writes;
-    a response is a whole episode, rollout.max_new_tokens counts the tools' tokens too."""
+    kind: str = "none"
+    """The name of an installed environment. travel: --prompts and --eval.suite name travel task files, which
+    python -m opsd.environments.travel writes; a response is a whole episode, and rollout.max_new_tokens counts the
+    tools' tokens too."""
     max_turns: PositiveInt = 50
     """Turns of the student in an episode; one that needs more is cut off and has no plan."""
     tool_output_characters: NonNegativeInt = 1024
@@ -392,11 +393,9 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`. Raises UserError for a key that this version does not know, or a value that is none."""
+    """The inverse of `to_json`. Raises UserError for a key that this version does not know."""
     try:
         return _made(TrainConfig, values)
-    except UserError as error:
-        raise UserError(f"config.json: {error}") from error
     except (TypeError, AttributeError) as error:
         raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
 

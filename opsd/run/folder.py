@@ -63,7 +63,10 @@ class RunFolder:
             raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
         if isinstance(values, dict) and isinstance(select := values.get("select"), dict):
             select.setdefault("normalise_over", "micro_batch")  # the default before folders stated it
-        return cls(path, from_json(values))
+        try:
+            return cls(path, from_json(values))
+        except UserError as error:
+            raise UserError(f"--resume {path}: {error}") from error
 
     @property
     def done(self) -> bool:

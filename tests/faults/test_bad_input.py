@@ -304,7 +304,7 @@ WHOLE = [
     (
         "resume with an engine that is none",
         ["train", "--resume", "run-choice"],
-        "config.json: --engine.kind zork: give one of: torch",
+        "run-choice: --engine.kind zork: give one of: torch",
     ),
     ("resume with a student that is gone", ["train", "--resume", "run-moved"], "no such folder"),
     ("a record that is no parquet", ["inspect", "record"], "record"),
