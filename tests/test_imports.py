@@ -12,7 +12,8 @@ ROOT = Path(opsd.__file__).parents[1]
 FLOORS = [
     {"types", "utils"},
     {"config", "selection"},
-    {"data", "distill", "hooks", "model"},
+    {"data"},
+    {"distill", "hooks", "model"},
     {"engine", "estimate", "run", "viewer"},
     {"rollout", "teacher"},
     {"environments", "eval", "update"},
