@@ -204,7 +204,7 @@ def build_selector(select: SelectConfig) -> TokenSelector | None:
     if select.clip_quantile != defaults.clip_quantile:
         options["clip_quantile"] = select.clip_quantile
     scope = select.normalise_over
-    # micro_batch is what a rule does by itself. The default is no wish of the user's: a rule may have no such option.
+    # A rule's own default is micro_batch. batch, the trainer's, is handed only to a rule that has the option.
     if scope != "micro_batch" and (scope != defaults.normalise_over or selector_takes(select.by, "normalise_over")):
         options["normalise_over"] = scope
     return load_selector(select.by, **(options | select.options))

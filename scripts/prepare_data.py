@@ -51,8 +51,7 @@ class Options(Settings):
     """What is put behind each problem: ask for \\boxed{} (what the grader looks for first), for a last line
     "Answer: …" (it takes that too), or nothing."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; give a folder")
 

@@ -58,8 +58,7 @@ class TeacherConfig(Settings, part="teacher"):
     retries: NonNegativeInt = 3
     """vllm: further tries of a request that failed, each on the next replica, before the run stops."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.kind == "vllm" and not self.urls:
             raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
         if any(sign in url for url in self.urls for sign in "@?#"):
@@ -99,8 +98,7 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         gpus = self.sampler_gpus.split(",") if self.sampler_gpus else []
         if gpus and (len(gpus) != self.samplers or not all(gpu.strip() for gpu in gpus)):
             raise UserError(
@@ -149,8 +147,7 @@ class LossConfig(Settings, part="loss"):
     chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens whose logits exist at once; auto asks the free memory."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
             raise UserError(
                 f"--loss.beta {self.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"
@@ -201,8 +198,7 @@ class LoraConfig(Settings, part="lora"):
     target_modules: tuple[str, ...] = ("all-linear",)
     """Last names of the layers that get an adapter, e.g. q_proj v_proj; all-linear is all but the head."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.dropout:
             raise UserError(
                 f"--lora.dropout {self.dropout}: give 0; scores and gradients must speak of one distribution, so this "
@@ -243,8 +239,7 @@ class EngineConfig(Settings, part="engine"):
     """deepspeed: seconds that a process waits for the others before the run stops. One that dies ends all at once; this
     is for one that hangs. Longer than an evaluation or a checkpoint takes the slowest process more than the fastest."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         sharded = self.kind == "deepspeed"
         if self.offload_optimizer and not (sharded and self.zero_stage >= 1):
             raise UserError(
@@ -272,8 +267,7 @@ class EvalConfig(EvaluationSettings, part="eval"):
     """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): one
     that is there for the same models, problems, settings and versions is taken, not made again. None is off."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.every and not self.suite:
             raise UserError(f"--eval.every {self.every} without --eval.suite: name a suite, e.g. math500=FILE")
 
@@ -293,8 +287,7 @@ class EnvironmentConfig(Settings, part="environment"):
     deepplanning_root: str | None = None
     """Your copy of the DeepPlanning benchmark: its prompt and schemas for its tasks, its commonsense score."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.deepplanning_root is not None and self.kind != "travel":
             raise UserError("--environment.deepplanning_root is read with --environment.kind travel only; give both")
 
@@ -326,8 +319,7 @@ class TelemetryConfig(Settings, part="telemetry"):
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the telemetry, such as its thresholds, as KEY VALUE pairs."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.top_tokens and not (self.save_tokens and self.every):
             raise UserError(
                 f"--telemetry.top_tokens {self.top_tokens} is part of the token record: "
@@ -367,9 +359,9 @@ class TrainConfig(PromptSettings, StepSettings):
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
-    def __post_init__(self) -> None:
-        """Each part has checked itself; here parts are checked against each other. Raises UserError."""
-        super().__post_init__()
+    def check(self) -> None:
+        """Parts against each other; each has checked itself."""
+        super().check()
         if self.optim.warmup_steps > self.steps:
             raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
         sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"

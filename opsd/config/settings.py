@@ -52,6 +52,10 @@ class Settings:
             value = getattr(self, name)
             if give := _wanted(kind, value):
                 raise UserError(f"--{self.part}{name} {value}: give {give}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError where fields do not fit each other."""
 
 
 @cache
@@ -133,8 +137,7 @@ class PromptSettings(Settings):
     answer_field: str = "answer"
     """Column that holds the gold answer, where there is one."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.thinking == "on" and self.prompt_format == "raw":
             raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
 

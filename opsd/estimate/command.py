@@ -63,8 +63,7 @@ class PlanConfig(Settings):
     json: bool = False
     """Print one JSON object."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         if self.gpus > 1 and self.run.engine.kind == "torch":
             raise UserError(f"--gpus {self.gpus} needs --engine.kind deepspeed: the torch engine is one process")
 

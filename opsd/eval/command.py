@@ -58,8 +58,8 @@ class EvalCommand(PromptSettings, EvaluationSettings, LengthSettings):
     progress: bool = True
     """Show a progress bar on a terminal."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             raise UserError("--engine vllm: vLLM is not installed; run make setup, or give hf")
         if not self.suite:

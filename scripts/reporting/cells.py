@@ -66,9 +66,9 @@ def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
     loss, optim, words = config.get("loss", {}), config.get("optim", {}), []
     if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
         words.append(divergence)
-        words += [f"beta={beta:g}"] if divergence == "jsd" and (beta := loss.get("beta", 0.5)) != 0.5 else []
+        words += [f"beta={beta:g}"] if divergence == "jsd" and (beta := float(loss.get("beta", 0.5))) != 0.5 else []
     if "optim" in axes and (kind := optim.get("kind", "adamw")) != "adamw":
-        words += [kind, f"lr={optim.get('lr', 1e-6):g}"]
+        words += [kind, f"lr={float(optim.get('lr', 1e-6)):g}"]
     return words
 
 
@@ -77,26 +77,20 @@ def _selection(select: dict[str, Any]) -> list[str]:
     words = []
     if select["by"] in NORMALISING or ":" in select["by"]:
         words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
-        words += [f"clip_quantile={share:g}"] if (share := select.get("clip_quantile", 0.98)) != 0.98 else []
+        quantile = float(select.get("clip_quantile", 0.98))
+        words += [f"clip_quantile={quantile:g}"] if quantile != 0.98 else []
     return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
 
 
 def config_of(flags: str) -> dict[str, dict[str, Any]]:
-    """What the flags of a cell set, by part."""
+    """What the flags of a cell set, by part, as text."""
     config: dict[str, dict[str, Any]] = {}
     for setting in re.split(r"(?:^| )--", flags)[1:]:
         flag, *values = setting.split()
         part, name = flag.split(".")
-        own = dict(zip(values[::2], values[1::2], strict=True)) if name == "options" else _number(values[0])
+        own = dict(zip(values[::2], values[1::2], strict=True)) if name == "options" else values[0]
         config.setdefault(part, {})[name] = own
     return config
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 if __name__ == "__main__":
