@@ -112,9 +112,8 @@ class Trainer:
         return message
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Run all rounds, write step.json and print the table."""
-    options = tyro.cli(Options, description=__doc__)
     if options.quick:
         options = dataclasses.replace(options, rounds=3, new_tokens=16)
     torch.set_num_threads(options.threads)
@@ -277,4 +276,4 @@ def table(report: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     with exits_on_bad_input("bench_step"):
-        main()
+        main(tyro.cli(Options, description=__doc__))

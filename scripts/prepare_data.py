@@ -12,7 +12,6 @@ what is dropped and why.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
 from opsd.config.cli import parse
 from opsd.config.settings import FractionBelowOne, Settings
+from opsd.run.disk import replace, writing
 from opsd.utils.errors import UserError, exits_on_bad_input
 
 HELD_OUT_NAMES = {"dapo": "math_dapo"}
@@ -163,14 +163,10 @@ def contents(prepared: list[Prepared], options: Options) -> dict[Path, str]:
 
 def write(files: dict[Path, str]) -> None:
     """Each file as a whole. Raises UserError where the folder cannot be written."""
-    try:
-        for path, text in files.items():
+    for path, text in files.items():
+        with writing(f"--out {path.parent}", "give another folder", UserError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".tmp-{path.name}")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--out {error.filename} cannot be written ({error.strerror}); give another folder") from error
+            replace(path, text)
 
 
 # How the counts are shown: the sign of each in the sum.
@@ -203,7 +199,7 @@ def show(prepared: list[Prepared]) -> None:
 
 
 def main() -> None:
-    """The command line. Exit code 2 and one line for bad input."""
+    """The command line."""
     with exits_on_bad_input("prepare_data"):
         options = parse(Options, sys.argv[1:], "prepare_data.py", bare_switches=True)
         prepared = prepare(options)

@@ -22,14 +22,15 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.markdown import markdown_text
 from reporting.cells import CellName
 from reporting.csv_files import our_rows, paper_rows, write_csv
-from reporting.figure import Panel, draw
 from reporting.page import Section, page
 from reporting.paper import BENCHMARKS, LAYOUTS, Paper
 from reporting.pictures import pictures
+from reporting.plots import overview
 from reporting.remarks import remarks
 from reporting.runs import Run, by_protocol, read_runs
 from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
+from reporting.theme import png
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")
@@ -115,13 +116,13 @@ def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> Non
     (out / "table.json").write_text(json.dumps(values, indent=1) + "\n")
     write_csv([*rows, *paper_rows(paper)], out / "table.csv")
     (out / "report.html").write_text(page(title, sections), encoding="utf-8")
-    panels = [
-        Panel(f"{BENCHMARKS.get(s.name, s.name)}\n{group.title}", s.stats, s.before, s.teacher, group.costs)
+    reports = [
+        (f"{BENCHMARKS.get(suite.name, suite.name)}\n{group.title}", suite, group.costs)
         for group in groups
-        for s in group.suites
+        for suite in group.suites
     ]
-    if panels:
-        draw(panels, out / "figure.png")
+    if reports:
+        (out / "figure.png").write_bytes(png(lambda: overview(reports)))
 
 
 def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
