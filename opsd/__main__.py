@@ -7,7 +7,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A process that falls because another one has ended would print its C++ stack above the line that says so.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+from opsd.config.cli import parse
 from opsd.utils import signals
 from opsd.utils.errors import RunStopped, UserError
 
@@ -71,25 +71,16 @@ def _command(args: list[str]) -> None:
 
 def _train(args: list[str]) -> None:
     from opsd.config import TrainConfig
-    from opsd.config.cli import parse
 
-    if "--resume" in args:
-        if len(args) != 2 or args[0] != "--resume":
-            raise UserError("--resume RUN goes alone: a resumed run keeps its settings; start a new one to change them")
-        _quiet()
-        from opsd.train import resume
-
-        work = partial(resume, Path(args[1]))
-    else:
-        config = parse(TrainConfig, args, "opsd train")
-        _quiet()
-        from opsd.train import start
-
-        work = partial(start, config)
+    if "--resume" in args and (len(args) != 2 or args[0] != "--resume"):
+        raise UserError("--resume RUN goes alone: a resumed run keeps its settings; start a new one to change them")
+    config = None if "--resume" in args else parse(TrainConfig, args, "opsd train")
+    _quiet()
+    from opsd.train import resume, start
     from opsd.utils.distributed import leave
 
     try:
-        work()
+        resume(Path(args[1])) if config is None else start(config)
     except signals.Interrupted as wish:
         if wish.orderly:
             leave()
@@ -100,7 +91,6 @@ def _train(args: list[str]) -> None:
 
 
 def _eval(args: list[str]) -> None:
-    from opsd.config.cli import parse
     from opsd.eval.command import EvalCommand, evaluate
 
     config = parse(EvalCommand, args, "opsd eval")
@@ -114,7 +104,6 @@ def _eval(args: list[str]) -> None:
 
 
 def _inspect(args: list[str]) -> None:
-    from opsd.config.cli import parse
     from opsd.viewer.command import InspectConfig, inspect
 
     config = parse(InspectConfig, args, "opsd inspect")
@@ -123,7 +112,6 @@ def _inspect(args: list[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    from opsd.config.cli import parse
     from opsd.estimate.command import PlanConfig, plan
 
     # These two may stand without a value.

@@ -24,7 +24,7 @@ from opsd.model.lora import ADAPTER_FOLDER, add_adapters, load_adapters
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.tracking import check_wandb
-from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
+from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.types import Sampling
 from opsd.utils.distributed import Ranks, local_device, world_size
@@ -196,25 +196,21 @@ def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:
-    """The selector of the settings; it is handed those that differ from their defaults, and always the retention."""
+    """The selector of the settings; it is handed its retention, and what its own defaults may not say."""
     if select.by == ALL_TOKENS:
         return None
     defaults = SelectConfig()
-    changed = {
-        name: getattr(select, name)
-        for name in ("normalise_over", "clip_quantile")
-        if getattr(select, name) != getattr(defaults, name)
-    }
-    return load_selector(select.by, retention=select.retention, **changed, **select.options)
+    options: dict[str, Any] = {"retention": select.retention}
+    if select.clip_quantile != defaults.clip_quantile:
+        options["clip_quantile"] = select.clip_quantile
+    scope = select.normalise_over
+    # A rule's own default is micro_batch. batch, the trainer's, is handed only to a rule that has the option.
+    if scope != "micro_batch" and (scope != defaults.normalise_over or selector_takes(select.by, "normalise_over")):
+        options["normalise_over"] = scope
+    return load_selector(select.by, **(options | select.options))
 
 
 def prompt_format(config: TrainConfig) -> PromptFormat:
     """How records of training and evaluation files become token ids."""
-    return PromptFormat(
-        kind=config.prompt_format,
-        thinking=config.thinking,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        max_tokens=config.rollout.max_prompt_tokens,
-        overlong=config.rollout.overlong_prompts,
-    )
+    r = config.rollout
+    return PromptFormat.of(config, max_tokens=r.max_prompt_tokens, overlong=r.overlong_prompts)

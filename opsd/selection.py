@@ -204,22 +204,11 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     """
     if name == ALL_TOKENS:
         return None
-    found = {point.name: point for point in entry_points(group=SELECTOR_GROUP)}
-    if name in found:
-        factory = found[name].load()
-    elif ":" in name:
-        factory = load_path(name, "selector", "'module:Name'")
-    else:
-        near = difflib.get_close_matches(name, selector_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
-    if not callable(factory):
-        raise UserError(f"selector {name!r} is a {type(factory).__name__}; give the name of a class")
-    accepted = inspect.signature(factory).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-    unknown = [key for key in options if key not in accepted and not takes_any]
+    factory = _selector_factory(name)
+    unknown = [option for option in options if not _takes(factory, option)]
     if unknown:
-        raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; it takes: {', '.join(accepted)}")
+        accepted = ", ".join(inspect.signature(factory).parameters)
+        raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; it takes: {accepted}")
     try:
         selector: Any = factory(**options)
     except UserError:
@@ -228,6 +217,32 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
         raise UserError(f"selector {name!r} cannot be made ({type(error).__name__}: {first_line(error)})") from error
     _check_selector(selector, name)
     return with_defaults(selector)
+
+
+def selector_takes(name: str, option: str) -> bool:
+    """Whether a selector has an option of that name. Raises UserError where there is no such selector."""
+    return _takes(_selector_factory(name), option)
+
+
+def _selector_factory(name: str) -> Any:
+    """What makes the selector of that name."""
+    found = {point.name: point for point in entry_points(group=SELECTOR_GROUP)}
+    if name in found:
+        factory: Any = found[name].load()
+    elif ":" in name:
+        factory = load_path(name, "selector", "'module:Name'")
+    else:
+        near = difflib.get_close_matches(name, selector_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
+    if not callable(factory):
+        raise UserError(f"selector {name!r} is a {type(factory).__name__}; give the name of a class")
+    return factory
+
+
+def _takes(factory: Any, option: str) -> bool:
+    accepted = inspect.signature(factory).parameters
+    return option in accepted or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
 
 
 def _check_selector(selector: Any, name: str) -> None:

@@ -5,23 +5,16 @@
 #
 #   SCALE=paper|pocket   8×H200 with the paper's models (default), or minutes on a CPU with models of our own
 #   DRY_RUN=1            print the commands and, as comments, each pair's plan (memory, rough time); start nothing; needs
-#                        no models, no data, no GPU
+#                        Python alone: no models, no data, no GPU
 #   PAIRS, CELLS, SEEDS  run only these, e.g. PAIRS="qwen3 llama" CELLS=all,soft_or-50 SEEDS="0 1 2"
 #   RUNS                 folder of the run folders (default runs/NAME)
 #   STEPS                optimiser steps
 #   LANES                how many cells run at a time (default: at pocket scale the number of cores; at paper scale 1)
 # Flags after the recipe's name go to every `opsd train` as they are.
 #
-# SCALE=paper reads the base repository's variables, and one pair of model paths for each pair of the paper:
-#   QWEN3_STUDENT QWEN3_TEACHER LLAMA_STUDENT LLAMA_TEACHER QWEN25_STUDENT QWEN25_TEACHER
-#   (or MODEL_PATH and TEACHER_MODEL_PATH where PAIRS names one pair)
-#   DATA_DIR: holds dapo_train.jsonl, math500.jsonl, aime24.jsonl, aime25.jsonl (fields prompt and answer)
-#   (scripts/prepare_data.py makes them)
-#   NUM_GPUS TRAIN_BATCH_SIZE LEARNING_RATE TOTAL_EPOCHS MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH ROLLOUT_N TEMPERATURE
-#   TOP_P TOP_K OPD_LOSS_TYPE OPD_REWARD_BETA OPD_CHUNK_SIZE OPD_MAX_LENGTH ENABLE_THINKING SAVE_FREQ TEST_FREQ
-#   VAL_TEMPERATURE VAL_TOP_P VAL_TOP_K VAL_N VAL_BEFORE_TRAIN
-#   CUDA_VISIBLE_DEVICES, MASTER_PORT: which GPUs, e.g. 4,5,6,7 (default: the first NUM_GPUS), and where ranks meet (default
-#   29500), so that two recipes can share a machine
+# SCALE=paper also reads the base repository's variables and the paths of models and data (README, "Environment variables").
+# DATA_DIR holds what scripts/prepare_data.py makes. CUDA_VISIBLE_DEVICES, MASTER_PORT: which GPUs, e.g. 4,5,6,7 (default: the
+# first NUM_GPUS), and where ranks meet (default 29500), so that two recipes can share a machine.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ! -d .venv ]] || export PATH="$PWD/.venv/bin:$PATH"
@@ -42,30 +35,15 @@ for name in STEPS LANES NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
     [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: give a whole number above 0"
 done
 
-# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell; its name is what CELLS, run folders and the report call it. Flags are
-# part of the name where they are not what the paper's cell of that name has (scripts/reporting/runs.py: the same rule).
+# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell. Its name is what CELLS, run folders and the report call it.
 cell() {
-    local name=$1 flags="--select.by $1"
-    shift
-    if [[ $name != all ]]; then
-        flags+=" --select.retention $1"
-        name+=-$(awk "BEGIN { print 100 * $1 }")
+    local flags="--select.by $1"
+    if [[ $1 != all ]]; then
+        flags+=" --select.retention $2"
         shift
     fi
+    shift
     CELL_FLAGS+=("$flags${*:+ $*}")
-    while (($#)); do
-        case "$1 $2" in
-            "--select.normalise_over batch" | "--loss.divergence reverse_kl") ;;
-            "--select.normalise_over "* | "--loss.divergence "* | "--optim.kind "*) name+=-$2 ;;
-            "--select.options "*)
-                name+=-$2=$3
-                shift
-                ;;
-            *) name+=-${1##*.}=$2 ;;
-        esac
-        shift 2
-    done
-    CELL_NAMES+=("$name")
 }
 
 # setting FLAG VALUE [OVERRIDE]: adds the flag; a value that is not the recipe's own becomes part of the run's name.
@@ -145,24 +123,33 @@ pocket_flags() {
         --telemetry.options entropy_split 0.3 divergence_split 0.3) # nats; half the tokens have next to no entropy
 }
 
-# models_of PAIR: sets STUDENT, TEACHER, PROMPTS, DATA and GPUS. A path that is not set stays as its variable's name.
+# models_of PAIR: sets STUDENT, TEACHER, PROMPTS, DATA and GPUS, and SHAPES, what `opsd plan` calls models that are not set. A
+# path that is not set stays as its variable's name.
 models_of() {
-    local upper own
+    local upper
     DATA=${DATA_DIR:-\$DATA_DIR} PROMPTS=${DATA_DIR:-\$DATA_DIR}/dapo_train.jsonl GPUS=${NUM_GPUS:-8}
     case $1 in
         pocket)
             STUDENT=assets/pocket/student TEACHER=assets/pocket/teacher PROMPTS=assets/pocket/train.jsonl GPUS=0
             return
             ;;
-        qwen3) upper=QWEN3 ;;                       # Qwen3-8B after GRPO → Qwen3-4B
-        llama) upper=LLAMA ;;                       # Llama-3.3-70B-Instruct → Llama-3.1-8B-Instruct
-        qwen25) upper=QWEN25 GPUS=${NUM_GPUS:-4} ;; # Qwen2.5-14B-Instruct-thinking → Qwen2.5-1.5B-Instruct, 4×H200
+        # Qwen3-8B after GRPO → Qwen3-4B
+        qwen3) upper=QWEN3 SHAPES=(qwen3-4b qwen3-8b) ;;
+        # Llama-3.3-70B-Instruct → Llama-3.1-8B-Instruct
+        llama) upper=LLAMA SHAPES=(llama-3.1-8b llama-3.3-70b) ;;
+        # Qwen2.5-14B-Instruct-thinking → Qwen2.5-1.5B-Instruct, 4×H200
+        qwen25) upper=QWEN25 SHAPES=(qwen2.5-1.5b qwen2.5-14b) GPUS=${NUM_GPUS:-4} ;;
     esac
-    own="${upper}_STUDENT" STUDENT=${!own:-\$$own}
-    own="${upper}_TEACHER" TEACHER=${!own:-\$$own}
+    paths_of "$upper"
     if [[ ${#PAIR_LIST[@]} == 1 ]]; then
         STUDENT=${MODEL_PATH:-$STUDENT} TEACHER=${TEACHER_MODEL_PATH:-$TEACHER}
     fi
+}
+
+# paths_of NAME: sets STUDENT and TEACHER.
+paths_of() {
+    local student=$1_STUDENT teacher=$1_TEACHER
+    STUDENT=${!student:-\$$student} TEACHER=${!teacher:-\$$teacher}
 }
 
 # chosen WHAT "VALUES" KNOWN…: fills CHOSEN with VALUES (or all that are known); a value that is not known stops here.
@@ -179,13 +166,16 @@ chosen() {
 }
 
 choose() {
-    local seed
+    local seed names
     case $SCALE in
         paper) chosen PAIRS "${PAIRS:-}" "${PAPER_PAIRS[@]}" ;;
         pocket) chosen PAIRS "${PAIRS:-}" pocket ;;
         *) fail "SCALE=$SCALE is unknown; give paper or pocket" ;;
     esac
     PAIR_LIST=("${CHOSEN[@]}")
+    command -v python3 >/dev/null || fail "python3 is not found, which names the cells; install Python"
+    names=$(printf '%s\n' "${CELL_FLAGS[@]}" | python3 scripts/reporting/cells.py) || exit 2
+    read -r -d '' -a CELL_NAMES <<<"$names" || true
     chosen CELLS "${CELLS:-}" "${CELL_NAMES[@]}"
     CELL_LIST=("${CHOSEN[@]}")
     SEED_LIST=()
@@ -197,19 +187,27 @@ choose() {
 
 # Stops with all that SCALE=paper lacks, in one line.
 require() {
-    local lacks='' pair found most=0
+    local pair most=0 paths=()
     for pair in "${PAIR_LIST[@]}"; do
         models_of "$pair"
-        for found in "$STUDENT" "$TEACHER"; do
-            [[ $found != \$* ]] || lacks+=", ${found#\$}"
-        done
+        paths+=("$STUDENT" "$TEACHER")
         ((GPUS <= most)) || most=$GPUS
     done
-    [[ $SCALE == pocket || -n ${DATA_DIR:-} ]] || lacks+=', DATA_DIR'
-    found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
-    ((found >= most)) || lacks=", $most GPUs (found $found; NUM_GPUS=N takes fewer)$lacks"
-    [[ -z $lacks ]] || fail "missing: ${lacks#, }. SCALE=pocket runs on a CPU, DRY_RUN=1 prints the commands"
+    [[ $SCALE == pocket ]] || paths+=("${DATA_DIR:-\$DATA_DIR}")
+    require_all "$most" "${paths[@]}"
     command -v opsd >/dev/null || fail "opsd is not installed; run: make setup"
+}
+
+# require_all GPUS PATHS…: stops where there are fewer GPUs, or a path is only its variable's name.
+require_all() {
+    local lacks='' path found
+    found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+    ((found >= $1)) || lacks=", $1 GPUs (found $found; NUM_GPUS=N takes fewer)"
+    shift
+    for path in "$@"; do
+        [[ $path != \$* ]] || lacks+=", ${path#\$}"
+    done
+    [[ -z $lacks ]] || fail "missing: ${lacks#, }. SCALE=pocket runs on a CPU, DRY_RUN=1 prints the commands"
 }
 
 # launch_of WHAT: sets LAUNCH, the words in front of the flags of `opsd WHAT`.
@@ -312,15 +310,9 @@ plan_of() {
     local pair=$1 student teacher
     shift
     command_of "$pair" "${CELL_LIST[0]}" "${SEED_LIST[0]}" "$@"
-    case $pair in
-        qwen3) student=qwen3-4b teacher=qwen3-8b ;;
-        llama) student=llama-3.1-8b teacher=llama-3.3-70b ;;
-        qwen25) student=qwen2.5-1.5b teacher=qwen2.5-14b ;;
-        agentic14) student=qwen3-1.7b teacher=qwen3-14b ;;
-        agentic32) student=qwen3-1.7b teacher=qwen3-32b ;;
-    esac
-    [[ $STUDENT == \$* ]] || student=$STUDENT
-    [[ $TEACHER == \$* ]] || teacher=$TEACHER
+    student=$STUDENT teacher=$TEACHER
+    [[ $STUDENT != \$* ]] || student=${SHAPES[0]}
+    [[ $TEACHER != \$* ]] || teacher=${SHAPES[1]}
     echo "# plan of $pair: $student <- $teacher on $GPUS GPUs"
     { .venv/bin/opsd plan --student "$student" --teacher "$teacher" --gpus "$GPUS" --brief True "${FLAGS[@]}" "$@" 2>&1 || true; } |
         sed 's/^/#   /'

@@ -49,12 +49,7 @@ elif [[ -e $RUN/DONE ]]; then
     echo "$NAME: finished already"
 else
     if [[ $SCALE == paper ]]; then
-        lacks=
-        [[ -n ${QWEN3_TEACHER_BASE:-} ]] || lacks+=', QWEN3_TEACHER_BASE'
-        [[ -n ${DATA_DIR:-} ]] || lacks+=', DATA_DIR'
-        found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
-        ((found >= GPUS)) || lacks+=", $GPUS GPUs (found $found; NUM_GPUS=N takes fewer)"
-        [[ -z $lacks ]] || fail "missing: ${lacks#, }. SCALE=pocket runs on a CPU, DRY_RUN=1 prints the command"
+        require_all "$GPUS" "$BASE" "${DATA_DIR:-\$DATA_DIR}"
     else
         export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     fi

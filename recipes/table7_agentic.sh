@@ -93,15 +93,11 @@ pocket_flags() {
 }
 
 models_of() {
-    local upper own
-    upper=$(tr "[:lower:]" "[:upper:]" <<<"$1")
-    PROMPTS=$DATA_DIR/train.jsonl GPUS=${NUM_GPUS:-8}
-    if [[ $1 == pocket ]]; then
-        STUDENT=assets/pocket_planning/student TEACHER=assets/pocket_planning/teacher GPUS=0
-        return
-    fi
-    own="${upper}_STUDENT" STUDENT=${!own:-\$$own}
-    own="${upper}_TEACHER" TEACHER=${!own:-\$$own}
+    PROMPTS=$DATA_DIR/train.jsonl GPUS=${NUM_GPUS:-8} SHAPES=(qwen3-1.7b "qwen3-${1#agentic}b")
+    case $1 in
+        pocket) STUDENT=assets/pocket_planning/student TEACHER=assets/pocket_planning/teacher GPUS=0 ;;
+        agentic*) paths_of "AGENTIC${1#agentic}" ;;
+    esac
 }
 
 choose

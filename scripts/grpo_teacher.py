@@ -17,64 +17,54 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from opsd.config.cli import parse
-from opsd.data.prompts import PromptFormat, load_prompts, read_records
+from opsd.config.settings import (
+    Bound,
+    LengthSettings,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PromptSettings,
+    ProperFraction,
+    StepSettings,
+)
+from opsd.data.prompts import PromptFormat, load_prompts, lookup, read_records
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.loading import load_tokenizer
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 
-@dataclass(frozen=True)
-class GrpoConfig:
-    """What is trained on what, and how long; names as in `opsd train`."""
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(PromptSettings, LengthSettings, StepSettings):
+    """What is trained on what, and how long; names as in `opsd train`. Each prompt needs its gold answer."""
 
     model: str
     """Folder (or hub name) of the model to start from."""
-    prompts: str
-    """Training prompts with gold answers: .jsonl or .parquet with fields prompt and answer."""
-    out: str
-    """Folder to write to."""
-    steps: int = 100
-    """Optimiser steps."""
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 16
+    samples_per_prompt: Annotated[int, Bound(lambda count: count > 1, "2 or more: GRPO compares samples")] = 16
     """Completions of a prompt, whose rewards are compared with each other."""
-    max_prompt_tokens: int = 2048
-    """Longer prompts are left out."""
-    max_new_tokens: int = 8192
-    """A completion that reaches it has no end and so no reward."""
-    prompt_format: Literal["chat", "raw"] = "chat"
-    thinking: Literal["on", "off"] = "off"
     grader: str = "math"
     """math, suffix or module:function, as --eval.grader of `opsd train`."""
-    grade_seconds: float = 300.0
+    grade_seconds: PositiveFloat = 300.0
     """Most seconds that one process grades a batch; what is left then counts as wrong, logged as grade/late_frac."""
-    temperature: float = 1.0
-    lr: float = 1e-6
+    temperature: PositiveFloat = 1.0
+    lr: PositiveFloat = 1e-6
     """Peak learning rate; cosine."""
-    warmup_steps: int = 0
-    beta: float = 0.0
+    warmup_steps: NonNegativeInt = 0
+    beta: NonNegativeFloat = 0.0
     """Weight of the KL to the starting model; 0 is off and loads no second copy."""
-    micro_batch: int = 1
+    micro_batch: PositiveInt = 1
     """Completions in one forward pass of a process."""
     vllm: Literal["off", "colocate", "server"] = "off"
     """off: transformers generate. colocate: vLLM in the training processes. server: `trl vllm-serve` elsewhere."""
-    gpu_memory_share: float = 0.3
+    gpu_memory_share: ProperFraction = 0.3
     """colocate: fraction of each GPU's memory for vLLM."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type; weights stay fp32."""
-    checkpoint_every: int = 50
+    checkpoint_every: PositiveInt = 50
     """Steps between checkpoints."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: give a number above 0")
-        if self.samples_per_prompt < 2:
-            raise UserError(f"--samples_per_prompt {self.samples_per_prompt}: GRPO compares samples; give 2 or more")
 
 
 class GradeReward:
@@ -118,7 +108,7 @@ def training_rows(config: GrpoConfig, tokenizer: Any) -> list[dict[str, Any]]:
 
     Raises UserError for a file that cannot be read, and where an answer is missing: it would be no reward but noise.
     """
-    how = PromptFormat(config.prompt_format, config.thinking, max_tokens=config.max_prompt_tokens, overlong="drop")
+    how = PromptFormat.of(config, max_tokens=config.max_prompt_tokens, overlong="drop")
     kept, _ = load_prompts(config.prompts, tokenizer, how)
     rows, waiting = [], iter(kept)
     due = next(waiting, None)
@@ -128,7 +118,7 @@ def training_rows(config: GrpoConfig, tokenizer: Any) -> list[dict[str, Any]]:
             continue
         if due.answer is None:
             raise UserError(f"{config.prompts} record {number + 1} has no answer; GRPO needs one for each prompt")
-        content = record["prompt"]
+        content = lookup(record, config.prompt_field, config.prompts)
         if config.prompt_format == "chat" and isinstance(content, str):
             content = [{"role": "user", "content": content}]
         rows.append({"prompt": content, "answer": due.answer})
@@ -210,11 +200,8 @@ def train(config: GrpoConfig) -> Path:
 
 def main() -> None:
     """See the module's docstring."""
-    try:
+    with exits_on_bad_input("grpo_teacher"):
         model = train(parse(GrpoConfig, sys.argv[1:], "grpo_teacher"))
-    except UserError as error:
-        print(f"grpo_teacher: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"{model}: a teacher; opsd train --teacher takes it")
 
 

@@ -22,8 +22,8 @@ import tyro
 from rich.console import Console
 
 from opsd.utils.errors import UserError, exits_on_bad_input
+from reporting.cells import CellName
 from reporting.paper import MEMORY, PAIRS, Paper
-from reporting.runs import CellName
 from reporting.tables import TextTable
 
 TABLES = ("table3", "table4")

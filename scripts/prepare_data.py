@@ -21,6 +21,7 @@ from mathdata.clean import Counts, collect, split, without
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
 from opsd.config.cli import parse
+from opsd.config.settings import FractionBelowOne, Settings
 from opsd.run.disk import replace, writing
 from opsd.utils.errors import UserError, exits_on_bad_input
 
@@ -29,7 +30,7 @@ HELD_OUT_NAMES = {"dapo": "math_dapo"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """Problem sets to files of prompts."""
 
     out: Path
@@ -41,7 +42,7 @@ class Options:
     """NAME=PROBLEM,ANSWER: the columns of a set, where they have unusual names; a.b reaches into a struct."""
     train: str = "dapo"
     """The set to train on: split into NAME_train.jsonl and a held-out part. All others become suites."""
-    held_out_fraction: float = 0.2
+    held_out_fraction: FractionBelowOne = 0.2
     """Share of the training set that is held out, chosen by the hash of each problem's text (the base repository
     trains on 80 % of DAPO-Math-17k)."""
     decontaminate: bool = False
@@ -50,9 +51,7 @@ class Options:
     """What is put behind each problem: ask for \\boxed{} (what the grader looks for first), for a last line
     "Answer: …" (it takes that too), or nothing."""
 
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.held_out_fraction < 1.0:
-            raise UserError(f"--held_out_fraction {self.held_out_fraction}: give a share in [0, 1)")
+    def check(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; give a folder")
 

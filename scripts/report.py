@@ -20,13 +20,14 @@ from rich.console import Console
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.markdown import markdown_text
+from reporting.cells import CellName
 from reporting.csv_files import our_rows, paper_rows, write_csv
 from reporting.page import Section, page
 from reporting.paper import BENCHMARKS, LAYOUTS, Paper
 from reporting.pictures import pictures
 from reporting.plots import overview
 from reporting.remarks import remarks
-from reporting.runs import CellName, Run, by_protocol, read_runs
+from reporting.runs import Run, by_protocol, read_runs
 from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 from reporting.theme import png
@@ -53,7 +54,10 @@ class GroupReport:
 def report_group(group: list[Run], paper: Paper, named: tuple[str, ...] = ()) -> GroupReport:
     """All numbers of one group: the cells that are `named`, or the paper's, then what else was run."""
     known = {cell.slug: cell for cell in [*paper.cells, *(run.cell for run in group)]}
-    cells = [known[slug] if slug in known else CellName.parse(slug) for slug in named or known]
+    try:
+        cells = [known[slug] if slug in known else CellName.parse(slug) for slug in named or known]
+    except ValueError as error:
+        raise UserError(f"--cells {error}") from error
     group = [run for run in group if run.cell in cells]
     suites = [
         SuiteReport(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import io
 import re
 import typing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
+from opsd.config.settings import Settings, fields_of, is_part
 from opsd.utils.errors import UserError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Settings)
+# tyro says what is wrong in a box on stderr. Its structured errors are in a private module, which its authors call
+# unstable; so the box is read, here alone.
 _TITLE = re.compile(r"╭─[^╮]*╮")
 _BOX = re.compile(r"[─-╿]+")
 _OPTION = re.compile(r"(--[A-Za-z][\w.]*) ")
@@ -50,13 +52,11 @@ def one_line(box: str, flags: list[str]) -> str:
     return text
 
 
-def flags_of(config: Any, prefix: str = "--") -> list[str]:
+def flags_of(settings: type[Settings]) -> list[str]:
     """Every flag of a dataclass of settings, those of its parts with a dot."""
     found = []
-    for name, kind in typing.get_type_hints(config).items():
-        if dataclasses.is_dataclass(kind):
-            found += flags_of(kind, f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
+    for name, kind in fields_of(settings).items():
+        kind = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
+        found += flags_of(kind) if is_part(kind) else [f"--{settings.part}{name}"]
     # The teacher's model is given as --teacher itself.
     return [flag.removesuffix(".model") for flag in found]

@@ -1,4 +1,4 @@
-"""The parts of a run's settings, each a frozen dataclass; opsd/config/train.py puts them together.
+"""Every setting of a run, in frozen dataclasses. The command line is made from these; so is config.json.
 
 Units stand in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) where it
 states one, else what the base repository's users expect.
@@ -6,14 +6,35 @@ states one, else what the base repository's users expect.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from opsd.config.settings import (
+    EvaluationSettings,
+    Fraction,
+    FractionBelowOne,
+    FractionFromZero,
+    LengthSettings,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PromptSettings,
+    ProperFraction,
+    SamplingSettings,
+    Settings,
+    StepSettings,
+    fields_of,
+    is_part,
+)
+from opsd.utils.errors import UserError
+
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(Settings, part="teacher"):
     """The frozen model that scores every token."""
 
     model: Annotated[str, arg(name="")]
@@ -32,124 +53,143 @@ class TeacherConfig:
     """vllm: one or more replicas."""
     api_key_env: str | None = None
     """vllm: the environment variable that holds the servers' key; the key itself is never written anywhere."""
-    timeout_s: float = 300.0
+    timeout_s: PositiveFloat = 300.0
     """vllm: seconds that a request may take."""
-    retries: int = 3
+    retries: NonNegativeInt = 3
     """vllm: further tries of a request that failed, each on the next replica, before the run stops."""
+
+    def check(self) -> None:
+        if self.kind == "vllm" and not self.urls:
+            raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
+        if any(sign in url for url in self.urls for sign in "@?#"):
+            raise UserError(
+                "--teacher.urls holds a user, password or query, which would end up in config.json; give the address "
+                "alone, and the name of the variable that holds the key with --teacher.api_key_env"
+            )
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     """How the student writes its answers."""
 
     engine: Literal["hf", "vllm", "vllm_process"] = "hf"
     """hf: transformers generate on the training weights. vllm: vLLM in the training processes. vllm_process: vLLM in
     processes of its own on this machine, which the first rank starts and sends new weights to."""
-    samples_per_prompt: int = 16
+    samples_per_prompt: PositiveInt = 16
     """Rollouts per prompt and step."""
-    max_prompt_tokens: int = 2048
-    """Longest prompt accepted, in tokens."""
-    max_new_tokens: int = 8192
-    """Longest response, in tokens; a rollout that reaches it is counted as truncated."""
-    temperature: float = 1.0
-    """Sampling temperature; 1.0 samples from the distribution that is trained."""
-    top_p: float = 1.0
-    """Nucleus mass; 1.0 is off."""
-    top_k: int = 0
-    """Most likely tokens sampled from; 0 is off."""
-    generate_batch: int = 64
+    generate_batch: PositiveInt = 64
     """Rollouts generated side by side (vllm: by each sampler)."""
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     """vllm: processes that share one sampler; divides their number."""
-    gpu_memory_share: float = 0.4
+    gpu_memory_share: ProperFraction = 0.4
     """vllm, vllm_process: fraction of each GPU's memory for its weights and key-value cache."""
-    samplers: int = 1
+    samplers: PositiveInt = 1
     """vllm_process: how many; they share a step's rollouts."""
     sampler_gpus: str = ""
     """vllm_process: the GPU of each, e.g. 6,7; empty: whatever the trainer sees."""
-    timeout_s: float = 1200.0
+    timeout_s: PositiveFloat = 1200.0
     """vllm_process: longest wait for an answer, in seconds; then the sampler is ended and the run stops. Below
     engine.wait_s, for which the other ranks wait meanwhile."""
     sleep: bool = True
     """vllm: give the GPU's memory back while the student is trained."""
-    probe_tolerance: float | None = None
+    probe_tolerance: PositiveFloat | None = None
     """vllm: after each sync, how far the sampler's log-probabilities may be from the trainer's on a probe, in mean
     nats a token; None: 1e-3 for float32, 0.1 for bfloat16."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
 
+    def check(self) -> None:
+        gpus = self.sampler_gpus.split(",") if self.sampler_gpus else []
+        if gpus and (len(gpus) != self.samplers or not all(gpu.strip() for gpu in gpus)):
+            raise UserError(
+                f"--rollout.sampler_gpus {self.sampler_gpus}: give one GPU for each of the {self.samplers} "
+                "--rollout.samplers, e.g. 6,7"
+            )
+        if self.engine == "vllm_process" and self.tensor_parallel > 1:
+            raise UserError(
+                f"--rollout.tensor_parallel {self.tensor_parallel}: a sampler in a process of its own has one GPU; "
+                "give more --rollout.samplers, or --rollout.engine vllm"
+            )
+
 
 @dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(Settings, part="select"):
     """Which tokens are trained on."""
 
     by: str = "all"
     """A selector's name (`opsd selectors` lists them) or module:Name; all keeps every token."""
-    retention: float = 0.5
+    retention: Fraction = 0.5
     """Fraction of each rollout's tokens that is kept (the paper's ρ), in (0, 1]."""
-    normalise_over: Literal["micro_batch", "rollout", "batch", "running"] = "micro_batch"
-    """Where min and max are taken. micro_batch depends on how rollouts were packed; rollout and batch do
-    not. batch (the paper's word) costs one scoring pass over the step."""
-    clip_quantile: float = 0.98
+    normalise_over: Literal["micro_batch", "rollout", "batch", "running"] = "batch"
+    """Where rules that scale by min and max take them; to others it means nothing. batch is the paper's word and costs
+    one more pass over the step, without gradients. rollout and running cost none; micro_batch costs none either, but
+    depends on how rollouts were packed."""
+    clip_quantile: Fraction = 0.98
     """Entropy is clipped at this quantile before min-max; 1.0 is off."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the selector, as KEY VALUE pairs."""
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings, part="loss"):
     """The divergence between student and teacher, per kept token."""
 
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta."""
     beta: float = 0.5
     """Teacher's share of the JSD mixture, in (0, 1)."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Divides both models' logits."""
-    reward_beta: float = 0.0
+    reward_beta: NonNegativeFloat = 0.0
     """Weigh a prompt's n rollouts by n·softmax(reward/β); needs gold answers. 0 is off."""
     memory: Literal["fused", "whole"] = "fused"
     """fused: memory flat in the number of tokens. whole: kept logits live through backward (baseline)."""
-    chunk_tokens: int | Literal["auto"] = "auto"
+    chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens whose logits exist at once; auto asks the free memory."""
+
+    def check(self) -> None:
+        if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
+            raise UserError(
+                f"--loss.beta {self.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"
+            )
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Settings, part="optim"):
     """AdamW or plain SGD, with warm-up and cosine decay."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
     """adamw scales every weight's step to about lr, however small its gradient. sgd (without momentum) does not: a
     tiny gradient stays a tiny step. It wants an lr of another size, reads no beta or eps and keeps no state."""
-    lr: float = 1e-6
+    lr: PositiveFloat = 1e-6
     """Peak learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine towards min_lr_fraction, reached one step behind the last; or constant."""
-    min_lr_fraction: float = 0.0
+    min_lr_fraction: FractionFromZero = 0.0
     """Where the cosine ends, as a fraction of lr."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    beta1: FractionBelowOne = 0.9
+    beta2: FractionBelowOne = 0.999
+    eps: NonNegativeFloat = 1e-8
+    max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm is clipped here; 0 is off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is no finite number, or that has no token to train on: stop the run, or leave the
     step out (optim/skipped is then 1, its rollouts are kept)."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: NonNegativeInt = 10
     """skip: most steps in a row that are left out; one more stops the run."""
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings, part="lora"):
     """Low-rank adapters on a frozen student, in place of training all of its weights. Off unless a rank is given."""
 
-    rank: int = 0
+    rank: NonNegativeInt = 0
     """Rank of the adapters; 0 trains all weights."""
-    alpha: float = 32.0
+    alpha: PositiveFloat = 32.0
     """An adapter's output is multiplied by alpha/rank."""
     use_rslora: bool = False
     """Multiply by alpha/√rank instead: the output's size then does not depend on the rank."""
@@ -158,9 +198,24 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Last names of the layers that get an adapter, e.g. q_proj v_proj; all-linear is all but the head."""
 
+    def check(self) -> None:
+        if self.dropout:
+            raise UserError(
+                f"--lora.dropout {self.dropout}: give 0; scores and gradients must speak of one distribution, so this "
+                "trainer uses no dropout"
+            )
+        if not self.target_modules or ("all-linear" in self.target_modules and len(self.target_modules) > 1):
+            raise UserError(
+                f"--lora.target_modules {' '.join(self.target_modules)}: give all-linear alone, or names of layers"
+            )
+        if not self.rank and any(
+            getattr(self, setting.name) != setting.default for setting in dataclasses.fields(self)
+        ):
+            raise UserError("--lora.* is set but --lora.rank is 0, which trains all weights; give a rank, e.g. 16")
+
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Settings, part="engine"):
     """What holds the weights and runs the step."""
 
     kind: Literal["torch", "deepspeed"] = "torch"
@@ -176,97 +231,170 @@ class EngineConfig:
     """Compute type; under bfloat16 the optimiser works on fp32 master weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is available."""
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: PositiveInt = 16384
     """Most tokens (prompt and response) packed into one forward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
-    wait_s: float = 1800.0
+    wait_s: PositiveFloat = 1800.0
     """deepspeed: seconds that a process waits for the others before the run stops. One that dies ends all at once; this
     is for one that hangs. Longer than an evaluation or a checkpoint takes the slowest process more than the fastest."""
 
+    def check(self) -> None:
+        sharded = self.kind == "deepspeed"
+        if self.offload_optimizer and not (sharded and self.zero_stage >= 1):
+            raise UserError(
+                "--engine.offload_optimizer True needs --engine.kind deepspeed with --engine.zero_stage 1 to 3"
+            )
+        if self.offload_parameters and not (sharded and self.zero_stage == 3):
+            raise UserError("--engine.offload_parameters True needs --engine.kind deepspeed with --engine.zero_stage 3")
+
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training. Sampling is stated here and never inherited from training."""
+class EvalConfig(EvaluationSettings, part="eval"):
+    """Evaluation during training."""
 
-    every: int = 0
+    every: NonNegativeInt = 0
     """Steps between evaluations; 0 evaluates at the start and the end only. Needs a suite."""
     suite: tuple[str, ...] = ()
     """NAME=FILE pairs, e.g. math500=data/math500.jsonl."""
-    samples: int = 16
-    """Responses per problem (the k of mean@k)."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int | None = None
+    max_new_tokens: PositiveInt | None = None
     """Longest response in tokens; None takes rollout.max_new_tokens."""
-    generate_batch: int = 256
-    """Responses generated side by side."""
-    limit: int | None = None
-    """Only the first so many problems of each suite."""
-    grader: str = "math"
-    """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
-    Or module:function(response, gold) -> bool."""
     at_start: bool = True
     """Evaluate before the first step."""
     teacher: bool = True
     """Evaluate the teacher once, so that the room for improvement is known."""
-    seed: int = 1234
-    """Sampling seed of evaluations, apart from the run's: cells of a table share it."""
     cache: str | None = None
     """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): one
     that is there for the same models, problems, settings and versions is taken, not made again. None is off."""
 
+    def check(self) -> None:
+        if self.every and not self.suite:
+            raise UserError(f"--eval.every {self.every} without --eval.suite: name a suite, e.g. math500=FILE")
+
 
 @dataclass(frozen=True)
-class EnvironmentConfig:
+class EnvironmentConfig(Settings, part="environment"):
     """Episodes of several turns with tools, in place of single answers. Off unless a kind is named."""
 
     kind: str = "none"
     """The name of an installed environment. travel: --prompts and --eval.suite name travel task files, which
     python -m opsd.environments.travel writes; a response is a whole episode, and rollout.max_new_tokens counts the
     tools' tokens too."""
-    max_turns: int = 50
+    max_turns: PositiveInt = 50
     """Turns of the student in an episode; one that needs more is cut off and has no plan."""
-    tool_output_characters: int = 1024
+    tool_output_characters: NonNegativeInt = 1024
     """Most characters of a tool's output that the student sees, half from its head, half from its tail; 0 is all."""
     deepplanning_root: str | None = None
     """Your copy of the DeepPlanning benchmark: its prompt and schemas for its tasks, its commonsense score."""
 
+    def check(self) -> None:
+        if self.deepplanning_root is not None and self.kind != "travel":
+            raise UserError("--environment.deepplanning_root is read with --environment.kind travel only; give both")
+
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings, part="checkpoint"):
     """Checkpoints are ordinary model folders plus the trainer's state; each appears whole or not at all."""
 
-    every: int = 50
+    every: NonNegativeInt = 50
     """Steps between checkpoints; the last step always saves. 0 saves the last step only."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """How many of the newest are kept."""
 
 
 @dataclass(frozen=True)
-class TelemetryConfig:
+class TelemetryConfig(Settings, part="telemetry"):
     """Numbers beyond the loss: quadrant shares, overlap of selectors, teacher entropy."""
 
-    every: int = 10
+    every: NonNegativeInt = 10
     """Steps between telemetry; it scores all tokens with both models. 0 is off."""
     save_tokens: bool = False
     """Write each telemetry step's per-token statistics to tokens/ (parquet); `opsd inspect` shows them."""
-    top_tokens: int = 0
+    top_tokens: NonNegativeInt = 0
     """How many likeliest tokens of both models stand beside each token in tokens/; 0 is none. Costs a forward pass."""
-    max_rollouts_saved: int = 64
+    max_rollouts_saved: PositiveInt = 64
     """Rollouts in each file of tokens/, spread evenly over the step's."""
-    save_rollouts_every: int = 10
+    save_rollouts_every: NonNegativeInt = 10
     """Steps between rollouts/step_N.jsonl files; 0 is off."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the telemetry, such as its thresholds, as KEY VALUE pairs."""
 
+    def check(self) -> None:
+        if self.top_tokens and not (self.save_tokens and self.every):
+            raise UserError(
+                f"--telemetry.top_tokens {self.top_tokens} is part of the token record: "
+                "give --telemetry.save_tokens True and a --telemetry.every above 0"
+            )
+
 
 @dataclass(frozen=True)
-class TrackConfig:
+class TrackConfig(Settings, part="track"):
     """metrics.jsonl is always written; wandb on request."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "opsd"
     progress: bool = True
     """Show a progress bar on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(PromptSettings, StepSettings):
+    """On-policy distillation of one student from one teacher."""
+
+    student: str
+    """Folder (or hub name) of the student to start from."""
+    teacher: TeacherConfig
+    trust_remote_code: bool = False
+    """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
+    """
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def check(self) -> None:
+        """Parts against each other; each has checked itself."""
+        super().check()
+        if self.optim.warmup_steps > self.steps:
+            raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
+        sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
+        if self.teacher.shard and (served or not sharded):
+            raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
+        if (served or self.teacher.shard) and self.eval.suite and self.eval.teacher:
+            raise UserError(
+                "a teacher that is served or sharded gives no answers of its own: give --eval.teacher False"
+            )
+        wait_s = self.rollout.timeout_s
+        if self.rollout.engine == "vllm_process" and sharded and wait_s >= self.engine.wait_s:
+            raise UserError(
+                f"--rollout.timeout_s {wait_s:g} is not below --engine.wait_s {self.engine.wait_s:g}: the other ranks "
+                "would give up first; make one smaller or the other larger"
+            )
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_json`. Raises UserError for a key that this version does not know."""
+    try:
+        return _made(TrainConfig, values)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """A value of a type, from what JSON makes of it."""
+    if is_part(kind):
+        kinds = fields_of(kind)
+        return kind(**{name: _made(kinds.get(name), own) for name, own in value.items()})
+    return tuple(value) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from opsd.config.settings import PromptSettings
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed
@@ -32,6 +33,12 @@ class PromptFormat:
     max_tokens: int = 2048
     overlong: str = "error"
     limit_flag: str = "--rollout.max_prompt_tokens"
+
+    @classmethod
+    def of(cls, settings: PromptSettings, **more: Any) -> PromptFormat:
+        """As a command's settings say; `more` are the further fields."""
+        names = settings.prompt_field, settings.answer_field
+        return cls(settings.prompt_format, settings.thinking, *names, **more)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -66,7 +73,7 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
     prompts, dropped = [], 0
     for number, record in enumerate(read_records(path), start=1):
         where = f"{path} record {number}"
-        content = _lookup(record, how.prompt_field, where)
+        content = lookup(record, how.prompt_field, where)
         ids = _encode(content, tokenizer, how, where)
         if len(ids) > how.max_tokens:
             if how.overlong == "drop":
@@ -123,7 +130,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _lookup(record: dict[str, Any], field: str, where: str, required: bool = True) -> Any:
+def lookup(record: dict[str, Any], field: str, where: str, required: bool = True) -> Any:
     """A field by name, or by a dotted path such as reward_model.ground_truth."""
     value: Any = record
     for key in [field] if field in record else field.split("."):
@@ -137,7 +144,7 @@ def _lookup(record: dict[str, Any], field: str, where: str, required: bool = Tru
 
 def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None:
     """The gold answer as text; None where there is none or it is blank."""
-    answer = _lookup(record, how.answer_field, where, required=False)
+    answer = lookup(record, how.answer_field, where, required=False)
     if answer is None:
         return None
     finite = not isinstance(answer, float) or math.isfinite(answer)

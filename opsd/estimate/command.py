@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tyro import MISSING
+from tyro.conf import arg
 
-from opsd.config import TrainConfig
-from opsd.config.checks import MOST
+from opsd.config import TeacherConfig, TrainConfig
+from opsd.config.settings import PositiveFloat, PositiveInt, Settings
 from opsd.estimate.memory import Hardware, Reckoning
 from opsd.estimate.shapes import find_shape
 from opsd.utils.errors import UserError
@@ -37,21 +39,22 @@ KNOBS = {
 }
 
 
+# A plan needs two models, no prompts and no run folder.
+_ANY_RUN = TrainConfig(student=MISSING, teacher=TeacherConfig(model=MISSING), prompts="", out="")
+
+
 @dataclass(frozen=True)
-class PlanConfig(TrainConfig):
+class PlanConfig(Settings):
     """Reckon a training run's memory and time; takes the flags of `opsd train` and these. Loads no weights."""
 
-    prompts: str = ""
-    """Not read."""
-    out: str = ""
-    """Not written."""
-    gpus: int = 1
+    run: Annotated[TrainConfig, arg(name="")] = _ANY_RUN
+    gpus: PositiveInt = 1
     """Ranks, one a GPU."""
-    gpu_gib: float = 131.3
+    gpu_gib: PositiveFloat = 131.3
     """Memory of a GPU in GiB; an H200's 141 GB are 131.3."""
-    tflops: float = 989.0
+    tflops: PositiveFloat = 989.0
     """Dense bf16 TFLOP/s of a GPU (H200's data sheet); 0.4 of it are assumed to be reached."""
-    bandwidth_gbs: float = 4800.0
+    bandwidth_gbs: PositiveFloat = 4800.0
     """Memory bandwidth of a GPU in GB/s (H200's data sheet); 0.6 of it are assumed to be reached."""
     attention: Literal["sdpa", "flash"] = "flash"
     """flash: of variable length, which the trainer takes on CUDA under bfloat16. sdpa: GPUs before Ampere, or a model
@@ -60,6 +63,10 @@ class PlanConfig(TrainConfig):
     """Print the phases' sums and the verdict alone."""
     json: bool = False
     """Print one JSON object."""
+
+    def check(self) -> None:
+        if self.gpus > 1 and self.run.engine.kind == "torch":
+            raise UserError(f"--gpus {self.gpus} needs --engine.kind deepspeed: the torch engine is one process")
 
 
 def plan(config: PlanConfig) -> bool:
@@ -76,18 +83,14 @@ def plan(config: PlanConfig) -> bool:
 
 def planned(config: PlanConfig) -> dict[str, Any]:
     """The plan as JSON values: GiB by phase and part, rough seconds, the verdict. Raises UserError as `plan`."""
-    for flag in ("gpus", "gpu_gib", "tflops", "bandwidth_gbs"):
-        if not 0 < getattr(config, flag) <= MOST:
-            raise UserError(f"--{flag} {getattr(config, flag)}: give a number above 0, at most {MOST}")
-    if config.gpus > 1 and config.engine.kind == "torch":
-        raise UserError(f"--gpus {config.gpus} needs --engine.kind deepspeed: the torch engine is one process")
-    kind = "cpu" if config.engine.device == "cpu" else "cuda"
-    flash = config.attention == "flash" and config.engine.dtype == "bfloat16" and kind == "cuda"
+    run = config.run
+    kind = "cpu" if run.engine.device == "cpu" else "cuda"
+    flash = config.attention == "flash" and run.engine.dtype == "bfloat16" and kind == "cuda"
     hardware = Hardware(
         config.gpus, config.gpu_gib, 0.4 * config.tflops, 0.6 * config.bandwidth_gbs, flash=flash, kind=kind
     )
-    shapes = find_shape(config.student, "--student"), find_shape(config.teacher.model, "--teacher")
-    reckoning = Reckoning(config, *shapes, hardware)
+    shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
+    reckoning = Reckoning(run, *shapes, hardware)
     phases = reckoning.phases()
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
     peak = max(totals, key=lambda phase: totals[phase])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.config.checks import MOST
+from opsd.config.settings import MOST
 from opsd.utils.errors import UserError
 
 # Families whose layers are known here; another one's parameters or activations could be anything.

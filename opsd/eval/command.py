@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from opsd.config.checks import MOST
+from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
 from opsd.data.prompts import PromptFormat
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
@@ -27,85 +25,45 @@ from opsd.model.loading import load_model, load_tokenizer
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
+from opsd.run.tracking import progress_bar
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed
 
 
-@dataclass(frozen=True)
-class EvalCommand:
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand(PromptSettings, EvaluationSettings, LengthSettings):
     """Evaluate a model on suites of problems: FILE.json, FILE.md (a table), FILE.records.jsonl (every problem)."""
 
     model: str
     """Folder (or hub name) of the model."""
     suite: tuple[str, ...]
-    """NAME=FILE pairs, e.g. math500=data/math500.jsonl aime24=data/aime24.jsonl."""
+    """NAME=FILE pairs, e.g. math500=data/math500.jsonl aime24=data/aime24.jsonl. A suite is evaluated whole: a problem
+    over max_prompt_tokens is an error."""
     out: str
     """The result, FILE.json; table and records go beside it. The same command again goes on where it was."""
-    samples: int = 16
-    """Responses per problem (the k of mean@k)."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 is greedy. Nothing is inherited from the model's generation_config."""
-    top_p: float = 1.0
-    """Nucleus mass; 1.0 is off."""
-    top_k: int = 0
-    """Most likely tokens sampled from; 0 is off."""
-    max_new_tokens: int = 8192
-    """Longest response, in tokens; one that reaches it is truncated, and wrong."""
-    max_prompt_tokens: int = 2048
-    """Longest prompt accepted, in tokens; a suite with a longer one is an error, for it is evaluated whole."""
-    seed: int = 1234
-    """Sampling seed."""
-    limit: int | None = None
-    """Only the first so many problems of each suite."""
-    grader: str = "math"
-    """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
-    Or module:function(response, gold) -> bool."""
-    prompt_format: Literal["chat", "raw"] = "chat"
-    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
-    thinking: Literal["on", "off"] = "off"
-    """Thinking mode of the chat template."""
     trust_remote_code: bool = False
     """Run the code that the model folder brings along (auto_map); else such a folder is refused."""
-    prompt_field: str = "prompt"
-    """Column that holds the prompt (a string or a list of chat messages)."""
-    answer_field: str = "answer"
-    """Column that holds the gold answer."""
     engine: Literal["hf", "vllm"] = "hf"
     """hf: transformers generate. vllm: faster, where it is installed."""
-    gpu_memory_share: float = 0.9
+    gpu_memory_share: ProperFraction = 0.9
     """vllm: fraction of the GPU's memory that it may take."""
-    tensor_parallel: int = 1
+    tensor_parallel: PositiveInt = 1
     """vllm: ranks that share one sampler's weights. Started by a launcher, all samplers share the responses out."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights; auto is what the model's config.json says."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is available."""
-    generate_batch: int = 256
-    """Responses generated side by side; so many are also graded and saved together."""
     save_responses: bool = False
     """Keep the responses' texts in the records."""
     progress: bool = True
     """Show a progress bar on a terminal."""
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "max_prompt_tokens", "generate_batch", "limit"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= MOST:
-                raise UserError(f"--{name} {value}: give a number above 0, at most {MOST}")
-        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
-            raise UserError(f"--temperature {self.temperature}: give 0 (greedy) or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"--top_p {self.top_p}: give a mass in (0, 1]")
-        if self.top_k < 0:
-            raise UserError(f"--top_k {self.top_k}: give 0 or more")
-        if not 0.0 < self.gpu_memory_share < 1.0:
-            raise UserError(f"--gpu_memory_share {self.gpu_memory_share}: give a fraction in (0, 1)")
+    def check(self) -> None:
+        super().check()
         if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
             raise UserError("--engine vllm: vLLM is not installed; run make setup, or give hf")
-        if self.thinking == "on" and self.prompt_format == "raw":
-            raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
         if not self.suite:
             raise UserError("--suite is empty; give NAME=FILE, e.g. math500=data/math500.jsonl")
 
@@ -116,7 +74,7 @@ def evaluate(config: EvalCommand) -> None:
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
     suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
     grader = load_grader(config.grader, "--grader")
-    device = _device(config.device)
+    device = local_device(config.device, "--device")
     ranks = _meet(config, device)
     header = _header(config, suites, device, ranks)
     result = files.check(header)
@@ -142,7 +100,7 @@ def evaluate(config: EvalCommand) -> None:
 def _meet(config: EvalCommand, device: torch.device) -> Ranks:
     """This process among those that a launcher has started. Raises UserError where they cannot share samplers out."""
     together = config.tensor_parallel
-    if together < 1 or world_size() % together:
+    if world_size() % together:
         raise UserError(
             f"--tensor_parallel {together} does not divide the {world_size()} processes; give a number that does"
         )
@@ -188,8 +146,9 @@ def _run_groups(
     """Generate, grade and save every group that is not among `done`; all but generating is the first rank's."""
     finished = {(one.suite, one.record.id) for one in done}
     sampling, samples = _sampling(config), config.samples
-    with _progress_bar(config.progress and ranks.is_main) as bar:
-        task = bar.add_task(Path(config.model).name, total=sum(len(group.problems) for group in groups), numbers="")
+    total = sum(len(group.problems) for group in groups)
+    with progress_bar(Console(stderr=True), total, shown=config.progress and ranks.is_main) as bar:
+        task = bar.add_task(Path(config.model).name, total=total, numbers="")
         bar.advance(task, len(done))
         for group in groups:
             if (group.suite, group.problems[0].id) in finished:
@@ -309,34 +268,8 @@ def _check_finite(model: PreTrainedModel, config: EvalCommand) -> None:
 
 
 def _prompt_format(config: EvalCommand) -> PromptFormat:
-    return PromptFormat(
-        kind=config.prompt_format,
-        thinking=config.thinking,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        max_tokens=config.max_prompt_tokens,
-        limit_flag="--max_prompt_tokens",
-    )
+    return PromptFormat.of(config, max_tokens=config.max_prompt_tokens, limit_flag="--max_prompt_tokens")
 
 
 def _sampling(config: EvalCommand) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
-    return local_device(name)
-
-
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )

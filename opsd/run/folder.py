@@ -60,7 +60,12 @@ class RunFolder:
             values = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
-        return cls(path, from_json(values))
+        if isinstance(values, dict) and isinstance(select := values.get("select"), dict):
+            select.setdefault("normalise_over", "micro_batch")  # the default before folders stated it
+        try:
+            return cls(path, from_json(values))
+        except UserError as error:
+            raise UserError(f"--resume {path}: {error}") from error
 
     @property
     def done(self) -> bool:

@@ -70,6 +70,21 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def progress_bar(console: Console, total: int, shown: bool) -> Progress:
+    """A bar whose tasks say their `numbers` behind the count."""
+    return Progress(
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=24),
+        # In a narrow terminal the bar gives way, never the count.
+        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shown,
+    )
+
+
 class Tracker:
     """Sends each step's metrics everywhere. Use as a context manager."""
 
@@ -80,17 +95,8 @@ class Tracker:
         self._wandb = None if mode == "off" else wandbrun.start(run.config, run.path, mode)
         self._latest_eval = ""
         self._lines = _PlainLines(self._console, run, first_step)
-        self._bar = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=24),
-            # In a narrow terminal the bar gives way, never the count.
-            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(run.config.steps)) + 1)),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (run.config.track.progress and self._console.is_terminal),
-        )
+        shown = run.config.track.progress and self._console.is_terminal
+        self._bar = progress_bar(self._console, run.config.steps, shown)
         self._task = self._bar.add_task(run.path.name, total=run.config.steps, completed=first_step, numbers="starting")
 
     def __enter__(self) -> Tracker:

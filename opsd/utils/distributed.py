@@ -166,10 +166,10 @@ def contact_lost(error: Exception) -> str | None:
     return f"another process of the run {what}: look for a message of its own, then go on with --resume"
 
 
-def local_device(name: str) -> torch.device:
+def local_device(name: str, flag: str = "--engine.device") -> torch.device:
     """auto, cpu or cuda as this process's device. Raises UserError for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--engine.device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
+        raise UserError(f"{flag} cuda: PyTorch finds no CUDA device here; give cpu, or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1:

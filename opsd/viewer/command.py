@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from opsd.config.settings import PositiveInt, Settings
 from opsd.run.disk import writing
 from opsd.utils.errors import UserError
 from opsd.viewer.collect import collect, recorded_steps
@@ -14,7 +15,7 @@ from opsd.viewer.page import data_page
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """A step's rollouts as coloured text: entropy, divergence, quadrant, kept; one HTML file, no network."""
 
     run: Positional[Path]
@@ -23,17 +24,14 @@ class InspectConfig:
     """Which recorded step; the last one by default."""
     out: Path | None = None
     """File to write; RUN/inspect_step_N.html by default."""
-    rollouts: int = 200
+    rollouts: PositiveInt = 200
     """Most rollouts shown."""
-    tokens: int = 200_000
+    tokens: PositiveInt = 200_000
     """Most tokens shown; whole rollouts are left out past it, and the page says how many. 10,000 are about 1.5 MB."""
 
 
 def inspect(config: InspectConfig) -> Path:
     """Write the page and return its path. Raises UserError where the run holds no such record."""
-    for name in ("rollouts", "tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: give a number above 0")
     steps = recorded_steps(config.run)
     step = steps[-1] if config.step is None else config.step
     if step not in steps:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from reporting.cells import CellName
 from reporting.paper import Paper
-from reporting.runs import CellName
 from reporting.stats import QUADRANTS, CellCost, CellStats
 
 COLUMNS = [

@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting.runs import CellName
+from reporting.cells import CellName
 
 FILE = Path(__file__).parents[2] / "assets" / "paper" / "tables.csv"
 MISSING = "-"

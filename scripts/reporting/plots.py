@@ -10,8 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from reporting.cells import CellName
 from reporting.paper import BENCHMARKS, PAIRS, Paper
-from reporting.runs import CellName, Run
+from reporting.runs import Run
 from reporting.stats import BASELINE, CellCost, CellStats, Estimate, SuiteReport
 from reporting.theme import QUADRANT_COLOURS, colour_of, ink, tones
 from tip_patch.quadrants import QUADRANT_LABELS

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from reporting.cells import CellName
 from reporting.paper import BENCHMARKS
-from reporting.runs import CellName, Run
+from reporting.runs import Run
 from reporting.stats import BASELINE, CellStats
 
 

@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from opsd.config import TrainConfig
+from opsd.config import TeacherConfig, TrainConfig, to_json
 from opsd.utils.errors import UserError
+from reporting.cells import AXES, CellName, off_axes
 
 # What may differ between runs that one table compares; everything else is the protocol they share.
 NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry"})
-# Rules that scale by min and max: for others, normalise_over and clip_quantile change nothing. A test holds it against
-# the rules themselves, which take seconds to import.
-NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})
-# What a table may compare beside rules: which settings each axis is made of.
-AXES = {"divergence": ("loss", ("divergence", "beta")), "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps"))}
-_SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<variant>(?:-.+)?)")
-
-
-@dataclass(frozen=True)
-class CellName:
-    """One row of a table: a selection rule at a retention (fraction of tokens kept).
-
-    variant: in what else it differs from the paper's row of that name, joined by "-", e.g. "running" or "sgd-lr=0.3".
-    """
-
-    selector: str
-    retention: float
-    variant: str = ""
-
-    def __str__(self) -> str:
-        rule = self.selector if self.selector == "all" else f"{self.selector} {100 * self.retention:g} %"
-        return f"{rule} ({', '.join(self.words)})" if self.variant else rule
-
-    @property
-    def words(self) -> list[str]:
-        """The variant's parts."""
-        return re.split(r"-(?=[A-Za-z])", self.variant) if self.variant else []
-
-    @property
-    def slug(self) -> str:
-        """What recipes call it, e.g. soft_or-50-running."""
-        rule = self.selector if self.selector == "all" else f"{self.selector}-{100 * self.retention:g}"
-        return f"{rule}-{self.variant}" if self.variant else rule
-
-    @classmethod
-    def parse(cls, slug: str) -> CellName:
-        """The inverse of `slug`. Raises UserError for a text that is none."""
-        found = _SLUG.fullmatch(slug)
-        if found is None or (found["selector"] == "all") != (found["percent"] is None):
-            raise UserError(f"--cells {slug}: give names as recipes have them, e.g. all soft_or-50 soft_or-50-running")
-        return cls(found["selector"], float(found["percent"] or 100) / 100, found["variant"].removeprefix("-"))
 
 
 @dataclass(frozen=True)
@@ -74,9 +32,7 @@ class Run:
     @property
     def cell(self) -> CellName:
         """The table row this run belongs to."""
-        select = self.config["select"]
-        variant = "-".join([*_selection(select), *self._off_axes()])
-        return CellName(select["by"], 1.0 if select["by"] == "all" else float(select["retention"]), variant)
+        return CellName.of(self.config, self.axes)
 
     @property
     def seed(self) -> int:
@@ -100,19 +56,7 @@ class Run:
     @property
     def varies(self) -> bool:
         """Whether it is off the protocol along one of the axes."""
-        return bool(self._off_axes())
-
-    def _off_axes(self) -> list[str]:
-        """In words, where the run is not reverse KL under AdamW, the paper's choice on both axes."""
-        loss, optim = ({**_DEFAULTS[part], **self.config.get(part, {})} for part in ("loss", "optim"))
-        words = []
-        if "divergence" in self.axes and loss["divergence"] != "reverse_kl":
-            words.append(loss["divergence"])
-            if loss["divergence"] == "jsd" and loss["beta"] != _DEFAULTS["loss"]["beta"]:
-                words.append(f"beta={loss['beta']:g}")
-        if "optim" in self.axes and optim["kind"] != "adamw":
-            words += [optim["kind"], f"lr={optim['lr']:g}"]
-        return words
+        return bool(off_axes(self.config, self.axes))
 
     @cached_property
     def steps(self) -> list[dict[str, float]]:
@@ -186,28 +130,9 @@ def by_protocol(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-def _selection(select: dict[str, Any]) -> list[str]:
-    """In words, where a selection is not the paper's of that name; unstated settings are taken for the paper's."""
-    rule, words = select["by"], []
-    if rule in NORMALISING:
-        words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
-        quantile = select.get("clip_quantile", 0.98)
-        words += [f"clip_quantile={quantile:g}"] if quantile != 0.98 else []
-    elif ":" in rule and (scope := select.get("normalise_over", "micro_batch")) != "micro_batch":
-        words.append(scope)  # a rule of the user's own may read it
-    return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
-
-
-def _defaults() -> dict[str, dict[str, Any]]:
-    """What each part of a configuration holds where nothing is set."""
-    return {
-        field.name: dataclasses.asdict(field.default_factory())
-        for field in dataclasses.fields(TrainConfig)
-        if field.default_factory is not dataclasses.MISSING
-    }
-
-
-_DEFAULTS = _defaults()
+# What each part of a configuration holds where nothing is set.
+_UNSET = to_json(TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out=""))
+_DEFAULTS = {part: values for part, values in _UNSET.items() if isinstance(values, dict) and part != "teacher"}
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from opsd.utils.errors import UserError
-from reporting.runs import CellName, Run
+from reporting.cells import CellName
+from reporting.runs import Run
 
 BASELINE = CellName("all", 1.0)
 QUADRANTS = ("q1", "q2", "q3", "q4")

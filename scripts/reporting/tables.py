@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from opsd.utils.markdown import markdown_text
+from reporting.cells import CellName
 from reporting.paper import BENCHMARKS, MEMORY, MISSING, PAIRS, Paper
-from reporting.runs import CellName
 from reporting.stats import BASELINE, CellCost, CellStats, Estimate
 
 

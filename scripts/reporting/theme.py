@@ -18,7 +18,7 @@ from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from reporting.runs import CellName
+from reporting.cells import CellName
 from tip_patch.quadrants import QUADRANT_LABELS
 
 # Okabe and Ito's colours, told apart by colour-blind readers; by selector, so that a rule looks the same everywhere.

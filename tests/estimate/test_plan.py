@@ -23,7 +23,7 @@ SHARDED = ("--engine.kind", "deepspeed", "--engine.dtype", "bfloat16", "--gpus",
 def reckoning(*flags: str, student=None, flash: bool = False, kind: str = "cuda") -> Reckoning:
     config = parse(PlanConfig, [*PAIR, *flags], "opsd plan")
     hardware = Hardware(config.gpus, config.gpu_gib, 400.0, 2900.0, flash=flash, kind=kind)
-    return Reckoning(config, student or BUILT_IN["qwen3-4b"], BUILT_IN["qwen3-8b"], hardware)
+    return Reckoning(config.run, student or BUILT_IN["qwen3-4b"], BUILT_IN["qwen3-8b"], hardware)
 
 
 def stated(name: str):

@@ -59,7 +59,7 @@ class Project:
 def project(tmp_path: Path) -> Project:
     """A project with `opsd` installed and no GPU."""
     root = tmp_path / "project"
-    for name in ("recipes", "scripts/lanes", "scripts/run_cells.py"):
+    for name in ("recipes", "scripts/lanes", "scripts/run_cells.py", "scripts/reporting/cells.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (root / name).parent.mkdir(exist_ok=True, parents=True)
         copy(ROOT / name, root / name)
@@ -67,5 +67,6 @@ def project(tmp_path: Path) -> Project:
     made.bin.mkdir()
     made.program("opsd", TRAINER)
     made.program("python", PYTHON)
+    made.program("python3", f'#!/bin/bash\nexec {sys.executable} "$@"\n')  # names the cells
     made.program("nvidia-smi", "#!/bin/bash\nexit 9\n")
     return made

@@ -89,6 +89,12 @@ def test_prompts_that_are_too_long_are_left_out_and_answers_stay_with_their_prom
     assert rows == [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}]
 
 
+def test_columns_of_other_names_are_read_as_named(tmp_path):
+    record = {"question": {"text": "1+2="}, "gold": "3"}
+    (row,) = rows_of(tmp_path, [record], prompt_field="question.text", answer_field="gold")
+    assert row == {"prompt": "1+2=", "answer": "3"}
+
+
 def test_a_prompt_without_an_answer_is_one_line(tmp_path):
     with pytest.raises(UserError, match="record 2 has no answer; GRPO needs one"):
         rows_of(tmp_path, [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2="}])
@@ -103,7 +109,7 @@ def test_completions_of_a_step_are_shared_out_evenly_or_refused():
 
 
 def test_a_single_sample_has_nothing_to_be_compared_with():
-    with pytest.raises(UserError, match="--samples_per_prompt 1: GRPO compares samples"):
+    with pytest.raises(UserError, match="--samples_per_prompt 1: give 2 or more: GRPO compares samples"):
         GrpoConfig(model="m", prompts="p", out="o", samples_per_prompt=1)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from memory_rows import Args, cells, command, table
-from reporting.runs import CellName
+from reporting.cells import CellName
 
 
 def test_each_peak_stands_beside_its_share_of_the_full_run_and_beside_the_papers():

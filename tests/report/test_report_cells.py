@@ -2,13 +2,18 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import report as report_script
+from opsd.config import LossConfig, OptimConfig, SelectConfig, TeacherConfig, TrainConfig, to_json
 from opsd.selection import load_selector
 from opsd.utils.errors import UserError
-from reporting.runs import NORMALISING, CellName, by_protocol, read_runs
+from reporting.cells import NORMALISING, CellName
+from reporting.runs import by_protocol, read_runs
 from reporting.stats import BASELINE, cell_stats
 
 ALL = {"a": 0.5, "b": 0.5, "c": 0.75, "d": 0.25}
@@ -27,6 +32,24 @@ def test_the_rules_that_read_a_scale_are_those_that_say_so():
     assert {name for name, rule in rules.items() if getattr(rule, "normalises", False)} == set(NORMALISING)
 
 
+def test_what_a_name_leaves_out_are_the_trainers_defaults():
+    models = {"student": "s", "teacher": TeacherConfig(model="t"), "prompts": "p", "out": "o"}
+    for divergence in ("reverse_kl", "jsd"):
+        parts = {"select": SelectConfig(by="soft_or"), "loss": LossConfig(divergence=divergence)}
+        whole = to_json(TrainConfig(**models, **parts))
+        stated = {"select": {"by": "soft_or", "retention": 0.5}, "loss": {"divergence": divergence}}
+        assert CellName.of(whole) == CellName.of(stated)
+        sgd = {"kind": "sgd", "lr": OptimConfig().lr}
+        assert CellName.of({**whole, "optim": {"kind": "sgd"}}) == CellName.of({**whole, "optim": sgd})
+
+
+def test_cells_that_no_name_tells_apart_are_refused(tmp_path):
+    flags = "--select.by all\n--select.by all --optim.beta2 0.95\n"
+    script = Path(report_script.__file__).parent / "reporting" / "cells.py"
+    done = subprocess.run([sys.executable, "-I", script], input=flags, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "two cells are called all" in done.stderr and not done.stdout
+
+
 @pytest.mark.parametrize(
     ("by", "select", "name"),
     [
@@ -37,7 +60,7 @@ def test_the_rules_that_read_a_scale_are_those_that_say_so():
         # reads no scale: the setting changes nothing
         ("entropy", {"normalise_over": "rollout", "clip_quantile": 1.0}, "entropy 50 %"),
         ("mine:Rule", {"normalise_over": "rollout"}, "mine:Rule 50 % (rollout)"),
-        ("mine:Rule", {"normalise_over": "micro_batch"}, "mine:Rule 50 %"),
+        ("mine:Rule", {"normalise_over": "batch"}, "mine:Rule 50 %"),
     ],
 )
 def test_a_selection_is_named_by_what_differs_from_the_papers(make_run, by, select, name):
@@ -127,7 +150,7 @@ def test_parts_of_a_name_are_shown_apart():
 
 @pytest.mark.parametrize("name", ["soft_or", "all-50", "-50", ""])
 def test_a_name_that_is_none_is_one_line(name):
-    with pytest.raises(UserError, match="give names as recipes have them"):
+    with pytest.raises(ValueError, match="give names as recipes have them"):
         CellName.parse(name)
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from opsd.utils.errors import UserError
-from reporting.runs import CellName, by_protocol, read_runs
+from reporting.cells import CellName
+from reporting.runs import by_protocol, read_runs
 from reporting.stats import BASELINE, cell_costs, cell_stats, reference, suite_names
 
 SOFT_OR = CellName("soft_or", 0.5)

@@ -57,6 +57,13 @@ def test_a_new_run_writes_its_resolved_configuration_and_opens_again(run, config
     assert RunFolder.open(run.path).config == config
 
 
+def test_a_run_of_before_min_and_max_were_stated_goes_on_as_it_was(run):
+    values = json.loads((run.path / "config.json").read_text())
+    assert values["select"].pop("normalise_over") == "batch"
+    (run.path / "config.json").write_text(json.dumps(values))
+    assert RunFolder.open(run.path).config.select.normalise_over == "micro_batch"
+
+
 def test_an_empty_folder_that_is_there_already_is_taken(config, tmp_path):
     (tmp_path / "deep" / "run").mkdir(parents=True)
     RunFolder.create(config)

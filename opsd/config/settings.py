@@ -1,0 +1,158 @@
+"""What dataclasses of settings share: bounds, which stand in the types of fields, and fields of several commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, Union
+
+from opsd.utils.errors import UserError
+
+# Whatever is counted or measured here stays far below; a count beyond it would run for ever.
+MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number may be. holds: false for NaN too. give: what a message asks for."""
+
+    holds: Callable[[Any], bool]
+    give: str
+
+
+_POSITIVE = Bound(lambda value: 0 < value <= MOST, f"a number above 0, at most {MOST}")
+_NON_NEGATIVE = Bound(lambda value: 0 <= value <= MOST, f"0 or more, at most {MOST}")
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NonNegativeInt = Annotated[int, _NON_NEGATIVE]
+NonNegativeFloat = Annotated[float, _NON_NEGATIVE]
+Fraction = Annotated[float, Bound(lambda value: 0 < value <= 1, "a fraction in (0, 1], e.g. 0.5")]
+FractionFromZero = Annotated[float, Bound(lambda value: 0 <= value <= 1, "a fraction in [0, 1]")]
+FractionBelowOne = Annotated[float, Bound(lambda value: 0 <= value < 1, "a fraction in [0, 1)")]
+ProperFraction = Annotated[float, Bound(lambda value: 0 < value < 1, "a fraction between 0 and 1")]
+
+
+class Settings:
+    """A dataclass of settings. Making one raises UserError for a value outside its field's bounds or choices.
+
+    part: what its flags begin with, e.g. "rollout."; given when a class is declared, without the dot.
+    """
+
+    part: ClassVar[str] = ""
+
+    def __init_subclass__(cls, part: str = "") -> None:
+        cls.part = f"{part}." if part else ""
+
+    def __post_init__(self) -> None:
+        for name, kind in fields_of(type(self)).items():
+            value = getattr(self, name)
+            if give := _wanted(kind, value):
+                raise UserError(f"--{self.part}{name} {value}: give {give}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise UserError where fields do not fit each other."""
+
+
+@cache
+def fields_of(settings: type) -> dict[str, Any]:
+    """The fields of a dataclass and their types, with what stands beside these."""
+    kinds = typing.get_type_hints(settings, include_extras=True)
+    return {field.name: kinds[field.name] for field in dataclasses.fields(settings)}
+
+
+def is_part(kind: Any) -> TypeGuard[type[Settings]]:
+    """Whether a field of this type holds settings of its own."""
+    return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+def _wanted(kind: Any, value: Any) -> str:
+    """What to give in place of `value`; nothing where it is within the bounds and choices of its type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        bounds = [bound for bound in args[1:] if isinstance(bound, Bound)]
+        return next((bound.give for bound in bounds if not bound.holds(value)), "")
+    if origin is Literal:
+        return "" if value in args else f"one of: {', '.join(map(str, args))}"
+    if origin in (Union, UnionType):
+        # A type with bounds stands first, words such as auto or None behind it.
+        words = [word for arg in args[1:] for word in typing.get_args(arg) or (None,)]
+        return "" if value in words else _wanted(args[0], value)
+    return ""
+
+
+@dataclass(frozen=True)
+class LengthSettings(Settings):
+    """How long a prompt and a response may be."""
+
+    max_prompt_tokens: PositiveInt = 2048
+    """Longest prompt accepted, in tokens."""
+    max_new_tokens: PositiveInt = 8192
+    """Longest response, in tokens; one that reaches it is truncated: counted as such, and wrong in an evaluation."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings(Settings):
+    """How a response is drawn. Stated, never inherited from training or from a model's generation_config."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 1.0 samples from the distribution that is trained, 0 is greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus mass; 1.0 is off."""
+    top_k: NonNegativeInt = 0
+    """Most likely tokens sampled from; 0 is off."""
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(SamplingSettings):
+    """How a suite is evaluated, during training and by `opsd eval`."""
+
+    samples: PositiveInt = 16
+    """Responses per problem (the k of mean@k)."""
+    generate_batch: PositiveInt = 256
+    """Responses generated side by side; `opsd eval` also grades and saves so many together."""
+    limit: PositiveInt | None = None
+    """Only the first so many problems of each suite."""
+    grader: str = "math"
+    """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
+    Or module:function(response, gold) -> bool."""
+    seed: int = 1234
+    """Sampling seed of evaluations, apart from a run's: cells of a table share it."""
+
+
+@dataclass(frozen=True)
+class PromptSettings(Settings):
+    """How records of prompt files become token ids."""
+
+    prompt_format: Literal["chat", "raw"] = "chat"
+    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
+    thinking: Literal["on", "off"] = "off"
+    """Thinking mode of the chat template, the same for student and teacher."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt (a string or a list of chat messages)."""
+    answer_field: str = "answer"
+    """Column that holds the gold answer, where there is one."""
+
+    def check(self) -> None:
+        if self.thinking == "on" and self.prompt_format == "raw":
+            raise UserError("--thinking on is part of a chat template; give --prompt_format chat with it")
+
+
+@dataclass(frozen=True)
+class StepSettings(Settings):
+    """What is trained on, and how long."""
+
+    prompts: str
+    """Training prompts: .jsonl or .parquet."""
+    out: str
+    """Folder to write to; a run's must be new or empty."""
+    steps: PositiveInt = 100
+    """Optimiser steps."""
+    prompts_per_step: PositiveInt = 8
+    """Prompts per optimiser step."""
+    seed: int = 0
+    """Decides prompt order, sampling and random selection; the same seed gives the same run."""

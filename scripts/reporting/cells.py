@@ -1,0 +1,101 @@
+"""The cells of a table and their names, by one rule for recipes, run folders and reports. Needs Python alone.
+
+As a script it names a recipe's cells: one a line, each given by its flags on a line of standard input.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# Rules that scale by min and max, and a user's own, which may: for others, normalise_over and clip_quantile change
+# nothing. A test holds it against the rules themselves, which take seconds to import.
+NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})
+# What a table may compare beside rules: which settings each axis is made of.
+AXES = {"divergence": ("loss", ("divergence", "beta")), "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps"))}
+_SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<variant>(?:-.+)?)")
+
+
+@dataclass(frozen=True)
+class CellName:
+    """One row of a table: a selection rule at a retention (fraction of tokens kept).
+
+    variant: in what else it differs from the paper's row of that name, joined by "-", e.g. "running" or "sgd-lr=0.3".
+    """
+
+    selector: str
+    retention: float
+    variant: str = ""
+
+    def __str__(self) -> str:
+        rule = self.selector if self.selector == "all" else f"{self.selector} {100 * self.retention:g} %"
+        return f"{rule} ({', '.join(self.words)})" if self.variant else rule
+
+    @property
+    def words(self) -> list[str]:
+        """The variant's parts."""
+        return re.split(r"-(?=[A-Za-z])", self.variant) if self.variant else []
+
+    @property
+    def slug(self) -> str:
+        """What recipes call it, e.g. soft_or-50-running."""
+        rule = self.selector if self.selector == "all" else f"{self.selector}-{100 * self.retention:g}"
+        return f"{rule}-{self.variant}" if self.variant else rule
+
+    @classmethod
+    def parse(cls, slug: str) -> CellName:
+        """The inverse of `slug`. Raises ValueError for a text that is none."""
+        found = _SLUG.fullmatch(slug)
+        if found is None or (found["selector"] == "all") != (found["percent"] is None):
+            raise ValueError(f"{slug}: give names as recipes have them, e.g. all soft_or-50 soft_or-50-running")
+        return cls(found["selector"], float(found["percent"] or 100) / 100, found["variant"].removeprefix("-"))
+
+    @classmethod
+    def of(cls, config: dict[str, Any], axes: Iterable[str] = AXES) -> CellName:
+        """The row that a run's configuration belongs to, where rows may differ along `axes`."""
+        select = config["select"]
+        variant = "-".join([*_selection(select), *off_axes(config, axes)])
+        return cls(select["by"], 1.0 if select["by"] == "all" else float(select["retention"]), variant)
+
+
+def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
+    """In words, where a run is not reverse KL under AdamW, the paper's choice on both axes."""
+    loss, optim, words = config.get("loss", {}), config.get("optim", {}), []
+    if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
+        words.append(divergence)
+        words += [f"beta={beta:g}"] if divergence == "jsd" and (beta := float(loss.get("beta", 0.5))) != 0.5 else []
+    if "optim" in axes and (kind := optim.get("kind", "adamw")) != "adamw":
+        words += [kind, f"lr={float(optim.get('lr', 1e-6)):g}"]
+    return words
+
+
+def _selection(select: dict[str, Any]) -> list[str]:
+    """In words, where a selection is not the paper's of that name; unstated settings are the paper's."""
+    words = []
+    if select["by"] in NORMALISING or ":" in select["by"]:
+        words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
+        quantile = float(select.get("clip_quantile", 0.98))
+        words += [f"clip_quantile={quantile:g}"] if quantile != 0.98 else []
+    return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
+
+
+def config_of(flags: str) -> dict[str, dict[str, Any]]:
+    """What the flags of a cell set, by part, as text."""
+    config: dict[str, dict[str, Any]] = {}
+    for setting in re.split(r"(?:^| )--", flags)[1:]:
+        flag, *values = setting.split()
+        part, name = flag.split(".")
+        own = dict(zip(values[::2], values[1::2], strict=True)) if name == "options" else values[0]
+        config.setdefault(part, {})[name] = own
+    return config
+
+
+if __name__ == "__main__":
+    names = [CellName.of(config_of(line)).slug for line in sys.stdin]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        sys.exit(f"two cells are called {twice[0]}: they differ in what scripts/reporting/cells.py does not name")
+    print("\n".join(names))
