@@ -71,6 +71,24 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, base: str)
         inject_adapter_in_model(config, model, _ADAPTER)
 
 
+def coverage(model: nn.Module) -> str:
+    """How much of the model's layers the adapters lie on, and the largest parameter that has none: a line.
+
+    Embeddings and head are not counted: they get none by design.
+    """
+    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}  # pyright: ignore
+    layers = {name: p for name, p in model.named_parameters() if ".lora_" not in name and id(p) not in ends}
+    bare = {name: p.numel() for name, p in layers.items() if not name.endswith(f"{_BASE}weight") and p.dim() >= 2}
+    every = sum(p.numel() for p in layers.values())
+    if not bare:
+        return f"adapters lie on every matrix of the student's layers ({every:,} weights)"
+    largest = max(bare, key=lambda name: bare[name])
+    return (
+        f"adapters lie on {1 - sum(bare.values()) / every:.0%} of the weights in the student's layers; matrices without "
+        f"one stay as they are, such as {largest}"
+    )
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether `add_adapters` was here."""
     return hasattr(model, "peft_config")

@@ -43,7 +43,7 @@ def _save(parts: Parts, run: RunFolder, step: int, metrics: dict[str, float]) ->
         selector = {} if parts.selector is None else parts.selector.state_dict()
         state = checkpoint.TrainerState(step, tensors, values, selector, metrics)
         model, keep = parts.engine.student.model, run.config.checkpoint.keep
-        checkpoint.save(run.checkpoints, model, parts.tokenizer, state, keep, weights, adapters)
+        checkpoint.save(run.checkpoints, model, parts.tokenizer, state, keep, weights, adapters, parts.source)
     parts.ranks.gather(None)
 
 

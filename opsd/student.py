@@ -1,25 +1,28 @@
-"""Loading models, the vocabulary they share, and the module that keeps every projection to logits in one place."""
+"""Loading models, and the module that keeps every projection to logits in one place."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opsd.attention import attention_for, compute_dtype, has_varlen_attention, in_one_row
 from opsd.batch import MicroBatch, padded_rows
 from opsd.errors import UserError
 from opsd.memory import is_out_of_memory
-from opsd.rollout.draws import vocabulary_size
+from opsd.model.checks import Reach, body_of, check_packing, check_plain_head, check_positions, check_steady
+from opsd.model.files import first_line
+from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 
 Result = TypeVar("Result")
+WHOLE = "give a whole Hugging Face model folder, in safetensors"
 HeadUse = Callable[[torch.Tensor, torch.Tensor], Result]
 
 
@@ -52,19 +55,37 @@ class Scorer(nn.Module):
     packed: a micro-batch is one call of the model on one row, as it must be where ranks have to call it equally often
     (ZeRO-3). Otherwise every sequence has a row of its own, in as many calls as there are groups of about equal length
     (`opsd.batch.padded_rows`): a mask over a packed row would cost its length squared. Attention of variable length
-    needs no mask and always gets the packed row.
+    needs no mask and always gets the packed row. alone: a call for each sequence, for models in which what stands
+    beside a sequence changes it.
     """
 
     def __init__(self, model: PreTrainedModel, packed: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.packed = packed or has_varlen_attention(model)
+        self.packed, self.alone = packed or has_varlen_attention(model), False
         self.model.set_output_embeddings(DistillHead(_head_of(model).weight))
 
     @property
     def head(self) -> DistillHead:
         """The model's projection to logits."""
         return _head_of(self.model)
+
+    @property
+    def layout(self) -> str:
+        """How sequences of a micro-batch lie: packed, padded or alone."""
+        return "alone" if self.alone else "packed" if self.packed else "padded"
+
+    def train(self, mode: bool = True) -> Scorer:
+        """Training mode, in which nothing gives other values than in evaluation: no dropout, no noise of a router.
+
+        Only the layers that compute their activations again in backward know of it: they ask for it there.
+        """
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return self
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
         """use(hidden_ND, head_VD), with the final hidden states that predict the micro-batch's student tokens."""
@@ -75,7 +96,10 @@ class Scorer(nn.Module):
 
         The cache must stay off: with it, packed sequences silently attend to each other.
         """
-        base = self.model.base_model
+        if self.alone:
+            alone = [self.hidden_alone(ids_L) for ids_L in micro.input_ids_1L[0].split(micro.lengths)]
+            return torch.cat(alone).index_select(0, micro.rows_N)
+        base = body_of(self.model)
         if self.packed:
             row = {"input_ids": micro.input_ids_1L, "position_ids": micro.position_ids_1L}
             out = in_one_row(base, micro.lengths, **row, use_cache=False)
@@ -83,6 +107,10 @@ class Scorer(nn.Module):
         rows = padded_rows(micro)
         hidden = [base(input_ids=ids_RL, use_cache=False).last_hidden_state.flatten(0, 1) for ids_RL in rows.groups]
         return torch.cat(hidden).index_select(0, rows.place_L[micro.rows_N])
+
+    def hidden_alone(self, ids_L: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [L, D] of one sequence in a call of its own."""
+        return body_of(self.model)(input_ids=ids_L[None], use_cache=False).last_hidden_state[0]
 
 
 def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
@@ -94,7 +122,7 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     give = "give a folder that holds one"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except Exception as error:  # whatever a damaged folder makes transformers raise
+    except BaseException as error:  # see `_load`
         raise _unloadable(error, f"{flag} {path}: its tokenizer cannot be loaded", give) from error
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
         # What transformers makes of a folder without a tokenizer's files: special tokens alone.
@@ -110,19 +138,50 @@ def load_scorer(
     trust: bool = False,
     packed: bool = False,
     compute: torch.dtype | None = None,
+    reach: Reach | None = None,
 ) -> Scorer:
     """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve.
 
     dtype: the weights'. compute: what the run takes products in, under autocast where it is another; None: dtype.
+    packed: no other layout will do. reach: how far the run goes.
     """
-    model = load_model(path, flag, dtype, device, trust, compute)
+    model, name, reach = load_model(path, flag, dtype, device, trust, compute), f"{flag} {path}", reach or Reach()
+    check_positions(model.config, reach.spans, name)
     disable_dropout(model)
     autocast = compute not in (None, dtype)
-    with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext():
-        check_plain_head(model, f"{flag} {path}")
+    with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext(), running(name):
+        check_plain_head(model, name)
         scorer = Scorer(model, packed)
-        check_packing(scorer, f"{flag} {path}")
+        settle_layout(scorer, name, reach, packed)
+        check_steady(scorer, name)
     return scorer
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Within it a model runs for the first time: what it raises is said in a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model of any kind raises
+        raise _unloadable(error, f"{name}: the model cannot be run", "give a model that transformers runs") from error
+
+
+def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False) -> None:
+    """Choose how sequences of a micro-batch lie, so that they stay apart: as is, padded, or each alone.
+
+    packed: no other layout will do. Raises UserError where none does.
+    """
+    for _ in range(2):
+        try:
+            return check_packing(scorer, name, reach)
+        except UserError:
+            if packed:
+                raise
+            # What fails packed may do padded; what fails padded may do alone.
+            scorer.packed, scorer.alone = False, not scorer.packed
+    check_packing(scorer, name, reach)
 
 
 def load_model(
@@ -139,29 +198,16 @@ def load_model(
     Raises UserError where it cannot be loaded whole.
     """
     check_folder(path, flag, trust)
-    _check_shards(path, flag)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=trust,
-            # Other formats are pickles, which run what they hold.
-            use_safetensors=True,
-            # Left alone, transformers fills what is missing with random numbers; what does not fit is named below.
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # whatever a damaged folder makes transformers raise
-        what = f"{flag} {path}: the model cannot be loaded"
-        raise _unloadable(error, what, "give a whole Hugging Face model folder, in safetensors") from error
-    model, loading = loaded
-    lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    if lacking:
-        raise UserError(
-            f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
-            "give a whole Hugging Face model folder"
-        )
+    check_shards(path, flag)
+    config = _config(path, flag, trust)
+    quantised = dequantised(config, f"{flag} {path}")
+    model, loading = _load(path, flag, config=config, dtype=dtype, trust_remote_code=trust)
+    check_tensors(loading, path, flag)
+    if quantised:
+        # They would turn plain weights back into what they came from, in every checkpoint.
+        model._weight_conversions = None
+    else:
+        check_types(path, flag)
     model = model.to(device)
     attention = attention_for(model, compute or model.dtype, device)
     if attention != "sdpa":
@@ -169,9 +215,73 @@ def load_model(
     return model
 
 
-def _unloadable(error: Exception, what: str, give: str) -> Exception:
-    """What to raise in place of `error`: itself where memory ran out."""
-    return error if is_out_of_memory(error) else UserError(f"{what} ({_first_line(error)}); {give}")
+def load_ends(path: str, flag: str, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
+    """A model folder without its layers, on the CPU: embeddings, last norm and head, and all that is done to logits.
+
+    Its head is what vLLM takes for the folder's. Raises UserError where the folder is not whole.
+    """
+    check_whole(path, flag, trust)
+    config = _config(path, flag, trust)
+    quantised, text = dequantised(config, f"{flag} {path}"), config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, [])
+    text.num_hidden_layers = 0
+    model, loading = _load(path, flag, config=config, dtype=dtype, trust_remote_code=trust)
+    if quantised:
+        check_tensors(loading, path, flag, ours=lambda name: "head" in name)
+    if getattr(text, "tie_word_embeddings", False):
+        # Weights of a head that lie in the files all the same are left over: transformers takes them, vLLM does not.
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
+
+
+def check_whole(path: str, flag: str, trust: bool = False) -> bool:
+    """Make sure that a folder's weights are those that its model takes, without loading any. Raises UserError.
+
+    Returns whether they are plain: quantised ones are not looked at.
+    """
+    check_folder(path, flag, trust)
+    check_shards(path, flag)
+    if dequantised(_config(path, flag, trust), f"{flag} {path}"):
+        return False
+    _, loading = _load(path, flag, device_map="meta", trust_remote_code=trust)
+    check_tensors(loading, path, flag)
+    check_types(path, flag)
+    return True
+
+
+def _load(path: str, flag: str, **options: Any) -> Any:
+    """transformers' model of a folder, and what it says of the weights. Raises UserError where it cannot be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            attn_implementation="sdpa",
+            # Other formats are pickles, which run what they hold.
+            use_safetensors=True,
+            # Left alone, transformers fills what is missing with random numbers; what does not fit is named then.
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=options.pop("trust_remote_code"),
+            **options,
+        )
+    except BaseException as error:  # whatever a damaged folder makes transformers, or the Rust below it, raise
+        raise _unloadable(error, f"{flag} {path}: the model cannot be loaded", WHOLE) from error
+
+
+def _config(path: str, flag: str, trust: bool) -> PretrainedConfig:
+    """A folder's configuration. Raises UserError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except BaseException as error:  # see `_load`
+        raise _unloadable(error, f"{flag} {path}: the model cannot be loaded", WHOLE) from error
+
+
+def _unloadable(error: BaseException, what: str, give: str) -> BaseException:
+    """What to raise in place of `error`: itself where memory ran out, or where somebody stops the program."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
+        return error
+    return UserError(f"{what} ({first_line(error)}); {give}")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -183,84 +293,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def check_plain_head(model: PreTrainedModel, name: str) -> None:
-    """Make sure that logits are hidden·headᵀ: the loss core knows no bias, scale or soft cap.
-
-    Raises UserError for models whose own logits differ (measured on four tokens).
-    """
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    head = _head_of(model)
-    model.eval()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    # A soft cap leaves small logits as they are, so the model's own are taken with the head a hundredfold.
-    larger = head.register_forward_hook(lambda _module, _inputs, logits: 100 * logits)
-    try:
-        own = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        larger.remove()
-    ours = 100 * functional.linear(hidden, head.weight).float()
-    if not torch.isfinite(ours).all():
-        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
-    plain = torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(ours.abs().max()))
-    if not plain or getattr(head, "bias", None) is not None:
-        raise UserError(
-            f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones"
-        )
-
-
-@torch.no_grad()
-def check_packing(scorer: Scorer, name: str) -> None:
-    """Make sure that the sequences of a micro-batch stay apart in the layout that the scorer uses.
-
-    Raises UserError where a sequence's hidden states change with those beside it (measured on 16 and 5 tokens).
-    """
-    model, lengths = scorer.model, (16, 5)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    ids = torch.arange(len(positions)) % model.config.get_text_config().vocab_size
-    owners = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
-    micro = MicroBatch(ids[None], positions[None], torch.arange(len(ids)), ids, owners).to(model.device)
-    scorer.eval()
-    together = scorer.hidden(micro).split(lengths)
-    for ids_L, hidden_LD in zip(micro.input_ids_1L[0].split(lengths), together, strict=True):
-        alone_LD = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0]
-        tolerance = 1e-3 if compute_dtype(alone_LD) == torch.float32 else 0.1
-        if float((hidden_LD - alone_LD).float().norm()) > tolerance * float(alone_LD.float().norm()):
-            where = "packed into one row" if scorer.packed else "of one batch"
-            raise UserError(
-                f"{name}: sequences {where} see each other; this trainer needs a model that keeps them apart"
-            )
-
-
-def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:
-    """How many vocabulary rows both models share: the tokenizer's largest id + 1.
-
-    Heads are often padded to different heights (Qwen2.5: 152,064 and 151,936); rows past the tokenizer get no
-    probability. Tokenizers agree when their id → token maps do. Raises UserError with the first difference.
-    """
-    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    if ours != theirs:
-        token = min((set(ours.items()) ^ set(theirs.items())), key=lambda item: (item[1], item[0]))[0]
-        raise UserError(
-            f"--student and --teacher have different tokenizers ({token!r} has id {ours.get(token, 'none')} and "
-            f"{theirs.get(token, 'none')}); on-policy distillation needs one vocabulary"
-        )
-    size = vocabulary_size(student_tokenizer)
-    for flag, scorer in (("--student", student), ("--teacher", teacher)):
-        _check_rows(scorer.head.weight.shape[0], size, flag)
-    return size
-
-
-def check_height(tokenizer: Any, model: PreTrainedModel, flag: str) -> None:
-    """Raises UserError where the model has fewer vocabulary rows than its tokenizer has ids."""
-    _check_rows(_head_of(model).weight.shape[0], max(tokenizer.get_vocab().values()) + 1, flag)
-
-
-def _check_rows(height: int, size: int, flag: str) -> None:
-    if height < size:
-        raise UserError(f"{flag}: the model has {height} vocabulary rows, its tokenizer {size}; they do not fit")
 
 
 def _head_of(model: PreTrainedModel) -> Any:
@@ -279,6 +311,11 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{flag} {path}: it holds an adapter beside the model (adapter_config.json, adapter_model.safetensors), "
+                "which was not loaded; merge it into the model, or move it elsewhere"
+            )
         code = own_code(folder)
         if code is not None and not trust:
             raise UserError(
@@ -294,34 +331,9 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
 def own_code(folder: Path) -> str | None:
     """Where a folder names code of its own, or a kernel on the hub; None where it does not."""
     for name in ("config.json", "tokenizer_config.json"):
-        named = _json_object(folder / name)
+        named = json_object(folder / name)
         if named.get("auto_map"):
             return f"auto_map in its {name}"
         if "/" in str(named.get("_attn_implementation", "")):
             return f"_attn_implementation in its {name}"
     return None
-
-
-def _check_shards(path: str, flag: str) -> None:
-    """Raises UserError for an index that names other files than safetensors, which transformers would load."""
-    shards = _json_object(Path(path) / "model.safetensors.index.json").get("weight_map")
-    names = [str(name) for name in shards.values()] if isinstance(shards, dict) else []
-    others = [name for name in names if not name.endswith(".safetensors")]
-    if others:
-        raise UserError(
-            f"{flag} {path}: its model.safetensors.index.json names {min(others)}, which was not loaded; "
-            "give a whole Hugging Face model folder, in safetensors"
-        )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none: what is missing or damaged is named where it is loaded."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

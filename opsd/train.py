@@ -91,7 +91,7 @@ def _run(
     # Loading takes copies of its own, which no step needs.
     forget_peak(parts.engine.device)
     with Tracker(run, done_steps) as tracker:
-        for note in notes if parts.ranks.is_main else ():
+        for note in [*notes, *parts.notes] if parts.ranks.is_main else ():
             tracker.say(note)
         if parts.dropped_prompts and parts.ranks.is_main:
             tracker.say(f"prompts left out, longer than --rollout.max_prompt_tokens: {parts.dropped_prompts}")

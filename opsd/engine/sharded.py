@@ -18,6 +18,7 @@ from opsd.config import EngineConfig, OptimConfig
 from opsd.distill import DistillResult
 from opsd.engine.base import optimizer_of
 from opsd.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
+from opsd.model.files import as_saved
 from opsd.ranks import Ranks
 from opsd.student import HeadUse, Result, Scorer
 
@@ -134,7 +135,7 @@ class DeepSpeedEngine:
         """See Engine.gathered."""
         for plain in plain_weights(self.student.model, remove_duplicate=False):
             with self._whole(plain) as tensor:
-                yield plain.name, tensor.to(plain.weight.dtype)
+                yield from as_saved(self.student.model, plain.name, tensor.to(plain.weight.dtype))
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""

@@ -168,9 +168,11 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        # Each as it was: in training only some are in training mode (`Scorer.train`).
+        for module in training:
+            module.training = True

@@ -145,6 +145,7 @@ class VLLMProcessRollout:
         compute: EngineConfig,
         max_model_tokens: int,
         trust: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         self._engine, self._ranks, self._max_model_tokens = engine, engine.ranks, max_model_tokens
         self._eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
@@ -153,7 +154,7 @@ class VLLMProcessRollout:
         self._probe_ids: list[int] = []
         self._checked = False
         self._samplers: list[Sampler] = []
-        self._vocab_size = vocabulary_size(tokenizer)
+        self._vocab_size = vocab_size or vocabulary_size(tokenizer)
         settings = {
             "path": str(Path(path).resolve()) if Path(path).exists() else path,
             "eos_ids": self._eos_ids,

@@ -146,6 +146,7 @@ class VLLMRollout(VLLMSampler):
         compute: EngineConfig,
         max_model_tokens: int,
         trust: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__(
             path,
@@ -159,7 +160,7 @@ class VLLMRollout(VLLMSampler):
             engine.ranks,
             rollout.sleep,
             trust,
-            vocabulary_size(tokenizer),
+            vocab_size or vocabulary_size(tokenizer),
         )
         self._engine, self._max_model_tokens = engine, max_model_tokens
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]

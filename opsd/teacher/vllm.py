@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from opsd.batch import MicroBatch
 from opsd.config import TeacherConfig
 from opsd.errors import RunStopped, UserError
-from opsd.teacher.base import check_logit_settings
+from opsd.model.checks import Reach, check_plain_head, check_positions
+from opsd.student import load_ends, running
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64
@@ -150,24 +150,20 @@ def split(micro: MicroBatch) -> list[list[int]]:
     return [ids[first:last] for first, last in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
-def read_head(path: str, dtype: torch.dtype) -> Tensor:
-    """A model folder's vocabulary projection [V, E], read alone. Raises UserError where it cannot serve."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
+def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Tensor:
+    """The vocabulary projection [V, E] of the model that is served, read without its layers.
+
+    It is the one that vLLM takes of the folder, in plain numbers: where head and embeddings are tied, these. Raises
+    UserError where the folder is not whole, or where its model's logits are not hidden·head.
+    """
+    if not (Path(path) / "config.json").is_file():
         raise UserError(f"--teacher {path}: no config.json there; give the folder of the model that is served")
-    check_logit_settings(json.loads((folder / "config.json").read_text()), path)
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {name: file for name in tensors.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
-    for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for name, file in found.items():
-            if name.endswith(ending):
-                with safe_open(file, "pt") as tensors:
-                    return tensors.get_tensor(name).to(dtype)
-    raise UserError(
-        f"--teacher {path}: no lm_head or embed_tokens weight in its safetensors; give a whole model folder"
-    )
+    model = load_ends(path, "--teacher", dtype, trust)
+    check_positions(model.config, (reach or Reach()).spans, f"--teacher {path}")
+    with running(f"--teacher {path}"):
+        check_plain_head(model, f"--teacher {path}")
+    head: Any = model.get_output_embeddings()
+    return head.weight.detach()
 
 
 def _count(part: dict[str, Any]) -> int:

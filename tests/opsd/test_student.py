@@ -21,11 +21,10 @@ from transformers import (
 from opsd.batch import pack
 from opsd.distill import distill_loss
 from opsd.errors import UserError
+from opsd.model.checks import check_packing, check_plain_head
 from opsd.student import (
     DistillHead,
     Scorer,
-    check_packing,
-    check_plain_head,
     disable_dropout,
     load_scorer,
     load_tokenizer,

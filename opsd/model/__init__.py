@@ -1,0 +1,1 @@
+"""Models: loading them, what is measured on them before they serve, adapters."""
