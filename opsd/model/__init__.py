@@ -1,1 +1,1 @@
-"""Models: loading them, what is measured on them before they serve, adapters."""
+"""Models: loading, what is checked on them, and hidden states instead of logits."""

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from opsd.attention import compute_dtype
-from opsd.batch import MicroBatch
-from opsd.errors import UserError
-
-if TYPE_CHECKING:
-    from opsd.student import Scorer
+from opsd.model.attention import compute_dtype
+from opsd.model.scorer import Scorer, body_of
+from opsd.types import MicroBatch
+from opsd.utils.errors import UserError
 
 # Two ways to the same hidden states: relative difference that rounding explains, over BLOCK tokens. In bfloat16 a
 # router may now and then choose another expert for a token.
@@ -107,15 +105,6 @@ def _alike(own: Tensor, ours: Tensor) -> bool:
 
 def _not_plain(name: str) -> UserError:
     return UserError(f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones")
-
-
-def body_of(model: PreTrainedModel) -> Any:
-    """The model without its head: what gives final hidden states."""
-    base: Any = model.base_model
-    if base is model:
-        # Some name another part of theirs than the one that they have.
-        base = next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
-    return base
 
 
 # ---- sequences of a micro-batch

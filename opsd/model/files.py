@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from opsd.errors import UserError
+from opsd.model.scorer import head_of
 from opsd.model.tensors import QUANTISED, json_object
+from opsd.utils.errors import UserError, first_line
 
 # Of what a folder holds beside weights, what belongs to the model: processors, templates, vocabularies, its own code.
 BELONGS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
@@ -101,7 +102,7 @@ def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
     settings = json_object(Path(path) / "config.json")
     if any(settings.get(key) for key in QUANTISED):
         raise _unsampled(path, flag, "the folder's are quantised, and would be kept so")
-    text, head = model.config.get_text_config(), model.get_output_embeddings()
+    text, head = model.config.get_text_config(), head_of(model)
     if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
         raise _unsampled(path, flag, "config.json ties head and embeddings, which are two in its files")
     own = {
@@ -122,8 +123,3 @@ def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
 
 def _unsampled(path: str, flag: str, why: str) -> UserError:
     return UserError(f"{flag} {path}: vLLM cannot be sent its weights ({why}); give --rollout.engine hf")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.quantizers import AutoQuantizationConfig
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 # Keys of a configuration whose weights are quantised.
 QUANTISED = ("quantization_config", "compression_config")
@@ -37,10 +37,10 @@ def dequantised(config: PretrainedConfig, name: str) -> bool:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if found != {"quantization_config"} or not hasattr(known, "dequantize"):
         raise UserError(
-            f"{name}: its weights are quantised ({method or min(found)}), and are not turned back into plain ones here; "
-            "give a folder with plain weights"
+            f"{name}: its weights are quantised ({method or min(found)}), which are not turned back into plain ones "
+            "here; give a folder with plain weights"
         )
-    config.quantization_config = {**settings, "dequantize": True}  # pyright: ignore[reportAttributeAccessIssue]
+    config.quantization_config = {**dict(settings or {}), "dequantize": True}  # pyright: ignore[reportAttributeAccessIssue]
     return True
 
 

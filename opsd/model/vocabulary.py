@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from opsd.errors import UserError
-from opsd.prompts import Prompt
-from opsd.rollout.draws import vocabulary_size
+from opsd.model.scorer import Scorer
 from opsd.rollout.hf import eos_token_ids
-
-if TYPE_CHECKING:
-    from opsd.student import Scorer
+from opsd.rollout.sampling import vocabulary_size
+from opsd.types import Prompt
+from opsd.utils.errors import UserError
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:

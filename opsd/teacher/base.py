@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from opsd.batch import MicroBatch
+from opsd.types import MicroBatch
 
 Cache = Literal["device", "host"]
 

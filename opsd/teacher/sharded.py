@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.batch import MicroBatch
-from opsd.engine.sharded import import_deepspeed
-from opsd.errors import UserError
+from opsd.engine.deepspeed_engine import import_deepspeed
 from opsd.model.checks import Reach, check_head_alone, check_logits, check_packing, check_positions
-from opsd.student import Scorer, check_whole, disable_dropout, load_model, running
+from opsd.model.loading import check_whole, disable_dropout, load_model, running
+from opsd.model.scorer import Scorer
 from opsd.teacher.base import Cache, cached
+from opsd.types import MicroBatch
+from opsd.utils.errors import UserError
 
 
 class ShardedTeacher:
@@ -38,9 +39,7 @@ class ShardedTeacher:
         settings, name = _settings(dtype, offload), f"--teacher {path}"
         # In shards transformers does not say which weights the model has no place for.
         if not check_whole(path, "--teacher", trust):
-            raise UserError(
-                f"{name}: its weights are quantised, and cannot be sharded; give a folder with plain weights"
-            )
+            raise UserError(f"{name}: its weights are quantised and cannot be sharded; give a folder with plain ones")
         model = _load_in_shards(path, dtype, device, settings, trust)
         check_positions(model.config, (reach or Reach()).spans, name)
         disable_dropout(model)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.batch import MicroBatch
 from opsd.config import TeacherConfig
-from opsd.errors import RunStopped, UserError
 from opsd.model.checks import Reach, check_plain_head, check_positions
-from opsd.student import load_ends, running
+from opsd.model.loading import load_ends, running
+from opsd.types import MicroBatch
+from opsd.utils.errors import RunStopped, UserError
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64

@@ -1,0 +1,242 @@
+"""Model folders to tokenizers and models: safetensors only, whole, without code of their own unless it is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from opsd.model.attention import attention_for
+from opsd.model.checks import Reach, check_packing, check_plain_head, check_positions, check_steady
+from opsd.model.scorer import Scorer
+from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
+from opsd.utils.errors import UserError, first_line
+from opsd.utils.oom import is_out_of_memory
+
+WHOLE = "give a whole Hugging Face model folder, in safetensors"
+
+
+def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
+    """The tokenizer of a model folder. flag: the option that named it, for the error message.
+
+    trust: the folder may bring code of its own, which then runs (--trust_remote_code).
+    """
+    check_folder(path, flag, trust)
+    give = "give a folder that holds one"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except BaseException as error:  # see `_load`
+        raise _unloadable(error, f"{flag} {path}: its tokenizer cannot be loaded", give) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a folder without a tokenizer's files: special tokens alone.
+        raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has no token but special ones); {give}")
+    return tokenizer
+
+
+def load_scorer(
+    path: str,
+    flag: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust: bool = False,
+    packed: bool = False,
+    compute: torch.dtype | None = None,
+    reach: Reach | None = None,
+) -> Scorer:
+    """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve.
+
+    dtype: the weights'. compute: what the run takes products in, under autocast where it is another; None: dtype.
+    packed: no other layout will do. reach: how far the run goes.
+    """
+    model, name, reach = load_model(path, flag, dtype, device, trust, compute), f"{flag} {path}", reach or Reach()
+    check_positions(model.config, reach.spans, name)
+    disable_dropout(model)
+    autocast = compute not in (None, dtype)
+    with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext(), running(name):
+        check_plain_head(model, name)
+        scorer = Scorer(model, packed)
+        settle_layout(scorer, name, reach, packed)
+        check_steady(scorer, name)
+    return scorer
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Within it a model runs for the first time: what it raises is said in a line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model of any kind raises
+        raise _unloadable(error, f"{name}: the model cannot be run", "give a model that transformers runs") from error
+
+
+def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False) -> None:
+    """Choose how sequences of a micro-batch lie, so that they stay apart: as is, padded, or each alone.
+
+    packed: no other layout will do. Raises UserError where none does.
+    """
+    for _ in range(2):
+        try:
+            return check_packing(scorer, name, reach)
+        except UserError:
+            if packed:
+                raise
+            # What fails packed may do padded; what fails padded may do alone.
+            scorer.packed, scorer.alone = False, not scorer.packed
+    check_packing(scorer, name, reach)
+
+
+def load_model(
+    path: str,
+    flag: str,
+    dtype: torch.dtype | Literal["auto"],
+    device: torch.device,
+    trust: bool = False,
+    compute: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A model folder on `device`, safetensors only. dtype "auto": as the folder's config.json says.
+
+    trust: as for `load_tokenizer`. compute: as for `load_scorer`; attention is chosen by it.
+    Raises UserError where it cannot be loaded whole.
+    """
+    check_folder(path, flag, trust)
+    check_shards(path, flag)
+    config = _config(path, flag, trust)
+    quantised = dequantised(config, f"{flag} {path}")
+    model, loading = _load(path, flag, config=config, dtype=dtype, trust_remote_code=trust)
+    check_tensors(loading, path, flag)
+    if quantised:
+        # They would turn plain weights back into what they came from, in every checkpoint.
+        model._weight_conversions = None
+    else:
+        check_types(path, flag)
+    model = model.to(device)
+    attention = attention_for(model, compute or model.dtype, device)
+    if attention != "sdpa":
+        model.set_attn_implementation(attention)
+    return model
+
+
+def load_ends(path: str, flag: str, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
+    """A model folder without its layers, on the CPU: embeddings, last norm and head, and all that is done to logits.
+
+    Its head is what vLLM takes for the folder's. Raises UserError where the folder is not whole.
+    """
+    check_whole(path, flag, trust)
+    config = _config(path, flag, trust)
+    quantised, text = dequantised(config, f"{flag} {path}"), config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, [])
+    text.num_hidden_layers = 0
+    model, loading = _load(path, flag, config=config, dtype=dtype, trust_remote_code=trust)
+    if quantised:
+        check_tensors(loading, path, flag, ours=lambda name: "head" in name)
+    if getattr(text, "tie_word_embeddings", False):
+        # Weights of a head that lie in the files all the same are left over: transformers takes them, vLLM does not.
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
+
+
+def check_whole(path: str, flag: str, trust: bool = False) -> bool:
+    """Make sure that a folder's weights are those that its model takes, without loading any. Raises UserError.
+
+    Returns whether they are plain: quantised ones are not looked at.
+    """
+    check_folder(path, flag, trust)
+    check_shards(path, flag)
+    if dequantised(_config(path, flag, trust), f"{flag} {path}"):
+        return False
+    _, loading = _load(path, flag, device_map="meta", trust_remote_code=trust)
+    check_tensors(loading, path, flag)
+    check_types(path, flag)
+    return True
+
+
+def _load(path: str, flag: str, **options: Any) -> Any:
+    """transformers' model of a folder, and what it says of the weights. Raises UserError where it cannot be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            attn_implementation="sdpa",
+            # Other formats are pickles, which run what they hold.
+            use_safetensors=True,
+            # Left alone, transformers fills what is missing with random numbers; what does not fit is named then.
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=options.pop("trust_remote_code"),
+            **options,
+        )
+    except BaseException as error:  # whatever a damaged folder makes transformers, or the Rust below it, raise
+        raise _unloadable(error, f"{flag} {path}: the model cannot be loaded", WHOLE) from error
+
+
+def _config(path: str, flag: str, trust: bool) -> PretrainedConfig:
+    """A folder's configuration. Raises UserError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    except BaseException as error:  # see `_load`
+        raise _unloadable(error, f"{flag} {path}: the model cannot be loaded", WHOLE) from error
+
+
+def _unloadable(error: BaseException, what: str, give: str) -> BaseException:
+    """What to raise in place of `error`: itself where memory ran out, or where somebody stops the program."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
+        return error
+    return UserError(f"{what} ({first_line(error)}); {give}")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Scores and gradients must speak of one distribution: no dropout anywhere, in training mode neither."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Rates that modules hand to functional.dropout: dropout, attention_dropout, activation_dropout, layerdrop, …
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def check_folder(path: str, flag: str, trust: bool = False) -> None:
+    """A path must be a model folder, without code of its own unless that is trusted. Raises UserError.
+
+    A hub name (owner/name) is left to transformers, which is told the same about its code.
+    """
+    folder = Path(path)
+    if not path:
+        raise UserError(f"{flag} is empty; give a Hugging Face model folder")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{flag} {path}: it holds an adapter beside the model (adapter_config.json, "
+                "adapter_model.safetensors), which was not loaded; merge it into the model, or move it elsewhere"
+            )
+        code = own_code(folder)
+        if code is not None and not trust:
+            raise UserError(
+                f"{flag} {path}: it brings code of its own ({code}), which was not run; "
+                "give --trust_remote_code True if you trust it, or another model"
+            )
+    elif folder.exists():
+        raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
+
+
+def own_code(folder: Path) -> str | None:
+    """Where a folder names code of its own, or a kernel on the hub; None where it does not."""
+    for name in ("config.json", "tokenizer_config.json"):
+        named = json_object(folder / name)
+        if named.get("auto_map"):
+            return f"auto_map in its {name}"
+        if "/" in str(named.get("_attn_implementation", "")):
+            return f"_attn_implementation in its {name}"
+    return None
