@@ -18,7 +18,7 @@ from opsd.engine import Engine, build_engine
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.world import TravelWorld
 from opsd.eval.evaluator import Evaluator, load_suites
-from opsd.model.checks import Reach, Span
+from opsd.model.checks import Reach, Span, length_switches
 from opsd.model.files import check_sampled, make_savable
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapters
@@ -93,16 +93,19 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     reach = reach_of(config, prompts, problems)
     student = load_student(config, student_path, device, reach)
     notes = check_student(config, student, tokenizer, student_path)
+    longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
     teacher, teacher_model, context = build_teacher(config, ranks, device, reach)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     check_ids([*prompts, *problems], vocab_size, config.prompts)
     check_ends(student.model, tokenizer, vocab_size, f"--student {student_path}")
     engine = build_engine(config, ranks, student, device)
-    rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest)
+    rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
         model, batch = teacher_model.model, config.eval.generate_batch
-        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size)
+        with context():
+            switches = length_switches(model, reach.longest) if teacher_model.alone else frozenset[int]()
+        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size, switches)
         if world is not None:
             teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks, vocab_size)
     if world is not None:
@@ -148,6 +151,8 @@ def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: st
     """
     model = student.model
     notes = make_savable(model, tokenizer, path, "--student")
+    if student.alone and config.environment.kind != "none":
+        raise UserError(f"--student {path}: sequences beside each other change it; an environment cannot use it")
     if student.alone:
         notes.append("the student's sequences are computed one by one: beside others they would be changed")
     if config.rollout.engine != "hf":
@@ -226,15 +231,21 @@ def as_model(head_VE: Tensor) -> Any:
 
 
 def build_rollout(
-    config: TrainConfig, path: str, tokenizer: Any, engine: Engine, vocab_size: int, longest: int
+    config: TrainConfig,
+    path: str,
+    tokenizer: Any,
+    engine: Engine,
+    vocab_size: int,
+    longest: int,
+    switches: frozenset[int] = frozenset(),
 ) -> RolloutEngine:
     """The sampler that `config` names; path: a folder with the plain weights of the engine's student.
 
-    vocab_size: only ids below it are sampled. longest: tokens of the longest sequence.
+    vocab_size: only ids below it are sampled. longest: tokens of the longest sequence. switches: see `decode`.
     """
     r = config.rollout
     if r.engine == "hf":
-        how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size)
+        how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size, switches)
         return HFRollout(engine.student.model, tokenizer, *how)
     how = (config.engine, longest, config.trust_remote_code, vocab_size)
     if r.engine == "vllm_process":

@@ -22,7 +22,7 @@ from opsd.data.prompts import PromptFormat
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
-from opsd.model.checks import Span, check_positions
+from opsd.model.checks import Span, check_positions, length_switches
 from opsd.model.loading import load_model, load_tokenizer, running
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows
 from opsd.rollout import HFRollout, RolloutEngine
@@ -227,7 +227,8 @@ def _engine(config: EvalCommand, tokenizer: Any, suites: list[Suite], device: to
     check_ids((problem for suite in suites for problem in suite.problems), vocab_size, "--suite")
     with running(f"--model {config.model}"):
         _check_finite(model, config)
-    return HFRollout(model, tokenizer, config.generate_batch, vocab_size=vocab_size)
+        switches = length_switches(model, longest + config.max_new_tokens)
+    return HFRollout(model, tokenizer, config.generate_batch, vocab_size=vocab_size, switches=switches)
 
 
 def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, device: torch.device) -> RolloutEngine:

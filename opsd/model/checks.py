@@ -145,6 +145,23 @@ def switches(config: PretrainedConfig, below: int) -> list[int]:
     return sorted({value for value in _lengths(config.get_text_config().to_dict()) if 1 <= value < below})
 
 
+@torch.no_grad()
+def length_switches(model: PreTrainedModel, longest: int) -> frozenset[int]:
+    """Lengths, in tokens, past which a model gives other hidden states for all of a sequence (LongRoPE does).
+
+    Measured on both sides of every switch that its configuration names, up to `longest` tokens.
+    """
+    model.eval()
+    found = []
+    for switch in switches(model.config, longest):
+        ids = torch.arange(switch + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
+        body = body_of(model)
+        short_LD, long_LD = (body(input_ids=part, use_cache=False).last_hidden_state[0] for part in (ids[:, :-1], ids))
+        if difference(long_LD[:-1], short_LD) > ALLOWED.get(compute_dtype(short_LD), ALLOWED_ROUNDED):
+            found.append(switch)
+    return frozenset(found)
+
+
 def _lengths(settings: Any, counts: bool = False) -> Iterator[int]:
     """Whole numbers of a configuration whose names say that they are lengths in tokens."""
     if isinstance(settings, dict):

@@ -32,7 +32,7 @@ def dequantised(config: PretrainedConfig, name: str) -> bool:
         return False
     try:
         known: Any = AutoQuantizationConfig.from_dict(dict(settings or {}))
-    except (TypeError, ValueError, AttributeError):
+    except Exception:  # a kind that transformers does not know, or whose library is not installed
         known = None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if found != {"quantization_config"} or not hasattr(known, "dequantize"):
