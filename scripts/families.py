@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 SIZES = {
     "vocab_size": 52,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -37,7 +37,7 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ FAMILIES = {
     "Qwen3-MoE": Family("Qwen3MoeConfig", {"num_experts": 4, **EXPERTS}),
     "Llama 3": Family("LlamaConfig"),
     "Llama 4 (text)": Family(
-        "Llama4TextConfig", {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96}
+        "Llama4TextConfig", {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128}
     ),
     "Gemma 2": Family("Gemma2Config", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Gemma 3 (text)": Family("Gemma3TextConfig", {"query_pre_attn_scalar": 32, "sliding_window": 16}),

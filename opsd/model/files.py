@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from opsd.model.scorer import head_of
 from opsd.model.tensors import QUANTISED, json_object
@@ -95,6 +95,12 @@ def _unsavable(config: GenerationConfig) -> str | None:
 def as_saved(model: PreTrainedModel, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A parameter under the name, and in the pieces, that a checkpoint has: expert by expert where they are fused."""
     yield from revert_weight_conversion(model, {name: weight}).items()
+
+
+def in_pieces(model: PreTrainedModel) -> bool:
+    """Whether any parameter has another form in a checkpoint than in the model."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    return any(isinstance(conversion, WeightConverter) for conversion in conversions)
 
 
 def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:

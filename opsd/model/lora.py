@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opsd.config import LoraConfig
+from opsd.model.scorer import Scorer
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed, seeded
 
@@ -87,6 +88,15 @@ def coverage(model: nn.Module) -> str:
         f"adapters lie on {1 - sum(bare.values()) / every:.0%} of the weights in the student's layers; matrices "
         f"without one stay as they are, such as {largest}"
     )
+
+
+def coverage_of(path: str, lora: LoraConfig, trust: bool = False) -> str:
+    """See `coverage`: what it will be for a model folder, whose weights are not loaded. trust: as for `load_model`."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    add_adapters(Scorer(model).model, lora, 0, path)
+    return coverage(model)
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.data.packing import pack
 from opsd.engine import Engine
+from opsd.model.files import in_pieces
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
-from opsd.utils.errors import RunStopped
+from opsd.utils.errors import RunStopped, UserError, first_line
+from opsd.utils.oom import is_out_of_memory
 from opsd.utils.seeding import derive_seed
 
 # Mean difference of a probe's log-probabilities that rounding explains, in nats a token. Two fp32 programs differ by
@@ -148,23 +151,31 @@ class VLLMRollout(VLLMSampler):
         trust: bool = False,
         vocab_size: int | None = None,
     ) -> None:
-        super().__init__(
-            path,
-            eos_token_ids(engine.student.model.generation_config, tokenizer),
-            engine.device,
-            compute.dtype,
-            max_model_tokens,
-            rollout.generate_batch,
-            rollout.gpu_memory_share,
-            rollout.tensor_parallel,
-            engine.ranks,
-            rollout.sleep,
-            trust,
-            vocab_size or vocabulary_size(tokenizer),
-        )
+        with trying(f"--rollout.engine vllm: it cannot load {path}"):
+            super().__init__(
+                path,
+                eos_token_ids(engine.student.model.generation_config, tokenizer),
+                engine.device,
+                compute.dtype,
+                max_model_tokens,
+                rollout.generate_batch,
+                rollout.gpu_memory_share,
+                rollout.tensor_parallel,
+                engine.ranks,
+                rollout.sleep,
+                trust,
+                vocab_size or vocabulary_size(tokenizer),
+            )
         self._engine, self._max_model_tokens = engine, max_model_tokens
         self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
         self._probe_ids: list[int] = []
+        if in_pieces(engine.student.model):
+            # Not every layer takes new weights that come in pieces: better now than after the first step.
+            with trying(f"--rollout.engine vllm: it does not take the weights of {path} anew"):
+                self._load_weights()
+                self._probe_ids = first_probe(self._max_model_tokens, vocab_size or vocabulary_size(tokenizer))
+                self._check()
+                self._probe_ids = []
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
@@ -215,6 +226,22 @@ class VLLMRollout(VLLMSampler):
             self._asleep = True
 
 
+@contextmanager
+def trying(what: str) -> Iterator[None]:
+    """Within it the sampler does something for the first time: what fails is said in a line, before anything is trained.
+
+    Raises UserError in place of whatever vLLM raises, but where memory ran out.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # vLLM's layers raise what they like
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} ({first_line(error)}); give --rollout.engine hf") from error
+
+
 def rollouts_of(
     jobs: list[tuple[int, Prompt]], answers: list[list[int]], eos_ids: list[int], sampling: Sampling
 ) -> list[Rollout]:
@@ -228,6 +255,11 @@ def rollouts_of(
 def probe_of(rollout: Rollout, max_model_tokens: int) -> list[int]:
     """A rollout's first tokens. One fewer than the sampler can hold: scoring them makes it write one."""
     return (rollout.prompt.ids + rollout.response_ids)[: min(PROBE_TOKENS, max_model_tokens - 1)]
+
+
+def first_probe(max_model_tokens: int, vocab_size: int) -> list[int]:
+    """Tokens to probe a sampler with that has written none yet."""
+    return [place % vocab_size for place in range(min(16, max_model_tokens - 1))]
 
 
 def check_probe(engine: Engine, ids: list[int], sampler_nats: list[float], allowed_nats: float) -> None:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
+from opsd.model.files import in_pieces
 from opsd.rollout.base import jobs_of
 from opsd.rollout.hf import eos_token_ids
 from opsd.rollout.sampling import vocabulary_size
-from opsd.rollout.vllm import TOLERANCE_NATS, check_probe, probe_of, rollouts_of
+from opsd.rollout.vllm import TOLERANCE_NATS, check_probe, first_probe, probe_of, rollouts_of, trying
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
 from opsd.utils.errors import RunStopped
@@ -176,6 +177,12 @@ class VLLMProcessRollout:
                 sampler.answer()
 
         self._on_main(start)
+        if in_pieces(engine.student.model):
+            with trying(f"--rollout.engine vllm_process: it does not take the weights of {path} anew"):
+                self._load_weights()
+                self._probe_ids = first_probe(max_model_tokens, self._vocab_size)
+                self._check()
+            self._probe_ids, self._checked = [], False
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""
