@@ -6,6 +6,7 @@ would be too small to be seen. The tokenizer has a token per character.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 STD = 0.35
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-=?.;"
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<user>", "<assistant>")
+TOKENIZER_IDS = len(SPECIAL) + len(CHARACTERS)
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -90,6 +92,28 @@ FAMILIES = {
          "head_dim", "max_position_embeddings"),
     ),
 }  # fmt: skip
+
+
+@torch.no_grad()
+def own_kl(run: Path, student: Path, teacher: Path) -> float:
+    """Mean KL(student‖teacher) in nats over the tokens that a run's first step wrote, by transformers alone.
+
+    From `model(ids).logits` of both models, each rollout by itself, in fp32; the run saved its rollouts.
+    """
+    pair = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        for path in (student, teacher)
+    ]
+    found = []
+    for line in (run / "rollouts" / "step_1.jsonl").read_text().splitlines():
+        rollout = json.loads(line)
+        ids = torch.tensor([rollout["prompt_ids"] + rollout["response_ids"]])[:, :-1]
+        first = len(rollout["prompt_ids"]) - 1
+        log_s, log_t = (
+            model.eval()(ids, use_cache=False).logits[0, first:, :TOKENIZER_IDS].log_softmax(-1) for model in pair
+        )
+        found.append((log_s.exp() * (log_s - log_t)).sum(-1))
+    return float(torch.cat(found).mean())
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

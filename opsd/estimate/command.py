@@ -160,6 +160,7 @@ def in_short(found: dict[str, Any]) -> str:
     return (
         f"GiB a GPU: {sums}\n"
         f"at most {found['tokens_per_step']:,} tokens a step; very roughly {seconds}\n"
-        f"{adapters}{fits}: peak {found['peak_gib']:.1f} of {found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase; "
+        f"{adapters}"
+        f"{fits}: peak {found['peak_gib']:.1f} of {found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase; "
         f"{found['decides']} decides{knob}"
     )

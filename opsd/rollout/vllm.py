@@ -228,7 +228,7 @@ class VLLMRollout(VLLMSampler):
 
 @contextmanager
 def trying(what: str) -> Iterator[None]:
-    """Within it the sampler does something for the first time: what fails is said in a line, before anything is trained.
+    """Within it the sampler does something for the first time: what fails is said before anything is trained.
 
     Raises UserError in place of whatever vLLM raises, but where memory ran out.
     """

@@ -15,7 +15,7 @@ from tolerance import close, transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model
 
-from families import FAMILIES, SIZES, tokenizer, write
+from families import FAMILIES, SIZES, TOKENIZER_IDS, own_kl, tokenizer, write
 from opsd.build import check_student, load_student
 from opsd.config import from_json
 from opsd.model.checks import Reach, Span, check_positions, check_steady, length_switches
@@ -29,7 +29,6 @@ from opsd.types import Prompt, Sampling
 from opsd.utils.errors import UserError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-TOKENIZER_IDS = 48
 # One that gives another answer than a copy, but not a refusal.
 PLAIN = [name for name in FAMILIES if name not in ("Gemma 2", "Cohere 2", "Granite")]
 
@@ -64,21 +63,6 @@ def settings(folder: Path, student: Path, teacher: Path, new_tokens: int = 12, *
         "track": {"progress": False},
         **more,
     }
-
-
-@torch.no_grad()
-def own_kl(run: Path, student: Path, teacher: Path, rows: int = TOKENIZER_IDS) -> float:
-    """Mean reverse KL over the tokens that step 1's rollouts hold, from whole logits of each rollout alone."""
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=FP32).eval() for path in (student, teacher)]
-    found = []
-    for line in (run / "rollouts" / "step_1.jsonl").read_text().splitlines():
-        rollout = json.loads(line)
-        ids = torch.tensor([rollout["prompt_ids"] + rollout["response_ids"]])[:, :-1]
-        log_s, log_t = (
-            m(ids, use_cache=False).logits[0, len(rollout["prompt_ids"]) - 1 :, :rows].log_softmax(-1) for m in models
-        )
-        found.append((log_s.exp() * (log_s - log_t)).sum(-1))
-    return float(torch.cat(found).mean())
 
 
 def loss(run: Path, step: int = 1) -> float:

@@ -1,0 +1,170 @@
+"""docs/models.md: which families of models run, how, and what is said where they do not.
+
+    python scripts/model_table.py                                 # every family as a local teacher, minutes
+    python scripts/model_table.py --ways sharded served vllm      # needs DeepSpeed and vLLM; a minute for each cell
+    python scripts/model_table.py --families Mixtral --ways vllm  # some cells again
+
+A cell is one step of `opsd train` on two tiny random models of a family (scripts/families.py). It is right where the
+step's loss is the KL of both models' `model(ids).logits`, as transformers gives them. Cells are kept in
+docs/results/models.json; the page is made from all of them. For a model of your own: `opsd check-model FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from families import FAMILIES, own_kl, write
+
+ROOT = Path(__file__).parents[1]
+CELLS, PAGE = ROOT / "docs" / "results" / "models.json", ROOT / "docs" / "models.md"
+MARKS = "<!-- the table: scripts/model_table.py -->", "<!-- end of the table -->"
+# How a model takes part in a run: as the teacher, or, with vllm, as the student.
+WAYS = {
+    "local": "teacher in the training process; the student sampled by transformers",
+    "sharded": "teacher and student spread over two processes (--teacher.shard True, ZeRO-3)",
+    "served": "teacher behind vLLM's HTTP server (--teacher.kind vllm)",
+    "vllm": "student sampled by vLLM (--rollout.engine vllm), its weights renewed after the step",
+}
+# Relative difference of two ways to the same loss in fp32.
+CLOSE = 1e-3
+SERVER_S, RUN_S = 300, 600
+
+
+def main() -> None:
+    """Fill the cells that were asked for, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--ways", nargs="*", default=["local"], choices=list(WAYS))
+    asked = parser.parse_args()
+    cells: dict[str, dict[str, str]] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
+    for family in asked.families:
+        for way in asked.ways:
+            cells.setdefault(family, {})[way] = found = cell(family, way)
+            print(f"{family}, {way}: {found}", flush=True)
+            CELLS.write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(PAGE.read_text(), cells))
+
+
+def cell(family: str, way: str) -> str:
+    """What became of a step: "right", or the line that was said."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        student, teacher = write(folder / "student", family), write(folder / "teacher", family, seed=1)
+        prompts = folder / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("1+2=", "abcdefghijklmnop")))
+        flags = {
+            "student": student, "teacher": teacher, "prompts": prompts, "out": folder / "run", "steps": 1,
+            "prompt_format": "raw", "prompts_per_step": 2, "rollout.samples_per_prompt": 2,
+            "rollout.max_prompt_tokens": 16, "rollout.max_new_tokens": 16, "engine.device": "cpu",
+            "telemetry.save_rollouts_every": 1, "telemetry.every": 0, "track.progress": False,
+        }  # fmt: skip
+        with served(teacher) if way == "served" else contextlib.nullcontext("") as url:
+            if url is None:
+                return "vLLM's server does not start with it"
+            flags |= {
+                "local": {},
+                "sharded": {"engine.kind": "deepspeed", "engine.zero_stage": 3, "teacher.shard": True},
+                "served": {"teacher.kind": "vllm", "teacher.urls": url},
+                "vllm": {"rollout.engine": "vllm"},
+            }[way]
+            done = train(flags, ranks=2 if way == "sharded" else 1)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("opsd: ")]
+            said = lines[-1].removeprefix("opsd: ") if lines else f"exit code {done.returncode}"
+            return said.replace(f"{folder}/", "")
+        metrics = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+        loss, own = metrics["loss/nats"], own_kl(folder / "run", student, teacher)
+        return "right" if abs(loss - own) <= CLOSE * max(own, 1.0) else f"WRONG: {loss:.4f} for {own:.4f} nats"
+
+
+def train(flags: dict[str, object], ranks: int) -> subprocess.CompletedProcess[str]:
+    """`opsd train` in a process of its own, or in several."""
+    command = [sys.executable, "-m"]
+    if ranks > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    command += ["opsd", "train", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_S)
+
+
+@contextlib.contextmanager
+def served(teacher: Path) -> Iterator[str | None]:
+    """A server of a model's hidden states; its address, or None where it ends before it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "PORT": str(port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [
+            "bash",
+            str(ROOT / "scripts" / "serve_teacher.sh"),
+            str(teacher),
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "64",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield url if answers(url, process) else None
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
+    """Whether a server comes up."""
+    end = time.monotonic() + SERVER_S
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+        time.sleep(1)
+    return False
+
+
+def page(text: str, cells: dict[str, dict[str, str]]) -> str:
+    """The page with its table made anew, between two marks: a row for each family, what was said below."""
+    notes: list[str] = []
+
+    def short(said: str | None) -> str:
+        if said is None:
+            return "not tried"
+        if said == "right" or said.startswith("WRONG"):
+            return said
+        if said not in notes:
+            notes.append(said)
+        return f"refused ({notes.index(said) + 1})"
+
+    rows = []
+    for family in FAMILIES:
+        found = [short(cells.get(family, {}).get(way)) for way in WAYS]
+        rows.append(f"| {family} | {' | '.join(found)} |")
+    table = [
+        f"| transformers {version('transformers')} | {' | '.join(WAYS)} |",
+        f"|---|{'---|' * len(WAYS)}",
+        *rows,
+        "",
+        *(f"{number}. `{line}`" for number, line in enumerate(notes, start=1)),
+    ]
+    head, rest = text.split(MARKS[0])
+    return "\n".join([f"{head}{MARKS[0]}", "", *table, "", MARKS[1]]) + rest.split(MARKS[1])[1]
+
+
+if __name__ == "__main__":
+    main()
