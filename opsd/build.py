@@ -153,6 +153,10 @@ def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: st
     notes = make_savable(model, tokenizer, path, "--student")
     if student.alone and config.environment.kind != "none":
         raise UserError(f"--student {path}: sequences beside each other change it; an environment cannot use it")
+    if student.alone and config.rollout.engine != "hf":
+        raise UserError(
+            f"--student {path}: it changes with its sequences' length, in vLLM not; give --rollout.engine hf"
+        )
     if student.alone:
         notes.append("the student's sequences are computed one by one: beside others they would be changed")
     if config.rollout.engine != "hf":
@@ -221,7 +225,7 @@ def build_teacher(
 
     head_VE = read_head(t.model, dtype, config.trust_remote_code, reach)
     served = VLLMTeacher(t, head_VE, device, ranks.rank)
-    served.connect()
+    served.connect(reach.longest if reach else 0)
     return served, as_model(head_VE), nullcontext
 
 

@@ -20,12 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
+import torch
+
+import opsd.train  # noqa: F401  (before the ranks are forked)
 from families import FAMILIES, own_kl, write
+from opsd import __main__ as cli
 
 ROOT = Path(__file__).parents[1]
 CELLS, PAGE = ROOT / "docs" / "results" / "models.json", ROOT / "docs" / "models.md"
@@ -39,7 +45,7 @@ WAYS = {
 }
 # Relative difference of two ways to the same loss in fp32.
 CLOSE = 1e-3
-SERVER_S, RUN_S = 300, 600
+SERVER_S = 600
 
 
 def main() -> None:
@@ -48,6 +54,8 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--ways", nargs="*", default=["local"], choices=list(WAYS))
     asked = parser.parse_args()
+    # A fork has no threads but the one that forked it.
+    torch.set_num_threads(1)
     cells: dict[str, dict[str, str]] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
     for family in asked.families:
         for way in asked.ways:
@@ -79,32 +87,64 @@ def cell(family: str, way: str) -> str:
                 "served": {"teacher.kind": "vllm", "teacher.urls": url},
                 "vllm": {"rollout.engine": "vllm"},
             }[way]
-            done = train(flags, ranks=2 if way == "sharded" else 1)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("opsd: ")]
-            said = lines[-1].removeprefix("opsd: ") if lines else f"exit code {done.returncode}"
-            return said.replace(f"{folder}/", "")
+            code, said = train(flags, folder / "said", ranks=2 if way == "sharded" else 1)
+        if code:
+            lines = [line for line in said.splitlines() if line.startswith("opsd: ")]
+            return (lines[-1].removeprefix("opsd: ") if lines else f"exit code {code}").replace(f"{folder}/", "")
         metrics = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
         loss, own = metrics["loss/nats"], own_kl(folder / "run", student, teacher)
         return "right" if abs(loss - own) <= CLOSE * max(own, 1.0) else f"WRONG: {loss:.4f} for {own:.4f} nats"
 
 
-def train(flags: dict[str, object], ranks: int) -> subprocess.CompletedProcess[str]:
-    """`opsd train` in a process of its own, or in several."""
-    command = [sys.executable, "-m"]
-    if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-    command += ["opsd", "train", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=RUN_S)
+def train(flags: dict[str, object], errors: Path, ranks: int) -> tuple[int, str]:
+    """`opsd train` in one process or several; its exit code, and what it said on stderr.
+
+    They are forks of this process, in which everything is imported already, and meet as a launcher's would.
+    """
+    words = ["opsd", "train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    port = str(free_port())
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            run(words, errors, {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port})
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return max(codes, key=abs), errors.read_text(errors="replace")
+
+
+def run(words: list[str], errors: Path, rank: dict[str, object]) -> NoReturn:
+    """A rank's whole life."""
+    with errors.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if rank["WORLD_SIZE"] != 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in rank.items()}}
+    sys.argv = words
+    code: object = 1
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
 def served(teacher: Path) -> Iterator[str | None]:
     """A server of a model's hidden states; its address, or None where it ends before it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "PORT": str(port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(

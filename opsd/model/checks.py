@@ -251,6 +251,19 @@ def positions(config: PretrainedConfig) -> int | None:
     return max([known, *(int(scaled) for scaled in _scaled(text, known))])
 
 
+def rope_switch(config: PretrainedConfig) -> int | None:
+    """The length past which rotary positions depend on it, by the configuration; None where they never do.
+
+    For a model that cannot be measured here, as one that is served.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type") in ("longrope", "dynamic"):
+            return one.get("original_max_position_embeddings") or positions(config)
+    return None
+
+
 def _scaled(text: PretrainedConfig, known: int) -> Iterator[float]:
     """What rope scaling stretches the positions to, for each kind of layer."""
     rope = getattr(text, "rope_parameters", None) or {}

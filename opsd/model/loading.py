@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd.model.attention import attention_for
 from opsd.model.checks import Reach, check_packing, check_plain_head, check_positions, check_steady
@@ -17,8 +17,6 @@ from opsd.model.scorer import Scorer
 from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.oom import is_out_of_memory
-
-WHOLE = "give a whole Hugging Face model folder, in safetensors"
 
 
 def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
@@ -28,11 +26,10 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     """
     check_folder(path, flag, trust)
     give = "give a folder that holds one"
-    try:
+    with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except BaseException as error:  # see `_load`
-        raise _unloadable(error, f"{flag} {path}: its tokenizer cannot be loaded", give) from error
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        known = len(tokenizer.get_vocab())
+    if known <= len(tokenizer.all_special_ids):
         # What transformers makes of a folder without a tokenizer's files: special tokens alone.
         raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has no token but special ones); {give}")
     return tokenizer
@@ -66,14 +63,29 @@ def load_scorer(
 
 
 @contextlib.contextmanager
-def running(name: str) -> Iterator[None]:
-    """Within it a model runs for the first time: what it raises is said in a line."""
+def said(what: str, give: str) -> Iterator[None]:
+    """Within it, whatever transformers or the Rust below it raise becomes a UserError of one line: what, and what to do.
+
+    Not where memory ran out, or where somebody stops the program.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # whatever a model of any kind raises
-        raise _unloadable(error, f"{name}: the model cannot be run", "give a model that transformers runs") from error
+    except BaseException as error:  # tokenizers' and safetensors' panics are no Exception
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} ({first_line(error)}); {give}") from error
+
+
+def running(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within it a model runs for the first time."""
+    return said(f"{name}: the model cannot be run", "give a model that transformers runs")
+
+
+def reading(path: str, flag: str) -> contextlib.AbstractContextManager[None]:
+    """Within it a model is loaded."""
+    return said(f"{flag} {path}: the model cannot be loaded", "give a whole Hugging Face model folder, in safetensors")
 
 
 def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False) -> None:
@@ -107,19 +119,20 @@ def load_model(
     """
     check_folder(path, flag, trust)
     check_shards(path, flag)
-    config = _config(path, flag, trust)
-    quantised = dequantised(config, f"{flag} {path}")
-    model, loading = _load(path, flag, config=config, dtype=dtype, trust_remote_code=trust)
-    check_tensors(loading, path, flag)
-    if quantised:
-        # They would turn plain weights back into what they came from, in every checkpoint.
-        model._weight_conversions = None
-    else:
-        check_types(path, flag)
-    model = model.to(device)
-    attention = attention_for(model, compute or model.dtype, device)
-    if attention != "sdpa":
-        model.set_attn_implementation(attention)
+    with reading(path, flag):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        quantised = dequantised(config, f"{flag} {path}")
+        model, found = _load(path, trust, config=config, dtype=dtype)
+        check_tensors(found, path, flag)
+        if quantised:
+            # They would turn plain weights back into what they came from, in every checkpoint.
+            model._weight_conversions = None
+        else:
+            check_types(path, flag)
+        model = model.to(device)
+        attention = attention_for(model, compute or model.dtype, device)
+        if attention != "sdpa":
+            model.set_attn_implementation(attention)
     return model
 
 
@@ -128,19 +141,21 @@ def load_ends(path: str, flag: str, dtype: torch.dtype, trust: bool = False) -> 
 
     Its head is what vLLM takes for the folder's. Raises UserError where the folder is not whole.
     """
-    check_whole(path, flag, trust)
-    config = _config(path, flag, trust)
-    quantised, text = dequantised(config, f"{flag} {path}"), config.get_text_config()
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(text, name, [])
-    text.num_hidden_layers = 0
-    model, loading = _load(path, flag, config=config, dtype=dtype, trust_remote_code=trust)
-    if quantised:
-        check_tensors(loading, path, flag, ours=lambda name: "head" in name)
-    if getattr(text, "tie_word_embeddings", False):
-        # Weights of a head that lie in the files all the same are left over: transformers takes them, vLLM does not.
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    plain = check_whole(path, flag, trust)
+    with reading(path, flag):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        dequantised(config, f"{flag} {path}")
+        text = config.get_text_config()
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:
+                setattr(text, name, [])
+        text.num_hidden_layers = 0
+        model, found = _load(path, trust, config=config, dtype=dtype)
+        if not plain:
+            check_tensors(found, path, flag, ours=lambda name: "head" in name)
+        if getattr(text, "tie_word_embeddings", False):
+            # A head that lies in the files all the same is left over: transformers takes it, vLLM does not.
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
 
 
@@ -151,45 +166,28 @@ def check_whole(path: str, flag: str, trust: bool = False) -> bool:
     """
     check_folder(path, flag, trust)
     check_shards(path, flag)
-    if dequantised(_config(path, flag, trust), f"{flag} {path}"):
-        return False
-    _, loading = _load(path, flag, device_map="meta", trust_remote_code=trust)
-    check_tensors(loading, path, flag)
-    check_types(path, flag)
+    with reading(path, flag):
+        if dequantised(AutoConfig.from_pretrained(path, trust_remote_code=trust), f"{flag} {path}"):
+            return False
+        _, found = _load(path, trust, device_map="meta")
+        check_tensors(found, path, flag)
+        check_types(path, flag)
     return True
 
 
-def _load(path: str, flag: str, **options: Any) -> Any:
-    """transformers' model of a folder, and what it says of the weights. Raises UserError where it cannot be loaded."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            attn_implementation="sdpa",
-            # Other formats are pickles, which run what they hold.
-            use_safetensors=True,
-            # Left alone, transformers fills what is missing with random numbers; what does not fit is named then.
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=options.pop("trust_remote_code"),
-            **options,
-        )
-    except BaseException as error:  # whatever a damaged folder makes transformers, or the Rust below it, raise
-        raise _unloadable(error, f"{flag} {path}: the model cannot be loaded", WHOLE) from error
-
-
-def _config(path: str, flag: str, trust: bool) -> PretrainedConfig:
-    """A folder's configuration. Raises UserError where it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    except BaseException as error:  # see `_load`
-        raise _unloadable(error, f"{flag} {path}: the model cannot be loaded", WHOLE) from error
-
-
-def _unloadable(error: BaseException, what: str, give: str) -> BaseException:
-    """What to raise in place of `error`: itself where memory ran out, or where somebody stops the program."""
-    if isinstance(error, (KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
-        return error
-    return UserError(f"{what} ({first_line(error)}); {give}")
+def _load(path: str, trust: bool, **options: Any) -> Any:
+    """transformers' model of a folder, and what it says of the weights."""
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        attn_implementation="sdpa",
+        trust_remote_code=trust,
+        # Other formats are pickles, which run what they hold.
+        use_safetensors=True,
+        # Left alone, transformers fills what is missing with random numbers; what does not fit is named then.
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:
