@@ -23,7 +23,7 @@ from opsd.model.files import check_sampled, make_savable
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapters
 from opsd.model.scorer import Scorer
-from opsd.model.vocabulary import check_ends, check_ids, shared_vocabulary
+from opsd.model.vocabulary import check_ends, check_ids, check_tokenizers, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
@@ -73,6 +73,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
+    check_tokenizers(tokenizer, teacher_tokenizer)
+    telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
     how = prompt_format(config)
     world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
     if world is None:
@@ -126,7 +128,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         engine=engine,
         updater=Updater(engine, teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,
-        telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
+        telemetry=telemetry,
     )
 
 
@@ -155,7 +157,7 @@ def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: st
         raise UserError(f"--student {path}: sequences beside each other change it; an environment cannot use it")
     if student.alone and config.rollout.engine != "hf":
         raise UserError(
-            f"--student {path}: it changes with its sequences' length, in vLLM not; give --rollout.engine hf"
+            f"--student {path}: it changes with a sequence's length, not so in vLLM; give --rollout.engine hf"
         )
     if student.alone:
         notes.append("the student's sequences are computed one by one: beside others they would be changed")

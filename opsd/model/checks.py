@@ -75,7 +75,9 @@ def check_head_alone(head: Any, name: str) -> None:
         raise UserError(f"{name}: its head is no plain matrix ({type(head).__name__}); this trainer needs one")
     given = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
     given_LD = given.view(4, -1)
-    if getattr(head, "bias", None) is not None or not _alike(head(given_LD), functional.linear(given_LD, weight)):
+    ours = functional.linear(given_LD, weight)
+    _check_finite(ours, name)
+    if getattr(head, "bias", None) is not None or not _alike(head(given_LD), ours):
         raise _not_plain(name)
 
 
@@ -93,10 +95,14 @@ def check_logits(model: PreTrainedModel, name: str) -> None:
         ours = head(hidden).float()
     finally:
         larger.remove()
-    if not torch.isfinite(ours).all():
-        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
+    _check_finite(ours, name)
     if not _alike(own, ours):
         raise _not_plain(name)
+
+
+def _check_finite(logits: Tensor, name: str) -> None:
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
 
 
 def _alike(own: Tensor, ours: Tensor) -> bool:
@@ -131,13 +137,15 @@ def check_packing(scorer: Scorer, name: str, reach: Reach | None = None) -> None
 def probes(config: PretrainedConfig, reach: Reach, packed: bool) -> Iterator[tuple[int, ...]]:
     """Lengths of sequences to lay side by side: short ones, then both sides of every switch that a run can reach."""
     yield SHORT
-    for switch in switches(config, reach.longest):
-        yield min(reach.longest, switch + BEYOND), min(reach.longest, switch + BEYOND // 2), switch, SHORT[-1]
-    if packed and reach.longest:
+    # More than a model has positions for is refused elsewhere, in a line that says so.
+    longest = min(reach.longest, positions(config) or reach.longest)
+    for switch in switches(config, longest):
+        yield min(longest, switch + BEYOND), min(longest, switch + BEYOND // 2), switch, SHORT[-1]
+    if packed and longest:
         # A row may pass what none of its sequences does.
         for switch in switches(config, reach.row):
-            if switch >= reach.longest:
-                yield (reach.longest,) * (switch // reach.longest + 2)
+            if switch >= longest:
+                yield (longest,) * (switch // longest + 2)
 
 
 def switches(config: PretrainedConfig, below: int) -> list[int]:
@@ -153,7 +161,7 @@ def length_switches(model: PreTrainedModel, longest: int) -> frozenset[int]:
     """
     model.eval()
     found = []
-    for switch in switches(model.config, longest):
+    for switch in switches(model.config, min(longest, positions(model.config) or longest)):
         ids = torch.arange(switch + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
         body = body_of(model)
         short_LD, long_LD = (body(input_ids=part, use_cache=False).last_hidden_state[0] for part in (ids[:, :-1], ids))

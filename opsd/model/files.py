@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from opsd.model.scorer import head_of
@@ -53,18 +53,18 @@ def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -
     notes = [note] if (note := _mend_generation(model, path, flag)) else []
     with tempfile.TemporaryDirectory() as place:
         try:
-            # An empty tensor in place of the weights.
-            model.save_pretrained(place, state_dict={}, is_main_process=True)
+            model.config.save_pretrained(place)
             tokenizer.save_pretrained(place)
-            again = AutoConfig.from_pretrained(place, trust_remote_code=False)
-            if model.can_generate():  # pyright: ignore[reportCallIssue]
+            again = type(model.config).from_pretrained(place, trust_remote_code=False)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(place)
                 GenerationConfig.from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # whatever an odd configuration makes transformers raise
             raise UserError(
                 f"{flag} {path}: its checkpoints could not be saved ({first_line(error)}); mend its configuration"
             ) from error
-    if type(again) is not type(model.config):
-        raise UserError(f"{flag} {path}: its checkpoints would be of another kind ({type(again).__name__})")
+    if again.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+        raise UserError(f"{flag} {path}: its configuration is another one when it was saved; mend it")
     return notes
 
 

@@ -51,7 +51,6 @@ def load_scorer(
     packed: no other layout will do. reach: how far the run goes.
     """
     model, name, reach = load_model(path, flag, dtype, device, trust, compute), f"{flag} {path}", reach or Reach()
-    check_positions(model.config, reach.spans, name)
     disable_dropout(model)
     autocast = compute not in (None, dtype)
     with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext(), running(name):
@@ -59,14 +58,15 @@ def load_scorer(
         scorer = Scorer(model, packed)
         settle_layout(scorer, name, reach, packed)
         check_steady(scorer, name)
+    check_positions(model.config, reach.spans, name)
     return scorer
 
 
 @contextlib.contextmanager
 def said(what: str, give: str) -> Iterator[None]:
-    """Within it, whatever transformers or the Rust below it raise becomes a UserError of one line: what, and what to do.
+    """Within it, whatever transformers or the Rust below it raise becomes a UserError of one line.
 
-    Not where memory ran out, or where somebody stops the program.
+    what: happened; give: what to do. Not where memory ran out, or where somebody stops the program.
     """
     try:
         yield
@@ -176,10 +176,18 @@ def check_whole(path: str, flag: str, trust: bool = False) -> bool:
 
 
 def _load(path: str, trust: bool, **options: Any) -> Any:
-    """transformers' model of a folder, and what it says of the weights."""
+    """transformers' model of a folder, and what it says of the weights. Attention is sdpa where the model has it."""
+    try:
+        return _from_pretrained(path, trust, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return _from_pretrained(path, trust, **options)
+
+
+def _from_pretrained(path: str, trust: bool, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         path,
-        attn_implementation="sdpa",
         trust_remote_code=trust,
         # Other formats are pickles, which run what they hold.
         use_safetensors=True,

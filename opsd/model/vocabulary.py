@@ -21,6 +21,13 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: S
     probability. Nor do ids that a model lacks, where no text encodes to them. Tokenizers agree when their id → token
     maps do. Raises UserError with the first difference.
     """
+    check_tokenizers(student_tokenizer, teacher_tokenizer)
+    rows = (("--student", student.head.weight.shape[0]), ("--teacher", teacher.head.weight.shape[0]))
+    return min(usable_rows(student_tokenizer, height, flag) for flag, height in rows)
+
+
+def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Raises UserError, with the first difference, where two tokenizers do not map the same tokens to the same ids."""
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token = min((set(ours.items()) ^ set(theirs.items())), key=lambda item: (item[1], item[0]))[0]
@@ -28,8 +35,6 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: S
             f"--student and --teacher have different tokenizers ({token!r} has id {ours.get(token, 'none')} and "
             f"{theirs.get(token, 'none')}); on-policy distillation needs one vocabulary"
         )
-    rows = (("--student", student.head.weight.shape[0]), ("--teacher", teacher.head.weight.shape[0]))
-    return min(usable_rows(student_tokenizer, height, flag) for flag, height in rows)
 
 
 def model_vocabulary(tokenizer: Any, model: PreTrainedModel, flag: str) -> int:

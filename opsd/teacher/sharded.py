@@ -41,7 +41,6 @@ class ShardedTeacher:
         if not check_whole(path, "--teacher", trust):
             raise UserError(f"{name}: its weights are quantised and cannot be sharded; give a folder with plain ones")
         model = _load_in_shards(path, dtype, device, settings, trust)
-        check_positions(model.config, (reach or Reach()).spans, name)
         disable_dropout(model)
         with running(name):
             head: Any = model.get_output_embeddings()
@@ -51,6 +50,7 @@ class ShardedTeacher:
             deepspeed.initialize(model=self._scorer, config=settings)
             check_logits(model, name)
             check_packing(self._scorer, name, reach)
+        check_positions(model.config, (reach or Reach()).spans, name)
         with deepspeed.zero.GatheredParameters([self._scorer.head.weight]):
             self._head_VE = self._scorer.head.weight.detach().to(device, copy=True)
 
