@@ -133,8 +133,8 @@ def _plan(args: list[str]) -> None:
 
 
 def _check_model(args: list[str]) -> None:
+    from opsd.check_model import CheckModelConfig, check_model
     from opsd.config.cli import parse
-    from opsd.model.check_command import CheckModelConfig, check_model
 
     config = parse(CheckModelConfig, args, "opsd check-model")
     _quiet()

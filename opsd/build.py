@@ -15,8 +15,8 @@ from torch import Tensor
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.engine import Engine, build_engine
-from opsd.environments.travel.evaluate import TravelEvaluator
-from opsd.environments.travel.world import TravelWorld
+from opsd.environments import load_environment
+from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import Reach, Span, length_switches
 from opsd.model.files import check_sampled, make_savable
@@ -25,11 +25,11 @@ from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapter
 from opsd.model.scorer import Scorer
 from opsd.model.vocabulary import check_ends, check_ids, check_tokenizers, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
+from opsd.rollout.hf import eos_token_ids
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.types import Prompt, Sampling
-from opsd.update import Updater
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -46,21 +46,24 @@ class Parts:
     source: Path
     notes: list[str]
     tokenizer: Any
-    stream: PromptStream
+    prompts: PromptStream
     dropped_prompts: int
-    rollout: RolloutEngine
+    sampler: RolloutEngine
     sampling: Sampling
     teacher: Teacher
-    teacher_rollout: RolloutEngine | None
+    teacher_sampler: RolloutEngine | None
     selector: TokenSelector | None
     vocab_size: int
     engine: Engine
-    updater: Updater
-    evaluator: Evaluator | TravelEvaluator
+    evaluator: Any
     telemetry: list[TokenTelemetry]
 
+    def models(self) -> Models:
+        """What an evaluation reads of them."""
+        return Models(self.evaluator, self.sampler, self.teacher_sampler, self.ranks, self.engine.device)
 
-@memory_for("loading of the models", "then start again")
+
+@memory_for("loading", "then start again")
 def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
@@ -76,7 +79,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     check_tokenizers(tokenizer, teacher_tokenizer)
     telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
     how = prompt_format(config)
-    world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
+    world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
         prompts, dropped = load_prompts(config.prompts, tokenizer, how)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
@@ -99,7 +102,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     teacher, teacher_model, context = build_teacher(config, ranks, device, reach)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     check_ids([*prompts, *problems], vocab_size, config.prompts)
-    check_ends(student.model, tokenizer, vocab_size, f"--student {student_path}")
+    check_ends(eos_token_ids(student.model.generation_config, tokenizer), vocab_size, f"--student {student_path}")
     engine = build_engine(config, ranks, student, device)
     rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
     teacher_rollout: RolloutEngine | None = None
@@ -117,16 +120,15 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         source=Path(student_path),
         notes=notes,
         tokenizer=tokenizer,
-        stream=PromptStream(prompts, config.prompts_per_step, config.seed),
+        prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
-        rollout=rollout,
+        sampler=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=teacher,
-        teacher_rollout=teacher_rollout,
+        teacher_sampler=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,
-        updater=Updater(engine, teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,
         telemetry=telemetry,
     )

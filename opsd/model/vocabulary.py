@@ -8,10 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from opsd.model.scorer import Scorer
-from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The tokenizer's largest id + 1; a model may have more rows."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:
@@ -78,9 +81,8 @@ def check_ids(prompts: Iterable[Prompt], vocab_size: int, where: str) -> None:
             )
 
 
-def check_ends(model: PreTrainedModel, tokenizer: Any, vocab_size: int, flag: str) -> None:
-    """Raises UserError where a model cannot write any token that ends a response."""
-    ends = eos_token_ids(model.generation_config, tokenizer)
+def check_ends(ends: list[int], vocab_size: int, flag: str) -> None:
+    """Raises UserError where a model cannot write any of the tokens that end a response."""
     if ends and min(ends) >= vocab_size:
         raise UserError(
             f"{flag}: its end tokens have ids {', '.join(map(str, ends))}, the model knows 0 to {vocab_size - 1}; "

@@ -7,7 +7,7 @@ import pytest
 
 from families import write
 from opsd import __main__ as cli
-from opsd.model.check_command import CheckModelConfig, check_model
+from opsd.check_model import CheckModelConfig, check_model
 from opsd.utils.errors import UserError
 
 LINES = (

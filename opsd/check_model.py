@@ -26,7 +26,7 @@ from opsd.model.checks import (
     positions,
     switches,
 )
-from opsd.model.files import check_sampled, copy_rest, make_savable
+from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
 from opsd.model.loading import disable_dropout, load_ends, load_model, load_tokenizer, running, settle_layout
 from opsd.model.scorer import Scorer
 from opsd.model.vocabulary import check_ends, model_vocabulary
@@ -145,8 +145,8 @@ class _Found:
     def ends(self) -> str:
         """A token that ends a response."""
         size = model_vocabulary(self._tokenizer, self._model, self._name)
-        check_ends(self._model, self._tokenizer, size, self._name)
         ends = eos_token_ids(self._model.generation_config, self._tokenizer)
+        check_ends(ends, size, self._name)
         if not ends:
             return "none: every response reaches its longest"
         return ", ".join(f"{token} ({self._tokenizer.convert_ids_to_tokens(token)})" for token in ends)
@@ -218,7 +218,6 @@ class _Found:
 
     def vllm(self) -> str:
         """vLLM's log-probabilities beside the model's own, before and after it is sent all weights."""
-        from opsd.model.files import as_saved
         from opsd.rollout.vllm import TOLERANCE_NATS, VLLMSampler
 
         limit = min(64, positions(self._model.config) or 64)
