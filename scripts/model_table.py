@@ -1,12 +1,12 @@
 """docs/models.md: which families of models run, how, and what is said where they do not.
 
-    python scripts/model_table.py                                 # every family as a local teacher, minutes
-    python scripts/model_table.py --ways sharded served vllm      # needs DeepSpeed and vLLM; a minute for each cell
-    python scripts/model_table.py --families Mixtral --ways vllm  # some cells again
+    python scripts/model_table.py                                          # without vLLM: minutes
+    python scripts/model_table.py --ways "teacher, served" "student, vLLM" # needs vLLM; about a minute for each cell
+    python scripts/model_table.py --families Mixtral --ways student        # some cells again
 
-A cell is one step of `opsd train` on two tiny random models of a family (scripts/families.py). It is right where the
-step's loss is the KL of both models' `model(ids).logits`, as transformers gives them. Cells are kept in
-docs/results/models.json; the page is made from all of them. For a model of your own: `opsd check-model FOLDER`.
+A cell is one step of `opsd train` on two tiny random models (scripts/families.py). It is right where the step's loss is
+the KL of both models' `model(ids).logits`, as transformers gives them. Cells are kept in docs/results/models.json; the
+page is made from all of them. For a model of your own: `opsd check-model FOLDER`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ import torch
 import opsd.train  # noqa: F401  (before the ranks are forked)
 from families import FAMILIES, own_kl, write
 from opsd import __main__ as cli
+from opsd.teacher.vllm import read_head
+from opsd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CELLS, PAGE = ROOT / "docs" / "results" / "models.json", ROOT / "docs" / "models.md"
 MARKS = "<!-- the table: scripts/model_table.py -->", "<!-- end of the table -->"
-# How a model takes part in a run: as the teacher, or, with vllm, as the student.
-WAYS = {
-    "local": "teacher in the training process; the student sampled by transformers",
-    "sharded": "teacher and student spread over two processes (--teacher.shard True, ZeRO-3)",
-    "served": "teacher behind vLLM's HTTP server (--teacher.kind vllm)",
-    "vllm": "student sampled by vLLM (--rollout.engine vllm), its weights renewed after the step",
-}
+# How a model takes part in a run, as docs/models.md says it; the other model of the pair is a Qwen3.
+STUDENTS, TEACHERS = ("student", "student, vLLM"), ("teacher", "teacher, sharded", "teacher, served")
+WAYS = (*STUDENTS, *TEACHERS)
+OTHER = "Qwen3"
 # Relative difference of two ways to the same loss in fp32.
 CLOSE = 1e-3
 SERVER_S = 600
@@ -52,7 +51,7 @@ def main() -> None:
     """Fill the cells that were asked for, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
-    parser.add_argument("--ways", nargs="*", default=["local"], choices=list(WAYS))
+    parser.add_argument("--ways", nargs="*", default=["student", "teacher", "teacher, sharded"], choices=list(WAYS))
     asked = parser.parse_args()
     # A fork has no threads but the one that forked it.
     torch.set_num_threads(1)
@@ -69,7 +68,8 @@ def cell(family: str, way: str) -> str:
     """What became of a step: "right", or the line that was said."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        student, teacher = write(folder / "student", family), write(folder / "teacher", family, seed=1)
+        pair = (family, OTHER) if way in STUDENTS else (OTHER, family)
+        student, teacher = write(folder / "student", pair[0]), write(folder / "teacher", pair[1], seed=1)
         prompts = folder / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("1+2=", "abcdefghijklmnop")))
         flags = {
@@ -78,16 +78,15 @@ def cell(family: str, way: str) -> str:
             "rollout.max_prompt_tokens": 16, "rollout.max_new_tokens": 16, "engine.device": "cpu",
             "telemetry.save_rollouts_every": 1, "telemetry.every": 0, "track.progress": False,
         }  # fmt: skip
-        with served(teacher) if way == "served" else contextlib.nullcontext("") as url:
-            if url is None:
-                return "vLLM's server does not start with it"
+        with served(teacher) if way == "teacher, served" else contextlib.nullcontext("") as url:
             flags |= {
-                "local": {},
-                "sharded": {"engine.kind": "deepspeed", "engine.zero_stage": 3, "teacher.shard": True},
-                "served": {"teacher.kind": "vllm", "teacher.urls": url},
-                "vllm": {"rollout.engine": "vllm"},
+                "student": {},
+                "student, vLLM": {"rollout.engine": "vllm"},
+                "teacher": {},
+                "teacher, sharded": {"engine.kind": "deepspeed", "engine.zero_stage": 3, "teacher.shard": True},
+                "teacher, served": {"teacher.kind": "vllm", "teacher.urls": url},
             }[way]
-            code, said = train(flags, folder / "said", ranks=2 if way == "sharded" else 1)
+            code, said = train(flags, folder / "said", ranks=2 if way == "teacher, sharded" else 1)
         if code:
             lines = [line for line in said.splitlines() if line.startswith("opsd: ")]
             return (lines[-1].removeprefix("opsd: ") if lines else f"exit code {code}").replace(f"{folder}/", "")
@@ -142,10 +141,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(teacher: Path) -> Iterator[str | None]:
-    """A server of a model's hidden states; its address, or None where it ends before it answers."""
+def served(teacher: Path) -> Iterator[str]:
+    """A server of a model's hidden states; its address. None is started for a head that cannot be read."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    try:
+        read_head(str(teacher), torch.float32)
+    except UserError:
+        yield url
+        return
     environment = {**os.environ, "PORT": str(port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(
         [
@@ -162,20 +166,20 @@ def served(teacher: Path) -> Iterator[str | None]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        yield url if answers(url, process) else None
+        answers(url, process)
+        yield url
     finally:
         process.terminate()
         process.wait()
 
 
-def answers(url: str, process: subprocess.Popen[bytes]) -> bool:
-    """Whether a server comes up."""
+def answers(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a server is up, or has ended."""
     end = time.monotonic() + SERVER_S
     while process.poll() is None and time.monotonic() < end:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
+            return
         time.sleep(1)
-    return False
 
 
 def page(text: str, cells: dict[str, dict[str, str]]) -> str:
