@@ -442,6 +442,19 @@ def test_a_routers_noise_is_off_in_training(tmp_path):
         assert abs(loss(Path(out))) < 1e-6
 
 
+def test_layers_that_are_to_be_computed_again_still_are_after_answers_were_sampled(student):
+    scorer, seen = load(student), []
+    scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    scorer.train()
+    scorer.model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    sampler = HFRollout(scorer.model, tokenizer(), 4)
+    for _ in range(2):
+        seen.clear()
+        scorer.hidden_alone(torch.arange(5, 15)).sum().backward()
+        assert len(seen) == 2  # in the forward pass, and again in backward
+        sampler.generate([Prompt("", "", [5, 6], None)], 1, Sampling(max_new_tokens=2), seed=0)
+
+
 def test_a_model_that_gives_other_values_each_time_is_refused(student, monkeypatch):
     scorer = load(student)
     whole = Qwen3MLP.forward
