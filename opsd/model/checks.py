@@ -25,8 +25,9 @@ ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3}
 ALLOWED_ROUNDED, BLOCK = 0.25, 16
 # Lengths of the first probe, and tokens by which a probe passes a switch.
 SHORT, BEYOND = (16, 5), 16
-# Settings whose values are lengths at which a model may change what it does.
-SWITCHES = ("window", "chunk", "position", "length", "context")
+# Words in the names of settings whose values are lengths at which a model may change what it does; in a packed row
+# positions begin anew with every sequence, its own length can only matter to what goes by places in the row.
+PLACES, SWITCHES = ("window", "chunk"), ("window", "chunk", "position", "length", "context")
 # What configurations call the number of positions that a model was made for.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
              "seq_length", "model_max_length", "n_ctx")  # fmt: skip
@@ -144,14 +145,14 @@ def probes(config: PretrainedConfig, reach: Reach, packed: bool) -> Iterator[tup
         yield min(longest, switch + BEYOND), min(longest, switch + BEYOND // 2), switch, SHORT[-1]
     if packed and longest:
         # A row may pass what none of its sequences does.
-        for switch in switches(config, reach.row):
+        for switch in switches(config, reach.row, PLACES):
             if switch >= longest:
                 yield (longest,) * (switch // longest + 2)
 
 
-def switches(config: PretrainedConfig, below: int) -> list[int]:
+def switches(config: PretrainedConfig, below: int, words: tuple[str, ...] = SWITCHES) -> list[int]:
     """The lengths, in tokens, at which a model may change what it does: the configuration's, 1 to `below` - 1."""
-    return sorted({value for value in _lengths(config.get_text_config().to_dict()) if 1 <= value < below})
+    return sorted({value for value in _lengths(config.get_text_config().to_dict(), words) if 1 <= value < below})
 
 
 @torch.no_grad()
@@ -171,14 +172,14 @@ def length_switches(model: PreTrainedModel, longest: int) -> frozenset[int]:
     return frozenset(found)
 
 
-def _lengths(settings: Any, counts: bool = False) -> Iterator[int]:
-    """Whole numbers of a configuration whose names say that they are lengths in tokens."""
+def _lengths(settings: Any, words: tuple[str, ...], counts: bool = False) -> Iterator[int]:
+    """Whole numbers of a configuration whose names hold one of `words`."""
     if isinstance(settings, dict):
         for key, value in settings.items():
-            yield from _lengths(value, any(word in str(key) for word in SWITCHES))
+            yield from _lengths(value, words, any(word in str(key) for word in words))
     elif isinstance(settings, list):
         for value in settings:
-            yield from _lengths(value, counts)
+            yield from _lengths(value, words, counts)
     elif counts and type(settings) is int:
         yield settings
 
