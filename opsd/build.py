@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +44,6 @@ class Parts:
     """
 
     ranks: Ranks
-    source: Path
-    notes: list[str]
     tokenizer: Any
     prompts: PromptStream
     dropped_prompts: int
@@ -57,6 +56,8 @@ class Parts:
     engine: Engine
     evaluator: Any
     telemetry: list[TokenTelemetry]
+    source: Path | None = None
+    notes: Sequence[str] = ()
 
     def models(self) -> Models:
         """What an evaluation reads of them."""
@@ -117,8 +118,6 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size)
     return Parts(
         ranks=ranks,
-        source=Path(student_path),
-        notes=notes,
         tokenizer=tokenizer,
         prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
@@ -131,6 +130,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         engine=engine,
         evaluator=evaluator,
         telemetry=telemetry,
+        source=Path(student_path),
+        notes=notes,
     )
 
 
