@@ -218,7 +218,8 @@ class _Found:
 
     def vllm(self) -> str:
         """vLLM's log-probabilities beside the model's own, before and after it is sent all weights."""
-        from opsd.rollout.vllm import TOLERANCE_NATS, VLLMSampler
+        from opsd.rollout.probe import TOLERANCE_NATS
+        from opsd.rollout.vllm import VLLMSampler
 
         limit = min(64, positions(self._model.config) or 64)
         ids = (torch.arange(5, 5 + limit - 1) % self._model.config.get_text_config().vocab_size).tolist()
