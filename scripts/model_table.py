@@ -58,7 +58,12 @@ def main() -> None:
     cells: dict[str, dict[str, str]] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
     for family in asked.families:
         for way in asked.ways:
-            cells.setdefault(family, {})[way] = found = cell(family, way)
+            try:
+                found = cell(family, way)
+            except TimeoutError as late:
+                print(f"{family}, {way}: {late}", flush=True)
+                continue
+            cells.setdefault(family, {})[way] = found
             print(f"{family}, {way}: {found}", flush=True)
             CELLS.write_text(json.dumps(cells, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(PAGE.read_text(), cells))
@@ -174,12 +179,14 @@ def served(teacher: Path) -> Iterator[str]:
 
 
 def answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server is up, or has ended."""
+    """Wait until a server is up, or has ended. Raises TimeoutError where it takes too long."""
     end = time.monotonic() + SERVER_S
     while process.poll() is None and time.monotonic() < end:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
             return
         time.sleep(1)
+    if process.poll() is None:
+        raise TimeoutError(f"vLLM's server did not start in {SERVER_S} s")
 
 
 def page(text: str, cells: dict[str, dict[str, str]]) -> str:
