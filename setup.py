@@ -17,6 +17,8 @@ CORE = [
     "rich>=13.9",
     "psutil>=6",
     "math-verify>=0.9,<0.10",
+    # transformers needs it to look at weights without loading them, to read quantised ones and GGUF files.
+    "accelerate>=1.10",
 ]
 LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
@@ -32,7 +34,6 @@ TEST = [
     "ruff>=0.14",
     "basedpyright>=1.31",
     # What transformers needs to read SmolLM2's GGUF file.
-    "accelerate>=1.10",
     "gguf>=0.17",
     # The loss's CUDA kernels run in its interpreter, and compile, without a GPU; torch's CPU build does not bring it.
     "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -25,6 +25,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
   opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
   opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
   opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
+  opsd check-model whether a model can be trained or teach, a line for each check: FOLDER [--tokens N]
   opsd selectors   list the rules that choose tokens
 
 `opsd train --help` and `opsd eval --help` list all flags."""
@@ -58,6 +59,7 @@ def _command(args: list[str]) -> None:
         "eval": _eval,
         "inspect": _inspect,
         "plan": _plan,
+        "check-model": _check_model,
         "selectors": _selectors,
     }
     name, rest = (args[0], args[1:]) if args else ("--help", [])
@@ -121,6 +123,16 @@ def _plan(args: list[str]) -> None:
     # Not fitting is an answer, no error: the verdict is on stdout, and the exit code 1.
     if not plan(parse(PlanConfig, args, "opsd plan")):
         sys.exit(1)
+
+
+def _check_model(args: list[str]) -> None:
+    from opsd.check_model import CheckModelConfig, check_model
+    from opsd.config.cli import parse
+
+    config = parse(CheckModelConfig, args, "opsd check-model")
+    _quiet()
+    if not check_model(config).fine:
+        sys.exit(2)
 
 
 def _selectors(args: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,18 @@ from opsd.engine import Engine, build_engine
 from opsd.environments import load_environment
 from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
-from opsd.model.checks import shared_vocabulary
+from opsd.model.checks import Reach, Span, length_switches
+from opsd.model.files import check_sampled, make_savable
 from opsd.model.loading import load_scorer, load_tokenizer
-from opsd.model.lora import ADAPTER_FOLDER, add_adapters, load_adapters
+from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapters
 from opsd.model.scorer import Scorer
+from opsd.model.vocabulary import check_ends, check_ids, check_tokenizers, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
+from opsd.rollout.hf import eos_token_ids
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, Teacher
-from opsd.types import Sampling
+from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -34,7 +38,10 @@ from opsd.utils.oom import memory_for
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out."""
+    """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out.
+
+    source: the folder that the student was loaded from. notes: what to tell at the start, a line each.
+    """
 
     ranks: Ranks
     tokenizer: Any
@@ -49,6 +56,8 @@ class Parts:
     engine: Engine
     evaluator: Any
     telemetry: list[TokenTelemetry]
+    source: Path | None = None
+    notes: Sequence[str] = ()
 
     def models(self) -> Models:
         """What an evaluation reads of them."""
@@ -68,6 +77,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
+    check_tokenizers(tokenizer, teacher_tokenizer)
+    telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
     how = prompt_format(config)
     world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
@@ -83,21 +94,29 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
             "to be rewarded for; give answers, or 0"
         )
 
-    device = local_device(config.engine.device)
-    student = load_student(config, student_path, device)
-    teacher, teacher_model, context = build_teacher(config, ranks, device)
+    device, r = local_device(config.engine.device), config.rollout
+    problems = [problem for suite in evaluator.suites for problem in suite.problems]
+    reach = reach_of(config, prompts, problems)
+    student = load_student(config, student_path, device, reach)
+    notes = check_student(config, student, tokenizer, student_path)
+    longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
+    teacher, teacher_model, context = build_teacher(config, ranks, device, reach)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
+    check_ids(prompts, vocab_size, config.prompts)
+    check_ids(problems, vocab_size, "--eval.suite")
+    check_ends(eos_token_ids(student.model.generation_config, tokenizer), vocab_size, f"--student {student_path}")
     engine = build_engine(config, ranks, student, device)
-    r = config.rollout
-    rollout = build_rollout(config, student_path, tokenizer, engine)
+    rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
         model, batch = teacher_model.model, config.eval.generate_batch
-        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks)
+        with context():
+            switches = length_switches(model, reach.longest) if teacher_model.alone else frozenset[int]()
+        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size, switches)
         if world is not None:
-            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks)
+            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks, vocab_size)
     if world is not None:
-        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks)
+        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size)
     return Parts(
         ranks=ranks,
         tokenizer=tokenizer,
@@ -111,11 +130,49 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         vocab_size=vocab_size,
         engine=engine,
         evaluator=evaluator,
-        telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
+        telemetry=telemetry,
+        source=Path(student_path),
+        notes=notes,
     )
 
 
-def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer:
+def reach_of(config: TrainConfig, prompts: list[Prompt], problems: list[Prompt]) -> Reach:
+    """How far a run goes: its longest sequences in training and in evaluation, and its packed rows."""
+
+    def longest(asked: list[Prompt]) -> int:
+        return max(len(prompt.ids) for prompt in asked)
+
+    spans = [Span(longest(prompts), config.rollout.max_new_tokens)]
+    if problems:
+        own = config.eval.max_new_tokens
+        flag = "--eval.max_new_tokens" if own else "--rollout.max_new_tokens"
+        spans.append(Span(longest(problems), own or config.rollout.max_new_tokens, flag))
+    return Reach(tuple(spans), config.engine.micro_batch_tokens)
+
+
+def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: str) -> list[str]:
+    """What would fail later fails now: saving, and vLLM's taking of the weights. Returns what to tell, a line each.
+
+    Raises UserError.
+    """
+    model = student.model
+    notes = make_savable(model, tokenizer, path, "--student")
+    if student.alone and config.environment.kind != "none":
+        raise UserError(f"--student {path}: sequences beside each other change it; an environment cannot use it")
+    if student.alone and config.rollout.engine != "hf":
+        raise UserError(
+            f"--student {path}: it changes with a sequence's length, not so in vLLM; give --rollout.engine hf"
+        )
+    if student.alone:
+        notes.append("the student's sequences are computed one by one: beside others they would be changed")
+    if config.rollout.engine != "hf":
+        check_sampled(model, path, "--student")
+    if config.lora.rank:
+        notes.append(coverage(model))
+    return notes
+
+
+def load_student(config: TrainConfig, path: str, device: torch.device, reach: Reach | None = None) -> Scorer:
     """The student of `path`: config.student, or a checkpoint of this run.
 
     Under LoRA a checkpoint's own weights are merged ones; training goes on with the base and the adapters.
@@ -126,7 +183,8 @@ def load_student(config: TrainConfig, path: str, device: torch.device) -> Scorer
     compute = getattr(torch, config.engine.dtype)
 
     def load(folder: str) -> Scorer:
-        return load_scorer(folder, "--student", torch.float32, device, config.trust_remote_code, packed, compute)
+        trust = config.trust_remote_code
+        return load_scorer(folder, "--student", torch.float32, device, trust, packed, compute, reach)
 
     if not config.lora.rank:
         return load(path)
@@ -155,23 +213,25 @@ def check_adapters(lora: LoraConfig) -> None:
         raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
 
 
-def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device) -> tuple[Teacher, Any, Any]:
+def build_teacher(
+    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None
+) -> tuple[Teacher, Any, Any]:
     """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
     t, dtype = config.teacher, getattr(torch, config.engine.dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 
-        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache, config.trust_remote_code)
+        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache, config.trust_remote_code, reach)
         return sharded, as_model(sharded.head()), nullcontext
     if t.kind == "local":
-        scorer = load_scorer(t.model, "--teacher", dtype, device, config.trust_remote_code)
+        scorer = load_scorer(t.model, "--teacher", dtype, device, config.trust_remote_code, reach=reach)
         local = LocalTeacher(scorer, device, t.offload, t.cache)
         return local, scorer, local.present
     from opsd.teacher.vllm import VLLMTeacher, read_head
 
-    head_VE = read_head(t.model, dtype)
+    head_VE = read_head(t.model, dtype, config.trust_remote_code, reach)
     served = VLLMTeacher(t, head_VE, device, ranks.rank)
-    served.connect()
+    served.connect(reach.longest if reach else 0)
     return served, as_model(head_VE), nullcontext
 
 
@@ -180,19 +240,31 @@ def as_model(head_VE: Tensor) -> Any:
     return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
 
 
-def build_rollout(config: TrainConfig, path: str, tokenizer: Any, engine: Engine) -> RolloutEngine:
-    """The sampler that `config` names; path: a folder with the plain weights of the engine's student."""
+def build_rollout(
+    config: TrainConfig,
+    path: str,
+    tokenizer: Any,
+    engine: Engine,
+    vocab_size: int,
+    longest: int,
+    switches: frozenset[int] = frozenset(),
+) -> RolloutEngine:
+    """The sampler that `config` names; path: a folder with the plain weights of the engine's student.
+
+    vocab_size: only ids below it are sampled. longest: tokens of the longest sequence. switches: see `decode`.
+    """
     r = config.rollout
     if r.engine == "hf":
-        return HFRollout(engine.student.model, tokenizer, r.generate_batch, engine.sampling, engine.ranks)
-    longest = r.max_prompt_tokens + max(r.max_new_tokens, config.eval.max_new_tokens or 0)
+        how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size, switches)
+        return HFRollout(engine.student.model, tokenizer, *how)
+    how = (config.engine, longest, config.trust_remote_code, vocab_size)
     if r.engine == "vllm_process":
         from opsd.rollout.vllm_process import VLLMProcessRollout
 
-        return VLLMProcessRollout(path, tokenizer, engine, r, config.engine, longest, config.trust_remote_code)
+        return VLLMProcessRollout(path, tokenizer, engine, r, *how)
     from opsd.rollout.vllm import VLLMRollout
 
-    return VLLMRollout(path, tokenizer, engine, r, config.engine, longest, config.trust_remote_code)
+    return VLLMRollout(path, tokenizer, engine, r, *how)
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:

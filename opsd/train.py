@@ -149,7 +149,7 @@ class Trainer:
         # Loading takes copies of its own, which no step needs.
         forget_peak(self.engine.device)
         with Tracker(self.folder, self.done_steps) as tracker:
-            for note in notes if self.ranks.is_main else ():
+            for note in [*notes, *self.parts.notes] if self.ranks.is_main else ():
                 tracker.say(note)
             if self.parts.dropped_prompts and self.ranks.is_main:
                 dropped = self.parts.dropped_prompts
@@ -230,7 +230,7 @@ class Trainer:
                 state = checkpoint.TrainerState(step, tensors, values, selector, metrics)
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
-                checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters)
+                checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
             self.ranks.gather(None)
 
     def stop_if_asked(self, step: int, metrics: dict[str, float] | None = None) -> None:

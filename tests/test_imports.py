@@ -17,7 +17,7 @@ FLOORS = [
     {"engine", "estimate", "run"},
     {"rollout", "teacher", "viewer"},
     {"environments", "eval", "update"},
-    {"build", "environments.travel", "grading"},
+    {"build", "check_model", "environments.travel", "grading"},
     {"metrics"},
     {"train"},
     {"__main__"},

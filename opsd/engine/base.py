@@ -57,9 +57,9 @@ class Engine(Protocol):
         ...
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of the plain model with its name, whole on every rank, one at a time.
+        """Every parameter of the plain model, whole on every rank, one at a time, under the name that it has in a file.
 
-        A second full copy never exists. Adapters are merged in.
+        A second full copy never exists. Adapters are merged in. Experts that lie in one parameter come one by one.
 
         A tied head comes twice, under both of its names: who takes the weights over may keep two copies.
         """

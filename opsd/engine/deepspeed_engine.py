@@ -17,6 +17,7 @@ from opsd.config import EngineConfig, OptimConfig
 from opsd.data.packing import empty
 from opsd.distill import DistillResult
 from opsd.engine.base import optimizer_of
+from opsd.model.files import as_saved
 from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import MicroBatch
@@ -135,7 +136,7 @@ class DeepSpeedEngine:
         """See Engine.gathered."""
         for plain in plain_weights(self.student.model, remove_duplicate=False):
             with self._whole(plain) as tensor:
-                yield plain.name, tensor.to(plain.weight.dtype)
+                yield from as_saved(self.student.model, plain.name, tensor.to(plain.weight.dtype))
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""

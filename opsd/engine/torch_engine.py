@@ -11,6 +11,7 @@ import torch
 
 from opsd.config import EngineConfig, OptimConfig
 from opsd.engine.base import optimizer_of
+from opsd.model.files import as_saved
 from opsd.model.lora import has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import MicroBatch
@@ -81,7 +82,8 @@ class TorchEngine:
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Engine.gathered."""
         for plain in plain_weights(self.student.model, remove_duplicate=False):
-            yield plain.name, plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
+            weight = plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
+            yield from as_saved(self.student.model, plain.name, weight)
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`."""

@@ -28,11 +28,18 @@ class Environment(Protocol):
     evaluator: Any
 
     def episodes(
-        self, engine: RolloutEngine, model: PreTrainedModel, batch_rollouts: int, context: Any, ranks: Ranks
+        self,
+        engine: RolloutEngine,
+        model: PreTrainedModel,
+        batch_rollouts: int,
+        context: Any,
+        ranks: Ranks,
+        vocab_size: int | None = None,
     ) -> RolloutEngine:
         """Episodes, turn by turn, over `engine`, which samples single answers of `model`.
 
-        context: within what it generates; batch_rollouts: how many episodes side by side.
+        context: within what it generates; batch_rollouts: how many episodes side by side; vocab_size: only ids below it
+        are sampled.
         """
         ...
 

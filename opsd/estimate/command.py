@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from opsd.config import TeacherConfig, TrainConfig
 from opsd.config.settings import PositiveFloat, PositiveInt, Settings
 from opsd.estimate.memory import Hardware, Reckoning
 from opsd.estimate.shapes import find_shape
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, first_line
 
 # What takes less of a part, of the phase's largest ones.
 KNOBS = {
@@ -89,7 +90,11 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     hardware = Hardware(
         config.gpus, config.gpu_gib, 0.4 * config.tflops, 0.6 * config.bandwidth_gbs, flash=flash, kind=kind
     )
-    shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
+    adapters = _adapters(run)
+    try:
+        shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
+    except UserError as error:
+        raise UserError("; ".join([str(error), *adapters])) from error
     reckoning = Reckoning(run, *shapes, hardware)
     phases = reckoning.phases()
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
@@ -110,7 +115,26 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         "tokens_per_step": reckoning.step_tokens,
         "micro_batch_tokens": reckoning.micro_tokens,
         "rough_seconds": reckoning.seconds(),
+        "adapters": adapters,
     }
+
+
+def _adapters(config: TrainConfig) -> list[str]:
+    """How much of a student's folder adapters lie on, in a line; none without adapters, or without a folder."""
+    if not config.lora.rank or not (Path(config.student) / "config.json").is_file():
+        return []
+    from opsd.model.loading import check_folder
+    from opsd.model.lora import coverage_of
+
+    check_folder(config.student, "--student", config.trust_remote_code)
+    try:
+        return [coverage_of(config.student, config.lora, config.trust_remote_code)]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged configuration makes transformers raise
+        raise UserError(
+            f"--student {config.student}: its configuration cannot be read ({first_line(error)})"
+        ) from error
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -128,14 +152,19 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def in_short(found: dict[str, Any]) -> str:
-    """Three lines: the phases' sums, tokens and rough times, and whether it fits, what decides and what helps."""
+    """Three lines: the phases' sums, tokens and rough times, and whether it fits, what decides and what helps.
+
+    Before the last one, with adapters on a student's folder, how much of it they lie on.
+    """
     sums = ", ".join(f"{phase} {sum(parts.values()):.1f}" for phase, parts in found["phases_gib"].items())
     seconds = ", ".join(f"{phase} {value:.3g} s" for phase, value in found["rough_seconds"].items())
     fits = "fits" if found["fits"] else "does not fit"
+    adapters = "".join(f"{line}\n" for line in found["adapters"])
     knob = f"; with {found['knob']} it takes less" if not found["fits"] else ""
     return (
         f"GiB a GPU: {sums}\n"
         f"at most {found['tokens_per_step']:,} tokens a step; very roughly {seconds}\n"
+        f"{adapters}"
         f"{fits}: peak {found['peak_gib']:.1f} of {found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase; "
         f"{found['decides']} decides{knob}"
     )

@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
 from opsd.data.prompts import PromptFormat
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
-from opsd.model.checks import check_height
-from opsd.model.loading import load_model, load_tokenizer
-from opsd.model.vocabulary import vocabulary_size
+from opsd.model.checks import Span, check_positions, length_switches
+from opsd.model.loading import load_model, load_tokenizer, running
+from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
 from opsd.run.tracking import progress_bar
@@ -213,10 +213,13 @@ def _engine(
         return _vllm_engine(config, tokenizer, longest, device, ranks)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_model(config.model, "--model", dtype, device, config.trust_remote_code)
-    _check_length(model.config, config, longest)
-    check_height(tokenizer, model, "--model")
-    _check_finite(model, config)
-    return HFRollout(model, tokenizer, config.generate_batch, ranks=ranks)
+    check_positions(model.config, _spans(config, longest), f"--model {config.model}")
+    vocab_size = model_vocabulary(tokenizer, model, "--model")
+    check_ids((problem for suite in suites for problem in suite.problems), vocab_size, "--suite")
+    with running(f"--model {config.model}"):
+        _check_finite(model, config)
+        switches = length_switches(model, longest + config.max_new_tokens)
+    return HFRollout(model, tokenizer, config.generate_batch, ranks=ranks, vocab_size=vocab_size, switches=switches)
 
 
 def _vllm_engine(
@@ -226,7 +229,7 @@ def _vllm_engine(
 
     try:
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-        _check_length(model_config, config, longest_prompt)
+        check_positions(model_config, _spans(config, longest_prompt), f"--model {config.model}")
         generation = GenerationConfig.from_model_config(model_config)
         if (Path(config.model) / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(config.model)
@@ -241,21 +244,15 @@ def _vllm_engine(
             config.tensor_parallel,
             ranks,
             trust=config.trust_remote_code,
-            vocab_size=vocabulary_size(tokenizer),
+            vocab_size=usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model"),
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
 
 
-def _check_length(settings: PretrainedConfig, config: EvalCommand, longest_prompt: int) -> None:
-    """Past the positions that a model knows it writes nonsense, which would count as its score."""
-    positions = getattr(settings.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and longest_prompt + config.max_new_tokens > positions:
-        raise UserError(
-            f"--max_new_tokens {config.max_new_tokens} and a prompt of {longest_prompt} tokens are over the "
-            f"{positions} positions of {config.model}; give at most {max(1, positions - longest_prompt)}"
-        )
+def _spans(config: EvalCommand, longest_prompt: int) -> tuple[Span, ...]:
+    return (Span(longest_prompt, config.max_new_tokens, "--max_new_tokens"),)
 
 
 @torch.no_grad()

@@ -1,18 +1,61 @@
-"""What is measured on a loaded model before anything is trained: its head, its packing, its vocabulary."""
+"""What is measured on a loaded model before it serves. Every check raises UserError, one line, where it does not hold.
+
+Nothing here goes by a model's name: what its configuration says is only where to look.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from opsd.model.attention import compute_dtype
-from opsd.model.scorer import Scorer, head_of
-from opsd.model.vocabulary import vocabulary_size
+from opsd.model.scorer import Scorer, body_of
 from opsd.types import MicroBatch
 from opsd.utils.errors import UserError
+
+# Two ways to the same hidden states: relative difference that rounding explains, over BLOCK tokens. In bfloat16 a
+# router may now and then choose another expert for a token.
+ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3}
+ALLOWED_ROUNDED, BLOCK = 0.25, 16
+# Lengths of the first probe, and tokens by which a probe passes a switch.
+SHORT, BEYOND = (16, 5), 16
+# Words in the names of settings whose values are lengths at which a model may change what it does; in a packed row
+# positions begin anew with every sequence, its own length can only matter to what goes by places in the row.
+PLACES, SWITCHES = ("window", "chunk"), ("window", "chunk", "position", "length", "context")
+# What configurations call the number of positions that a model was made for.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
+             "seq_length", "model_max_length", "n_ctx")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """A prompt's and a response's longest, in tokens. flag: the option that sets the response's."""
+
+    prompt: int
+    response: int
+    flag: str = "--rollout.max_new_tokens"
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a run goes. spans: its longest sequences, in training and evaluation. row: tokens of a packed row."""
+
+    spans: tuple[Span, ...] = ()
+    row: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max((span.prompt + span.response for span in self.spans), default=0)
+
+
+# ---- the head
 
 
 @torch.no_grad()
@@ -21,73 +64,219 @@ def check_plain_head(model: PreTrainedModel, name: str) -> None:
 
     Raises UserError for models whose own logits differ (measured on four tokens).
     """
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    head = head_of(model)
-    model.eval()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    # A soft cap leaves small logits as they are, so the model's own are taken with the head a hundredfold.
-    larger = head.register_forward_hook(lambda _module, _inputs, logits: 100 * logits)
-    try:
-        own = model(input_ids=ids, use_cache=False).logits.float()
-    finally:
-        larger.remove()
-    ours = 100 * functional.linear(hidden, head.weight).float()
-    if not torch.isfinite(ours).all():
-        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
-    plain = torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(ours.abs().max()))
-    if not plain or getattr(head, "bias", None) is not None:
-        raise UserError(
-            f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones"
-        )
+    check_head_alone(model.get_output_embeddings(), name)
+    check_logits(model, name)
 
 
 @torch.no_grad()
-def check_packing(scorer: Scorer, name: str) -> None:
+def check_head_alone(head: Any, name: str) -> None:
+    """Make sure that the head is a product with its weight [V, D] and nothing more. Raises UserError."""
+    weight = getattr(head, "weight", None)
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype.is_floating_point):
+        raise UserError(f"{name}: its head is no plain matrix ({type(head).__name__}); this trainer needs one")
+    given = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
+    given_LD = given.view(4, -1)
+    ours = functional.linear(given_LD, weight)
+    _check_finite(ours, name)
+    if getattr(head, "bias", None) is not None or not _alike(head(given_LD), ours):
+        raise _not_plain(name)
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel, name: str) -> None:
+    """Make sure that a model's logits are what its head gives for its final hidden states. Raises UserError."""
+    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    head: Any = model.get_output_embeddings()
+    model.eval()
+    hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    # A soft cap leaves small logits as they are, so the model's own are taken with the head a hundredfold.
+    larger = head.register_forward_hook(lambda _module, _inputs, logits: 100 * logits)
+    try:
+        own, ours = model(input_ids=ids, use_cache=False).logits, head(hidden)
+    finally:
+        larger.remove()
+    _check_finite(ours, name)
+    if not _alike(own, ours):
+        raise _not_plain(name)
+
+
+def _check_finite(logits: Tensor, name: str) -> None:
+    if not torch.isfinite(logits).all():
+        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
+
+
+def _alike(own: Tensor, ours: Tensor) -> bool:
+    """Whether two ways to the same products agree, as far as their type lets them."""
+    allowed = 1e-4 if compute_dtype(ours) == torch.float32 else 1e-2
+    return torch.allclose(own.float(), ours.float(), rtol=allowed, atol=allowed * float(ours.abs().max()))
+
+
+def _not_plain(name: str) -> UserError:
+    return UserError(f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones")
+
+
+# ---- sequences of a micro-batch
+
+
+@torch.no_grad()
+def check_packing(scorer: Scorer, name: str, reach: Reach | None = None) -> None:
     """Make sure that the sequences of a micro-batch stay apart in the layout that the scorer uses.
 
-    Raises UserError where a sequence's hidden states change with those beside it (measured on 16 and 5 tokens).
+    reach: how far the run goes; every length within it at which the configuration says that something changes is
+    tested on both sides. Raises UserError where a sequence's hidden states change with those beside it.
     """
-    model, lengths = scorer.model, (16, 5)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    ids = torch.arange(len(positions)) % model.config.get_text_config().vocab_size
-    owners = torch.repeat_interleave(torch.arange(2), torch.tensor(lengths))
-    micro = MicroBatch(ids[None], positions[None], torch.arange(len(ids)), ids, owners).to(model.device)
     scorer.eval()
-    together = scorer.hidden(micro).split(lengths)
-    for ids_L, hidden_LD in zip(micro.input_ids_1L[0].split(lengths), together, strict=True):
-        alone_LD = model.base_model(input_ids=ids_L[None], use_cache=False).last_hidden_state[0]
-        tolerance = 1e-3 if compute_dtype(alone_LD) == torch.float32 else 0.1
-        if float((hidden_LD - alone_LD).float().norm()) > tolerance * float(alone_LD.float().norm()):
+    for lengths in probes(scorer.model.config, reach or Reach(), scorer.packed):
+        gap, allowed = _leak(scorer, lengths)
+        if gap > allowed:
             where = "packed into one row" if scorer.packed else "of one batch"
+            reached = "" if lengths == SHORT else f" (lengths of {', '.join(map(str, lengths))} tokens)"
             raise UserError(
-                f"{name}: sequences {where} see each other; this trainer needs a model that keeps them apart"
+                f"{name}: sequences {where} see each other{reached}; this trainer needs a model that keeps them apart"
             )
 
 
-def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:
-    """How many vocabulary rows both models share: the tokenizer's largest id + 1.
+def probes(config: PretrainedConfig, reach: Reach, packed: bool) -> Iterator[tuple[int, ...]]:
+    """Lengths of sequences to lay side by side: short ones, then both sides of every switch that a run can reach."""
+    yield SHORT
+    # More than a model has positions for is refused elsewhere, in a line that says so.
+    longest = min(reach.longest, positions(config) or reach.longest)
+    for switch in switches(config, longest):
+        yield min(longest, switch + BEYOND), min(longest, switch + BEYOND // 2), switch, SHORT[-1]
+    if packed and longest:
+        # A row may pass what none of its sequences does.
+        for switch in switches(config, reach.row, PLACES):
+            if switch >= longest:
+                yield (longest,) * (switch // longest + 2)
 
-    Heads are often padded to different heights (Qwen2.5: 152,064 and 151,936); rows past the tokenizer get no
-    probability. Tokenizers agree when their id → token maps do. Raises UserError with the first difference.
+
+def switches(config: PretrainedConfig, below: int, words: tuple[str, ...] = SWITCHES) -> list[int]:
+    """The lengths, in tokens, at which a model may change what it does: the configuration's, 1 to `below` - 1."""
+    return sorted({value for value in _lengths(config.get_text_config().to_dict(), words) if 1 <= value < below})
+
+
+@torch.no_grad()
+def length_switches(model: PreTrainedModel, longest: int) -> frozenset[int]:
+    """Lengths, in tokens, past which a model gives other hidden states for all of a sequence (LongRoPE does).
+
+    Measured on both sides of every switch that its configuration names, up to `longest` tokens.
     """
-    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    if ours != theirs:
-        token = min((set(ours.items()) ^ set(theirs.items())), key=lambda item: (item[1], item[0]))[0]
+    model.eval()
+    found = []
+    for switch in switches(model.config, min(longest, positions(model.config) or longest)):
+        ids = torch.arange(switch + 1, device=model.device)[None] % model.config.get_text_config().vocab_size
+        body = body_of(model)
+        short_LD, long_LD = (body(input_ids=part, use_cache=False).last_hidden_state[0] for part in (ids[:, :-1], ids))
+        if difference(long_LD[:-1], short_LD) > ALLOWED.get(compute_dtype(short_LD), ALLOWED_ROUNDED):
+            found.append(switch)
+    return frozenset(found)
+
+
+def _lengths(settings: Any, words: tuple[str, ...], counts: bool = False) -> Iterator[int]:
+    """Whole numbers of a configuration whose names hold one of `words`."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            yield from _lengths(value, words, any(word in str(key) for word in words))
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _lengths(value, words, counts)
+    elif counts and type(settings) is int:
+        yield settings
+
+
+def _leak(scorer: Scorer, lengths: tuple[int, ...]) -> tuple[float, float]:
+    """How much sequences of these lengths change beside each other, and how much rounding may change them."""
+    micro = _side_by_side(lengths, scorer.model)
+    ids = micro.input_ids_1L[0].split(lengths)
+    # The shortest first: a model that remembers the longest that it has seen has then seen none.
+    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    alone = {place: scorer.hidden_alone(ids[place]) for place in order}
+    together = scorer.hidden(micro).split(lengths)
+    worst = max(difference(hidden_LD, alone[place]) for place, hidden_LD in enumerate(together))
+    return worst, ALLOWED.get(compute_dtype(together[0]), ALLOWED_ROUNDED)
+
+
+def _side_by_side(lengths: tuple[int, ...], model: PreTrainedModel) -> MicroBatch:
+    """A micro-batch of sequences with these lengths, every row of it asked for."""
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ids = torch.arange(len(positions)) % model.config.get_text_config().vocab_size
+    owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return MicroBatch(ids[None], positions[None], torch.arange(len(ids)), ids, owners).to(model.device)
+
+
+def difference(ours_LD: Tensor, own_LD: Tensor) -> float:
+    """The largest relative difference over BLOCK tokens in a row: a change of a few tokens is not diluted."""
+    blocks = zip(ours_LD.float().split(BLOCK), own_LD.float().split(BLOCK), strict=True)
+    found = [float((ours - own).norm() / own.norm().clamp(min=1e-12)) for ours, own in blocks]
+    return max(one if one == one else float("inf") for one in found)
+
+
+# ---- training mode
+
+
+@torch.no_grad()
+def check_steady(scorer: Scorer, name: str) -> None:
+    """Make sure that a model gives in training what it gives in evaluation, time and again. Raises UserError."""
+    micro = _side_by_side(SHORT, scorer.model)
+    scorer.eval()
+    own = scorer.hidden(micro)
+    allowed = ALLOWED.get(compute_dtype(own), ALLOWED_ROUNDED)
+    found = []
+    for training in (False, True, True):
+        found.append(difference(scorer.train(training).hidden(micro), own))
+    scorer.eval()
+    if max(found) > allowed:
         raise UserError(
-            f"--student and --teacher have different tokenizers ({token!r} has id {ours.get(token, 'none')} and "
-            f"{theirs.get(token, 'none')}); on-policy distillation needs one vocabulary"
+            f"{name}: the same tokens give other hidden states each time, or in training (noise or dropout that cannot "
+            "be turned off); this trainer needs a model that gives one distribution"
         )
-    size = vocabulary_size(student_tokenizer)
-    for flag, scorer in (("--student", student), ("--teacher", teacher)):
-        _check_rows(scorer.head.weight.shape[0], size, flag)
-    return size
 
 
-def check_height(tokenizer: Any, model: PreTrainedModel, flag: str) -> None:
-    """Raises UserError where the model has fewer vocabulary rows than its tokenizer has ids."""
-    _check_rows(head_of(model).weight.shape[0], max(tokenizer.get_vocab().values()) + 1, flag)
+# ---- positions
 
 
-def _check_rows(height: int, size: int, flag: str) -> None:
-    if height < size:
-        raise UserError(f"{flag}: the model has {height} vocabulary rows, its tokenizer {size}; they do not fit")
+def check_positions(config: PretrainedConfig, spans: tuple[Span, ...], name: str) -> None:
+    """Raises UserError where a prompt and its response may be longer than a model has positions for.
+
+    Past them it fails, or writes nonsense that would be trained on or count as its score.
+    """
+    known = positions(config)
+    for span in spans:
+        if known is not None and span.prompt + span.response > known:
+            room = known - span.prompt
+            fix = f"give at most {room}" if room > 0 else "give shorter prompts"
+            raise UserError(
+                f"{span.flag} {span.response} and a prompt of {span.prompt} tokens are over the {known} positions of "
+                f"{name}; {fix}"
+            )
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """How many positions a model was made for, rope scaling included; None where nothing says so."""
+    text = config.get_text_config()
+    named = [getattr(text, name, None) for name in POSITIONS]
+    known = next((value for value in named if type(value) is int and value > 0), None)
+    if known is None:
+        return None
+    return max([known, *(int(scaled) for scaled in _scaled(text, known))])
+
+
+def rope_switch(config: PretrainedConfig) -> int | None:
+    """The length past which rotary positions depend on it, by the configuration; None where they never do.
+
+    For a model that cannot be measured here, as one that is served.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type") in ("longrope", "dynamic"):
+            return one.get("original_max_position_embeddings") or positions(config)
+    return None
+
+
+def _scaled(text: PretrainedConfig, known: int) -> Iterator[float]:
+    """What rope scaling stretches the positions to, for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if one.get("rope_type") in ("linear", "dynamic", "yarn") and one.get("factor"):
+            yield one["factor"] * (one.get("original_max_position_embeddings") or known)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from opsd.model.attention import attention_for
-from opsd.model.checks import check_packing, check_plain_head
+from opsd.model.checks import Reach, check_packing, check_plain_head, check_positions, check_steady
 from opsd.model.scorer import Scorer
+from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.oom import is_out_of_memory
 
@@ -25,11 +26,10 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     """
     check_folder(path, flag, trust)
     give = "give a folder that holds one"
-    try:
+    with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except Exception as error:  # whatever a damaged folder makes transformers raise
-        raise _unloadable(error, f"{flag} {path}: its tokenizer cannot be loaded", give) from error
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
+        known = len(tokenizer.get_vocab())
+    if known <= len(tokenizer.all_special_ids):
         # What transformers makes of a folder without a tokenizer's files: special tokens alone.
         raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has no token but special ones); {give}")
     return tokenizer
@@ -43,19 +43,65 @@ def load_scorer(
     trust: bool = False,
     packed: bool = False,
     compute: torch.dtype | None = None,
+    reach: Reach | None = None,
 ) -> Scorer:
     """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve.
 
     dtype: the weights'. compute: what the run takes products in, under autocast where it is another; None: dtype.
+    packed: no other layout will do. reach: how far the run goes.
     """
-    model = load_model(path, flag, dtype, device, trust, compute)
+    model, name, reach = load_model(path, flag, dtype, device, trust, compute), f"{flag} {path}", reach or Reach()
     disable_dropout(model)
     autocast = compute not in (None, dtype)
-    with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext():
-        check_plain_head(model, f"{flag} {path}")
+    with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext(), running(name):
+        check_plain_head(model, name)
         scorer = Scorer(model, packed)
-        check_packing(scorer, f"{flag} {path}")
+        settle_layout(scorer, name, reach, packed)
+        check_steady(scorer, name)
+    check_positions(model.config, reach.spans, name)
     return scorer
+
+
+@contextlib.contextmanager
+def said(what: str, give: str) -> Iterator[None]:
+    """Within it, whatever transformers or the Rust below it raise becomes a UserError of one line.
+
+    what: happened; give: what to do. Not where memory ran out, or where somebody stops the program.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers' and safetensors' panics are no Exception
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} ({first_line(error)}); {give}") from error
+
+
+def running(name: str) -> contextlib.AbstractContextManager[None]:
+    """Within it a model runs for the first time."""
+    return said(f"{name}: the model cannot be run", "give a model that transformers runs")
+
+
+def reading(path: str, flag: str) -> contextlib.AbstractContextManager[None]:
+    """Within it a model is loaded."""
+    return said(f"{flag} {path}: the model cannot be loaded", "give a whole Hugging Face model folder, in safetensors")
+
+
+def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False) -> None:
+    """Choose how sequences of a micro-batch lie, so that they stay apart: as is, padded, or each alone.
+
+    packed: no other layout will do. Raises UserError where none does.
+    """
+    for _ in range(2):
+        try:
+            return check_packing(scorer, name, reach)
+        except UserError:
+            if packed:
+                raise
+            # What fails packed may do padded; what fails padded may do alone.
+            scorer.packed, scorer.alone = False, not scorer.packed
+    check_packing(scorer, name, reach)
 
 
 def load_model(
@@ -72,39 +118,84 @@ def load_model(
     Raises UserError where it cannot be loaded whole.
     """
     check_folder(path, flag, trust)
-    _check_shards(path, flag)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            trust_remote_code=trust,
-            # Other formats are pickles, which run what they hold.
-            use_safetensors=True,
-            # Left alone, transformers fills what is missing with random numbers; what does not fit is named below.
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # whatever a damaged folder makes transformers raise
-        what = f"{flag} {path}: the model cannot be loaded"
-        raise _unloadable(error, what, "give a whole Hugging Face model folder, in safetensors") from error
-    model, loading = loaded
-    lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    if lacking:
-        raise UserError(
-            f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
-            "give a whole Hugging Face model folder"
-        )
-    model = model.to(device)
-    attention = attention_for(model, compute or model.dtype, device)
-    if attention != "sdpa":
-        model.set_attn_implementation(attention)
+    check_shards(path, flag)
+    with reading(path, flag):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        quantised = dequantised(config, f"{flag} {path}")
+        model, found = _load(path, trust, config=config, dtype=dtype)
+        check_tensors(found, path, flag)
+        if quantised:
+            # They would turn plain weights back into what they came from, in every checkpoint.
+            model._weight_conversions = None
+        else:
+            check_types(path, flag)
+        model = model.to(device)
+        attention = attention_for(model, compute or model.dtype, device)
+        if attention != "sdpa":
+            model.set_attn_implementation(attention)
     return model
 
 
-def _unloadable(error: Exception, what: str, give: str) -> Exception:
-    """What to raise in place of `error`: itself where memory ran out."""
-    return error if is_out_of_memory(error) else UserError(f"{what} ({first_line(error)}); {give}")
+def load_ends(path: str, flag: str, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
+    """A model folder without its layers, on the CPU: embeddings, last norm and head, and all that is done to logits.
+
+    Its head is what vLLM takes for the folder's. Raises UserError where the folder is not whole.
+    """
+    plain = check_whole(path, flag, trust)
+    with reading(path, flag):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        dequantised(config, f"{flag} {path}")
+        text = config.get_text_config()
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:
+                setattr(text, name, [])
+        text.num_hidden_layers = 0
+        model, found = _load(path, trust, config=config, dtype=dtype)
+        if not plain:
+            check_tensors(found, path, flag, ours=lambda name: "head" in name)
+        if getattr(text, "tie_word_embeddings", False):
+            # A head that lies in the files all the same is left over: transformers takes it, vLLM does not.
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
+
+
+def check_whole(path: str, flag: str, trust: bool = False) -> bool:
+    """Make sure that a folder's weights are those that its model takes, without loading any. Raises UserError.
+
+    Returns whether they are plain: quantised ones are not looked at.
+    """
+    check_folder(path, flag, trust)
+    check_shards(path, flag)
+    with reading(path, flag):
+        if dequantised(AutoConfig.from_pretrained(path, trust_remote_code=trust), f"{flag} {path}"):
+            return False
+        _, found = _load(path, trust, device_map="meta")
+        check_tensors(found, path, flag)
+        check_types(path, flag)
+    return True
+
+
+def _load(path: str, trust: bool, **options: Any) -> Any:
+    """transformers' model of a folder, and what it says of the weights. Attention is sdpa where the model has it."""
+    try:
+        return _from_pretrained(path, trust, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return _from_pretrained(path, trust, **options)
+
+
+def _from_pretrained(path: str, trust: bool, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        trust_remote_code=trust,
+        # Other formats are pickles, which run what they hold.
+        use_safetensors=True,
+        # Left alone, transformers fills what is missing with random numbers; what does not fit is named then.
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -129,6 +220,11 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{flag} {path}: it holds an adapter beside the model (adapter_config.json, "
+                "adapter_model.safetensors), which was not loaded; merge it into the model, or move it elsewhere"
+            )
         code = own_code(folder)
         if code is not None and not trust:
             raise UserError(
@@ -144,30 +240,9 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
 def own_code(folder: Path) -> str | None:
     """Where a folder names code of its own, or a kernel on the hub; None where it does not."""
     for name in ("config.json", "tokenizer_config.json"):
-        named = _json_object(folder / name)
+        named = json_object(folder / name)
         if named.get("auto_map"):
             return f"auto_map in its {name}"
         if "/" in str(named.get("_attn_implementation", "")):
             return f"_attn_implementation in its {name}"
     return None
-
-
-def _check_shards(path: str, flag: str) -> None:
-    """Raises UserError for an index that names other files than safetensors, which transformers would load."""
-    shards = _json_object(Path(path) / "model.safetensors.index.json").get("weight_map")
-    names = [str(name) for name in shards.values()] if isinstance(shards, dict) else []
-    others = [name for name in names if not name.endswith(".safetensors")]
-    if others:
-        raise UserError(
-            f"{flag} {path}: its model.safetensors.index.json names {min(others)}, which was not loaded; "
-            "give a whole Hugging Face model folder, in safetensors"
-        )
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none: what is missing or damaged is named where it is loaded."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opsd.config import LoraConfig
+from opsd.model.scorer import Scorer
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed, seeded
 
@@ -69,6 +70,33 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, base: str)
     )
     with seeded(derive_seed(seed, "lora"), model.device):
         inject_adapter_in_model(config, model, _ADAPTER)
+
+
+def coverage(model: nn.Module) -> str:
+    """How much of the model's layers the adapters lie on, and the largest parameter that has none: a line.
+
+    Embeddings and head are not counted: they get none by design.
+    """
+    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}  # pyright: ignore
+    layers = {name: p for name, p in model.named_parameters() if ".lora_" not in name and id(p) not in ends}
+    bare = {name: p.numel() for name, p in layers.items() if not name.endswith(f"{_BASE}weight") and p.dim() >= 2}
+    every = sum(p.numel() for p in layers.values())
+    if not bare:
+        return f"adapters lie on every matrix of the student's layers ({every:,} weights)"
+    largest = max(bare, key=lambda name: bare[name])
+    return (
+        f"adapters lie on {1 - sum(bare.values()) / every:.0%} of the weights in the student's layers; matrices "
+        f"without one stay as they are, such as {largest}"
+    )
+
+
+def coverage_of(path: str, lora: LoraConfig, trust: bool = False) -> str:
+    """See `coverage`: what it will be for a model folder, whose weights are not loaded. trust: as for `load_model`."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    add_adapters(Scorer(model).model, lora, 0, path)
+    return coverage(model)
 
 
 def has_adapters(model: nn.Module) -> bool:

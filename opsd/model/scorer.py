@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opsd.data.packing import padded_rows
 from opsd.model.attention import compute_dtype, has_varlen_attention, in_one_row
@@ -49,19 +50,37 @@ class Scorer(nn.Module):
     packed: a micro-batch is one call of the model on one row, as it must be where ranks have to call it equally often
     (ZeRO-3). Otherwise every sequence has a row of its own, in as many calls as there are groups of about equal length
     (`padded_rows`): a mask over a packed row would cost its length squared. Attention of variable length
-    needs no mask and always gets the packed row.
+    needs no mask and always gets the packed row. alone: a call for each sequence, for models in which what stands
+    beside a sequence changes it.
     """
 
     def __init__(self, model: PreTrainedModel, packed: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.packed = packed or has_varlen_attention(model)
+        self.packed, self.alone = packed or has_varlen_attention(model), False
         self.model.set_output_embeddings(DistillHead(head_of(model).weight))
 
     @property
     def head(self) -> DistillHead:
         """The model's projection to logits."""
         return head_of(self.model)
+
+    @property
+    def layout(self) -> str:
+        """How sequences of a micro-batch lie: packed, padded or alone."""
+        return "alone" if self.alone else "packed" if self.packed else "padded"
+
+    def train(self, mode: bool = True) -> Scorer:
+        """Training mode, in which nothing gives other values than in evaluation: no dropout, no noise of a router.
+
+        Only the layers that compute their activations again in backward know of it: they ask for it there.
+        """
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        return self
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
         """use(hidden_ND, head_VD), with the final hidden states that predict the micro-batch's student tokens."""
@@ -72,7 +91,10 @@ class Scorer(nn.Module):
 
         The cache must stay off: with it, packed sequences silently attend to each other.
         """
-        base = self.model.base_model
+        if self.alone:
+            alone = [self.hidden_alone(ids_L) for ids_L in micro.input_ids_1L[0].split(micro.lengths)]
+            return torch.cat(alone).index_select(0, micro.rows_N)
+        base = body_of(self.model)
         if self.packed:
             row = {"input_ids": micro.input_ids_1L, "position_ids": micro.position_ids_1L}
             out = in_one_row(base, micro.lengths, **row, use_cache=False)
@@ -80,6 +102,19 @@ class Scorer(nn.Module):
         rows = padded_rows(micro)
         hidden = [base(input_ids=ids_RL, use_cache=False).last_hidden_state.flatten(0, 1) for ids_RL in rows.groups]
         return torch.cat(hidden).index_select(0, rows.place_L[micro.rows_N])
+
+    def hidden_alone(self, ids_L: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [L, D] of one sequence in a call of its own."""
+        return body_of(self.model)(input_ids=ids_L[None], use_cache=False).last_hidden_state[0]
+
+
+def body_of(model: PreTrainedModel) -> Any:
+    """The model without its head: what gives final hidden states."""
+    base: Any = model.base_model
+    if base is model:
+        # Some name another part of theirs than the one that they have.
+        base = next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+    return base
 
 
 def head_of(model: PreTrainedModel) -> Any:

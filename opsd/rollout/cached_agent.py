@@ -68,11 +68,12 @@ class CachedAgentRollout:
         batch_rollouts: int,
         context: Any = contextlib.nullcontext,
         ranks: Ranks = ONE_RANK,
+        vocab_size: int | None = None,
     ) -> None:
         self._model, self._conversation, self._max_turns = model, conversation, max_turns
         self._batch_rollouts, self._context, self._ranks = batch_rollouts, context, ranks
         self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer))
-        self._vocab_size = vocabulary_size(tokenizer)
+        self._vocab_size = vocab_size or vocabulary_size(tokenizer)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate. Position t of all responses is decided in step t."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby, islice
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -52,10 +53,13 @@ def decode(
     sampling: Sampling,
     vocab_size: int,
     seed: int,
+    switches: frozenset[int] = frozenset(),
 ) -> None:
     """Let every row grow to its end, `batch_rollouts` of like length side by side; the model is put into eval mode.
 
-    context: entered also where there is no row. A row takes at most sampling.max_new_tokens tokens.
+    context: entered also where there is no row. A row takes at most sampling.max_new_tokens tokens. switches: lengths
+    past which the model gives other values for all of a sequence (`opsd.model.checks.length_switches`); then only rows
+    of the same length go side by side, and everything is read again there.
     """
     rows = sorted(rows, key=lambda row: (len(row.prompt.ids), row.id))
     side_by_side = min(batch_rollouts, len(rows))
@@ -66,13 +70,21 @@ def decode(
         onednn_weights(model, side_by_side, sampling.max_new_tokens),
         _inference(model),
     ):
-        for first in range(0, len(rows), batch_rollouts):
-            _decode_batch(model, rows[first : first + batch_rollouts], sampling, vocab_size, seed)
+        for _, alike in groupby(rows, key=lambda row: len(row.prompt.ids) if switches else 0):
+            while some := list(islice(alike, batch_rollouts)):
+                _decode_batch(model, some, sampling, vocab_size, seed, switches)
 
 
-def _decode_batch(model: PreTrainedModel, rows: Sequence[Row], sampling: Sampling, vocab_size: int, seed: int) -> None:
+def _decode_batch(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    sampling: Sampling,
+    vocab_size: int,
+    seed: int,
+    switches: frozenset[int] = frozenset(),
+) -> None:
     """See `decode`, for rows that fit side by side."""
-    batch = _Batch(model, [row.prompt.ids for row in rows], sampling.max_new_tokens)
+    batch = _Batch(model, [row.prompt.ids for row in rows], sampling.max_new_tokens, switches)
     draws = Draws(seed, [row.id for row in rows], sampling, vocab_size, model.device)
     for place in range(sampling.max_new_tokens):
         drawn = draws(batch.logits(), place)
@@ -89,10 +101,13 @@ def _decode_batch(model: PreTrainedModel, rows: Sequence[Row], sampling: Samplin
 
 
 class _Batch:
-    """Rows in the model, and their cache. limit: tokens that may be added."""
+    """Rows in the model, and their cache. limit: tokens that may be added. switches: see `decode`."""
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], limit: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: list[list[int]], limit: int, switches: frozenset[int] = frozenset()
+    ) -> None:
         self._model: Any = model
+        self._switches = switches
         self._width = max(map(len, prompts))
         self._length, self._new = self._width, self._width
         self._ids_BL = torch.zeros(len(prompts), self._width + limit, dtype=torch.int64)
@@ -108,15 +123,16 @@ class _Batch:
         self._has_positions = "position_ids" in takes
         # Models of recurrent states alone have a name of their own for it.
         self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
-        self._cache: Any = new_cache(model.config, self._width + limit) if _takes_caches(model) else None
-        self._positions_BL = (self._mask_BL[:, : self._width].cumsum(-1) - 1).clamp_(min=0)
+        self._start_again()
 
     def logits(self) -> Tensor:
         """Of the tokens that follow, fp32 [B, V]; reads what was added since the last call."""
+        if self._new == 1 and self._length - 1 in self._switches:
+            self._start_again()
         inputs = self._model.prepare_inputs_for_generation(
             self._ids_BL[:, : self._length],
             next_sequence_length=self._new,
-            is_first_iteration=self._length == self._width,
+            is_first_iteration=self._new == self._length,
             attention_mask=self._mask_BL[:, : self._length],
             use_cache=True,
             **{self._cache_name: self._cache},
@@ -126,6 +142,12 @@ class _Batch:
         out = self._model(**inputs, return_dict=True)
         self._cache = out.get(self._cache_name, self._cache)
         return out.logits[:, -1].float()
+
+    def _start_again(self) -> None:
+        """Read everything so far anew."""
+        model, self._new = self._model, self._length
+        self._cache: Any = new_cache(model.config, self._ids_BL.shape[1]) if _takes_caches(model) else None
+        self._positions_BL = (self._mask_BL[:, : self._length].cumsum(-1) - 1).clamp_(min=0)
 
     def append(self, tokens: list[int]) -> None:
         """A token for each row."""
@@ -167,9 +189,11 @@ def _inference(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        # Each as it was: in training only some are in training mode (`Scorer.train`).
+        for module in training:
+            module.training = True

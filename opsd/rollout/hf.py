@@ -41,7 +41,8 @@ class HFRollout:
 
     model: a causal language model; it is put into eval mode while sampling. batch_rollouts: rollouts
     generated side by side. context: within it the model generates (compute type, gathered weights); it is entered
-    on every rank, with or without work. Draws depend on (seed, rollout id) alone.
+    on every rank, with or without work. vocab_size: only ids below it are sampled (None: all of the tokenizer's).
+    switches: see `decode`. Draws depend on (seed, rollout id) alone.
 
     Of the model's generation config only the end tokens count.
     """
@@ -53,10 +54,13 @@ class HFRollout:
         batch_rollouts: int,
         context: Any = contextlib.nullcontext,
         ranks: Ranks = ONE_RANK,
+        vocab_size: int | None = None,
+        switches: frozenset[int] = frozenset(),
     ) -> None:
         self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
         self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer))
-        self._vocab_size = vocabulary_size(tokenizer)
+        self._switches = switches
+        self._vocab_size = vocab_size or vocabulary_size(tokenizer)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate. Prompts of like length go together, so that little is padded."""
@@ -64,7 +68,8 @@ class HFRollout:
             _Answer(number, prompt, sampling.max_new_tokens, self._eos_ids)
             for number, prompt in jobs_of(prompts, samples, self._ranks)
         ]
-        decode(self._model, answers, self._batch_rollouts, self._context, sampling, self._vocab_size, seed)
+        how = (self._batch_rollouts, self._context, sampling, self._vocab_size, seed, self._switches)
+        decode(self._model, answers, *how)
         return gather_rollouts([answer.rollout() for answer in answers], self._ranks)
 
     def sync(self) -> None:

@@ -38,6 +38,12 @@ class Probe:
             if first_time:
                 self.check(score)
 
+    def try_out(self, score: Callable[[list[int]], list[list[float]]], vocab_size: int) -> None:
+        """`check` before there are rollouts, on the vocabulary's first tokens."""
+        self._ids = list(range(min(16, self._most, vocab_size)))
+        self.check(score)
+        self._ids = []
+
     def check(self, score: Callable[[list[int]], list[list[float]]]) -> None:
         """Compare the trainer with `score`: a list for each sampler, its nats of all tokens but the first.
 

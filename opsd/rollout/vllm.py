@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
+from opsd.model.files import in_pieces
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
+from opsd.utils.errors import UserError, first_line
+from opsd.utils.oom import is_out_of_memory
 from opsd.utils.seeding import derive_seed
 
 
@@ -140,16 +144,24 @@ class VLLMRollout(VLLMSampler):
         compute: EngineConfig,
         max_model_tokens: int,
         trust: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
-        super().__init__(
-            **sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust),
-            device=engine.device,
-            tensor_parallel=rollout.tensor_parallel,
-            ranks=engine.ranks,
-            sleeps=rollout.sleep,
-        )
+        settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust, vocab_size)
+        with trying(f"--rollout.engine vllm: it cannot load {path}"):
+            super().__init__(
+                **settings,
+                device=engine.device,
+                tensor_parallel=rollout.tensor_parallel,
+                ranks=engine.ranks,
+                sleeps=rollout.sleep,
+            )
         self._engine = engine
         self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
+        if in_pieces(engine.student.model):
+            # Not every layer takes new weights that come in pieces: better now than after the first step.
+            with trying(f"--rollout.engine vllm: it does not take the weights of {path} anew"):
+                self._load_weights()
+                self._probe.try_out(self._scores, settings["vocab_size"])
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
@@ -193,6 +205,22 @@ class VLLMRollout(VLLMSampler):
             self._asleep = True
 
 
+@contextmanager
+def trying(what: str) -> Iterator[None]:
+    """Within it the sampler does something for the first time: what fails is said before anything is trained.
+
+    Raises UserError in place of whatever vLLM raises, but where memory ran out.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # vLLM's layers raise what they like
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} ({first_line(error)}); give --rollout.engine hf") from error
+
+
 def rollouts_of(
     jobs: list[tuple[int, Prompt]], answers: list[list[int]], eos_ids: list[int], sampling: Sampling
 ) -> list[Rollout]:
@@ -211,8 +239,12 @@ def sampler_settings(
     compute: EngineConfig,
     max_model_tokens: int,
     trust: bool,
+    vocab_size: int | None,
 ) -> dict[str, Any]:
-    """VLLMSampler's arguments for the student of `engine`, so far as they are JSON values."""
+    """VLLMSampler's arguments for the student of `engine`, so far as they are JSON values.
+
+    vocab_size: only ids below it are sampled (None: all of the tokenizer's).
+    """
     return {
         "path": path,
         "eos_ids": eos_token_ids(engine.student.model.generation_config, tokenizer),
@@ -221,7 +253,7 @@ def sampler_settings(
         "batch_rollouts": rollout.generate_batch,
         "memory_share": rollout.gpu_memory_share,
         "trust": trust,
-        "vocab_size": vocabulary_size(tokenizer),
+        "vocab_size": vocab_size or vocabulary_size(tokenizer),
     }
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
+from opsd.model.files import in_pieces
 from opsd.rollout.base import jobs_of
 from opsd.rollout.probe import Probe
-from opsd.rollout.vllm import rollouts_of, sampler_settings
+from opsd.rollout.vllm import rollouts_of, sampler_settings, trying
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
 from opsd.utils.errors import RunStopped
@@ -145,12 +146,13 @@ class VLLMProcessRollout:
         compute: EngineConfig,
         max_model_tokens: int,
         trust: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         self._engine, self._ranks, self._dtype = engine, engine.ranks, getattr(torch, compute.dtype)
         self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
         self._samplers: list[Sampler] = []
         path = str(Path(path).resolve()) if Path(path).exists() else path
-        settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust)
+        settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust, vocab_size)
         settings["device"] = engine.device.type
         self._eos_ids, self._vocab_size = settings["eos_ids"], settings["vocab_size"]
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
@@ -163,6 +165,10 @@ class VLLMProcessRollout:
                 sampler.answer()
 
         self._on_main(start)
+        if in_pieces(engine.student.model):
+            with trying(f"--rollout.engine vllm_process: it does not take the weights of {path} anew"):
+                self._load_weights()
+                self._probe.try_out(self._scores, self._vocab_size)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""

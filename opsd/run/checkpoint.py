@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from opsd.model.files import copy_rest
 from opsd.model.lora import ADAPTER_FOLDER, save_adapters
 from opsd.run.disk import damage, replace, to_disk, write_checksums, writing
 from opsd.utils.errors import UserError
@@ -55,11 +56,13 @@ def save(
     keep: int,
     weights: dict[str, torch.Tensor] | None = None,
     adapters: dict[str, torch.Tensor] | None = None,
+    source: Path | None = None,
 ) -> Path:
     """Write `folder`/step_N, then remove all but the newest `keep`. Returns its path.
 
     weights: they stand for the model's own, where those are shards, rounded or without their adapters.
-    adapters: what LoRA trains; `load_adapters` takes it up from the folder `adapter`, in peft's format.
+    adapters: what LoRA trains; `load_adapters` takes it up from the folder `adapter`, in peft's format. source: the
+    folder that the student came from; what else belongs to the model there (processors, templates) is copied.
     A kill at any moment leaves the older checkpoints untouched and at worst a folder named .tmp-*. Raises RunStopped
     where it cannot be written.
     """
@@ -68,7 +71,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            _fill(temporary, model, tokenizer, state, weights, adapters)
+            _fill(temporary, model, tokenizer, state, weights, adapters, source)
         except BaseException:
             # Room for whoever mends the disk.
             shutil.rmtree(temporary, ignore_errors=True)
@@ -87,10 +90,13 @@ def _fill(
     state: TrainerState,
     weights: dict[str, torch.Tensor] | None,
     adapters: dict[str, torch.Tensor] | None,
+    source: Path | None,
 ) -> None:
     """Write a checkpoint's files, then their checksums; all are on the disk when this returns."""
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    if source is not None:
+        copy_rest(source, folder)
     if adapters is not None:
         save_adapters(model, adapters, folder / ADAPTER_FOLDER)
     trainer = folder / "trainer"

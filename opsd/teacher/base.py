@@ -1,16 +1,12 @@
 """What every teacher must do."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from opsd.types import MicroBatch
-from opsd.utils.errors import UserError
 
 Cache = Literal["device", "host"]
-# Settings of a model's configuration that change logits behind the head; the loss knows none of them.
-BENT_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class Teacher(Protocol):
@@ -26,15 +22,6 @@ class Teacher(Protocol):
     def head(self) -> torch.Tensor:
         """The teacher's vocabulary projection [V, E]."""
         ...
-
-
-def check_logit_settings(settings: Mapping[str, Any], path: str) -> None:
-    """For a teacher whose own logits cannot be measured here. Raises UserError where its settings bend them."""
-    bent = [name for name in BENT_LOGITS if settings.get(name) not in (None, 1, 1.0)]
-    if bent:
-        raise UserError(
-            f"--teacher {path}: its config.json sets {bent[0]}; this trainer needs plain hidden·head logits"
-        )
 
 
 def cached(hidden_NE: torch.Tensor, where: Cache) -> torch.Tensor:

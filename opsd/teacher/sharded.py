@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from opsd.engine.deepspeed_engine import import_deepspeed
-from opsd.model.checks import check_packing
-from opsd.model.loading import disable_dropout, load_model
+from opsd.model.checks import Reach, check_head_alone, check_logits, check_packing, check_positions
+from opsd.model.loading import check_whole, disable_dropout, load_model, running
 from opsd.model.scorer import Scorer
-from opsd.teacher.base import Cache, cached, check_logit_settings
+from opsd.teacher.base import Cache, cached
 from opsd.types import MicroBatch
+from opsd.utils.errors import UserError
 
 
 class ShardedTeacher:
@@ -23,18 +24,33 @@ class ShardedTeacher:
     """
 
     def __init__(
-        self, path: str, dtype: torch.dtype, device: torch.device, offload: bool, cache: Cache, trust: bool = False
+        self,
+        path: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        offload: bool,
+        cache: Cache,
+        trust: bool = False,
+        reach: Reach | None = None,
     ) -> None:
         self._device = device
         self._cache: Cache = cache
         deepspeed = import_deepspeed(device)
-        settings = _settings(dtype, offload)
+        settings, name = _settings(dtype, offload), f"--teacher {path}"
+        # In shards transformers does not say which weights the model has no place for.
+        if not check_whole(path, "--teacher", trust):
+            raise UserError(f"{name}: its weights are quantised and cannot be sharded; give a folder with plain ones")
         model = _load_in_shards(path, dtype, device, settings, trust)
         disable_dropout(model)
-        check_logit_settings(model.config.to_dict(), path)
-        self._scorer = Scorer(model, packed=True).eval().requires_grad_(False)
-        deepspeed.initialize(model=self._scorer, config=settings)
-        check_packing(self._scorer, f"--teacher {path}")
+        with running(name):
+            head: Any = model.get_output_embeddings()
+            with deepspeed.zero.GatheredParameters(list(head.parameters())):
+                check_head_alone(head, name)
+            self._scorer = Scorer(model, packed=True).eval().requires_grad_(False)
+            deepspeed.initialize(model=self._scorer, config=settings)
+            check_logits(model, name)
+            check_packing(self._scorer, name, reach)
+        check_positions(model.config, (reach or Reach()).spans, name)
         with deepspeed.zero.GatheredParameters([self._scorer.head.weight]):
             self._head_VE = self._scorer.head.weight.detach().to(device, copy=True)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from opsd.config import TeacherConfig
-from opsd.teacher.base import check_logit_settings
+from opsd.model.checks import Reach, check_plain_head, check_positions, rope_switch
+from opsd.model.loading import load_ends, running
 from opsd.types import MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
 
@@ -47,17 +47,27 @@ class VLLMTeacher:
         self._pool = ThreadPoolExecutor(2 * len(config.urls))
         self._names: dict[str, str] = {}
 
-    def connect(self) -> None:
-        """Ask every replica what it serves, and for the states of one token. Raises UserError where that fails."""
+    def connect(self, longest: int = 0) -> None:
+        """Ask every replica what it serves, and for the states of one token. Raises UserError where that fails.
+
+        longest: tokens of the longest sequence that it will be asked for.
+        """
         for url in self._config.urls:
             try:
-                self._names[url] = json.loads(self._call(url, "/v1/models", None)[1])["data"][0]["id"]
+                card = json.loads(self._call(url, "/v1/models", None)[1])["data"][0]
+                self._names[url], most = card["id"], card.get("max_model_len")
                 (states,) = self._states(url, [[0]])
             except _NO_ANSWER as error:
                 raise UserError(
                     f"--teacher.urls {url}: no pooling server answers there ({self._reason(error)}); start one with "
                     "scripts/serve_teacher.sh"
                 ) from error
+            # The last token is never read.
+            if isinstance(most, int) and longest - 1 > most:
+                raise UserError(
+                    f"--teacher.urls {url}: it takes {most} tokens, the run's longest sequence may have {longest}; "
+                    "start it with a larger --max-model-len"
+                )
             if states.shape[1] != self._head_VE.shape[1]:
                 raise UserError(
                     f"--teacher.urls {url}: it gives {states.shape[1]} numbers a token, the head of --teacher "
@@ -150,24 +160,26 @@ def split(micro: MicroBatch) -> list[list[int]]:
     return [ids[first:last] for first, last in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
-def read_head(path: str, dtype: torch.dtype) -> Tensor:
-    """A model folder's vocabulary projection [V, E], read alone. Raises UserError where it cannot serve."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
+def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Tensor:
+    """The vocabulary projection [V, E] of the model that is served, read without its layers.
+
+    It is the one that vLLM takes of the folder, in plain numbers: where head and embeddings are tied, these. Raises
+    UserError where the folder is not whole, or where its model's logits are not hidden·head.
+    """
+    if not (Path(path) / "config.json").is_file():
         raise UserError(f"--teacher {path}: no config.json there; give the folder of the model that is served")
-    check_logit_settings(json.loads((folder / "config.json").read_text()), path)
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {name: file for name in tensors.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))}  # noqa: SIM118
-    for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for name, file in found.items():
-            if name.endswith(ending):
-                with safe_open(file, "pt") as tensors:
-                    return tensors.get_tensor(name).to(dtype)
-    raise UserError(
-        f"--teacher {path}: no lm_head or embed_tokens weight in its safetensors; give a whole model folder"
-    )
+    model = load_ends(path, "--teacher", dtype, trust)
+    reach = reach or Reach()
+    check_positions(model.config, reach.spans, f"--teacher {path}")
+    if (switch := rope_switch(model.config)) is not None and reach.longest > switch:
+        raise UserError(
+            f"--teacher {path}: its rotary positions are others past {switch} tokens, in vLLM at every length; give "
+            "--teacher.kind local"
+        )
+    with running(f"--teacher {path}"):
+        check_plain_head(model, f"--teacher {path}")
+    head: Any = model.get_output_embeddings()
+    return head.weight.detach()
 
 
 def _count(part: dict[str, Any]) -> int:

@@ -21,9 +21,10 @@ from transformers import (
 
 from opsd.data.packing import pack
 from opsd.distill import distill_loss
-from opsd.model.checks import check_packing, check_plain_head, shared_vocabulary
+from opsd.model.checks import check_packing, check_plain_head
 from opsd.model.loading import disable_dropout, load_scorer, load_tokenizer
 from opsd.model.scorer import DistillHead, Scorer
+from opsd.model.vocabulary import shared_vocabulary
 from opsd.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -363,7 +364,8 @@ def test_different_tokenizers_give_one_line_with_the_first_difference(
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_is_refused(make_model, tokenizer):
-    with pytest.raises(UserError, match=r"^--teacher: the model has 48 vocabulary rows, its tokenizer 49; [^\n]+$"):
+    said = r"^--teacher: the model has 48 vocabulary rows, its tokenizer 49 \(';' has id 48\); [^\n]+$"
+    with pytest.raises(UserError, match=said):
         shared_vocabulary(tokenizer, tokenizer, Scorer(make_model()), Scorer(make_model(vocab_size=48)))
 
 

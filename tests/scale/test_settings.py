@@ -5,8 +5,6 @@ import pytest
 from opsd.build import check_rollout
 from opsd.config import EngineConfig, EvalConfig, RolloutConfig, TeacherConfig, TrainConfig
 from opsd.engine import check_engine
-from opsd.teacher.base import check_logit_settings
-from opsd.teacher.vllm import read_head
 from opsd.utils.errors import UserError
 
 
@@ -59,14 +57,3 @@ def test_a_sampler_takes_a_number_of_ranks_that_divides_theirs(monkeypatch):
     check_rollout(RolloutConfig(engine="vllm", tensor_parallel=2))
     with pytest.raises(UserError, match="tensor_parallel 3 does not divide the 4 processes"):
         check_rollout(RolloutConfig(engine="vllm", tensor_parallel=3))
-
-
-def test_a_teacher_with_bent_logits_or_without_a_head_is_refused(tmp_path):
-    check_logit_settings({"final_logit_softcapping": None, "logit_scale": 1.0}, "t")
-    with pytest.raises(UserError, match=r"--teacher t: its config.json sets final_logit_softcapping"):
-        check_logit_settings({"final_logit_softcapping": 30.0}, "t")
-    with pytest.raises(UserError, match=r"no config\.json there"):
-        read_head(str(tmp_path), None)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="no lm_head or embed_tokens weight"):
-        read_head(str(tmp_path), None)

@@ -39,12 +39,19 @@ class TravelWorld:
         self.evaluator = TravelEvaluator(suites, config.eval, config.rollout.max_new_tokens, self._talk)
 
     def episodes(
-        self, engine: RolloutEngine, model: PreTrainedModel, batch_rollouts: int, context: Any, ranks: Ranks
+        self,
+        engine: RolloutEngine,
+        model: PreTrainedModel,
+        batch_rollouts: int,
+        context: Any,
+        ranks: Ranks,
+        vocab_size: int | None = None,
     ) -> RolloutEngine:
         """Episodes over `engine`; in the word form, where transformers samples, over one cache on `model` instead."""
         turns = self._config.environment.max_turns
         if self._in_words and self._config.rollout.engine == "hf":
-            return CachedAgentRollout(model, self._tokenizer, self._talk, turns, batch_rollouts, context, ranks)
+            where = (batch_rollouts, context, ranks, vocab_size)
+            return CachedAgentRollout(model, self._tokenizer, self._talk, turns, *where)
         return AgentRollout(engine, self._talk, turns)
 
     def _suite(self, pair: str) -> Suite:

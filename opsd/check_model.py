@@ -1,0 +1,274 @@
+"""`opsd check-model FOLDER`: what `opsd train` asks of a model, one line each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tyro.conf import Positional
+
+from opsd.config.settings import PositiveInt, Settings
+from opsd.model.checks import (
+    Reach,
+    Span,
+    check_packing,
+    check_plain_head,
+    check_positions,
+    check_steady,
+    difference,
+    positions,
+    switches,
+)
+from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
+from opsd.model.loading import disable_dropout, load_ends, load_model, load_tokenizer, running, settle_layout
+from opsd.model.scorer import Scorer
+from opsd.model.vocabulary import check_ends, model_vocabulary
+from opsd.rollout.hf import eos_token_ids
+from opsd.utils.distributed import local_device
+from opsd.utils.errors import UserError, first_line
+
+CLOSE = 1e-3
+
+
+@dataclass(frozen=True)
+class CheckModelConfig(Settings):
+    """Whether a model can be trained or teach: the checks of `opsd train`, one line each; exit code 0 or 2."""
+
+    folder: Positional[str]
+    """Model folder in the Hugging Face format."""
+    tokens: PositiveInt = 512
+    """Longest sequence of the run in question, in tokens: lengths at which a model changes are tried up to it."""
+    vllm: bool = True
+    """Also ask vLLM, where it is installed; it takes half a minute to start."""
+    trust_remote_code: bool = False
+    """Run the code that the folder brings along (auto_map); else such a folder is refused."""
+    device: str = "auto"
+    """auto takes CUDA where it is available; else cpu or cuda."""
+
+
+@dataclass
+class Report:
+    """The lines so far, and whether each of them is well."""
+
+    lines: list[tuple[bool, str, str]] = field(default_factory=list)
+
+    def check(self, what: str, act: Callable[[], str]) -> bool:
+        """Note what `act` says, or the UserError that it raises; whether it is well."""
+        try:
+            said, fine = act(), True
+        except UserError as error:
+            said, fine = str(error), False
+        self.lines.append((fine, what, said))
+        print(f"{'ok' if fine else 'NO':3} {what:15} {said}", flush=True)
+        return fine
+
+    @property
+    def fine(self) -> bool:
+        """Whether all are."""
+        return all(fine for fine, *_ in self.lines)
+
+
+def check_model(config: CheckModelConfig) -> Report:
+    """Print a line for each check. Those that need a model are left out where there is none."""
+    if config.tokens < 1:
+        raise UserError(f"--tokens {config.tokens}: give a number above 0")
+    report, found = Report(), _Found(config)
+    report.check("tokenizer", found.tokenizer)
+    if not report.check("weights", found.weights):
+        return report
+    if report.fine:
+        for what, act in (("vocabulary", found.vocabulary), ("template", found.template), ("end tokens", found.ends)):
+            report.check(what, act)
+    for what, act in (
+        ("positions", found.positions),
+        ("head", found.head),
+        ("head, served", found.served_head),
+        ("rows", found.rows),
+        ("ZeRO-3", found.one_row),
+        ("train = eval", found.steady),
+        ("save, reload", found.saved),
+        ("sent to vLLM", found.sent),
+    ):
+        report.check(what, act)
+    if config.vllm and importlib.util.find_spec("vllm") is not None:
+        report.check("vLLM", found.vllm)
+    return report
+
+
+class _Found:
+    """The model and what is known of it. Every method is a check: it returns a line, or raises UserError."""
+
+    def __init__(self, config: CheckModelConfig) -> None:
+        self._config, self._name = config, f"model {config.folder}"
+        self._device = local_device(config.device)
+        self._tokenizer: Any = None
+        self._model: Any = None
+        self._scorer: Any = None
+        self._reach = Reach((Span(0, config.tokens, "--tokens"),), config.tokens)
+
+    def tokenizer(self) -> str:
+        """A tokenizer that can be loaded."""
+        self._tokenizer = load_tokenizer(self._config.folder, "model", self._config.trust_remote_code)
+        return f"{len(self._tokenizer.get_vocab()):,} tokens"
+
+    def weights(self) -> str:
+        """Weights that the model takes, one for one."""
+        self._model = load_model(
+            self._config.folder, "model", torch.float32, self._device, self._config.trust_remote_code
+        )
+        disable_dropout(self._model)
+        return f"{sum(p.numel() for p in self._model.parameters()):,}, each of them the model's"
+
+    def vocabulary(self) -> str:
+        """A row for every token that a text can hold."""
+        size = model_vocabulary(self._tokenizer, self._model, self._name)
+        return f"{size:,} ids are sampled and scored, of {self._model.get_output_embeddings().weight.shape[0]:,} rows"
+
+    def template(self) -> str:
+        """A chat template; not every run needs one."""
+        if self._tokenizer.chat_template is None:
+            return "none: prompts can only be raw (--prompt_format raw)"
+        messages = [{"role": "user", "content": "1+1"}]
+        try:
+            ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template is a program
+            raise UserError(f"{self._name}: its chat template fails ({first_line(error)}); mend it") from error
+        return f"a message of {len(self._tokenizer('1+1').input_ids)} tokens becomes {len(ids)}"
+
+    def ends(self) -> str:
+        """A token that ends a response."""
+        size = model_vocabulary(self._tokenizer, self._model, self._name)
+        ends = eos_token_ids(self._model.generation_config, self._tokenizer)
+        check_ends(ends, size, self._name)
+        if not ends:
+            return "none: every response reaches its longest"
+        return ", ".join(f"{token} ({self._tokenizer.convert_ids_to_tokens(token)})" for token in ends)
+
+    def positions(self) -> str:
+        """Positions for the tokens of the run."""
+        check_positions(self._model.config, self._reach.spans, self._name)
+        known = positions(self._model.config)
+        return f"{self._config.tokens:,} tokens, {'no limit is named' if known is None else f'of {known:,}'}"
+
+    def head(self) -> str:
+        """Logits that are hidden·head."""
+        with running(self._name):
+            check_plain_head(self._model, self._name)
+        return "logits are hidden·head"
+
+    def served_head(self) -> str:
+        """The same for the folder as a served teacher's."""
+        trust = self._config.trust_remote_code
+        with running(self._name):
+            check_plain_head(load_ends(self._config.folder, "model", torch.float32, trust), self._name)
+        return "can be read for --teacher.kind vllm"
+
+    def rows(self) -> str:
+        """Sequences that do not change each other."""
+        # Where the head is not plain this goes on all the same: the other lines are of use.
+        self._scorer = Scorer(self._model)
+        with running(self._name):
+            settle_layout(self._scorer, self._name, self._reach)
+        tried = ", ".join(map(str, switches(self._model.config, self._reach.longest)))
+        past = f"; tried past {tried} tokens" if tried else ""
+        return f"sequences are {self._scorer.layout} and do not change each other{past}"
+
+    def one_row(self) -> str:
+        """The same in one row, as ZeRO-3 needs it: what fails here is no fault of the model."""
+        whole = Scorer(self._model, packed=True)
+        try:
+            with running(self._name):
+                check_packing(whole, self._name, self._reach)
+        except UserError as error:
+            return f"not with --engine.zero_stage 3 ({error})"
+        return "sequences can be packed into one row"
+
+    def steady(self) -> str:
+        """One distribution, in training as in evaluation."""
+        with running(self._name):
+            check_steady(self._scorer, self._name)
+        return "hidden states are the same in both, and each time"
+
+    def saved(self) -> str:
+        """A checkpoint that is the model."""
+        notes = make_savable(self._model, self._tokenizer, self._config.folder, "model") if self._tokenizer else []
+        own = self._states(self._model)
+        with tempfile.TemporaryDirectory() as place:
+            self._model.save_pretrained(place)
+            copy_rest(Path(self._config.folder), Path(place))
+            again = load_model(place, "its checkpoint", torch.float32, self._device, self._config.trust_remote_code)
+            gap = difference(self._states(again), own)
+        if gap > CLOSE:
+            raise UserError(
+                f"{self._name}: what is saved is another model (its logits differ by {gap:.1g} of their size)"
+            )
+        return "; ".join(["a checkpoint has the same logits", *notes])
+
+    def sent(self) -> str:
+        """Weights under the names that vLLM reads."""
+        check_sampled(self._model, self._config.folder, "model")
+        return "under the names of the folder's files"
+
+    def vllm(self) -> str:
+        """vLLM's log-probabilities beside the model's own, before and after it is sent all weights."""
+        from opsd.rollout.probe import TOLERANCE_NATS
+        from opsd.rollout.vllm import VLLMSampler
+
+        limit = min(64, positions(self._model.config) or 64)
+        ids = (torch.arange(5, 5 + limit - 1) % self._model.config.get_text_config().vocab_size).tolist()
+        with _quiet_stderr():
+            try:
+                sampler = VLLMSampler(
+                    self._config.folder, [], self._device, "float32", limit, 4, trust=self._config.trust_remote_code
+                )
+            except Exception as error:  # whatever vLLM raises for a model that it does not know
+                raise UserError(f"{self._name}: vLLM cannot load it ({first_line(error)})") from error
+        own = self._log_probs(ids)
+        first = _mean_gap(sampler.score(ids), own)
+        named = self._model.named_parameters(remove_duplicate=False)
+        try:
+            sampler.load(piece for name, weight in named for piece in as_saved(self._model, name, weight.detach()))
+            second = _mean_gap(sampler.score(ids), own)
+        except Exception as error:  # a layer that does not take new weights
+            raise UserError(f"{self._name}: vLLM does not take its weights anew ({first_line(error)})") from error
+        said = f"log-probabilities differ by {first:.1g} nats per token, by {second:.1g} after all weights were sent"
+        if not max(first, second) <= TOLERANCE_NATS["float32"]:
+            raise UserError(f"{self._name}: {said}; at most {TOLERANCE_NATS['float32']:g} are allowed")
+        return said
+
+    @torch.no_grad()
+    def _states(self, model: Any) -> Tensor:
+        ids = torch.arange(16, device=self._device)[None] % model.config.get_text_config().vocab_size
+        return model.eval()(input_ids=ids, use_cache=False).logits[0]
+
+    @torch.no_grad()
+    def _log_probs(self, ids: list[int]) -> Tensor:
+        """Of every token but the first."""
+        given = torch.tensor([ids], device=self._device)
+        log_probs_LV = self._model.eval()(input_ids=given, use_cache=False).logits[0].float().log_softmax(-1)
+        return log_probs_LV[:-1].gather(-1, given[0, 1:, None])[:, 0].cpu()
+
+
+def _mean_gap(ours: list[float], own: Tensor) -> float:
+    return float((torch.tensor(ours) - own).abs().mean())
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """vLLM's C++ and its children write to the file itself."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

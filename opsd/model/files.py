@@ -1,0 +1,131 @@
+"""A model's files: that it can be saved, the names that its weights have there, and what else belongs to its folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+
+from opsd.model.scorer import head_of
+from opsd.model.tensors import QUANTISED, json_object
+from opsd.utils.errors import UserError, first_line
+
+# Of what a folder holds beside weights, what belongs to the model: processors, templates, vocabularies, its own code.
+BELONGS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
+# What does not: adapters, indices of weights and traces of a training.
+FOREIGN = ("adapter_", "trainer_state", "training_args", "optimizer", "scheduler", "all_results", "train_results",
+           "eval_results", "quantize_config", "quant_config")  # fmt: skip
+
+
+def copy_rest(source: Path, folder: Path) -> None:
+    """Copy into `folder` what belongs to the model in `source` and was not saved anew; a folder within it too."""
+    if not source.is_dir():
+        return
+    for file in sorted(source.rglob("*")):
+        place = file.relative_to(source)
+        if not _belongs(place) or not file.is_file() or (folder / place).exists():
+            continue
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / place)
+
+
+def _belongs(place: Path) -> bool:
+    if len(place.parts) > 1 and place.parts[0] != "additional_chat_templates":
+        return False
+    name = place.name
+    return name.endswith(BELONGS) and not name.startswith((*FOREIGN, ".")) and not name.endswith(".index.json")
+
+
+@torch.no_grad()
+def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -> list[str]:
+    """Save all but the weights, for a try, before anything is trained. Returns what had to be changed, a line each.
+
+    A generation config that transformers refuses to save is mended: a run states its sampling by itself, of the file
+    only the end tokens count. Raises UserError for what cannot be saved, or not be read again.
+    """
+    notes = [note] if (note := _mend_generation(model, path, flag)) else []
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            model.config.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            again = type(model.config).from_pretrained(place, trust_remote_code=False)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(place)
+                GenerationConfig.from_pretrained(place, trust_remote_code=False)
+        except Exception as error:  # whatever an odd configuration makes transformers raise
+            raise UserError(
+                f"{flag} {path}: its checkpoints could not be saved ({first_line(error)}); mend its configuration"
+            ) from error
+    if again.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+        raise UserError(f"{flag} {path}: its configuration is another one when it was saved; mend it")
+    return notes
+
+
+def _mend_generation(model: PreTrainedModel, path: str, flag: str) -> str | None:
+    """Make the generation config one that can be saved; what was changed, or None."""
+    config = model.generation_config
+    if config is None or (problem := _unsavable(config)) is None:
+        return None
+    config.do_sample = True
+    changed = "do_sample true"
+    if _unsavable(config) is not None:
+        ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ends)
+        changed = "its special tokens alone"
+    return f"{flag} {path}: its generation_config.json cannot be saved as it is ({problem}); checkpoints have {changed}"
+
+
+def _unsavable(config: GenerationConfig) -> str | None:
+    """Why transformers refuses to save a generation config; None where it does not."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        lines = [line.strip("- ") for line in str(error).strip().splitlines() if line.strip()]
+        return next((line for line in lines if "`" in line), lines[0])
+    return None
+
+
+def as_saved(model: PreTrainedModel, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under the name, and in the pieces, that a checkpoint has: expert by expert where they are fused."""
+    yield from revert_weight_conversion(model, {name: weight}).items()
+
+
+def in_pieces(model: PreTrainedModel) -> bool:
+    """Whether any parameter has another form in a checkpoint than in the model."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    return any(isinstance(conversion, WeightConverter) for conversion in conversions)
+
+
+def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
+    """Make sure that a sampler which has read the folder takes what `as_saved` gives. Raises UserError."""
+    settings = json_object(Path(path) / "config.json")
+    if any(settings.get(key) for key in QUANTISED):
+        raise _unsampled(path, flag, "the folder's are quantised, and would be kept so")
+    text, head = model.config.get_text_config(), head_of(model)
+    if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
+        raise _unsampled(path, flag, "config.json ties head and embeddings, which are two in its files")
+    own = {
+        name.replace(".base_layer.", "."): torch.empty(p.shape, dtype=p.dtype, device="meta")
+        for name, p in model.named_parameters()
+        if ".lora_" not in name
+    }
+    try:
+        pieces = [piece for name, weight in own.items() for piece in as_saved(model, name, weight)]
+        whole = revert_weight_conversion(model, own)
+    except Exception as error:  # a conversion that needs more than one parameter
+        raise _unsampled(path, flag, first_line(error)) from error
+    given = {name: piece.shape for name, piece in pieces}
+    if given != {name: piece.shape for name, piece in whole.items()}:
+        other = min(set(given) ^ set(whole), default="one")
+        raise _unsampled(path, flag, f"{other} is made of several parameters")
+
+
+def _unsampled(path: str, flag: str, why: str) -> UserError:
+    return UserError(f"{flag} {path}: vLLM cannot be sent its weights ({why}); give --rollout.engine hf")
