@@ -108,6 +108,8 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _live(words: list[str], cwd: str, env: dict[str, str], said: str, limits: dict[int, tuple[int, int]]) -> None:
     """The fork: becomes `python WORDS`. It ends here, with none of what its parent would do at its own end."""
+    # It may have children.
+    multiprocessing.current_process().daemon = False
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import os
@@ -216,12 +217,14 @@ def layout(case: Case, ranks):
 
 
 def is_plain(case: Case) -> bool:
-    """One process of plain torch: every rank trains for itself."""
+    """One process of plain torch: the first rank alone trains."""
     return case.engine is None or case.engine.kind == "torch"
 
 
 def build(case: Case, ranks, held=None):
     """Engine, updater and teacher of a case; held: weights to start from."""
+    # DeepSpeed collects garbage as it builds an engine: among what was there before, it need not look.
+    gc.freeze()
     student = Scorer(model(case.tied, seed=0))
     if held is not None:
         missing, unknown = student.model.load_state_dict(held, strict=False)
@@ -370,14 +373,14 @@ def whole_runs(ranks, settings: Path) -> None:
     for offload in (False, True):
         name = f"sharded teacher{', offloaded' if offload else ''}"
         teacher = {**values["teacher"], "shard": True, "offload": offload, "cache": "host" if offload else "device"}
-        start(config(name, teacher=teacher, eval={**values["eval"], "teacher": False}))
+        start(config(name, teacher=teacher, eval={}))
     stopped(config("resumed"))
     if ranks.is_main:
         # For one process to go on from.
         shutil.copytree(config("resumed").out, f"{values['out']}half")
     resume(Path(config("resumed").out))
     bfloat16 = {"dtype": "bfloat16", "zero_stage": 1}
-    start(config("bfloat16", bfloat16))
+    start(config("bfloat16", bfloat16, eval={}))
     for kind, engine in (("lora", {}), ("lora bfloat16", bfloat16)):
         parts = {"engine": engine, "lora": {"rank": 4}, "eval": {}}
         start(config(f"{kind} whole", **parts))
@@ -388,7 +391,8 @@ def whole_runs(ranks, settings: Path) -> None:
 def on_ranks(count: int, act: Callable[[], None]) -> None:
     """`act` on so many ranks; exits with 1 where one fails, which ends the others."""
     import_deepspeed(CPU)
-    # DeepSpeed collects garbage as it builds an engine: among what was imported, which stays, it need not look.
+    # What every engine asks for, and with it torch's compiler.
+    importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     gc.freeze()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -429,6 +433,8 @@ def main(out: Path) -> None:
     ranks = join(CPU)
     results = {}
     for case in cases():
+        if is_plain(case) and not ranks.is_main:
+            continue
         built = build(case, ranks)
         results[case.name] = train(case, ranks, built, 1, STEPS)
         if case.rank:
