@@ -1,6 +1,6 @@
 """DeepSpeed on two CPU ranks does what plain torch does on one: `worker.py` trains, this file compares.
 
-Three steps in fp32: all tokens, entropy and Soft-OR over the batch, with even, with uneven and with no micro-batches on
+Two steps in fp32: all tokens, entropy and Soft-OR over the batch, with even, with uneven and with no micro-batches on
 the second rank (its rollouts are empty), under ZeRO 0 to 3, checkpointed or not, with tied and untied heads: every two
 of these meet. Plain torch: other micro-batches, checkpointed, and against a loop over padded rows. Beside them SGD,
 adapters, offloading, bfloat16, and whole runs.
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.e2e
 WORKER = Path(__file__).with_name("worker.py")
 HELPERS = runpy.run_path(str(WORKER))
 NAMES = [case.name for case in HELPERS["cases"]() if case.engine is not None]
-# Three steps of the two-layer model.
+# Three steps of the two-layer model, as whole runs make; cases make two.
 TRAINED = transformer(2, 16, backward=3)
 EXACT = [name for name in NAMES if "bfloat16" not in name]
 
@@ -94,7 +94,7 @@ def reference(name: str) -> str:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", EXACT)
-def test_three_steps_give_plain_torchs_losses_and_weights(out, results, name):
+def test_two_steps_give_plain_torchs_losses_and_weights(out, results, name):
     ours, plain = results["cases"][name], results["cases"][reference(name)]
     for number in ("loss_nats", "reverse_kl_nats", "grad_norm"):
         close(ours[number], plain[number], *TRAINED, said=number)

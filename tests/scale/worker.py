@@ -2,7 +2,7 @@
 
 The ranks are forks of this process, in which everything is imported already, and meet as a launcher's would.
 
-A case trains a tiny random student for three steps on rollouts fixed by hand, with an engine of its own. Then whole
+A case trains a tiny random student for two steps on rollouts fixed by hand, with an engine of its own. Then whole
 runs of the trainer, from settings that the tests wrote.
 """
 
@@ -46,7 +46,7 @@ from opsd.utils.distributed import join, leave
 
 NOTHING: tuple = (None, None)
 CPU = torch.device("cpu")
-STEPS, VOCABULARY = 3, 49
+STEPS, VOCABULARY = 2, 49
 # Clipping is active in every step (norms are around 1), decay and warm-up are on.
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.25)
 # Without Adam's scaling the clipped gradient of norm 0.25 wants a larger rate.
@@ -294,7 +294,7 @@ def keep(out: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def carry_over(ranks) -> dict[str, dict]:
-    """Two steps under one stage, the last one under another, which is given weights and optimiser state."""
+    """A step under one stage, the last one under another, which is given weights and optimiser state."""
     results = {}
     for source, target in ((3, 1), (1, 0), (0, 2), (2, 3)):
         first, second = (Case("", EngineConfig(kind="deepspeed", zero_stage=stage)) for stage in (source, target))
