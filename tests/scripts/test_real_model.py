@@ -24,8 +24,8 @@ SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, train
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2.folder)
+def tokenizer(thin_smollm2):
+    return AutoTokenizer.from_pretrained(thin_smollm2.folder)
 
 
 @pytest.fixture(scope="module")
