@@ -15,8 +15,8 @@ from torch import Tensor
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.engine import Engine, build_engine
-from opsd.environments.travel.evaluate import TravelEvaluator
-from opsd.environments.travel.world import TravelWorld
+from opsd.environments import load_environment
+from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import shared_vocabulary
 from opsd.model.loading import load_scorer, load_tokenizer
@@ -27,7 +27,6 @@ from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.types import Sampling
-from opsd.update import Updater
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -39,21 +38,24 @@ class Parts:
 
     ranks: Ranks
     tokenizer: Any
-    stream: PromptStream
+    prompts: PromptStream
     dropped_prompts: int
-    rollout: RolloutEngine
+    sampler: RolloutEngine
     sampling: Sampling
     teacher: Teacher
-    teacher_rollout: RolloutEngine | None
+    teacher_sampler: RolloutEngine | None
     selector: TokenSelector | None
     vocab_size: int
     engine: Engine
-    updater: Updater
-    evaluator: Evaluator | TravelEvaluator
+    evaluator: Any
     telemetry: list[TokenTelemetry]
 
+    def models(self) -> Models:
+        """What an evaluation reads of them."""
+        return Models(self.evaluator, self.sampler, self.teacher_sampler, self.ranks, self.engine.device)
 
-@memory_for("loading of the models", "then start again")
+
+@memory_for("loading", "then start again")
 def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
@@ -67,7 +69,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
     how = prompt_format(config)
-    world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
+    world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
         prompts, dropped = load_prompts(config.prompts, tokenizer, how)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
@@ -99,16 +101,15 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     return Parts(
         ranks=ranks,
         tokenizer=tokenizer,
-        stream=PromptStream(prompts, config.prompts_per_step, config.seed),
+        prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
-        rollout=rollout,
+        sampler=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=teacher,
-        teacher_rollout=teacher_rollout,
+        teacher_sampler=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,
-        updater=Updater(engine, teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,
         telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
     )

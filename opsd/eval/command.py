@@ -24,9 +24,9 @@ from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.checks import check_height
 from opsd.model.loading import load_model, load_tokenizer
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt, Sampling
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed

@@ -335,16 +335,16 @@ import sys
 import torch
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
-import opsd.update
+import opsd.train
 from opsd.__main__ import main
 from opsd.engine.deepspeed_engine import import_deepspeed
 from opsd.utils.errors import RunStopped
 from opsd.utils.distributed import Ranks
-def run(self, *args):
-    if self._ranks.rank == 1:
+def update(self, *args):
+    if self.ranks.rank == 1:
         raise RunStopped("only the second rank sees this")
     return whole(self, *args)
-whole, opsd.update.Updater.run = opsd.update.Updater.run, run
+whole, opsd.train.Trainer.update = opsd.train.Trainer.update, update
 import_deepspeed(torch.device("cpu"))
 alone = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc-per-node=2"]
 config, *_ = config_from_args(parse_args([*alone, "main"]))
