@@ -48,7 +48,7 @@ def main(out: Path, run: str) -> None:
     for name, seed in (("student", 0), ("teacher", 1)):
         model(seed).save_pretrained(out / name)
         HELPERS["tokenizer"]().save_pretrained(out / name)
-    _ = rollout_vllm._import_vllm(CPU).LLM  # so that no rank has to
+    _ = rollout_vllm.import_vllm(CPU).LLM  # so that no rank has to
     for width in (2, 1, 0):
         HELPERS["on_ranks"](2, functools.partial(train, out, width, run))
         shared = sorted(path.name for path in Path("/dev/shm").glob("*cpushm*"))
