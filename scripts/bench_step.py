@@ -5,9 +5,9 @@
 
 Each trainer is a process of its own; they take turns step by step, so that whatever else the machine does hits all
 alike. The same prompts, answers of the same length (no end token), reverse KL, fp32, AdamW. The first step of each is a
-warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing: vLLM by itself
-writes as many tokens to the same prompts, the least that a rollout by it takes. Seconds are wall seconds and processor
-seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
+warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing: vLLM by
+itself writes as many tokens to the same prompts, the least that a rollout by it takes. Seconds are wall seconds and
+processor seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
 """
 
 from __future__ import annotations
