@@ -10,8 +10,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from forked import python
-from updates import trainer_of
 
+from bench.updates import trainer_of
 from opsd import train
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
 from opsd.run import tracking

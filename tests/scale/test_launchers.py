@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from forked import python
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 from tolerance import close_numbers, transformer
 
 from opsd.config import from_json
