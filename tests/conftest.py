@@ -17,9 +17,12 @@ settings.load_profile("fixed")
 # Idle OpenMP threads must not spin: the other test worker needs the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# What a shell starts in the background ignores Ctrl-C, and so would all that tests start.
+# What a shell starts in the background ignores Ctrl-C, what nohup starts hang-ups, and so would all that tests start. A
+# signal with a handler has its default effect again in a process that is started.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 # How the suite runs, and what it says at its end.
 pytest_plugins = ["own_process", "not_run", "leaks", "tiny_models"]

@@ -31,16 +31,16 @@ def now() -> dict[str, Any]:
         "the precision of fp32 products": torch.backends.mkldnn.matmul.fp32_precision,  # pyright: ignore
         "a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         "the level of the root logger": logging.getLogger().level,
-        "what transformers logs": of_transformers.get_verbosity(),
     }
 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    before, linear = now(), torch.nn.functional.linear
+    before, linear, verbosity = now(), torch.nn.functional.linear, of_transformers.get_verbosity()
     yield
-    # DeepSpeed's ZeRO-3 replaces it and leaves it so.
+    # DeepSpeed's ZeRO-3 replaces it and leaves it so; the command line quiets transformers for its whole process.
     torch.nn.functional.linear = linear
+    of_transformers.set_verbosity(verbosity)
     if request.node.get_closest_marker("e2e"):
         return  # whole runs meet process groups and engines, which set what launchers set
     after = now()
