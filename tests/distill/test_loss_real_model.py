@@ -38,7 +38,7 @@ def test_parameter_gradients_of_smollm2_equal_plain_autograd(tied, divergence, r
     )
     found = torch.autograd.grad(result.loss_sum, watched)
     # Both ways start from the same hidden states, and what differs in their gradients goes back through the same
-    # fifteen layers: each adds about 1/√15 to the stream, and as much of its rounding, that of one layer in all.
+    # five layers: each adds about 1/√5 to the stream, and as much of its rounding, that of one layer in all.
     sums = (576, 576, 49_152, ids.shape[1], *transformer(1, 576))
     assert_close(result.loss_sum, plain, *sums)
     for one, other in zip(found, expected, strict=True):
@@ -62,15 +62,15 @@ def test_statistics_of_smollm2_equal_plain_logits(real_models, naive, assert_clo
 
 
 @pytest.fixture(scope="module")
-def real_models(smollm2):
-    """SmolLM2's lower half learns from all of it: student (tied head or not), teacher, and the ids of a text."""
+def real_models(thin_smollm2):
+    """The lower half of its layers learns from all: student (tied head or not), teacher, and the ids of a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    teacher = AutoModelForCausalLM.from_pretrained(smollm2.folder).eval()
-    ids = AutoTokenizer.from_pretrained(smollm2.folder)(TEXT, return_tensors="pt").input_ids
+    teacher = AutoModelForCausalLM.from_pretrained(thin_smollm2.folder).eval()
+    ids = AutoTokenizer.from_pretrained(thin_smollm2.folder)(TEXT, return_tensors="pt").input_ids
 
     def make(tied):
-        student = AutoModelForCausalLM.from_pretrained(smollm2.folder, num_hidden_layers=15).eval()
+        student = AutoModelForCausalLM.from_pretrained(thin_smollm2.folder, num_hidden_layers=5).eval()
         if not tied:
             own = student.get_output_embeddings()
             own.weight = torch.nn.Parameter(own.weight.detach().clone())

@@ -1,11 +1,11 @@
 """Memory, as Linux counts it, in a fresh process a case; and how chunks follow the free memory."""
 
-import subprocess
 import sys
 
 import psutil
 import pytest
 import torch
+from forked import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import distill_loss
@@ -47,7 +47,8 @@ print(status_kib("VmHWM") - before - gradients_kib)
 def peak_mib(tokens, chunk=128, dtype="float32", memory="fused"):
     """Peak of a loss with its backward above inputs and their gradients."""
     arguments = [str(value) for value in (tokens, VOCAB, WIDTH, chunk, dtype, memory)]
-    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True)
+    done = python("-c", CHILD, *arguments)
+    assert done.returncode == 0, done.stderr
     return float(done.stdout) / 1024
 
 

@@ -18,7 +18,6 @@ from opsd.rollout import HFRollout
 from opsd.rollout.agent import AgentRollout
 from opsd.types import Rollout, Sampling
 from opsd.utils.distributed import leave
-from smollm2 import thin
 
 pytestmark = pytest.mark.own_process
 
@@ -26,8 +25,13 @@ CALL = '<tool_call>\n{"name": "search_location", "arguments": {"place_name": "No
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2.folder)
+def folder(thin_smollm2) -> Path:
+    return thin_smollm2.folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +80,6 @@ def test_the_opening_names_tools_and_task_in_the_models_template(talk, tokenizer
     text = tokenizer.decode(talk.prompt(task).ids)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
     assert '"name": "query_train_info"' in text and task.query in text
-
-
-@pytest.fixture(scope="module")
-def folder(smollm2, tokenizer, tmp_path_factory) -> Path:
-    """The model with every third layer."""
-    model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
-    thin(model, 3)
-    folder = tmp_path_factory.mktemp("thin")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

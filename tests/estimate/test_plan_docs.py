@@ -1,11 +1,10 @@
 """What docs/scaling.md shows of plans is what the named commands print today."""
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs" / "scaling.md").read_text()
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.e2e
 
 
 def printed(*command: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    done = python(*command)
     assert done.returncode == code, done.stderr
     return done.stdout
 

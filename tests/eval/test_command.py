@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import begin, python
 
 from opsd import __main__ as cli
 from opsd.config.cli import flags_of
@@ -373,17 +373,16 @@ def test_other_weights_under_the_same_name_are_refused(run, stop_after, tmp_path
 @pytest.mark.e2e
 def test_a_process_killed_outright_goes_on(places, whole, tmp_path):
     out = tmp_path / "scores.json"
-    command = [sys.executable, "-m", "opsd", "eval", *(str(word).format(**places) for word in arguments(out))]
+    command = ["-m", "opsd", "eval", *(str(word).format(**places) for word in arguments(out))]
     records = out.with_suffix(".records.jsonl")
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = begin(*command)
     deadline = time.monotonic() + 600
     while not (records.exists() and records.read_text()) and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    first.kill()
     done = records.read_text()
     assert done
-    second = subprocess.run(command, capture_output=True, text=True)
+    second = python(*command)
     assert second.returncode == 0, second.stderr
     assert records.read_text().startswith(done[: done.rindex("\n") + 1])
     assert files_of(tmp_path) == whole

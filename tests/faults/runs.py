@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from forked import Limits, python
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +54,15 @@ def flags(**changed: object) -> list[str]:
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
-def opsd(*args: str | Path, through: Sequence[str] = (), **more: object) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own. through: a command that starts it."""
+def opsd(*args: str | Path, limits: Limits | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    return python("-m", "opsd", *args, env=ENVIRONMENT, limits=limits)
+
+
+def started(*args: str | Path, through: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """The same from Python's start on, for what is read as modules are imported. through: a command that starts it."""
     command = [*through, sys.executable, "-m", "opsd", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, **more)  # type: ignore[call-overload]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
 
 
 def metrics_of(run: Path) -> list[dict]:

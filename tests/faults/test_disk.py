@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, flags, opsd
+from runs import assert_same, flags, opsd, started
 from safetensors.torch import load_file
 from tiny_models import plain_tokenizer, tiny_model
 
@@ -73,9 +73,9 @@ def test_a_full_disk_is_one_line(tmp_path):
     "one line, exit 1, no half checkpoint; the resumed run ends",
 )
 def test_a_checkpoint_that_does_not_fit(tmp_path):
-    run, limit = tmp_path / "run", (SMALL, SMALL)
+    run = tmp_path / "run"
     few = flags(steps=1, eval__limit=1, eval__every=0)
-    stopped = opsd("train", *few, "--out", run, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    stopped = opsd("train", *few, "--out", run, limits={resource.RLIMIT_FSIZE: (SMALL, SMALL)})
     assert stopped.returncode == 1 and "Traceback" not in stopped.stderr, stopped.stderr
     assert stopped.stderr.count("step_1 cannot be written (File too large)") == 1, stopped.stderr
     assert not list((run / "checkpoints").iterdir())
@@ -191,8 +191,8 @@ def test_a_folder_that_may_not_be_written_to(whole, unfinished, tmp_path):
     for folder in folders:
         folder.chmod(0o555)
     try:
-        new = opsd("train", *flags(steps=1), "--out", locked / "run", through=bound)
-        again = opsd("train", "--resume", unfinished, through=bound)
+        new = started("train", *flags(steps=1), "--out", locked / "run", through=bound)
+        again = started("train", "--resume", unfinished, through=bound)
     finally:
         for folder in folders:
             folder.chmod(0o755)

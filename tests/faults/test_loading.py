@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import CALL, MARKER, PICKLE, TOUCH
-from runs import ENVIRONMENT, ROOT, flags, opsd
+from runs import ENVIRONMENT, ROOT, flags, started
 from served import Server
 from tiny_models import tiny_pair
 
@@ -223,7 +223,7 @@ def test_the_flag_lets_a_folders_code_run(pair, tmp_path, monkeypatch):
     command = ["eval", "--model", tmp_path / "model", "--suite", f"s={pair['prompts']}", "--out", tmp_path / "e.json"]
     monkeypatch.setitem(ENVIRONMENT, "HF_HOME", str(tmp_path / "hub"))
     for trust in (False, True):
-        opsd(*command, "--trust_remote_code", str(trust))
+        started(*command, "--trust_remote_code", str(trust))
         assert MARKER.exists() is trust
     MARKER.unlink()
 
@@ -283,7 +283,7 @@ def test_no_key_is_written_or_said(tmp_path, monkeypatch, capfd):
     server = Server()
     common = {"teacher__kind": "vllm", "teacher__retries": 0, "teacher__api_key_env": "OPSD_TEST_KEY", "steps": 1}
     common |= {"eval__teacher": False, "eval__every": 0, "prompts_per_step": 1, "track__wandb": "offline"}
-    done = opsd("train", *flags(**common, teacher__urls=server.url, out=tmp_path / "run"))
+    done = started("train", *flags(**common, teacher__urls=server.url, out=tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert server.keys == {f"Bearer {KEYS['OPSD_TEST_KEY']}"}
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

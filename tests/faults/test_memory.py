@@ -5,7 +5,6 @@ And memory that does not grow: 500 steps.
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from runs import ENVIRONMENT, ROOT, flags
 from tiny_models import tiny_pair
 from tolerance import close, rounding
@@ -270,12 +270,7 @@ print(bound.tokens, bound.halvings, *(abs(a - b) / abs(b) for a, b in zip(found,
     "the chunk is halved until it fits; loss and gradients as without a limit",
 )
 def test_a_real_limit_halves_the_chunk_until_it_fits(seen):
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = python("-c", LIMITED)
     assert done.returncode == 0, done.stderr[-2000:]
     tokens, halvings, *gaps = done.stdout.split()
     assert 1 <= int(tokens) <= 1024 and int(halvings) >= 1

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import Command, begin
 from runs import ENVIRONMENT, ROOT, assert_same, flags, metrics_of, opsd
 
 RULES, STEPS = ("all", "soft_or"), 16
@@ -38,7 +39,7 @@ def table(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def wait_for(what, *processes: subprocess.Popen) -> None:
+def wait_for(what, *processes: subprocess.Popen | Command) -> None:
     end = time.monotonic() + 120
     while not what():
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
@@ -81,9 +82,8 @@ def test_the_maker_of_a_shared_evaluation_is_killed(tmp_path):
     cache = tmp_path / "evaluations"
     own = {"steps": 1, "eval__every": 0, "eval__limit": 64, "eval__samples": 4}
 
-    def run(out: str, **more: object) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "opsd", "train", *flags(**own, **more), "--out", str(tmp_path / out)]
-        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    def run(out: str, **more: object) -> Command:
+        return begin("-m", "opsd", "train", *flags(**own, **more), "--out", tmp_path / out, env=ENVIRONMENT)
 
     maker = run("maker", eval__cache=cache)
     try:
@@ -95,7 +95,6 @@ def test_the_maker_of_a_shared_evaluation_is_killed(tmp_path):
         assert not list(cache.glob("teacher-*.json"))
     finally:
         maker.kill()
-        maker.wait()
     assert other.wait(timeout=300) == 0
     (file,) = cache.glob("teacher-*.json")
     assert json.loads(file.read_text())["computed_by"] == str(tmp_path / "other")

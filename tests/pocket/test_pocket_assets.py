@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.utils.errors import UserError
@@ -133,8 +132,7 @@ def test_measure_says_what_is_wrong_with_its_input(models: tuple[str, ...], samp
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, script: str, arguments: list[str]):
     file = tmp_path / "file"
     file.touch()
-    command = [sys.executable, f"scripts/pocket/{script}", *(word.format(file) for word in arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = python(f"scripts/pocket/{script}", *(word.format(file) for word in arguments))
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert str(file) in line and "give a" in line

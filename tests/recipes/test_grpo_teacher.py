@@ -3,12 +3,11 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from transformers import AutoTokenizer
 
 from grpo_teacher import GradeReward, GrpoConfig, trainer_settings, training_rows
@@ -155,9 +154,8 @@ def test_two_steps_on_the_pocket_student_use_our_grades_and_leave_a_teacher(tmp_
     flags += shlex.split("--max_prompt_tokens 16 --prompt_format raw --grader suffix --lr 1e-3")
     # Tests before this one may have left a launcher's variables behind: accelerate would look for its other ranks.
     inherited = {name: value for name, value in os.environ.items() if name not in {"LOCAL_RANK", "RANK", "WORLD_SIZE"}}
-    env = {**inherited, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "CUDA_VISIBLE_DEVICES": ""}
     script = RECORDING.replace("RECORD", repr(str(record)))
-    done = subprocess.run([sys.executable, "-c", script, *flags], env=env, capture_output=True, text=True)
+    done = python("-c", script, *flags, env={**inherited, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
 
     tokenizer = AutoTokenizer.from_pretrained(STUDENT)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--optim.warmup_steps", "1", "--telemetry.every", "1", "--eval.limit", "8", "--eval.samples", "2"]
@@ -57,7 +58,7 @@ def test_the_example_trains_with_its_own_rule(tmp_path):
     assert short != code
     script = tmp_path / "example.py"
     script.write_text(short)
-    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+    done = python(script)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]

@@ -4,11 +4,10 @@ import json
 import os
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import python
 
 import wandb_dashboard
 from opsd.config import from_json
@@ -145,8 +144,7 @@ def test_an_offline_run_carries_group_tags_summaries_and_the_table(tmp_path):
     write_rollouts(run.path / "rollouts" / "step_2.jsonl", 4)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", OFFLINE, str(run.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = python("-c", OFFLINE, run.path, env=environment)
     assert done.returncode == 0, done.stderr
     records = records_of(next(run.path.glob("wandb/offline-run-*/*.wandb")))
     sent = next(record.run for record in records if record.WhichOneof("record_type") == "run")

@@ -254,13 +254,13 @@ def test_logits_that_are_not_finite_stop_the_run(make_model, tokenizer, prompts)
 
 @pytest.mark.own_process
 @pytest.mark.e2e
-def test_a_real_model_writes_what_generate_writes(smollm2):
+def test_a_real_model_writes_what_generate_writes(thin_smollm2):
     """SmolLM2: nine query heads on three key-value heads, 49,152 tokens; greedy in fp32, draws in fp64.
 
     In fp32 two programs draw differently now and then: sums over so many tokens are off by more than the rare ones.
     """
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.folder)
-    model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(thin_smollm2.folder)
+    model = AutoModelForCausalLM.from_pretrained(thin_smollm2.folder, dtype=torch.float32)
     texts = ["The capital of France is", "One", "def add(a, b):\n    return"]
     prompts = [Prompt(str(n), text, tokenizer(text).input_ids, None) for n, text in enumerate(texts)]
     greedy, random = Sampling(0.0, max_new_tokens=24), Sampling(max_new_tokens=24)

@@ -4,13 +4,12 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from forked import python
 
 from bench.updates import trainer_of
 from opsd import train
@@ -194,9 +193,7 @@ def test_wandb_offline_keeps_a_run_in_the_run_folder_and_needs_no_network(make_r
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     # no server can be reached through this address, and no key is at hand
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(run.path.parent), "WANDB_API_KEY": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE_RUN, str(run.path)], capture_output=True, text=True, timeout=600, env=environment
-    )
+    done = python("-c", OFFLINE_RUN, run.path, env=environment)
     assert done.returncode == 0, done.stderr
     (folder,) = (run.path / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
@@ -230,7 +227,7 @@ def test_wandb_is_neither_imported_nor_needed_when_off(make_run):
         "with Tracker(RunFolder.open(Path(sys.argv[1])), 0) as tracker: tracker.step({'step': 1})\n"
         "assert 'wandb' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=600)
+    done = python("-c", code, run.path)
     assert done.returncode == 0, done.stderr
     assert not (run.path / "wandb").exists()
 

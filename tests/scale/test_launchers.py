@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import python
 from tiny_models import tiny_pair
 from tolerance import close_numbers, transformer
 
@@ -189,8 +190,8 @@ def test_a_port_that_is_taken_is_one_line(folder):
         taken.listen()
         port = str(taken.getsockname()[1])
         launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "opsd", *trained(folder, folder / "nowhere")]
-        code, said = finish(command, environment(folder, **launched), folder / "port.log")
+        done = python("-m", "opsd", *trained(folder, folder / "nowhere"), env=environment(folder, **launched))
+    code, said = done.returncode, done.stdout + done.stderr
     lines = [line for line in said.splitlines() if line.startswith("opsd: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said
     assert re.search(rf"port {port}, where .* is taken, .* \(--master_port\)$", lines[0]), said

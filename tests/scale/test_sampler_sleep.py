@@ -111,7 +111,7 @@ def test_without_sleep_weights_are_loaded_once_per_step(run):
 @pytest.mark.e2e
 @pytest.mark.own_process
 def test_vllms_own_engine_takes_these_calls():
-    vllm = module._import_vllm(module.torch.device("cpu"))
+    vllm = module.import_vllm(module.torch.device("cpu"))
     assert "level" in inspect.signature(vllm.LLM.sleep).parameters
     assert "tags" in inspect.signature(vllm.LLM.wake_up).parameters
     from vllm.v1.executor.abstract import SLEEP_TAGS

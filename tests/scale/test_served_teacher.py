@@ -194,7 +194,7 @@ def test_no_server_or_one_of_another_width_is_the_users_line():
 
 
 @pytest.fixture(scope="module")
-def served(smollm2):
+def served(thin_smollm2):
     """SmolLM2 behind the project's own script, on a free port, with a key."""
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     with closing(socket.socket()) as free:
@@ -203,7 +203,7 @@ def served(smollm2):
     flags = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     environment = {**os.environ, "VLLM_API_KEY": KEY, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     server = subprocess.Popen(
-        ["scripts/serve_teacher.sh", str(smollm2.folder), str(port), *flags],
+        ["scripts/serve_teacher.sh", str(thin_smollm2.folder), str(port), *flags],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -227,12 +227,12 @@ def served(smollm2):
 @pytest.mark.numeric
 @pytest.mark.e2e
 @pytest.mark.vllm
-def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served, smollm2, monkeypatch):
+def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served, thin_smollm2, monkeypatch):
     server, url = served
     monkeypatch.setenv("SCALE_TEST_KEY", KEY)
-    scorer = load_scorer(str(smollm2.folder), "--teacher", torch.float32, CPU)
+    scorer = load_scorer(str(thin_smollm2.folder), "--teacher", torch.float32, CPU)
     local = LocalTeacher(scorer, CPU)
-    remote = teacher_of(url, head=read_head(str(smollm2.folder), torch.float32), retries=1)
+    remote = teacher_of(url, head=read_head(str(thin_smollm2.folder), torch.float32), retries=1)
     remote.connect()
     assert torch.equal(remote.head(), local.head())
     batches = pack(rollouts(49000), 14)
@@ -244,7 +244,7 @@ def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served
             for states in (ours, theirs)
         )
         assert float(local_loss) > 0.1
-        # Each of 30 layers adds about 1/√30 to the stream, and as much of its rounding: that of one layer in all.
+        # Each of ten layers adds about 1/√10 to the stream, and as much of its rounding: that of one layer in all.
         close(served_loss, local_loss, *transformer(1, 576), 576, 49_152)
     os.killpg(server.pid, signal.SIGKILL)
     server.wait(60)

@@ -25,23 +25,23 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return load_tokenizer(str(smollm2.folder), "--student")
+def tokenizer(thin_smollm2):
+    return load_tokenizer(str(thin_smollm2.folder), "--student")
 
 
 @pytest.fixture(scope="module")
-def engine(smollm2):
-    student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
+def engine(thin_smollm2):
+    student = load_scorer(str(thin_smollm2.folder), "--student", torch.float32, CPU)
     return TorchEngine(student, EngineConfig(), OptimConfig(lr=1e-3), CPU)
 
 
 @pytest.fixture(scope="module")
-def vllm(smollm2, tokenizer, engine):
+def vllm(thin_smollm2, tokenizer, engine):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     from opsd.rollout.vllm import VLLMRollout
 
     settings = RolloutConfig(engine="vllm", generate_batch=8)
-    yield VLLMRollout(str(smollm2.folder), tokenizer, engine, settings, EngineConfig(), 96)
+    yield VLLMRollout(str(thin_smollm2.folder), tokenizer, engine, settings, EngineConfig(), 96)
     leave()  # ends the engine: its cache alone is a GiB
 
 
@@ -114,10 +114,10 @@ def test_a_stale_sampler_is_caught(engine, vllm, prompts, monkeypatch):
 
 
 def test_adapters_reach_the_sampler_merged_and_a_sampler_without_them_is_caught(
-    smollm2, engine, tokenizer, vllm, prompts, monkeypatch
+    thin_smollm2, engine, tokenizer, vllm, prompts, monkeypatch
 ):
-    student = load_scorer(str(smollm2.folder), "--student", torch.float32, CPU)
-    add_adapters(student.model, LoraConfig(rank=8), 0, str(smollm2.folder))
+    student = load_scorer(str(thin_smollm2.folder), "--student", torch.float32, CPU)
+    add_adapters(student.model, LoraConfig(rank=8), 0, str(thin_smollm2.folder))
     adapted = TorchEngine(student, EngineConfig(), OptimConfig(), CPU)
     monkeypatch.setattr(vllm, "_engine", adapted)
     monkeypatch.setattr(vllm._probe, "_engine", adapted)
@@ -206,7 +206,7 @@ def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run):
     assert ids_of(ours) != ids_of(before)  # the steps did change what is said
 
 
-def test_an_evaluation_by_vllm_is_transformers_evaluation(smollm2, questions, tmp_path):
+def test_an_evaluation_by_vllm_is_transformers_evaluation(thin_smollm2, questions, tmp_path):
     records = [{"prompt": json.loads(line)["prompt"], "answer": "4"} for line in questions.read_text().splitlines()]
     suite = tmp_path / "questions.jsonl"
     suite.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -215,7 +215,7 @@ def test_an_evaluation_by_vllm_is_transformers_evaluation(smollm2, questions, tm
         out = tmp_path / f"{sampler}.json"
         evaluate(
             EvalCommand(
-                model=str(smollm2.folder),
+                model=str(thin_smollm2.folder),
                 suite=(f"questions={suite}",),
                 out=str(out),
                 samples=1,

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def main(out: Path, run: str) -> None:
-    _ = rollout_vllm._import_vllm(CPU).LLM  # so that no rank has to
+    _ = rollout_vllm.import_vllm(CPU).LLM  # so that no rank has to
     for width in (2, 1, 0):
         on_ranks(2, functools.partial(train, out, width, run))
         shared = sorted(path.name for path in Path("/dev/shm").glob("*cpushm*"))

@@ -44,7 +44,7 @@ def test_trl_and_opsd_train_on_as_many_tokens_and_to_the_same_loss_on_the_same_a
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "step.json").read_text())
     methods = report["methods"]
-    assert set(methods) == {"trl", "opsd-hf", "opsd-vllm"} == set(report["ratio_to_trl"])
+    assert set(methods) == {"trl", "opsd-hf", "opsd-vllm", "vllm-alone"} == set(report["ratio_to_trl"])
     assert {step["tokens"] for found in methods.values() for step in found["steps"]} == {3 * 8}
     # Sums of a few dozen fp32 terms each, over 24 tokens.
     first = {name: found["warm_up"]["loss_nats"] for name, found in methods.items()}

@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from forked import python
 
 from mathdata.problems import INSTRUCTIONS, problem_key
 from mathdata.sources import KNOWN
@@ -232,8 +232,8 @@ def real(math_files, tmp_path_factory):
     """The real sets prepared as docs/data.md does it: folder, and what was printed."""
     out = tmp_path_factory.mktemp("real")
     sets = [f"{name}={path}" for name, path in math_files.items()]
-    command = [sys.executable, ROOT / "scripts" / "prepare_data.py", "--out", out, "--decontaminate", "--sets", *sets]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=out)
+    script = ROOT / "scripts" / "prepare_data.py"
+    done = python(script, "--out", out, "--decontaminate", "--sets", *sets, cwd=out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

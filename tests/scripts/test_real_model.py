@@ -24,8 +24,8 @@ SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, train
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2.folder)
+def tokenizer(thin_smollm2):
+    return AutoTokenizer.from_pretrained(thin_smollm2.folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +78,11 @@ def test_thinking_that_the_template_does_not_know_is_refused(tokenizer, data, tm
         load_prompts(path, tokenizer, PromptFormat(thinking="on"))
 
 
-def test_ids_are_passed_on_and_no_text_is_tokenised_again(smollm2, tokenizer, data, tmp_path, monkeypatch):
+def test_ids_are_passed_on_and_no_text_is_tokenised_again(thin_smollm2, tokenizer, data, tmp_path, monkeypatch):
     prompts, _ = load_prompts(
         first_lines(data / "math500.jsonl", 3, tmp_path / "some.jsonl"), tokenizer, PromptFormat()
     )
-    model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(thin_smollm2.folder, dtype=torch.float32)
 
     def refuse(*_args, **_options):
         raise AssertionError("text was tokenised")

@@ -55,7 +55,6 @@ def test_positions_count_within_interleaved_rollouts():
     assert Rollouts.of(torch.tensor([9, 4, 9, 9, 4])).position_N().tolist() == [0, 0, 1, 2, 1]
 
 
-@pytest.mark.numeric
 @pytest.mark.e2e
 def test_quantile_works_beyond_two_to_the_24():
     # 2^24 + 3 values 0, 1, 2, … in shuffled order; their 0.98-quantile is 0.98·(2^24 + 2) by linear interpolation.

@@ -1,14 +1,12 @@
 """Whole runs of tiny random models: what is in the folder, and that a killed run ends like one that was not."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
 
@@ -142,10 +140,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, set
 
 
 KILLER = """
-import os, signal, sys, json
+import os, signal, sys, json, torch
 import opsd.run.checkpoint, opsd.train
 from opsd.config import from_json
-place, call = sys.argv[1], int(sys.argv[2])
+place, call, threads, config = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 module, name = {"in the middle of a step": (opsd.train, "distill"),
                 "in the middle of a checkpoint": (opsd.run.checkpoint, "save_file")}[place]
 whole, calls = getattr(module, name), 0
@@ -156,7 +154,8 @@ def killed(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*args, **kwargs)
 setattr(module, name, killed)
-opsd.train.start(from_json(json.load(sys.stdin)))
+torch.set_num_threads(int(threads))
+opsd.train.start(from_json(json.loads(config)))
 """
 
 
@@ -172,14 +171,7 @@ opsd.train.start(from_json(json.load(sys.stdin)))
 def test_a_killed_run_resumes_to_the_same_numbers(finished, settings, tmp_path, place, call, steps_saved):
     run = tmp_path / "killed"
     config = json.dumps(to_json(settings(run)))
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, place, str(call)],
-        input=config,
-        text=True,
-        env={**os.environ, **threads},
-        capture_output=True,
-    )
+    done = python("-c", KILLER, place, str(call), str(torch.get_num_threads()), config)
     assert done.returncode == -signal.SIGKILL, done.stderr
     saved = {p.name for p in (run / "checkpoints").glob("step_*")} if steps_saved else set()
     assert saved == {f"step_{step}" for step in range(1, steps_saved + 1)}

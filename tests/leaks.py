@@ -1,0 +1,49 @@
+"""A test leaves the process as it found it: what the next one would notice is compared, and a leak fails by name."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import logging as of_transformers
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+# What libraries set for this process as they are imported or first used, whichever test comes to it first.
+OF_LIBRARIES = ("PYTEST_", "VLLM_", "DS_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "TOKENIZERS_", "WANDB_SERVICE", "CUDA_")
+
+
+def now() -> dict[str, Any]:
+    """What a test could change for those after it, by name."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LIBRARIES)}
+    return {
+        **{f"environment variable {name}": value for name, value in environment.items()},
+        **{f"the handler of {number.name}": signal.getsignal(number) for number in SIGNALS},
+        "the working directory": os.getcwd(),
+        "sys.argv": list(sys.argv),
+        "torch's default type": torch.get_default_dtype(),
+        "torch's threads": torch.get_num_threads(),
+        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "whether torch records gradients": torch.is_grad_enabled(),
+        "the precision of fp32 products": torch.backends.mkldnn.matmul.fp32_precision,  # pyright: ignore
+        "a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "the level of the root logger": logging.getLogger().level,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    before, linear, verbosity = now(), torch.nn.functional.linear, of_transformers.get_verbosity()
+    yield
+    # DeepSpeed's ZeRO-3 replaces it and leaves it so; the command line quiets transformers for its whole process.
+    torch.nn.functional.linear = linear
+    of_transformers.set_verbosity(verbosity)
+    if request.node.get_closest_marker("e2e"):
+        return  # whole runs meet process groups and engines, which set what launchers set
+    after = now()
+    leaks = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    changes = [f"{name}: {before.get(name)!r} became {after.get(name)!r}" for name in sorted(leaks)]
+    assert not changes, "left behind by this test: " + "; ".join(changes)
