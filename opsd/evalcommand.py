@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +17,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from opsd.configcheck import MOST
+from opsd.data.template import Clock
 from opsd.errors import UserError
 from opsd.evalfiles import DoneProblem, EvalFiles, Header, table
 from opsd.evaluate import Suite, load_suites, score_problem, statistics
 from opsd.grading import Grader, load_grader
-from opsd.prompts import Prompt, PromptFormat
+from opsd.prompts import Prompt, PromptFormat, digest
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
 from opsd.rollout.draws import vocabulary_size
 from opsd.rollout.hf import eos_token_ids
+from opsd.run.began import time_of_run
 from opsd.seeding import derive_seed
 from opsd.student import check_height, load_model, load_tokenizer
 
@@ -109,10 +110,11 @@ def evaluate(config: EvalCommand) -> None:
     """Evaluate, or finish what a killed evaluation left, or show what is finished. Raises UserError for bad input."""
     files = EvalFiles(config.out)
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
-    suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
+    clock = Clock(files.time() or time_of_run(Path(config.model)))
+    suites = load_suites(config.suite, tokenizer, _prompt_format(config, clock), config.limit, "--suite")
     grader = load_grader(config.grader, "--grader")
     device = _device(config.device)
-    header = _header(config, suites, device)
+    header = _header(config, suites, device, clock)
     result = files.check(header)
     if result is None:
         engine = _engine(config, tokenizer, suites, device)
@@ -177,7 +179,7 @@ def _run_groups(
             yield from new
 
 
-def _header(config: EvalCommand, suites: list[Suite], device: torch.device) -> Header:
+def _header(config: EvalCommand, suites: list[Suite], device: torch.device, clock: Clock) -> Header:
     """Everything that decides the numbers. The suites are known by their content, wherever their files lie."""
     sampling = {**dataclasses.asdict(_sampling(config)), "samples": config.samples, "seed": config.seed}
     names = ("prompt_format", "thinking", "grader", "engine", "dtype", "generate_batch", "save_responses")
@@ -185,15 +187,11 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device) -> H
     settings |= {
         "device": device.type,
         "weights": _weights_digest(Path(config.model)),
-        "suite": {suite.name: _suite_digest(suite) for suite in suites},
+        "suite": {suite.name: digest(suite.problems) for suite in suites},
     }
+    if clock.asked:
+        settings["time"] = clock.time.isoformat()
     return {"model": config.model, "step": None, "sampling": sampling, "settings": settings}
-
-
-def _suite_digest(suite: Suite) -> str:
-    """Of the problems as they are asked: ids, prompt tokens, gold answers."""
-    content = [[problem.id, problem.ids, problem.answer] for problem in suite.problems]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _weights_digest(folder: Path) -> str | None:
@@ -270,7 +268,7 @@ def _check_finite(model: PreTrainedModel, config: EvalCommand) -> None:
         )
 
 
-def _prompt_format(config: EvalCommand) -> PromptFormat:
+def _prompt_format(config: EvalCommand, clock: Clock) -> PromptFormat:
     return PromptFormat(
         kind=config.prompt_format,
         thinking=config.thinking,
@@ -278,6 +276,7 @@ def _prompt_format(config: EvalCommand) -> PromptFormat:
         answer_field=config.answer_field,
         max_tokens=config.max_prompt_tokens,
         limit_flag="--max_prompt_tokens",
+        clock=clock,
     )
 
 

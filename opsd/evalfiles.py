@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from opsd.errors import UserError
 from opsd.evaluate import ProblemRecord
 from opsd.markdown import markdown_text
+from opsd.run.began import parse_time
 
 Header = dict[str, Any]
 
@@ -77,6 +79,14 @@ class EvalFiles:
             for path in (self.records, self.table):
                 if path.exists():
                     raise UserError(f"--out {self.result}: {path} is in the way; give another --out, or remove it")
+        return None
+
+    def time(self) -> datetime | None:
+        """What the chat template saw as the evaluation began; None where it has not begun, or did not look."""
+        for file in (self.result, self.partial):
+            if file.exists():
+                time = _flat(self._read(file)).get("settings.time")
+                return None if time is None else parse_time(time, str(file))
         return None
 
     def begin(self, header: Header, plan: list[list[tuple[str, str]]]) -> list[DoneProblem]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
+from opsd.data.template import Clock
 from opsd.engine import Engine, build_engine
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.world import TravelWorld
@@ -24,6 +25,7 @@ from opsd.memory import memory_for
 from opsd.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.ranks import Ranks, local_device, world_size
 from opsd.rollout import HFRollout, RolloutEngine, Sampling
+from opsd.run.began import Began
 from opsd.student import Scorer, load_scorer, load_tokenizer, shared_vocabulary
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.tracking import check_wandb
@@ -35,6 +37,7 @@ class Parts:
     """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out."""
 
     ranks: Ranks
+    began: Began
     tokenizer: Any
     stream: PromptStream
     dropped_prompts: int
@@ -51,9 +54,10 @@ class Parts:
 
 
 @memory_for("loading of the models", "then start again")
-def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
+def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, began: Began | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
+    began: what the run began with, if it goes on: the prompts must be the same.
     Raises UserError for whatever cannot serve. Writes nothing.
     """
     check_wandb(config)
@@ -63,14 +67,18 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
-    how = prompt_format(config)
-    world = TravelWorld(config, tokenizer) if config.environment.kind == "travel" else None
+    clock = Clock(ranks.broadcast(Clock(began.time if began else None).time))
+    how = prompt_format(config, clock)
+    world = TravelWorld(config, tokenizer, clock) if config.environment.kind == "travel" else None
     if world is None:
         prompts, dropped = load_prompts(config.prompts, tokenizer, how)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
         evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
     else:
         prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
+    now = Began.of(prompts, evaluator.suites, clock)
+    if began is not None:
+        began.check(now, config)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
     if config.loss.reward_beta and world is None and unanswered:
         raise UserError(
@@ -95,6 +103,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks)
     return Parts(
         ranks=ranks,
+        began=now,
         tokenizer=tokenizer,
         stream=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
@@ -204,7 +213,7 @@ def build_selector(select: SelectConfig) -> TokenSelector | None:
     return load_selector(select.by, retention=select.retention, **changed, **select.options)
 
 
-def prompt_format(config: TrainConfig) -> PromptFormat:
+def prompt_format(config: TrainConfig, clock: Clock) -> PromptFormat:
     """How records of training and evaluation files become token ids."""
     return PromptFormat(
         kind=config.prompt_format,
@@ -213,4 +222,5 @@ def prompt_format(config: TrainConfig) -> PromptFormat:
         answer_field=config.answer_field,
         max_tokens=config.rollout.max_prompt_tokens,
         overlong=config.rollout.overlong_prompts,
+        clock=clock,
     )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 
+from opsd.data.template import Clock, render_chat
 from opsd.errors import UserError
 from opsd.seeding import derive_seed
+
+# Who may speak last in a prompt: behind anyone else's words no answer of the model is due.
+_ASKING = ("user", "tool", "function", "ipython", "observation")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class PromptFormat:
 
     kind: "chat" | "raw". thinking: "on" | "off", handed to the chat template.
     max_tokens: longest prompt; overlong: "error" | "drop". limit_flag: the option that sets max_tokens, for messages.
+    clock: the time that the chat template sees.
     """
 
     kind: str = "chat"
@@ -45,6 +51,7 @@ class PromptFormat:
     max_tokens: int = 2048
     overlong: str = "error"
     limit_flag: str = "--rollout.max_prompt_tokens"
+    clock: Clock = field(default_factory=Clock, compare=False)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -95,6 +102,11 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
     if not prompts:
         raise UserError(f"{path}: all {dropped} prompts are over {how.limit_flag} {how.max_tokens}; raise it")
     return prompts, dropped
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """Of the prompts as they are asked and graded, in their order: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps([prompt.content() for prompt in prompts]).encode()).hexdigest()[:16]
 
 
 class PromptStream:
@@ -167,10 +179,7 @@ def _check_template(tokenizer: Any, how: PromptFormat) -> None:
         )
     ask: list[Any] = [{"role": "user", "content": "?"}]
     try:
-        on, off = (
-            tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
-            for thinking in (True, False)
-        )
+        on, off = (render_chat(tokenizer, ask, how.clock, thinking, tokenize=False) for thinking in (True, False))
     except Exception:  # a template is a program
         # It may want more than one message; what it refuses in a record is said there.
         return
@@ -194,25 +203,63 @@ def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list
         if is_messages:
             raise UserError(f"{where} holds chat messages; give --prompt_format chat")
         _check_text([str(content)], where)
-        ids = tokenizer(content).input_ids
+        ids = _encode_raw(str(content), tokenizer)
     else:
         messages = content if is_messages else [{"role": "user", "content": content}]
-        _check_text([str(message.get("content")) for message in messages if isinstance(message, dict)], where)
-        try:
-            ids = tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                enable_thinking=how.thinking == "on",
-            )
-        except Exception as error:  # a template is a program
-            raise UserError(
-                f"{where} does not fit the student's chat template ({_first_line(error)}); mend the messages"
-            ) from error
+        _check_text([message["content"] for message in messages], where)
+        _check_last(messages[-1], where)
+        ids = _encode_chat(messages, tokenizer, how, where)
     if not ids:
         raise UserError(f"{where} encodes to no tokens; give a prompt that is not empty")
     return list(ids)
+
+
+def _encode_raw(text: str, tokenizer: Any) -> list[int]:
+    """What the text encodes to behind what the tokenizer puts in front, which the text may have already; no end."""
+    ids, framed = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    added = next((n for n in range(len(framed) - len(ids) + 1) if framed[n : n + len(ids)] == ids), len(framed))
+    if ids[:added] != framed[:added]:
+        ids = framed[:added] + ids
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    # Behind its end a text does not go on; where one token is both, it begins another one.
+    while eos not in (None, bos) and ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return ids
+
+
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
+    try:
+        text = render_chat(tokenizer, messages, how.clock, how.thinking == "on", tokenize=False)
+    except Exception as error:  # a template is a program
+        raise UserError(
+            f"{where} does not fit the student's chat template ({_first_line(error)}); mend the messages"
+        ) from error
+    last = messages[-1]
+    if last["role"] != "user" and not _shows(text, last["content"]):
+        raise UserError(
+            f"{where}: the student's chat template leaves out the last message, of role {last['role']!r}; "
+            "give messages that it shows"
+        )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _shows(text: str, content: str) -> bool:
+    """Whether a template's text holds a message's content, as it stands or as JSON, whatever blanks it changed."""
+    squeezed = "".join(text.split())
+    return any("".join(form.split()) in squeezed for form in (content, json.dumps(content)[1:-1]))
+
+
+def _check_last(message: dict[str, Any], where: str) -> None:
+    """Raises UserError where the last message asks for no answer: it is one, or it says nothing."""
+    if message["role"] not in _ASKING:
+        raise UserError(
+            f"{where} ends with a message of role {message['role']!r}: no answer is due behind it; "
+            "end the prompt with the user's message, and keep an answer in a field of its own"
+        )
+    if message["role"] == "user" and not message["content"].strip():
+        raise UserError(f"{where} ends with a blank message of the user; give a question")
 
 
 def _check_text(texts: list[str], where: str) -> None:

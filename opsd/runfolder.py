@@ -15,15 +15,19 @@ from opsd.config import TrackConfig, TrainConfig, from_json, to_json
 from opsd.disk import append, replace, to_disk, writing
 from opsd.errors import UserError
 from opsd.rollout import Rollout
+from opsd.run.began import Began
 
 _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
 
 class RunFolder:
-    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled."""
+    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled.
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
-        self.path, self.config = path, config
+    began: what the run asked when it began; None where a folder of an earlier version does not say it.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, began: Began | None = None) -> None:
+        self.path, self.config, self.began = path, config, began
         self.checkpoints = path / "checkpoints"
 
     @classmethod
@@ -40,16 +44,17 @@ class RunFolder:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
 
     @classmethod
-    def create(cls, config: TrainConfig) -> RunFolder:
+    def create(cls, config: TrainConfig, began: Began | None = None) -> RunFolder:
         """A new run's folder. Raises UserError where it cannot be made or holds something already."""
         path = Path(config.out)
         cls.check_new(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            replace(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+            values = to_json(config) | ({} if began is None else {"began": began.to_json()})
+            replace(path / "config.json", json.dumps(values, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
-        return cls(path, config)
+        return cls(path, config, began)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -61,7 +66,8 @@ class RunFolder:
             values = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
-        return cls(path, from_json(values))
+        began = Began.from_json(values.pop("began", None)) if isinstance(values, dict) else None
+        return cls(path, from_json(values), began)
 
     @property
     def done(self) -> bool:

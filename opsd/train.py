@@ -43,7 +43,8 @@ def start(config: TrainConfig) -> None:
     check_cache(config)
     ranks = _meet(config)
     parts = assemble(config, ranks)
-    _run(parts, RunFolder.create(config) if ranks.is_main else Follower(Path(config.out), config), done_steps=0)
+    out, began = Path(config.out), parts.began
+    _run(parts, RunFolder.create(config, began) if ranks.is_main else Follower(out, config), done_steps=0)
 
 
 def resume(path: Path) -> None:
@@ -57,7 +58,7 @@ def resume(path: Path) -> None:
     ranks = _meet(run.config)
     newest, notes = ranks.broadcast(find_checkpoint(run) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
-    parts = assemble(run.config, ranks, newest)
+    parts = assemble(run.config, ranks, newest, run.began)
     if state is not None:
         try:
             parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)

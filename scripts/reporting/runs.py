@@ -15,7 +15,7 @@ from opsd.config import TrainConfig
 from opsd.errors import UserError
 
 # What may differ between runs that one table compares; everything else is the protocol they share.
-NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry"})
+NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "began"})
 # Rules that scale by min and max: for others, normalise_over and clip_quantile change nothing. A test holds it against
 # the rules themselves, which take seconds to import.
 NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})

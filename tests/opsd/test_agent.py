@@ -43,7 +43,7 @@ LOOK = ("search_location", {"place_name": "Nowhere"})
 
 
 def called(arguments):
-    return f'<tool_call>{json.dumps({"name": "a", "arguments": arguments})}</tool_call>'
+    return f"<tool_call>{json.dumps({'name': 'a', 'arguments': arguments})}</tool_call>"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Prompts and how they become token ids."""
