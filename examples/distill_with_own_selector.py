@@ -2,7 +2,7 @@
 
 from opsd.config import EvalConfig, OptimConfig, RolloutConfig, SelectConfig, TeacherConfig, TrainConfig
 from opsd.train import start
-from tip_patch.base import Selector, read_field
+from tip_patch.selector import Selector, read_field
 
 
 class Product(Selector):

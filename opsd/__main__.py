@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A process that falls because another one has ended would print its C++ stack above the line that says so.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from opsd import signals
-from opsd.errors import RunStopped, UserError
+from opsd.utils import signals
+from opsd.utils.errors import RunStopped, UserError
 
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
@@ -70,8 +70,8 @@ def _command(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    from opsd.commandline import parse
     from opsd.config import TrainConfig
+    from opsd.config.cli import parse
 
     if "--resume" in args:
         if len(args) != 2 or args[0] != "--resume":
@@ -86,7 +86,7 @@ def _train(args: list[str]) -> None:
         from opsd.train import start
 
         work = partial(start, config)
-    from opsd.ranks import leave
+    from opsd.utils.distributed import leave
 
     try:
         work()
@@ -100,8 +100,8 @@ def _train(args: list[str]) -> None:
 
 
 def _eval(args: list[str]) -> None:
-    from opsd.commandline import parse
-    from opsd.evalcommand import EvalCommand, evaluate
+    from opsd.config.cli import parse
+    from opsd.eval.command import EvalCommand, evaluate
 
     config = parse(EvalCommand, args, "opsd eval")
     _quiet()
@@ -109,7 +109,7 @@ def _eval(args: list[str]) -> None:
 
 
 def _inspect(args: list[str]) -> None:
-    from opsd.commandline import parse
+    from opsd.config.cli import parse
     from opsd.viewer.command import InspectConfig, inspect
 
     config = parse(InspectConfig, args, "opsd inspect")
@@ -118,8 +118,8 @@ def _inspect(args: list[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    from opsd.commandline import parse
-    from opsd.planning.command import PlanConfig, plan
+    from opsd.config.cli import parse
+    from opsd.estimate.command import PlanConfig, plan
 
     # These two may stand without a value.
     for place in range(len(args), 0, -1):
@@ -131,7 +131,7 @@ def _plan(args: list[str]) -> None:
 
 
 def _selectors(args: list[str]) -> None:
-    from opsd.hooks import describe_selectors
+    from opsd.selection import describe_selectors
 
     if args:
         raise UserError(f"`opsd selectors` takes no arguments, but was given {args[0]!r}")
@@ -165,7 +165,7 @@ def _fail(error: Exception) -> NoReturn:
     """A defect of ours: its traceback, exit code 1. Ranks that only fall with another say nothing."""
     if not _among_several():
         raise error
-    from opsd.ranks import contact_lost
+    from opsd.utils.distributed import contact_lost
 
     if (line := contact_lost(error)) is not None:
         _stop(1, line, or_left=True)
@@ -179,7 +179,7 @@ def _among_several() -> bool:
 
 
 def _first_to_fail(or_left: bool) -> bool:
-    from opsd.ranks import first_to_fail
+    from opsd.utils.distributed import first_to_fail
 
     return first_to_fail(or_left)
 

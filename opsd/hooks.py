@@ -1,228 +1,25 @@
-"""The seam between the trainer and token selection.
+"""The published name of `opsd.selection`: what a selector of your own imports."""
 
-The trainer knows nothing of any selection rule. It computes per-token statistics, hands them to a
-`TokenSelector`, and trains on the rows that come back kept. Rules live in other packages and are found
-by entry point (group `opsd.selectors`) or by "module:Name". Telemetry (named numbers drawn from the
-same statistics, such as quadrant shares) plugs in the same way (group `opsd.telemetry`).
-
-Legend: N student tokens of a micro-batch, or of a whole step where a docstring says so.
-"""
-
-from __future__ import annotations
-
-import dataclasses
-import difflib
-import importlib
-import inspect
-from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
-
-import torch
-
-from opsd.errors import UserError
-
-SELECTOR_GROUP = "opsd.selectors"
-TELEMETRY_GROUP = "opsd.telemetry"
-ALL_TOKENS = "all"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenStats:
-    """What is known of each student token. A field nobody asked for is None.
-
-    Shapes are [N]; divergences and entropies are fp32 nats, over the shared vocabulary and at the loss
-    temperature (paper Eq. 2 without its 1/log|V|, and Eq. 3).
-
-    rollout_N: int64 id of the rollout each token belongs to, unique over the whole step and all ranks.
-    entropy_N: H(P_S). reverse_kl_N: KL(P_S‖P_T), the paper's δ. forward_kl_N: KL(P_T‖P_S).
-    teacher_entropy_N: H(P_T). top1_agree_N: bool, both models' most likely token is the same.
-    teacher_rank_N: int64, how many tokens the teacher finds more likely than the student's (0 = top).
-    grad_norm_N: L2 norm of the logit gradient of the reverse KL. token_ids_N: int64, the sampled token.
-    vocab_size: |V| that the probabilities run over.
-    """
-
-    rollout_N: torch.Tensor
-    entropy_N: torch.Tensor | None
-    reverse_kl_N: torch.Tensor | None
-    forward_kl_N: torch.Tensor | None
-    teacher_entropy_N: torch.Tensor | None
-    top1_agree_N: torch.Tensor | None
-    teacher_rank_N: torch.Tensor | None = None
-    grad_norm_N: torch.Tensor | None = None
-    token_ids_N: torch.Tensor | None = None
-    vocab_size: int | None = None
-
-
-STUDENT_FIELDS = frozenset({"entropy_N"})
-TEACHER_FIELDS = frozenset(
-    {
-        "reverse_kl_N",
-        "forward_kl_N",
-        "teacher_entropy_N",
-        "top1_agree_N",
-        "teacher_rank_N",
-        "grad_norm_N",
-    }
+from opsd.selection import (
+    ALL_TOKENS,
+    Selection,
+    TokenSelector,
+    TokenStats,
+    TokenTelemetry,
+    describe_selectors,
+    load_selector,
+    load_telemetry,
+    selector_names,
 )
 
-
-@dataclass(frozen=True)
-class Selection:
-    """The rows to train on. kept_N: bool [N]. weight_N: fp32 [N] loss weights, or None for all ones.
-
-    A weight multiplies a token's loss; it never changes the kept count that the loss is divided by.
-    """
-
-    kept_N: torch.Tensor
-    weight_N: torch.Tensor | None = None
-
-
-@runtime_checkable
-class TokenSelector(Protocol):
-    """A rule that keeps some of the student's tokens.
-
-    needs: the `TokenStats` fields read over all rows. needs_kept: those read on kept rows only; they
-    are scored after the choice (NaN, or 0 in integer and bool fields, outside the kept rows) and handed to
-    an optional method `weigh(self, stats, selection) -> Selection`, which sets loss weights by them. It is
-    called only when needs_kept is not empty.
-    normalise_over: "micro_batch" | "rollout" | "batch" | "running"; a rule that normalises nothing says
-    "micro_batch" whatever it was asked. Under "batch" the trainer calls `prepare` once a step with the
-    statistics of every micro-batch and rank, before any call.
-    An optional method `end_step(self, reduce) -> None` is called at the end of every step on every rank (scope
-    "running" learns there; within a step nothing changes). reduce takes a CPU tensor and returns its sum over ranks.
-    fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
-    """
-
-    needs: frozenset[str]
-    needs_kept: frozenset[str]
-    normalise_over: str
-    fixed_budget: bool
-
-    def budget(self, tokens: int) -> int:
-        """How many of a rollout's `tokens` student tokens are kept."""
-        ...
-
-    def prepare(self, all_stats: TokenStats) -> None:
-        """Learn what the step as a whole looks like (scope "batch")."""
-        ...
-
-    def __call__(self, stats: TokenStats, seed: int = 0) -> Selection:
-        """Choose among the rows of `stats`; random draws depend on (seed, rollout id) alone."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a checkpoint; JSON values only."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class TokenTelemetry(Protocol):
-    """Named numbers drawn from a step's statistics, e.g. the share of tokens in each quadrant.
-
-    needs: the `TokenStats` fields it reads. The trainer calls it every `--telemetry.every` steps with
-    the whole step's tokens (N over all micro-batches), the mask that was trained on, the selector
-    (None when all tokens are kept) and the step's seed. It does not call that selector.
-    An optional method `label_tokens(self, stats) -> dict[str, Tensor]` names columns [N] of the token record.
-    """
-
-    needs: frozenset[str]
-
-    def __call__(
-        self, stats: TokenStats, kept_N: torch.Tensor, selector: TokenSelector | None, seed: int
-    ) -> dict[str, float]: ...
-
-
-def selector_names() -> list[str]:
-    """Names that `load_selector` accepts, "all" first."""
-    return [ALL_TOKENS, *sorted(entry_points(group=SELECTOR_GROUP).names)]
-
-
-def describe_selectors() -> dict[str, str]:
-    """Each name with the first line of its class's docstring. Loads every installed selector."""
-    found = {point.name: point.load() for point in entry_points(group=SELECTOR_GROUP)}
-    lines = {name: (inspect.getdoc(found[name]) or "").partition("\n")[0] for name in sorted(found)}
-    return {ALL_TOKENS: "Every token is kept: plain on-policy distillation (Eq. 1).", **lines}
-
-
-def load_selector(name: str, **options: Any) -> TokenSelector | None:
-    """Build a selector by entry-point name or "module:Name"; "all" gives None.
-
-    Options are the selector's own keyword arguments (retention, normalise_over, …).
-    Errors: UserError for an unknown name (with the nearest one), a module that does not import,
-    or an option the selector does not take.
-    """
-    if name == ALL_TOKENS:
-        return None
-    found = {point.name: point for point in entry_points(group=SELECTOR_GROUP)}
-    if name in found:
-        factory = found[name].load()
-    elif ":" in name:
-        factory = load_path(name, "selector", "'module:Name'")
-    else:
-        near = difflib.get_close_matches(name, selector_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
-    if not callable(factory):
-        raise UserError(f"selector {name!r} is a {type(factory).__name__}; give the name of a class")
-    accepted = inspect.signature(factory).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-    unknown = [key for key in options if key not in accepted and not takes_any]
-    if unknown:
-        raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; it takes: {', '.join(accepted)}")
-    try:
-        selector: Any = factory(**options)
-    except UserError:
-        raise
-    except Exception as error:  # a rule of the user's own
-        raise UserError(f"selector {name!r} cannot be made ({type(error).__name__}: {_first_line(error)})") from error
-    _check_selector(selector, name)
-    return selector
-
-
-def _check_selector(selector: Any, name: str) -> None:
-    """Raises UserError for what is no TokenSelector, or reads statistics that nobody computes."""
-    wanted = [*inspect.get_annotations(TokenSelector), "budget", "prepare", "state_dict", "load_state_dict", "__call__"]
-    lacking = [attribute for attribute in wanted if not hasattr(selector, attribute)]
-    if lacking:
-        raise UserError(
-            f"selector {name!r} is no TokenSelector: it has no {lacking[0]}; opsd/hooks.py says what one must have"
-        )
-    known = {field.name for field in dataclasses.fields(TokenStats)}
-    for field in (*selector.needs, *selector.needs_kept):
-        if field not in known:
-            raise UserError(f"selector {name!r} needs the statistic {field!r}; known: {', '.join(sorted(known))}")
-
-
-def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:
-    """All installed telemetry, in the order of their names; each is built with those of `options` that it takes.
-
-    Errors: UserError for an option that none of them takes.
-    """
-    options = options or {}
-    points = sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)
-    factories = [point.load() for point in points]
-    accepted = [set(inspect.signature(factory).parameters) for factory in factories]
-    known = set().union(*accepted)
-    for key in options:
-        if key not in known:
-            raise UserError(f"telemetry takes no option {key!r}; it takes: {', '.join(sorted(known))}")
-    return [
-        factory(**{key: options[key] for key in options.keys() & takes})
-        for factory, takes in zip(factories, accepted, strict=True)
-    ]
-
-
-def load_path(path: str, what: str, give: str) -> Any:
-    """What a "module:Name" names. what: the option that named it. Raises UserError where it cannot be imported."""
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a module of the user's own may do anything when it is imported
-        said = f"{type(error).__name__}: {_first_line(error)}"
-        raise UserError(f"{what} {path!r} cannot be loaded ({said}); give {give}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+__all__ = [
+    "ALL_TOKENS",
+    "Selection",
+    "TokenSelector",
+    "TokenStats",
+    "TokenTelemetry",
+    "describe_selectors",
+    "load_selector",
+    "load_telemetry",
+    "selector_names",
+]

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 
 def reward_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable], beta: float) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from opsd import checkpoint, signals
-from opsd.errors import UserError
-from opsd.parts import Parts
-from opsd.runfolder import RunFolder
+from opsd.build import Parts
+from opsd.run import checkpoint
+from opsd.run.folder import RunFolder
+from opsd.utils import signals
+from opsd.utils.errors import UserError
 
 
 def find_checkpoint(run: RunFolder) -> tuple[Path | None, list[str]]:

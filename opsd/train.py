@@ -8,26 +8,27 @@ from typing import Any
 
 from torch import Tensor
 
-from opsd import checkpoint, signals
-from opsd.batch import MicroBatch, pack, share
+from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
+from opsd.data.packing import pack, share
 from opsd.distill.topk import ModelTop
 from opsd.engine import check_engine, learning_rate
-from opsd.errors import RunStopped, StepUnusable, UserError
-from opsd.evalcache import check_cache, evaluate_before
-from opsd.evaluate import summary
-from opsd.hooks import TokenTelemetry
-from opsd.memory import memory_for
-from opsd.parts import Parts, assemble
-from opsd.ranks import ONE_RANK, Ranks, join, local_device
+from opsd.eval.cache import check_cache, evaluate_before
+from opsd.eval.evaluator import summary
 from opsd.rewards import reward_weights
-from opsd.rollout import Rollout
-from opsd.runfolder import Follower, RunFolder
+from opsd.run import checkpoint
+from opsd.run.folder import Follower, RunFolder
+from opsd.run.token_record import RECORD_FIELDS, recorded_rollouts, score_top, token_table
+from opsd.run.tracking import Stopwatch, Tracker, forget_peak, peak_gib
 from opsd.saving import find_checkpoint, save_if_due, stop_if_asked
-from opsd.seeding import derive_seed
-from opsd.tokenrecord import RECORD_FIELDS, recorded_rollouts, score_top, token_table
-from opsd.tracking import Stopwatch, Tracker, forget_peak, peak_gib
+from opsd.selection import TokenTelemetry
+from opsd.types import MicroBatch, Rollout
 from opsd.update import Update
+from opsd.utils import signals
+from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
+from opsd.utils.errors import RunStopped, StepUnusable, UserError
+from opsd.utils.oom import memory_for
+from opsd.utils.seeding import derive_seed
 
 # Asked for at every telemetry step; the means of these are the run's diagnostics.
 TOKEN_MEANS = {

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd.batch import MicroBatch
 from opsd.config import LossConfig
 from opsd.distill import DistillResult, concatenate_stats
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.loop import distill
+from opsd.distill.loss import distill
 from opsd.distill.select import Choice, weigh
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
-from opsd.errors import RunStopped, StepUnusable
-from opsd.hooks import Selection, TokenSelector, TokenStats
-from opsd.memory import memory_for
+from opsd.selection import Selection, TokenSelector, TokenStats
 from opsd.teacher import Teacher
+from opsd.types import MicroBatch
+from opsd.utils.errors import RunStopped, StepUnusable
+from opsd.utils.oom import memory_for
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Updater:
     ) -> Update:
         """One optimiser step. seed: decides random selection. watch: fields to score over all tokens as well.
 
-        batches: this rank's share, as many as every other rank's (`opsd.batch.share`), with the teacher's states.
+        batches: this rank's share, as many as every other rank's (`share`), with the teacher's states.
         rollout_weights: loss weight of each of the step's rollouts, by id; they never change the count.
 
         Watching changes nothing that is trained. Raises StepUnusable, on every rank and with all as it was before the

@@ -120,5 +120,5 @@ fi
 
 run_table table7 "$@"
 
-by_constraint=(python scripts/pocket/planning_constraints.py "$RUNS" --out "$RUNS/report")
+by_constraint=(python scripts/pocket/travel_constraints.py "$RUNS" --out "$RUNS/report")
 if [[ -n ${DRY_RUN:-} ]]; then line_of "${by_constraint[@]}"; else "${by_constraint[@]}"; fi

@@ -32,8 +32,8 @@ import torch
 import tyro
 
 from bench.floor import floor, measure, shape_of
-from opsd.errors import UserError
-from opsd.student import load_model, load_tokenizer
+from opsd.model.loading import load_model, load_tokenizer
+from opsd.utils.errors import UserError
 from smollm2 import load, thin
 
 Method = Literal["trl", "opsd-hf", "opsd-vllm"]

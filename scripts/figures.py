@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from report import PAPER, report_group
 from reporting.page import Section, page
 from reporting.paper import LAYOUTS, Paper

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from opsd.commandline import parse
-from opsd.errors import UserError
-from opsd.grading import Grader, load_grader
-from opsd.prompts import PromptFormat, load_prompts, read_records
-from opsd.student import load_tokenizer
+from opsd.config.cli import parse
+from opsd.data.prompts import PromptFormat, load_prompts, read_records
+from opsd.eval.grading import Grader, load_grader
+from opsd.model.loading import load_tokenizer
+from opsd.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.paper import MEMORY, PAIRS, Paper
 from reporting.runs import CellName
 from reporting.tables import TextTable

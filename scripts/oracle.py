@@ -27,14 +27,16 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 from tyro.conf import arg
 
-from opsd.batch import MicroBatch, pack
-from opsd.errors import UserError
-from opsd.prompts import Prompt, PromptFormat, load_prompts
-from opsd.rollout import HFRollout, Sampling
-from opsd.seeding import derive_seed
-from opsd.student import Scorer, load_scorer, load_tokenizer
+from opsd.data.packing import pack
+from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.model.scorer import Scorer
+from opsd.rollout import HFRollout
+from opsd.types import MicroBatch, Prompt, Sampling
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
 from tip_patch.oracle import QuadrantWorth, TokenWorth, by_quadrant, mean_gradient, measure
-from tip_patch.taxonomy import check_split, quadrant_labels, split_at
+from tip_patch.quadrants import check_split, quadrant_labels, split_at
 
 CPU = torch.device("cpu")
 COLOURS = {1: "#c44e52", 2: "#dd8452", 3: "#8172b3", 4: "#8c8c8c"}

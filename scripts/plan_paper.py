@@ -13,9 +13,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from opsd.commandline import parse
-from opsd.planning.command import PlanConfig, planned
-from opsd.planning.reckon import GIB, PROCESS_GIB
+from opsd.config.cli import parse
+from opsd.estimate.command import PlanConfig, planned
+from opsd.estimate.memory import GIB, PROCESS_GIB
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 PAIRS = {

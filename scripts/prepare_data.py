@@ -21,8 +21,8 @@ from typing import Any, Literal
 from mathdata.clean import Counts, collect, split, without
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
-from opsd.commandline import parse
-from opsd.errors import UserError
+from opsd.config.cli import parse
+from opsd.utils.errors import UserError
 
 HELD_OUT_NAMES = {"dapo": "math_dapo"}
 """The paper's name for the held-out part of DAPO-Math-17k; of other sets it is NAME_held_out."""

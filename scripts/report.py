@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from opsd.errors import UserError
-from opsd.markdown import markdown_text
-from reporting.csv import our_rows, paper_rows, write_csv
+from opsd.utils.errors import UserError
+from opsd.utils.markdown import markdown_text
+from reporting.csv_files import our_rows, paper_rows, write_csv
 from reporting.figure import Panel, draw
 from reporting.page import Section, page
 from reporting.paper import BENCHMARKS, LAYOUTS, Paper

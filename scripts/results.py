@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.claims import Verdict, judge, read_claims
 from reporting.results import Results, collect
 from reporting.tables import TextTable

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from lanes.board import Board
 from lanes.cell import Cell, read_cells
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 POLL_S = 0.2
 # A terminal's Ctrl-C reaches us from the terminal and from make: only what comes later is a second one.

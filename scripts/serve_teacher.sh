@@ -27,7 +27,7 @@ for word in "$@"; do
 done
 if [[ -n ${VLLM_API_KEY:-} ]]; then
     # vLLM's own check leaves out /pooling, the one path that is used here.
-    set -- --middleware opsd.servedkey.KeyOnEveryPath "$@"
+    set -- --middleware opsd.utils.served_key.KeyOnEveryPath "$@"
 elif [[ -n ${HOST:-} && $HOST != 127.* && $HOST != localhost ]]; then
     echo "serve_teacher.sh: HOST=$HOST and no VLLM_API_KEY: whoever reaches this machine can use the teacher" >&2
 fi

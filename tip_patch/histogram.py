@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 # Edges 10^-8 … 10^3 nats, 1.25 % apart; values below and above them are counted in the end bins.
 DECADES = (-8.0, 3.0)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
+from tip_patch.groups import Rollouts, quantile
 from tip_patch.histogram import Histogram, count_bins
-from tip_patch.rollouts import Rollouts, quantile
 
 SCOPES = ("micro_batch", "rollout", "batch", "running")
 Scale = Callable[[Tensor], Tensor]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from opsd.batch import MicroBatch
+from opsd.types import MicroBatch
 
 # Where the curvature vanishes, so does all but the sign of what a quadratic model can say.
 CURVATURE_CAP = 1e3

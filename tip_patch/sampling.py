@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd.seeding import derive_seed
-from tip_patch.rollouts import Rollouts
+from opsd.utils.seeding import derive_seed
+from tip_patch.groups import Rollouts
 
 # Below log of the smallest fp32 (−103.3) by more than the range of −log E for fp64 draws (−3.7 … 36.8).
 LOG_OF_ZERO = -1000.0

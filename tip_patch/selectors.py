@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opsd.hooks import Selection, TokenStats
-from tip_patch.base import NormalisingSelector, Selector, read_field
+from opsd.selection import Selection, TokenStats
+from tip_patch.groups import Rollouts
 from tip_patch.options import check_range
-from tip_patch.rollouts import Rollouts
 from tip_patch.sampling import inclusion_probabilities, successive_keys, systematic_mask, uniform_draws
+from tip_patch.selector import NormalisingSelector, Selector, read_field
 
 
 @dataclass(eq=False)

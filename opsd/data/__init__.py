@@ -1,1 +1,1 @@
-"""Prompts and how they become token ids."""
+"""Prompt files to token ids, and rollouts to micro-batches."""

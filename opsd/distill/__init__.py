@@ -4,7 +4,7 @@ Legend: N student tokens, K trained ones, C rows of a chunk, B of a block, V sha
 of student and teacher. Start at `loop.py`.
 """
 
-from opsd.distill.loop import DistillResult, distill_loss
+from opsd.distill.loss import DistillResult, distill_loss
 from opsd.distill.stats import concatenate_stats, token_stats
 
 __all__ = ["DistillResult", "concatenate_stats", "distill_loss", "token_stats"]

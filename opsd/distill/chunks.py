@@ -16,8 +16,8 @@ from torch import Tensor
 
 from opsd.distill.divergence import SCRATCH_BUFFERS
 from opsd.distill.slices import slices
-from opsd.errors import UserError
-from opsd.memory import is_out_of_memory
+from opsd.utils.errors import UserError
+from opsd.utils.oom import is_out_of_memory
 
 Result = TypeVar("Result")
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 SCRATCH_BUFFERS = 2

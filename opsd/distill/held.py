@@ -9,7 +9,7 @@ import torch
 
 from opsd.distill.chunks import Workspace, may_hold
 from opsd.distill.inputs import Inputs, LossSpec
-from opsd.memory import is_out_of_memory
+from opsd.utils.oom import is_out_of_memory
 
 
 class HeldLogits:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
 from opsd.distill.divergence import check_divergence
-from opsd.distill.products import Head, product_dtype
-from opsd.errors import UserError
+from opsd.distill.matmul import Head, product_dtype
+from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
 

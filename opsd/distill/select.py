@@ -14,8 +14,8 @@ from torch import Tensor
 from opsd.distill.held import HeldLogits, hold_logits
 from opsd.distill.inputs import Inputs, LossSpec, on_rows
 from opsd.distill.stats import build_stats, check_needs, score_rows
-from opsd.errors import UserError
-from opsd.hooks import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+from opsd.selection import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+from opsd.utils.errors import UserError
 
 # The statistic that a divergence is, where it is one: it then comes with the loss at no cost.
 TRAINED_FIELD = {"reverse_kl": "reverse_kl_N", "forward_kl": "forward_kl_N"}

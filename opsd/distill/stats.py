@@ -13,8 +13,8 @@ from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import score_
 from opsd.distill.slices import slices
-from opsd.errors import UserError
-from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
+from opsd.selection import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
+from opsd.utils.errors import UserError
 
 REQUIRED_FIELDS = frozenset({"entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "top1_agree_N"})
 # Known without looking at a logit: a selector may list them in `needs`.

@@ -14,7 +14,7 @@ from opsd.distill.chunks import ChunkTokens, in_chunks, row_width
 from opsd.distill.divergence import log_softmax_
 from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.slices import slices
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 
 from opsd.config import TrainConfig
 from opsd.engine.base import Engine, learning_rate
-from opsd.engine.plain import TorchEngine
-from opsd.errors import UserError
-from opsd.ranks import Ranks, world_size
-from opsd.student import Scorer
+from opsd.engine.torch_engine import TorchEngine
+from opsd.model.scorer import Scorer
+from opsd.utils.distributed import Ranks, world_size
+from opsd.utils.errors import UserError
 
 __all__ = ["Engine", "TorchEngine", "build_engine", "check_engine", "learning_rate"]
 
@@ -29,6 +29,6 @@ def build_engine(config: TrainConfig, ranks: Ranks, student: Scorer, device: tor
     """The engine that `config` names, around `student`."""
     if config.engine.kind == "torch":
         return TorchEngine(student, config.engine, config.optim, device)
-    from opsd.engine.sharded import DeepSpeedEngine
+    from opsd.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(student, config.engine, config.optim, device, ranks)

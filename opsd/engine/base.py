@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from opsd.batch import MicroBatch
 from opsd.config import OptimConfig
-from opsd.ranks import Ranks
-from opsd.student import HeadUse, Result, Scorer
+from opsd.model.scorer import HeadUse, Result, Scorer
+from opsd.types import MicroBatch
+from opsd.utils.distributed import Ranks
 
 
 class Engine(Protocol):

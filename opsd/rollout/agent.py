@@ -10,9 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from opsd.prompts import Prompt
-from opsd.rollout.base import Rollout, RolloutEngine, Sampling
-from opsd.seeding import derive_seed
+from opsd.rollout.base import RolloutEngine
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.seeding import derive_seed
 
 
 class Conversation(Protocol):

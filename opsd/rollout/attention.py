@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from opsd.attention import FLASH, VARLEN
+from opsd.model.attention import FLASH, VARLEN
 
 NAME = "opsd_decode"
 # Room that a cache layer takes beyond its tokens, at least.

@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from opsd.prompts import Prompt
-from opsd.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off. max_new_tokens: tokens."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 8192
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One answer of the student, as token ids from the sampler (never re-tokenised).
-
-    id: unique over the step and all ranks. response_ids: end with EOS unless truncated.
-    student_mask: for each response token, True where the student wrote it (False: tool output);
-    None means all True. truncated: the length limit came before EOS.
-    """
-
-    id: int
-    prompt: Prompt
-    response_ids: list[int]
-    truncated: bool
-    student_mask: list[bool] | None = field(default=None)
-
-    def student_tokens(self) -> int:
-        """How many response tokens the student wrote."""
-        return len(self.response_ids) if self.student_mask is None else sum(self.student_mask)
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.distributed import Ranks
 
 
 def jobs_of(prompts: list[Prompt], samples: int, ranks: Ranks) -> list[tuple[int, Prompt]]:

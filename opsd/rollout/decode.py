@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsd.prompts import Prompt
 from opsd.rollout.attention import decode_attention, new_cache
-from opsd.rollout.base import Sampling
-from opsd.rollout.draws import Draws
 from opsd.rollout.onednn import onednn_weights
+from opsd.rollout.sampling import Draws
+from opsd.types import Prompt, Sampling
 
 
 class Row(Protocol):

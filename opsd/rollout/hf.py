@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from opsd.prompts import Prompt
-from opsd.ranks import ONE_RANK, Ranks
-from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
+from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.decode import decode
-from opsd.rollout.draws import vocabulary_size
+from opsd.rollout.sampling import vocabulary_size
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.distributed import ONE_RANK, Ranks
 
 
 @dataclass

@@ -10,16 +10,16 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from opsd.batch import pack
 from opsd.config import EngineConfig, RolloutConfig
+from opsd.data.packing import pack
 from opsd.engine import Engine
-from opsd.errors import RunStopped
-from opsd.prompts import Prompt
-from opsd.ranks import ONE_RANK, Ranks, before_leaving
-from opsd.rollout.base import Rollout, Sampling, gather_rollouts, jobs_of
-from opsd.rollout.draws import vocabulary_size
+from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
-from opsd.seeding import derive_seed
+from opsd.rollout.sampling import vocabulary_size
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
+from opsd.utils.errors import RunStopped
+from opsd.utils.seeding import derive_seed
 
 # Mean difference of a probe's log-probabilities that rounding explains, in nats a token. Two fp32 programs differ by
 # 1e-5, two bfloat16 ones by 1e-2.
@@ -277,7 +277,7 @@ def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 
 def _only_tokens(vocab_size: int) -> type:
-    """The cut that `opsd.rollout.draws` makes, in vLLM's form: a class, which each engine makes its own instance of.
+    """The cut that `opsd.rollout.sampling` makes, in vLLM's form: a class, which each engine makes its own instance of.
 
     One class for both of vLLM's model runners: V2, taken on a GPU, refuses a class of V1's interface, and the other
     way round. They construct it and call `apply` with different arguments, none of which is needed.

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk."""
+"""What a run writes and reads again: its folder, checkpoints, token records, and where metrics go."""

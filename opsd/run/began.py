@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from opsd.config import TrainConfig
+from opsd.data.prompts import digest
 from opsd.data.template import Clock
-from opsd.errors import UserError
-from opsd.evaluate import Suite
-from opsd.prompts import Prompt, digest
+from opsd.types import Prompt
+from opsd.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Began:
-    """Part of config.json. digests: of "prompts" and of each suite, by its name; they do not hang on a file's place.
+    """Part of config.json. digests: of "prompts" and of each "eval.suite NAME"; they do not hang on a file's place.
 
     time: what the chat template saw; None where it did not look.
     """
@@ -26,9 +26,8 @@ class Began:
     time: datetime | None = None
 
     @classmethod
-    def of(cls, prompts: list[Prompt], suites: list[Suite], clock: Clock) -> Began:
-        """What these prompts and suites are, rendered under `clock`."""
-        asked = {"prompts": prompts} | {f"eval.suite {suite.name}": suite.problems for suite in suites}
+    def of(cls, asked: dict[str, list[Prompt]], clock: Clock) -> Began:
+        """What these prompts are, rendered under `clock`."""
         return cls({name: digest(own) for name, own in asked.items()}, clock.time if clock.asked else None)
 
     def check(self, now: Began, config: TrainConfig) -> None:

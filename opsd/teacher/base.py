@@ -5,8 +5,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from opsd.batch import MicroBatch
-from opsd.errors import UserError
+from opsd.types import MicroBatch
+from opsd.utils.errors import UserError
 
 Cache = Literal["device", "host"]
 # Settings of a model's configuration that change logits behind the head; the loss knows none of them.

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from opsd.batch import MicroBatch
-from opsd.student import Scorer
+from opsd.model.scorer import Scorer
 from opsd.teacher.base import Cache, cached
+from opsd.types import MicroBatch
 
 
 class LocalTeacher:

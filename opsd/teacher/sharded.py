@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.batch import MicroBatch
-from opsd.engine.sharded import import_deepspeed
-from opsd.student import Scorer, check_packing, disable_dropout, load_model
+from opsd.engine.deepspeed_engine import import_deepspeed
+from opsd.model.checks import check_packing
+from opsd.model.loading import disable_dropout, load_model
+from opsd.model.scorer import Scorer
 from opsd.teacher.base import Cache, cached, check_logit_settings
+from opsd.types import MicroBatch
 
 
 class ShardedTeacher:

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from opsd.batch import MicroBatch
 from opsd.config import TeacherConfig
-from opsd.errors import RunStopped, UserError
 from opsd.teacher.base import check_logit_settings
+from opsd.types import MicroBatch
+from opsd.utils.errors import RunStopped, UserError
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from opsd.viewer.examples import pick
 from opsd.viewer.texts import Texts
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from opsd.viewer.collect import collect, recorded_steps
 from opsd.viewer.page import data_page
 

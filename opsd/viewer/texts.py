@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from opsd.student import load_tokenizer
+from opsd.model.loading import load_tokenizer
 
 # Stands for bytes that are no whole character.
 BROKEN = "�"

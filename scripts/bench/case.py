@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.baselines import BASELINES, Unavailable
 from opsd.distill import distill_loss
-from opsd.hooks import load_selector
+from opsd.selection import load_selector
 
 
 @dataclass(frozen=True)

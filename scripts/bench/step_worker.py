@@ -47,7 +47,7 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
     """`opsd train` as it is, but that each step waits to be asked for."""
     import opsd.train
     from opsd.config import from_json
-    from opsd.tracking import Stopwatch
+    from opsd.run.tracking import Stopwatch
 
     run = Path(settings["out"])
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lanes.cell import Cell, Progress
-from opsd.durations import in_words
+from opsd.utils.durations import in_words
 
 # Where there is no terminal: seconds between two lines that say how far the table is.
 PLAIN_EVERY_S = 30.0

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
-# How the grader reads an answer: the last \boxed{…}, else the last line "Answer: …" (opsd/grading.py).
+# How the grader reads an answer: the last \boxed{…}, else the last line "Answer: …" (opsd/eval/grading.py).
 INSTRUCTIONS = {
     "boxed": "\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
     "answer": '\n\nPlease reason step by step, and put your final answer on its own last line after "Answer:".',

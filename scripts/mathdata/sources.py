@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from opsd.errors import UserError
-from opsd.prompts import read_records
+from opsd.data.prompts import read_records
+from opsd.utils.errors import UserError, first_line
 
 ROWS_AT_ONCE = 8192
 """The hub's DAPO-Math-17k has 1.79 million rows: they are read in portions."""
@@ -151,7 +151,7 @@ def _hub_records(dataset: str, config: str | None, split: str, name: str) -> Ite
         rows: Any = load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--sets {name}: {dataset} cannot be loaded ({_first_line(error)}); give a file: {name}=FILE"
+            f"--sets {name}: {dataset} cannot be loaded ({first_line(error)}); give a file: {name}=FILE"
         ) from error
     return rows
 
@@ -206,7 +206,3 @@ def _whole(text: str, where: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{where} holds half a character ({error.reason}); mend the text") from error
     return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

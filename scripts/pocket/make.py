@@ -26,10 +26,10 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from opsd.errors import UserError
-from opsd.evaluate import Suite
-from opsd.prompts import Prompt
-from opsd.seeding import derive_seed
+from opsd.eval.evaluator import Suite
+from opsd.types import Prompt
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
 from pocket.measure import accuracy, measure
 from pocket.sft import STEPS, STUDENT, TEACHER, Recipe, build_model, train
 from pocket.task import Problem, fresh_problems

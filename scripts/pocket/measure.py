@@ -22,11 +22,12 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opsd.config import EvalConfig
-from opsd.errors import UserError
-from opsd.evaluate import Evaluator, Suite, load_suites
-from opsd.prompts import Prompt, PromptFormat
-from opsd.rollout import HFRollout, Sampling
-from opsd.student import load_scorer, load_tokenizer
+from opsd.data.prompts import PromptFormat
+from opsd.eval.evaluator import Evaluator, Suite, load_suites
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.rollout import HFRollout
+from opsd.types import Prompt, Sampling
+from opsd.utils.errors import UserError
 from pocket.task import RESPONSE_TOKENS, Habits
 
 EVAL = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "eval.jsonl"

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opsd.seeding import derive_seed
+from opsd.utils.seeding import derive_seed
 from pocket.task import PROMPT_TOKENS, RESPONSE_TOKENS, Hand, Problem, fresh_problems, solve, student_hand, teacher_hand
 
 BATCH = 32

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.results import Results
 from reporting.stats import Estimate
 

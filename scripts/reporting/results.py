@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.runs import Run, read_runs
 from reporting.stats import QUADRANTS, Estimate, estimate
 

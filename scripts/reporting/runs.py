@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.config import TrainConfig
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 # What may differ between runs that one table compares; everything else is the protocol they share.
 NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "began"})

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.runs import CellName, Run
 
 BASELINE = CellName("all", 1.0)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from opsd.markdown import markdown_text
+from opsd.utils.markdown import markdown_text
 from reporting.paper import BENCHMARKS, MEMORY, MISSING, PAIRS, Paper
 from reporting.runs import CellName
 from reporting.stats import BASELINE, CellCost, CellStats, Estimate

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.runs import Run
 from reporting.stats import BASELINE
 from reporting.theme import QUADRANT_COLOURS, count_colours, ink

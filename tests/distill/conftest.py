@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import DistillResult, chunks, distill_loss, token_stats
-from opsd.distill.products import Head
-from opsd.hooks import Selection, TokenStats
+from opsd.distill.matmul import Head
+from opsd.selection import Selection, TokenStats
 
 
 @dataclass

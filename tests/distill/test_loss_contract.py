@@ -6,9 +6,9 @@ from tolerance import ROUNDOFF, rounding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import distill_loss
-from opsd.distill.products import Head
-from opsd.errors import UserError
-from opsd.hooks import Selection
+from opsd.distill.matmul import Head
+from opsd.selection import Selection
+from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opsd.distill import divergence, rows
-from opsd.distill.products import Head
+from opsd.distill.matmul import Head
 
 pytestmark = pytest.mark.e2e
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ from tolerance import ROUNDOFF, close, rounding
 
 from opsd.distill import chunks
 from opsd.distill.chunks import chunk_rows, row_width
-from opsd.distill.products import Head
+from opsd.distill.matmul import Head
 from opsd.distill.topk import top_tokens
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")

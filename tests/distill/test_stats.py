@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd.distill import concatenate_stats
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 REQUIRED = ("entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "top1_agree_N")
 ALL = (*REQUIRED, "teacher_rank_N", "grad_norm_N")

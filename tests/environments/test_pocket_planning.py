@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from opsd.environments.travel import TravelEnv, pocket_tasks
-from pocket import planning_make
-from pocket.planning_sft import NO_LOSS, STUDENT, TEACHER, build_model, learning_rate, make_batch, make_tokenizer
-from pocket.planning_task import CAREFUL, Habits, asked, write_episode
+from pocket import travel_make as planning_make
+from pocket.travel_sft import NO_LOSS, STUDENT, TEACHER, build_model, learning_rate, make_batch, make_tokenizer
+from pocket.travel_task import CAREFUL, Habits, asked, write_episode
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "assets" / "pocket_planning"

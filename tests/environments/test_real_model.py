@@ -13,10 +13,11 @@ from opsd.config import EngineConfig, OptimConfig, RolloutConfig
 from opsd.engine import TorchEngine
 from opsd.environments.travel import TravelEnv, generate_tasks
 from opsd.environments.travel.talk import Talk
-from opsd.ranks import leave
-from opsd.rollout import HFRollout, Rollout, Sampling
+from opsd.model.loading import load_scorer
+from opsd.rollout import HFRollout
 from opsd.rollout.agent import AgentRollout
-from opsd.student import load_scorer
+from opsd.types import Rollout, Sampling
+from opsd.utils.distributed import leave
 from smollm2 import thin
 
 pytestmark = pytest.mark.own_process

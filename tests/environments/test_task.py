@@ -16,7 +16,7 @@ from opsd.environments.travel import (
 from opsd.environments.travel.__main__ import main
 from opsd.environments.travel.task import FILES, read_tables, write_tables
 from opsd.environments.travel.words import CONSTRAINTS, golds, vocabulary
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 
 def test_a_task_file_gives_the_tasks_back(tmp_path, compact_tasks, word_tasks):

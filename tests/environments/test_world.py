@@ -7,19 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opsd import checkpoint
 from opsd.config import from_json
 from opsd.environments.travel import TravelTask, generate_tasks, pocket_tasks, write_task_file
 from opsd.environments.travel.evaluate import by_constraint, statistics
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.world import TravelWorld
-from opsd.errors import UserError
-from opsd.prompts import Prompt
-from opsd.ranks import ONE_RANK
-from opsd.rollout import HFRollout, Rollout
+from opsd.rollout import HFRollout
 from opsd.rollout.agent import AgentRollout
-from opsd.rollout.cached import CachedAgentRollout
+from opsd.rollout.cached_agent import CachedAgentRollout
+from opsd.run import checkpoint
 from opsd.train import resume, start
+from opsd.types import Prompt, Rollout
+from opsd.utils.distributed import ONE_RANK
+from opsd.utils.errors import UserError
 
 PLANNERS = Path(__file__).resolve().parents[2] / "assets" / "pocket_planning"
 

@@ -1,4 +1,4 @@
-"""A sampler process without a model, in the place of `opsd.rollout.sampler`: quick to start, and fails when told to.
+"""A sampler process without a model in place of `opsd.rollout.vllm_worker`: quick to start, fails when told to.
 
 FAULT holds what it does, to which kind of request, and to which of that kind, e.g. "die load 2".
 """

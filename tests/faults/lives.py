@@ -23,22 +23,22 @@ from typing import Any
 import torch
 
 import opsd.__main__
-import opsd.checkpoint
-import opsd.distill.loop
-import opsd.evaluate
+import opsd.distill.loss
+import opsd.eval.evaluator
 import opsd.rollout
+import opsd.run.checkpoint
 import opsd.train
 import opsd.update
-from opsd.engine.sharded import import_deepspeed
+from opsd.engine.deepspeed_engine import import_deepspeed
 
 # Where a stage begins and ends.
 STAGES = {
     "rollout": (opsd.rollout.HFRollout, "generate"),
-    "scoring": (opsd.distill.loop, "choose"),
+    "scoring": (opsd.distill.loss, "choose"),
     "backward": (opsd.update.Updater, "_forward"),
     "weight sync": (opsd.rollout.HFRollout, "sync"),
-    "checkpoint": (opsd.checkpoint, "save"),
-    "evaluation": (opsd.evaluate.Evaluator, "run"),
+    "checkpoint": (opsd.run.checkpoint, "save"),
+    "evaluation": (opsd.eval.evaluator.Evaluator, "run"),
 }
 LONGEST_S = 600.0
 _told: list[int] = []

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from opsd.config import EngineConfig
-from opsd.errors import StepUnusable
-from opsd.ranks import join
+from opsd.utils.distributed import join
+from opsd.utils.errors import StepUnusable
 
 HELPERS = runpy.run_path(str(Path(__file__).parents[1] / "scale" / "worker.py"))
 CAUSES = ("loss", "gradient", "teacher", "empty")

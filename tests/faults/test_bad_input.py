@@ -1,6 +1,6 @@
 """Bad input from the command line's end to the other: one line with what came and what to do, exit code 2, no file.
 
-The table of cases is data: `CASES`. Cases of single settings stand in tests/opsd/test_cli.py and test_config.py.
+The table of cases is data: `CASES`. Cases of single settings stand in tests/config/test_cli.py and test_config.py.
 """
 
 import json

@@ -15,12 +15,12 @@ from runs import assert_same, flags, opsd
 from safetensors.torch import load_file
 from tinypair import HELPERS
 
-from opsd import checkpoint
-from opsd.commandline import parse
 from opsd.config import TeacherConfig, TrainConfig
-from opsd.errors import RunStopped, UserError
-from opsd.runfolder import RunFolder
+from opsd.config.cli import parse
+from opsd.run import checkpoint
+from opsd.run.folder import RunFolder
 from opsd.train import resume, start
+from opsd.utils.errors import RunStopped, UserError
 
 SMALL = 50_000  # bytes: less than the pocket student's weights, more than any other file of its run
 FILES = ["model.safetensors", "config.json", "trainer/optimizer.safetensors", "trainer/state.json"]

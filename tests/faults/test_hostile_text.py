@@ -24,12 +24,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import report as report_script
-from opsd import grading
 from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks
 from opsd.environments.travel.plan import parse_plan
-from opsd.grading import MathGrader, grade
-from opsd.markdown import markdown_text
-from opsd.rollout.calls import ChatTurns, read_calls
+from opsd.eval import grading
+from opsd.eval.grading import MathGrader, grade
+from opsd.rollout.tool_calls import ChatTurns, read_calls
+from opsd.utils.markdown import markdown_text
 from opsd.viewer.command import InspectConfig, inspect
 
 pytestmark = pytest.mark.e2e

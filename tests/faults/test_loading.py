@@ -36,8 +36,11 @@ RUNS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.
 UNPICKLES = {"read_pickle", "recv", "all_gather_object", "gather_object", "broadcast_object_list"}
 # What breaks a rule, and why it may.
 EXCEPTIONS = {
-    ("opsd/ranks.py", "distributed.all_gather_object"): "values of one run's own ranks, in the group they train in",
-    ("opsd/evalcommand.py", "GenerationConfig.from_pretrained"): "a JSON file of numbers",
+    (
+        "opsd/utils/distributed.py",
+        "distributed.all_gather_object",
+    ): "values of one run's own ranks",
+    ("opsd/eval/command.py", "GenerationConfig.from_pretrained"): "a JSON file of numbers",
     ("scripts/smollm2.py", "AutoModelForCausalLM.from_pretrained"): "a GGUF file, of a package that pip checks",
     ("scripts/smollm2.py", "AutoTokenizer.from_pretrained"): "the same file",
     ("scripts/mathdata/sources.py", "load_dataset"): "datasets runs no code of a data set since its version 4",

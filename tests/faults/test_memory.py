@@ -22,18 +22,18 @@ from tolerance import close, rounding
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
 from opsd.distill.chunks import ChunkBound, Workspace
-from opsd.distill.products import Head
+from opsd.distill.matmul import Head
 from opsd.distill.topk import top_tokens
 from opsd.engine import TorchEngine
-from opsd.errors import RunStopped
-from opsd.evaluate import Evaluator
-from opsd.hooks import load_selector
-from opsd.memory import is_out_of_memory
+from opsd.eval.evaluator import Evaluator
+from opsd.model.scorer import Scorer
 from opsd.rollout import decode
-from opsd.student import Scorer
+from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
 from opsd.train import start
 from opsd.update import Updater
+from opsd.utils.errors import RunStopped
+from opsd.utils.oom import is_out_of_memory
 
 HERE = Path(__file__).parent
 HELPERS = runpy.run_path(str(HERE.parent / "scale" / "worker.py"))

@@ -14,10 +14,10 @@ from tinypair import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
-from opsd.errors import RunStopped
 from opsd.rollout import HFRollout
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
+from opsd.utils.errors import RunStopped
 
 HERE = Path(__file__).parent
 HELPERS = runpy.run_path(str(HERE.parent / "scale" / "worker.py"))

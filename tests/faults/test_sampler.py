@@ -12,13 +12,13 @@ import psutil
 import pytest
 from runs import ROOT, assert_same, flags
 
-from opsd import ranks
-from opsd.commandline import parse
 from opsd.config import TrainConfig
-from opsd.errors import RunStopped
-from opsd.rollout import process
-from opsd.rollout.process import Sampler, VLLMProcessRollout
+from opsd.config.cli import parse
+from opsd.rollout import vllm_process as process
+from opsd.rollout.vllm_process import Sampler, VLLMProcessRollout
 from opsd.train import resume, start
+from opsd.utils import distributed as ranks
+from opsd.utils.errors import RunStopped
 
 pytestmark = pytest.mark.e2e
 
@@ -164,7 +164,7 @@ def sampler_of(run: subprocess.Popen[str], metrics: Path, steps: int) -> psutil.
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= steps):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.1)
-    (found,) = [p for p in psutil.Process(run.pid).children() if "opsd.rollout.sampler" in p.cmdline()]
+    (found,) = [p for p in psutil.Process(run.pid).children() if "opsd.rollout.vllm_worker" in p.cmdline()]
     return found
 
 

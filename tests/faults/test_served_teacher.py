@@ -18,15 +18,14 @@ import torch
 from runs import ENVIRONMENT, POCKET, ROOT
 from served import WIDTH, Server, hurry
 
-from opsd.batch import pack
 from opsd.config import TeacherConfig, from_json
-from opsd.errors import RunStopped
-from opsd.prompts import Prompt
-from opsd.rollout import Rollout
-from opsd.servedkey import KeyOnEveryPath
+from opsd.data.packing import pack
 from opsd.teacher import vllm
 from opsd.teacher.vllm import VLLMTeacher
 from opsd.train import start
+from opsd.types import Prompt, Rollout
+from opsd.utils.errors import RunStopped
+from opsd.utils.served_key import KeyOnEveryPath
 
 FAULTS = {
     "it hangs": "timed out",
@@ -131,7 +130,7 @@ def test_a_teacher_is_served_to_this_machine_unless_told_otherwise(case, tmp_pat
         return
     assert done.returncode == 0 and started[started.index("--port") + 1] == "8001"
     assert started[started.index("--host") + 1] == ("127.0.0.1" if case == "plain" else "0.0.0.0")
-    assert ("opsd.servedkey.KeyOnEveryPath" in started) is (case == "key")
+    assert ("opsd.utils.served_key.KeyOnEveryPath" in started) is (case == "key")
     assert ("no VLLM_API_KEY" in done.stderr) is (case == "open")
     assert KEY not in " ".join(started) + done.stdout + done.stderr
 

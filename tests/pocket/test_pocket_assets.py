@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from pocket.make import SAMPLES, as_jsonl, as_prompts, make, make_model, make_problems
 from pocket.measure import greedy_habits, measure
 from pocket.measure import main as measure_main

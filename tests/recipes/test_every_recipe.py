@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from opsd.commandline import flags_of, parse
 from opsd.config import TrainConfig, to_json
-from opsd.hooks import load_selector
+from opsd.config.cli import flags_of, parse
+from opsd.selection import load_selector
 from reporting.paper import LAYOUTS
 from reporting.runs import Run
 

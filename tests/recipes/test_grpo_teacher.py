@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from grpo_teacher import GradeReward, GrpoConfig, trainer_settings, training_rows
-from opsd.commandline import parse
-from opsd.errors import UserError
-from opsd.grading import MathGrader, SuffixGrader
+from opsd.config.cli import parse
+from opsd.eval.grading import MathGrader, SuffixGrader
+from opsd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 EOS = 9
@@ -168,7 +168,7 @@ def test_two_steps_on_the_pocket_student_use_our_grades_and_leave_a_teacher(tmp_
     assert means == pytest.approx([sum(call["rewards"]) / 32 for call in calls], abs=1e-6)
     assert 0 < sum(means) < 2  # right and wrong ones: else every advantage was 0
 
-    from opsd.student import load_scorer
+    from opsd.model.loading import load_scorer
 
     start, end = (
         load_scorer(str(path), "--teacher", torch.float32, torch.device("cpu")).state_dict()

@@ -4,8 +4,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from opsd.commandline import flags_of
 from opsd.config import TrainConfig
+from opsd.config.cli import flags_of
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -3,7 +3,7 @@
 import pytest
 
 import figures
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 ALL = {"a": 0.5, "b": 0.5, "c": 0.75, "d": 0.25}
 

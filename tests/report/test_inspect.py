@@ -11,7 +11,7 @@ import pytest
 from token_runs import HOSTILE, WORDS
 
 from opsd import __main__ as cli
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from opsd.viewer.command import InspectConfig, inspect
 from opsd.viewer.examples import pick
 from opsd.viewer.page import embed

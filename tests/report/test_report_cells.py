@@ -6,8 +6,8 @@ import json
 import pytest
 
 import report as report_script
-from opsd.errors import UserError
-from opsd.hooks import load_selector
+from opsd.selection import load_selector
+from opsd.utils.errors import UserError
 from reporting.runs import NORMALISING, CellName, by_protocol, read_runs
 from reporting.stats import BASELINE, cell_stats
 

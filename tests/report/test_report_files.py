@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import report as report_script
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.paper import LAYOUTS, TABLES, Paper
 
 ROOT = Path(__file__).parents[2]

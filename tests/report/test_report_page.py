@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import report as report_script
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.plots import _curve, _smooth
 from reporting.runs import by_protocol, read_runs
 from reporting.tokens import plane, read_tokens

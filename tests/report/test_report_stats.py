@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.runs import CellName, by_protocol, read_runs
 from reporting.stats import BASELINE, cell_costs, cell_stats, reference, suite_names
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 from reporting.claims import Claim, judge, read_claims
 from reporting.results import Results, collect
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import wandb_dashboard
-from opsd import wandbrun
 from opsd.config import from_json
-from opsd.errors import UserError
-from opsd.runfolder import RunFolder
+from opsd.run import wandb_run as wandbrun
+from opsd.run.folder import RunFolder
+from opsd.utils.errors import UserError
 
 
 def config_of(out, **select):
@@ -108,8 +108,8 @@ def test_the_table_holds_a_few_rollouts_spread_evenly(tmp_path):
 OFFLINE = """
 import sys
 from pathlib import Path
-from opsd.runfolder import RunFolder
-from opsd.tracking import Tracker
+from opsd.run.folder import RunFolder
+from opsd.run.tracking import Tracker
 
 with Tracker(RunFolder.open(Path(sys.argv[1])), 0) as tracker:
     for step, peak, score in ((1, 2.0, 0.5), (2, 3.0, 0.25)):

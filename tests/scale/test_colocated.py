@@ -11,10 +11,10 @@ import torch
 from tolerance import close, transformer
 
 from opsd.config import from_json
-from opsd.prompts import Prompt
-from opsd.rollout import HFRollout, Sampling
-from opsd.student import load_scorer, load_tokenizer
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.rollout import HFRollout
 from opsd.train import start
+from opsd.types import Prompt, Sampling
 
 # Three steps of the two-layer model of `vllm_worker.py`.
 TRAINED = transformer(2, 64, backward=3)

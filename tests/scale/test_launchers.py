@@ -15,10 +15,10 @@ import pytest
 from tinypair import tiny_pair
 from tolerance import close_numbers, transformer
 
-from opsd import ranks
 from opsd.config import from_json
-from opsd.ranks import first_to_fail
 from opsd.train import start
+from opsd.utils import distributed as ranks
+from opsd.utils.distributed import first_to_fail
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsd.batch import pack
-from opsd.student import Scorer
+from opsd.data.packing import pack
+from opsd.model.scorer import Scorer
 from opsd.teacher import LocalTeacher
 
 WORKER = runpy.run_path(str(Path(__file__).with_name("worker.py")))

@@ -4,11 +4,10 @@ import inspect
 
 import pytest
 
-from opsd.prompts import Prompt
-from opsd.ranks import ONE_RANK
-from opsd.rollout import Sampling
 from opsd.rollout import vllm as module
 from opsd.rollout.vllm import VLLMRollout
+from opsd.types import Prompt, Sampling
+from opsd.utils.distributed import ONE_RANK
 
 
 class Memory:

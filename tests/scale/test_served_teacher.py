@@ -16,15 +16,14 @@ import torch
 from served import hurry
 from tolerance import close, transformer
 
-from opsd.batch import empty, pack
 from opsd.config import TeacherConfig
+from opsd.data.packing import empty, pack
 from opsd.distill import distill_loss
-from opsd.errors import RunStopped, UserError
-from opsd.prompts import Prompt
-from opsd.rollout import Rollout
-from opsd.student import load_scorer
+from opsd.model.loading import load_scorer
 from opsd.teacher import LocalTeacher, vllm
 from opsd.teacher.vllm import VLLMTeacher, read_head, split
+from opsd.types import Prompt, Rollout
+from opsd.utils.errors import RunStopped, UserError
 
 CPU = torch.device("cpu")
 KEY = "a-secret"

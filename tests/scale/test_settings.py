@@ -2,12 +2,12 @@
 
 import pytest
 
+from opsd.build import check_rollout
 from opsd.config import EngineConfig, EvalConfig, RolloutConfig, TeacherConfig, TrainConfig
 from opsd.engine import check_engine
-from opsd.errors import UserError
-from opsd.parts import check_rollout
 from opsd.teacher.base import check_logit_settings
 from opsd.teacher.vllm import read_head
+from opsd.utils.errors import UserError
 
 
 def settings(teacher=None, **parts):

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
 from opsd.engine import learning_rate
-from opsd.ranks import leave
 from opsd.train import resume, start
+from opsd.utils.distributed import leave
 
 pytestmark = pytest.mark.e2e
 WORKER = Path(__file__).with_name("worker.py")
@@ -337,8 +337,8 @@ FAILING = """
 import sys
 import opsd.update
 from opsd.__main__ import main
-from opsd.errors import RunStopped
-from opsd.ranks import Ranks
+from opsd.utils.errors import RunStopped
+from opsd.utils.distributed import Ranks
 def run(self, *args):
     if self._ranks.rank == 1:
         raise RunStopped("only the second rank sees this")

@@ -10,10 +10,10 @@ import torch
 
 from opsd.config import EngineConfig, OptimConfig, RolloutConfig
 from opsd.engine import TorchEngine
-from opsd.errors import RunStopped
-from opsd.prompts import Prompt
-from opsd.rollout import HFRollout, Sampling
-from opsd.student import load_scorer, load_tokenizer
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.rollout import HFRollout
+from opsd.types import Prompt, Sampling
+from opsd.utils.errors import RunStopped
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def engine(models):
 
 @pytest.fixture(scope="module")
 def vllm(models, engine):
-    from opsd.rollout.process import VLLMProcessRollout
+    from opsd.rollout.vllm_process import VLLMProcessRollout
 
     settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=600)
     tokenizer = load_tokenizer(str(models / "student"), "--student")
@@ -65,7 +65,7 @@ def disturb(engine, seed):
 
 
 def test_it_says_what_transformers_says_before_and_after_new_weights(models, engine, vllm, monkeypatch):
-    monkeypatch.setattr("opsd.rollout.process.BUCKET_BYTES", 20_000)  # several buckets even here
+    monkeypatch.setattr("opsd.rollout.vllm_process.BUCKET_BYTES", 20_000)  # several buckets even here
     before = ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0))
     assert before == transformers_says(engine, models)
     disturb(engine, 1)

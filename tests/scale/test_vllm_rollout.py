@@ -11,14 +11,14 @@ import torch
 
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, RolloutConfig, from_json
 from opsd.engine import TorchEngine
-from opsd.errors import RunStopped
-from opsd.evalcommand import EvalCommand, evaluate
-from opsd.lora import add_adapters, trained
-from opsd.prompts import Prompt
-from opsd.ranks import leave
-from opsd.rollout import HFRollout, Sampling
-from opsd.student import load_scorer, load_tokenizer
+from opsd.eval.command import EvalCommand, evaluate
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.model.lora import add_adapters, trained
+from opsd.rollout import HFRollout
 from opsd.train import start
+from opsd.types import Prompt, Sampling
+from opsd.utils.distributed import leave
+from opsd.utils.errors import RunStopped
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.own_process]
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from opsd.config import from_json
-from opsd.errors import RunStopped
-from opsd.ranks import join
 from opsd.rollout import vllm as rollout_vllm
 from opsd.train import start
+from opsd.utils.distributed import join
+from opsd.utils.errors import RunStopped
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("worker.py")))
 CPU = torch.device("cpu")

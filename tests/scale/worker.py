@@ -28,21 +28,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 import opsd.train as train_module
-from opsd import batch
-from opsd.batch import empty, pack, share
 from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
+from opsd.data import packing as batch
+from opsd.data.packing import empty, pack, share
 from opsd.distill import DistillResult
 from opsd.engine import TorchEngine, learning_rate
-from opsd.engine.sharded import DeepSpeedEngine, import_deepspeed
-from opsd.hooks import load_selector
-from opsd.lora import add_adapters
-from opsd.prompts import Prompt
-from opsd.ranks import join, leave
-from opsd.rollout import Rollout
-from opsd.student import Scorer
+from opsd.engine.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+from opsd.model.lora import add_adapters
+from opsd.model.scorer import Scorer
+from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
+from opsd.types import Prompt, Rollout
 from opsd.update import Updater
+from opsd.utils.distributed import join, leave
 
 NOTHING: tuple = (None, None)
 CPU = torch.device("cpu")

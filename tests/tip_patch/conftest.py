@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from opsd.hooks import TokenStats
+from opsd.selection import TokenStats
 
 MakeStats = Callable[..., TokenStats]
 

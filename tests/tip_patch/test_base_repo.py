@@ -12,9 +12,9 @@ from tolerance import close
 from torch.nn import functional
 
 from opsd.distill import distill_loss
-from opsd.errors import UserError
-from opsd.hooks import load_selector
-from opsd.seeding import derive_seed
+from opsd.selection import load_selector
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
 from tip_patch.adapters.base_repo import patch
 
 NAMES = ["reverse_kl", "forward_kl", "jsd"]

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
+from tip_patch.groups import Rollouts
 from tip_patch.histogram import BINS, EDGES, Histogram, count_bins
 from tip_patch.normalise import MinMax, Normaliser, Ranks
-from tip_patch.rollouts import Rollouts
 from tip_patch.selectors import SoftOr
 
 

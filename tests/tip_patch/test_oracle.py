@@ -11,9 +11,8 @@ from tolerance import close, transformer
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import oracle as oracle_script
-from opsd.batch import pack
-from opsd.prompts import Prompt
-from opsd.rollout import Rollout
+from opsd.data.packing import pack
+from opsd.types import Prompt, Rollout
 from tip_patch.oracle import (
     TokenWorth,
     by_quadrant,

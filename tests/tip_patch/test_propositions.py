@@ -5,9 +5,9 @@ import pytest
 import torch
 from tolerance import close
 
-from tip_patch.rollouts import Rollouts
+from tip_patch.groups import Rollouts
+from tip_patch.overlap import jaccard
 from tip_patch.selectors import Q3, Entropy, SoftOr
-from tip_patch.shadow import jaccard
 
 EPSILON = 1e-4
 # One token of each quadrant, and the two that span the ranges: h 0…1, δ 0…2.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerance import close, rounding
 
 from opsd.distill import distill_loss
-from tip_patch.rollouts import Rollouts
+from tip_patch.groups import Rollouts
 from tip_patch.sampling import (
     LOG_OF_ZERO,
     inclusion_probabilities,

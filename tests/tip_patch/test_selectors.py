@@ -12,12 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd.batch import pack
+from opsd.data.packing import pack
 from opsd.distill import concatenate_stats, distill_loss
-from opsd.errors import UserError
-from opsd.hooks import TokenSelector, TokenStats, load_selector, selector_names
-from opsd.prompts import Prompt
-from opsd.rollout import Rollout
+from opsd.selection import TokenSelector, TokenStats, load_selector, selector_names
+from opsd.types import Prompt, Rollout
+from opsd.utils.errors import UserError
 
 SCORED = ["entropy", "divergence", "soft_or", "soft_or_bottom", "q3"]
 FIXED = [*SCORED, "entropy_sample", "random", "adaptive_kl", "first_fraction", "position_weighted"]
@@ -236,7 +235,7 @@ class TestOptions:
             assert isinstance(load_selector(name), TokenSelector)
 
     def test_first_lines_fit_a_terminal(self):
-        from opsd.hooks import describe_selectors
+        from opsd.selection import describe_selectors
 
         for name, line in describe_selectors().items():
             assert line.endswith(".") and len(line) <= 90, name

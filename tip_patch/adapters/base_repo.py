@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.distill.divergence import GRADIENTS, check_divergence, token_fields_
-from opsd.errors import UserError
-from opsd.hooks import STUDENT_FIELDS, TEACHER_FIELDS, Selection, TokenSelector, TokenStats
-from opsd.seeding import derive_seed
+from opsd.selection import STUDENT_FIELDS, TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
 
 Loss = Callable[..., tuple[Tensor, int]]
 SCOPES = ("micro_batch", "rollout")

@@ -25,8 +25,8 @@ from opsd.environments.travel.task import (
     travel_folder,
     write_task_file,
 )
-from opsd.errors import UserError
-from opsd.seeding import derive_seed
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
 
 
 def benchmark_split(

@@ -10,13 +10,14 @@ import numpy as np
 from opsd.config import EvalConfig
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.talk import Talk
-from opsd.evaluate import Suite, standard_error
-from opsd.rollout import Rollout, RolloutEngine, Sampling
-from opsd.seeding import derive_seed
+from opsd.eval.evaluator import Suite, standard_error
+from opsd.rollout import RolloutEngine
+from opsd.types import Rollout, Sampling
+from opsd.utils.seeding import derive_seed
 
 
 class TravelEvaluator:
-    """What `opsd.evaluate.Evaluator` is for answers, for episodes: the same suites, the same sampling, any engine."""
+    """What `opsd.eval.evaluator.Evaluator` is for answers, for episodes: the same suites and sampling, any engine."""
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, talk: Talk) -> None:
         self.suites, self._config, self._talk = suites, config, talk

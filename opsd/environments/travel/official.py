@@ -20,7 +20,7 @@ from typing import Any
 from opsd.environments.travel.plan import Plan
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.task import TravelTask, travel_folder
-from opsd.errors import UserError
+from opsd.utils.errors import UserError
 
 
 class Official:

@@ -9,7 +9,7 @@ from random import Random
 
 from opsd.environments.travel.task import Row, Tables, TravelTask
 from opsd.environments.travel.words import CONSTRAINTS, DATES, GO, QUERY, STARS, VALUES, coordinate, date_of, value_word
-from opsd.seeding import derive_seed
+from opsd.utils.seeding import derive_seed
 
 STARS_SHOWN, HOTELS_PER_STAR = 3, 3
 ATTRACTIONS, RESTAURANTS_PER_ATTRACTION = 3, 4

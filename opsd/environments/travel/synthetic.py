@@ -16,7 +16,7 @@ from opsd.environments.travel.pocket import below, sample
 from opsd.environments.travel.rules import draw_constraints
 from opsd.environments.travel.score import plan_cost, score_plan
 from opsd.environments.travel.task import Form, Row, Tables, TravelTask
-from opsd.seeding import derive_seed
+from opsd.utils.seeding import derive_seed
 
 CITIES = ("Arvenholm", "Belmarra", "Cordanel", "Dravik", "Elmsford", "Farrowgate", "Grenholt", "Halvery", "Istmere")
 BRANDS = ("Lantern", "Meridian", "Northlight", "Oakhouse")

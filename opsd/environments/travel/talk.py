@@ -12,10 +12,9 @@ from opsd.environments.travel.env import TravelEnv
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.task import TravelTask
 from opsd.environments.travel.tools import CallError, find
-from opsd.errors import UserError
-from opsd.prompts import Prompt
-from opsd.rollout.base import Rollout
-from opsd.rollout.calls import ChatTurns, cut_middle, read_calls
+from opsd.rollout.tool_calls import ChatTurns, cut_middle, read_calls
+from opsd.types import Prompt, Rollout
+from opsd.utils.errors import UserError
 
 
 @dataclass(frozen=True)

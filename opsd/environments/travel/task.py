@@ -14,8 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
 
-from opsd.errors import UserError
-from opsd.seeding import derive_seed
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
 
 Row = dict[str, str]
 Tables = dict[str, list[Row]]

@@ -13,13 +13,13 @@ from opsd.environments.travel.env import TravelEnv
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.talk import Talk
 from opsd.environments.travel.task import read_task_file
-from opsd.errors import UserError
-from opsd.evaluate import Suite, suite_pair
-from opsd.prompts import Prompt
-from opsd.ranks import Ranks
+from opsd.eval.evaluator import Suite, suite_pair
 from opsd.rollout import RolloutEngine
 from opsd.rollout.agent import AgentRollout
-from opsd.rollout.cached import CachedAgentRollout
+from opsd.rollout.cached_agent import CachedAgentRollout
+from opsd.types import Prompt
+from opsd.utils.distributed import Ranks
+from opsd.utils.errors import UserError
 
 
 class TravelWorld:

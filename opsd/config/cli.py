@@ -1,0 +1,62 @@
+"""Arguments to a frozen dataclass by tyro, and tyro's message boxes to one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import typing
+from typing import Any, TypeVar
+
+import tyro
+
+from opsd.utils.errors import UserError
+
+Config = TypeVar("Config")
+_TITLE = re.compile(r"╭─[^╮]*╮")
+_BOX = re.compile(r"[─-╿]+")
+_OPTION = re.compile(r"(--[A-Za-z][\w.]*) ")
+
+
+def parse(config: type[Config], args: list[str], prog: str, bare_switches: bool = False) -> Config:
+    """`args` as a `config`; `--help` prints all flags and exits. Raises UserError, one line, for bad arguments.
+
+    bare_switches: a bool field is --field and --no-field; else it takes a value, --field True.
+    """
+    markers = () if bare_switches else (tyro.conf.FlagConversionOff,)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            return tyro.cli(config, prog=prog, args=args, use_underscores=True, config=markers)
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+    what = one_line(errors.getvalue(), flags_of(config))
+    raise UserError(f"{what}{'' if what.endswith('?') else ';'} `{prog} --help` lists all flags")
+
+
+def one_line(box: str, flags: list[str]) -> str:
+    """What tyro says in a box over many lines, as one: what is wrong, and the nearest of the known flags."""
+    text = " ".join(_BOX.sub(" ", _TITLE.sub(" ", re.sub(r"\x1b\[[\d;]*m", "", box))).split())
+    text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().removesuffix(".")
+    unknown = re.search(r"Unrecognized options: ([^\s,]+)", text)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1], flags, n=1)
+        return f"unknown option {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
+    missing = re.search(r"Missing from [^:]+: (.*)", text)
+    if missing:
+        return f"missing: {', '.join(_OPTION.findall(missing[1]))}"
+    return text
+
+
+def flags_of(config: Any, prefix: str = "--") -> list[str]:
+    """Every flag of a dataclass of settings, those of its parts with a dot."""
+    found = []
+    for name, kind in typing.get_type_hints(config).items():
+        if dataclasses.is_dataclass(kind):
+            found += flags_of(kind, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    # The teacher's model is given as --teacher itself.
+    return [flag.removesuffix(".model") for flag in found]

@@ -1,0 +1,102 @@
+"""Score → select → loss, over one micro-batch: where the token-selection hook sits.
+
+Legend: N student tokens, K kept of them, V vocabulary, D and E the models' hidden sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from opsd.distill.chunks import ChunkTokens
+from opsd.distill.divergence import Divergence
+from opsd.distill.fused import fused_loss
+from opsd.distill.inputs import Inputs, LossSpec, check_inputs, on_rows
+from opsd.distill.materialized import whole_loss
+from opsd.distill.select import TRAINED_FIELD, Choice, choose, mask_of
+from opsd.selection import Selection, TokenSelector, TokenStats
+from opsd.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """loss_sum: Σ over kept tokens of weight·divergence, nats, differentiable. kept_N: bool, the tokens trained on.
+
+    stats: what was computed on the way, else None. A field holds all rows, except that those of a selector's
+    `needs_kept` hold NaN (0 for integers and bools) outside the kept rows.
+    """
+
+    loss_sum: Tensor
+    kept_N: Tensor
+    stats: TokenStats
+
+
+def distill_loss(
+    student_hidden_ND: Tensor,
+    student_head_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_head_VE: Tensor,
+    *,
+    rollout_N: Tensor | None = None,
+    token_ids_N: Tensor | None = None,
+    selector: TokenSelector | None = None,
+    kept_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
+    divergence: Divergence = "reverse_kl",
+    beta: float = 0.5,
+    memory: Literal["fused", "whole"] = "fused",
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: ChunkTokens = "auto",
+    seed: int = 0,
+) -> DistillResult:
+    """Divergence between student and teacher, summed over the tokens a selector keeps (paper Eq. 1, 7/9).
+
+    student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens; the heads project them
+    to logits. Gradients flow to the student's hidden states and head. Divide loss_sum once, by the kept count of
+    the whole step. rollout_N: each token's rollout id (None: one rollout). selector, or kept_N instead: the mask as
+    given, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.
+    divergence: reverse_kl = KL(P_S‖P_T), forward_kl, or jsd with `beta`. temperature divides both logits; gradients
+    carry 1/T. memory: fused is flat in N, whole keeps K×V logits. vocab_size: rows of the heads that count (None:
+    the lower head's). chunk_tokens bounds the rows worked on at once and does not change the result.
+    Errors: UserError for arguments that do not fit, naming them.
+    """
+    spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory)
+    if selector is not None and kept_N is not None:
+        raise UserError("both a selector and kept_N were given: give one of them")
+    models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
+    about = {"rollout_N": rollout_N, "token_ids_N": token_ids_N, "weight_N": weight_N}
+    inputs = check_inputs(*models, vocab_size=vocab_size, **about)
+    selection = None if kept_N is None else Selection(kept_N)
+    return distill(inputs, Choice(selector, selection, seed), spec)
+
+
+def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
+    """See `distill_loss`, on inputs that were checked."""
+    stats, selection, held = choose(inputs, choice, spec)
+    kept_N = mask_of(selection.kept_N, inputs)
+    kept_K = kept_N.nonzero().squeeze(-1)
+    all_kept = kept_K.shape[0] == inputs.rows
+    rows_K = None if all_kept else kept_K
+    weight_K = _weights(rows_K, inputs, selection.weight_N)
+    if spec.memory == "whole":
+        loss_sum, loss_K = whole_loss(inputs, rows_K, weight_K, spec)
+    else:
+        loss_sum, loss_K = fused_loss(inputs, rows_K, weight_K, spec, held)
+    free_field = TRAINED_FIELD.get(spec.divergence)
+    if all_kept and free_field is not None:
+        stats = dataclasses.replace(stats, **{free_field: loss_K.float()})
+    return DistillResult(loss_sum, kept_N, stats)
+
+
+def _weights(rows_K: Tensor | None, inputs: Inputs, selected_N: Tensor | None) -> Tensor | None:
+    """The caller's weights times the selection's on the trained rows [K], in the wide type; None without either."""
+    product = None
+    for weight_N in (inputs.weight_N, on_rows("weight_N", selected_N, inputs.student_ND)):
+        if weight_N is not None:
+            weight_N = weight_N.detach().to(inputs.wide)
+            product = weight_N if product is None else product * weight_N
+    return product if product is None or rows_K is None else product[rows_K]

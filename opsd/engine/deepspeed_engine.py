@@ -1,0 +1,285 @@
+"""DeepSpeed: ZeRO 0 to 3 over any number of ranks, on CUDA (NCCL) or CPU (gloo)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from opsd.config import EngineConfig, OptimConfig
+from opsd.data.packing import empty
+from opsd.distill import DistillResult
+from opsd.engine.base import optimizer_of
+from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
+from opsd.model.scorer import HeadUse, Result, Scorer
+from opsd.types import MicroBatch
+from opsd.utils.distributed import Ranks
+
+# What each optimiser keeps for a weight.
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+
+
+class DeepSpeedEngine:
+    """Engine on DeepSpeed: torch's AdamW or SGD over shards, fp32 master weights whatever the compute type.
+
+    What is called on one rank is called on all, and the same number of micro-batches goes through each (see
+    `opsd.data.packing.share`): under ZeRO every forward and backward is a collective.
+    """
+
+    def __init__(
+        self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device, ranks: Ranks
+    ) -> None:
+        self.student, self.device, self.ranks = student, device, ranks
+        self._stage, self._dtype = engine.zero_stage, getattr(torch, engine.dtype)
+        # Ranks gather weights layer by layer: each must call the model as often as the others.
+        student.packed = student.packed or self._stage == 3
+        self._moments = MOMENTS[optim.kind]
+        self._max_norm = optim.max_grad_norm if optim.max_grad_norm > 0 else math.inf
+        if engine.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._named = trained(student.model)
+        exact = self._exact_copies() if self._rounds() else {}
+        if self._stage == 0:
+            hold_frozen_in(self._dtype, student.model)
+        buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+        optimizer = optimizer_of(self._named, optim)
+        self._norm = math.nan
+        if self._stage == 0:
+            optimizer.register_step_pre_hook(self._clip)
+        self._deepspeed = import_deepspeed(device)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=student, optimizer=optimizer, config=deepspeed_config(engine, optim)
+        )
+        if self._moments:
+            self._allocate_moments()
+        for name, weight in exact.items():
+            self._tensor_api("safe_set_full_fp32_param")(self._named[name], weight.to(device))
+        for buffer, value in buffers:
+            # Rotary frequencies stay fp32: rounded, far positions would be others.
+            buffer.data = value
+        student.train()
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """See Engine.sampling. ZeRO-3 gathers once, so that ranks may then write answers of different lengths."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._autocast())
+            if self._stage == 3:
+                from deepspeed.runtime.zero import unwrap_model_for_generation
+
+                stack.enter_context(unwrap_model_for_generation(self._engine))
+            yield
+
+    def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
+        """See Engine.forward: through DeepSpeed's wrapper, so that shards are gathered where a module needs them."""
+
+        def visible(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> tuple[list[torch.Tensor], Result]:
+            # DeepSpeed hangs its backward hooks on tensors that it finds in a module's output: the loss must be one.
+            result = use(hidden_ND, head_VD)
+            return [result.loss_sum] if isinstance(result, DistillResult) else [], result
+
+        with self._autocast():
+            found, result = self._engine(micro.to(self.device), visible)
+        return dataclasses.replace(result, loss_sum=found[0]) if found else result
+
+    def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
+        """See Engine.backward. DeepSpeed takes the mean over ranks: times their number, it is the sum."""
+        self._engine.backward(loss_sum * (self.ranks.world_size / global_count), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """See Engine.step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self._stage == 0:
+            return self._norm
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
+
+    def discard(self) -> None:
+        """See Engine.discard.
+
+        ZeRO keeps gradients in buffers of its own, which a step empties. So one is taken that DeepSpeed refuses by
+        itself: a gradient that is no number joins the others.
+        """
+
+        def spoil(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> DistillResult:
+            nothing: Any = None
+            return DistillResult(math.nan * hidden_ND.sum(), nothing, nothing)
+
+        # By way of a hidden state: it reaches whatever is trained, be it adapters alone.
+        one_row = dataclasses.replace(empty(), rows_N=torch.zeros(1, dtype=torch.int64))
+        self.backward(self.forward(one_row, spoil).loss_sum, 1.0)
+        if math.isfinite(self.step(0.0)):
+            raise RuntimeError("DeepSpeed took a step with a gradient that is no number")
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.weights."""
+        if self._stage == 0 and not has_adapters(self.student.model):
+            return None
+        return self._collect(self._plain_weights())
+
+    def adapters(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.adapters."""
+        if not has_adapters(self.student.model):
+            return None
+        return self._collect((name, self._full_weight(p)) for name, p in self._named.items())
+
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Engine.gathered."""
+        for plain in plain_weights(self.student.model, remove_duplicate=False):
+            with self._whole(plain) as tensor:
+                yield plain.name, tensor.to(plain.weight.dtype)
+
+    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""
+        return self._collect(self._state() if self._moments else ()), {"kind": "torch"}
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """See Engine.load_optimizer_state."""
+        if values["kind"] != "torch":
+            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the deepspeed engine")
+        if not tensors:
+            return
+        optimizer = self._torch_optimizer()
+        step = next(tensor for name, tensor in tensors.items() if name.endswith("/step"))
+        for state in optimizer.state.values():
+            state["step"].copy_(step)
+        for name, parameter in self._named.items():
+            for moment in self._moments:
+                tensor = tensors[f"{name}/{moment}"].to(self.device)
+                if self._stage == 0:
+                    optimizer.state[parameter][moment].copy_(tensor)
+                else:
+                    self._tensor_api("safe_set_full_optimizer_state")(parameter, tensor, moment)
+
+    def _allocate_moments(self) -> None:
+        """AdamW's state before its first step, as it would make it then: so it can be read and loaded at any time.
+
+        DeepSpeed's ZeRO-1 and 2 would link only the first group's parameters to their moments.
+        """
+        optimizer = self._torch_optimizer()
+        shards = [shard for group in optimizer.param_groups for shard in group["params"]]
+        if self._stage == 3:
+            # They are in the groups during a step only.
+            shards = self._engine.optimizer.fp32_partitioned_groups_flat
+        for shard in shards:
+            zeros = {moment: torch.zeros_like(shard) for moment in self._moments}
+            optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **zeros}
+        if self._stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _rounds(self) -> bool:
+        """Whether DeepSpeed turns the weights to the compute type, and takes its master copy from them."""
+        return self._stage > 0 and self._dtype != torch.float32
+
+    def _exact_copies(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._named.items()}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """ZeRO-0 keeps fp32 weights, as the torch engine; the other stages hold them in the compute type."""
+        if self._stage == 0 and self._dtype != torch.float32:
+            return torch.autocast(self.device.type, self._dtype)
+        return contextlib.nullcontext()
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """ZeRO-0, on reduced gradients just before the update: measure, clip, drop them where they are no numbers."""
+        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm)
+        self._norm = float(norm)
+        if not math.isfinite(self._norm):
+            optimizer.zero_grad(set_to_none=True)
+
+    def _collect(self, whole: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Form each tensor in turn, on all ranks together; the first rank keeps them in host memory."""
+        kept = {}
+        for name, tensor in whole:
+            if self.ranks.is_main:
+                kept[name] = tensor.detach().to("cpu", copy=True)
+        return kept
+
+    def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The plain model's weights in turn, in full precision."""
+        for plain in plain_weights(self.student.model):
+            if plain.weight.requires_grad:
+                yield plain.name, self._full_weight(plain.weight)
+            else:
+                with self._whole(plain) as tensor:
+                    yield plain.name, tensor.float()
+
+    @contextlib.contextmanager
+    def _whole(self, plain: PlainWeight) -> Iterator[torch.Tensor]:
+        """A weight of the plain model, in the compute type or, where an adapter is merged in, in fp32."""
+        with self._deepspeed.zero.GatheredParameters([plain.weight], enabled=self._stage == 3):
+            a, b = (None if part is None else self._full_weight(part) for part in (plain.a, plain.b))
+            yield plain.formed(plain.weight.data, a, b)
+
+    def _full_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """A trained parameter, whole and in fp32."""
+        return parameter.data if self._stage == 0 else self._tensor_api("safe_get_full_fp32_param")(parameter)
+
+    def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimiser's state in turn, as named whole tensors."""
+        step = next(iter(self._torch_optimizer().state.values()))["step"]
+        for name, parameter in self._named.items():
+            for moment in self._moments:
+                yield f"{name}/{moment}", self._full_moment(parameter, moment)
+            yield f"{name}/step", step
+
+    def _full_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        if self._stage == 0:
+            return self._torch_optimizer().state[parameter][moment]
+        return self._tensor_api("safe_get_full_optimizer_state")(parameter, moment)
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser inside DeepSpeed's wrappers."""
+        return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+
+    def _tensor_api(self, name: str) -> Callable[..., Any]:
+        return getattr(self._deepspeed.utils, name)
+
+
+def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
+    """DeepSpeed's settings. Gradients add up until `step`, however many micro-batches there were."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    bfloat16 = engine.dtype == "bfloat16" and engine.zero_stage > 0
+    return {
+        # Counts that DeepSpeed wants stated; nothing of ours is divided by them.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        # SGD is not on its list of optimisers known to work; tests/scale compares it with plain torch.
+        "zero_allow_untested_optimizer": optim.kind == "sgd",
+        "bf16": {"enabled": bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # ZeRO-0 clips in its own hook, where the norm can be read.
+        "gradient_clipping": 0.0 if engine.zero_stage == 0 else optim.max_grad_norm,
+        "steps_per_print": None,
+    }
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told which accelerator to take and to keep quiet."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if device.type == "cpu":
+        # A faster all-reduce that DeepSpeed would compile at the first start: that needs a compiler, and a build that
+        # was killed leaves a lock behind which later starts wait for without end. gloo does as well here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives by names that newer versions of torch warn about.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,102 @@
+"""One process of plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from opsd.config import EngineConfig, OptimConfig
+from opsd.engine.base import optimizer_of
+from opsd.model.lora import has_adapters, hold_frozen_in, plain_weights, trained
+from opsd.model.scorer import HeadUse, Result, Scorer
+from opsd.types import MicroBatch
+from opsd.utils.distributed import ONE_RANK
+
+
+class TorchEngine:
+    """Engine for one process: fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16.
+
+    Frozen weights are in the compute type.
+    """
+
+    ranks = ONE_RANK
+
+    def __init__(self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device) -> None:
+        self.student, self.device = student, device
+        self._dtype, self._max_norm = getattr(torch, engine.dtype), optim.max_grad_norm
+        if engine.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._named = trained(student.model)
+        hold_frozen_in(self._dtype, student.model)
+        self._optimizer = optimizer_of(self._named, optim)
+        student.train()
+
+    def sampling(self) -> contextlib.AbstractContextManager[Any]:
+        """The compute type: bfloat16 with fp32 master weights, or nothing."""
+        if self._dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._dtype)
+
+    def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
+        """See Engine.forward."""
+        with self.sampling():
+            return self.student(micro.to(self.device), use)
+
+    def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
+        """See Engine.backward."""
+        (loss_sum / global_count).backward()
+
+    def step(self, lr: float) -> float:
+        """See Engine.step."""
+        limit = self._max_norm if self._max_norm > 0 else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), limit))
+        if math.isfinite(norm):
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def discard(self) -> None:
+        """See Engine.discard."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.weights: without adapters they lie in the model, whole and in fp32."""
+        if not has_adapters(self.student.model):
+            return None
+        return {
+            plain.name: plain.formed(plain.weight, plain.a, plain.b).detach().to("cpu", torch.float32)
+            for plain in plain_weights(self.student.model)
+        }
+
+    def adapters(self) -> dict[str, torch.Tensor] | None:
+        """See Engine.adapters."""
+        return {name: p.data for name, p in self._named.items()} if has_adapters(self.student.model) else None
+
+    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Engine.gathered."""
+        for plain in plain_weights(self.student.model, remove_duplicate=False):
+            yield plain.name, plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
+
+    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See Engine.optimizer_state. Names are `parameter/moment`."""
+        state = self._optimizer.state
+        tensors = {
+            f"{name}/{key}": value
+            for name, parameter in self._named.items()
+            for key, value in state.get(parameter, {}).items()
+        }
+        return tensors, {"kind": "torch"}
+
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        """See Engine.load_optimizer_state."""
+        if values["kind"] != "torch":
+            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the torch engine")
+        for name, tensor in tensors.items():
+            parameter, key = name.rsplit("/", 1)
+            self._optimizer.state[self._named[parameter]][key] = tensor.to(self.device)

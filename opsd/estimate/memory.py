@@ -1,0 +1,282 @@
+"""The peak memory of a GPU by phase and part, reckoned from the settings as the code spends it; and a rough time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from opsd.config import TrainConfig
+from opsd.distill.chunks import BLOCK_BYTES, most_held_rows, most_rows
+from opsd.distill.divergence import SCRATCH_BUFFERS
+from opsd.estimate.shapes import ModelShape
+from opsd.utils.errors import UserError
+
+GIB = 2**30
+WIDE = 4  # bytes of a logit, a master weight and a moment: all fp32
+# Whole [K, V] fp32 buffers alive at the worst moment of --loss.memory whole: both models' logits, and what autograd
+# keeps for backward.
+WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8}
+# DeepSpeed's defaults, in numbers: gradients on their way, and weights gathered at once under ZeRO-3.
+REDUCE_BUCKET, LIVE_WEIGHTS = 500_000_000, 1_000_000_000
+# Assumed, not measured: CUDA's context, NCCL and the allocator's holes. On a CPU: Python with torch and transformers.
+PROCESS_GIB = {"cuda": 2.0, "cpu": 0.6}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """gpus ranks, each with gib of memory. tflops, bandwidth_gbs: what a GPU really does, utilisation taken off."""
+
+    gpus: int
+    gib: float
+    tflops: float
+    bandwidth_gbs: float
+    flash: bool
+    kind: str
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """What one rank does with one pair of models. All lengths are the longest that the settings allow."""
+
+    config: TrainConfig
+    student: ModelShape
+    teacher: ModelShape
+    hardware: Hardware
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.config.engine.dtype == "bfloat16" else 4
+
+    @property
+    def longest(self) -> int:
+        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step over all ranks, every rollout as long as it may be."""
+        return self.config.prompts_per_step * self.config.rollout.samples_per_prompt * self.longest
+
+    @property
+    def rank_tokens(self) -> int:
+        return math.ceil(self.step_tokens / self.hardware.gpus)
+
+    @property
+    def micro_tokens(self) -> int:
+        """L: a single rollout is never split, and a step may be smaller than a micro-batch."""
+        return min(max(self.config.engine.micro_batch_tokens, self.longest), self.step_tokens)
+
+    @property
+    def zero(self) -> int | None:
+        """The ZeRO stage; None is the torch engine."""
+        return self.config.engine.zero_stage if self.config.engine.kind == "deepspeed" else None
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention needs a mask: sdpa over a packed row, which is ZeRO-3's layout alone."""
+        return self.zero == 3 and not self.hardware.flash
+
+    @property
+    def autocast(self) -> bool:
+        """Whether weights are fp32 and products bf16."""
+        return self.itemsize == 2 and not self.zero
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters: all, or the adapters'."""
+        rank, s = self.config.lora.rank, self.student
+        if not rank:
+            return s.parameters
+        sides = {
+            "q_proj": s.hidden + s.query_width,
+            "k_proj": s.hidden + s.kv_width,
+            "v_proj": s.hidden + s.kv_width,
+            "o_proj": s.query_width + s.hidden,
+            "gate_proj": s.hidden + s.ffn,
+            "up_proj": s.hidden + s.ffn,
+            "down_proj": s.ffn + s.hidden,
+        }
+        targets = self.config.lora.target_modules
+        chosen = sides if targets == ("all-linear",) else targets
+        if unknown := sorted(set(chosen) - set(sides)):
+            raise UserError(f"--lora.target_modules {unknown[0]}: the planner knows {', '.join(sides)}")
+        return rank * s.layers * sum(sides[name] for name in chosen)
+
+    def share(self, stage: int) -> int:
+        """Over how many ranks that is spread which ZeRO shares out from `stage` on."""
+        return self.hardware.gpus if (self.zero or 0) >= stage else 1
+
+    def states(self) -> dict[str, float]:
+        """Bytes of weights, gradients and the optimiser's state on a rank."""
+        engine, frozen = self.config.engine, self.student.parameters if self.config.lora.rank else 0
+        held = self.itemsize if self.zero else WIDE
+        weights = (self.trained * held + frozen * self.itemsize) / self.share(3)
+        moments = 2 * WIDE if self.config.optim.kind == "adamw" else 0
+        # Beside weights in the compute type ZeRO keeps fp32 ones.
+        state = self.trained * (moments + (WIDE if self.zero else 0)) / self.share(1)
+        return {
+            "student weights": 0.0 if engine.offload_parameters else weights,
+            "gradients": self.trained * WIDE / self.share(2),
+            "optimiser": 0.0 if engine.offload_optimizer else state,
+        }
+
+    def layer_bytes(self) -> float:
+        """What autograd keeps of one layer, a token, but for masks; counted on transformers' own layers."""
+        s, i = self.student, self.itemsize
+        norms_and_inputs = 24 if i == 4 else (26 if self.autocast else 16)
+        # Beside a mask sdpa repeats keys and values for every query head.
+        attention = 2 * s.query_width + 2 * (s.query_width if self.masked else s.kv_width)
+        small = 8 + 4 * s.heads
+        if s.head_norms:
+            small += (8 if i == 4 else 6) * (s.query_width + s.kv_width) + 4 * (s.heads + s.kv_heads)
+        return norms_and_inputs * s.hidden + i * (attention + 4 * s.ffn) + small
+
+    def activations(self) -> dict[str, float]:
+        """Bytes that a micro-batch's forward leaves for backward, and what one layer's backward takes beside it."""
+        s, i, tokens = self.student, self.itemsize, self.micro_tokens
+        kept_layers = 1 if self.config.engine.gradient_checkpointing else s.layers
+        ends = (2 * i + 4) * s.hidden + 2 * i * s.head_dim
+        inputs = s.layers * s.hidden * i if self.config.engine.gradient_checkpointing else 0
+        casts = i * s.layer_matrices * kept_layers if self.autocast else 0
+        return {
+            "activations": tokens * (kept_layers * self.layer_bytes() + ends + inputs) + casts,
+            # sdpa turns the mask that keeps packed sequences apart into numbers, and keeps it, in every layer.
+            "attention masks": kept_layers * i * tokens**2 if self.masked else 0.0,
+            "one layer's backward": tokens * i * (3 * s.ffn + 2 * s.hidden),
+        }
+
+    def loss(self) -> float:
+        """Bytes of the loss stage beside hidden states: logits, and gradients of hidden states and head."""
+        s, tokens, vocab = self.student, self.micro_tokens, min(self.student.vocab, self.teacher.vocab)
+        head = 0 if self.config.lora.rank else s.head_parameters * WIDE
+        kept = math.ceil(tokens * (1.0 if self.config.select.by == "all" else self.config.select.retention))
+        chosen = self.config.loss.chunk_tokens
+        chunk = min(most_rows(self.hardware.kind, vocab) if chosen == "auto" else chosen, kept)
+        if self.config.loss.memory == "whole":
+            return (WHOLE_BUFFERS[self.config.loss.divergence] * kept + 2 * chunk) * vocab * WIDE + head
+        narrow = 2 if self.itemsize == 2 and self.hardware.kind == "cuda" else 0
+        if self.config.select.by != "all" and tokens <= (
+            most_held_rows(self.hardware.kind, vocab) if chosen == "auto" else chosen
+        ):
+            chunk = tokens  # the logits that are scored are held for the loss
+        rows = min(chunk, max(1, BLOCK_BYTES[self.hardware.kind] // ((2 + SCRATCH_BUFFERS) * vocab * WIDE)))
+        logits = chunk * vocab * (2 * WIDE + narrow) + SCRATCH_BUFFERS * rows * vocab * WIDE
+        return logits + head + tokens * s.hidden * self.itemsize
+
+    def teacher_weights(self, working: bool) -> float:
+        """Bytes of the teacher's weights on a rank, while it computes or not; its head is always there."""
+        t, i, c = self.teacher, self.itemsize, self.config.teacher
+        head = t.head_parameters * i
+        if c.kind == "vllm":
+            return head
+        if c.shard:
+            spread = 0 if c.offload else t.parameters * i / self.hardware.gpus
+            return head + spread + (min(LIVE_WEIGHTS, t.parameters) * i if working else 0)
+        return t.parameters * i if working or not c.offload else head
+
+    def buffers(self) -> float:
+        """DeepSpeed's own: a bucket of gradients, gathered weights under ZeRO-3."""
+        if not self.zero:
+            return 0.0
+        bucket = min(REDUCE_BUCKET, self.trained) * self.itemsize
+        return bucket + (min(LIVE_WEIGHTS, self.student.parameters) * self.itemsize if self.zero == 3 else 0)
+
+    def sampler(self) -> dict[str, float]:
+        """Bytes that sampling takes beside the training's."""
+        r = self.config.rollout
+        if r.engine == "vllm_process" and (r.sampler_gpus or self.hardware.kind == "cpu"):
+            return {}  # on GPUs of its own, or not in this process
+        if r.engine != "hf":
+            there = r.samplers if r.engine == "vllm_process" else 1
+            return {"sampler (vLLM's share)": there * r.gpu_memory_share * self.hardware.gib * GIB}
+        side_by_side = min(r.generate_batch, math.ceil(self.step_tokens / self.longest / self.hardware.gpus))
+        whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
+        whole += self.copied_weights(self.student)
+        cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)
+        return {"sampler (whole weights)": whole, "sampler (key-value cache)": cache}
+
+    def copied_weights(self, shape: ModelShape) -> int:
+        """Bytes of the weights in oneDNN's layout, which sampling by transformers keeps on a CPU in fp32."""
+        if self.hardware.kind != "cpu" or self.itemsize != WIDE:
+            return 0
+        return WIDE * (shape.layers * shape.layer_matrices + shape.vocab * shape.hidden)
+
+    def evaluations(self, resident: dict[str, float]) -> dict[str, dict[str, float]]:
+        """Bytes while transformers answers the suites: the student under rollout.engine hf, a local teacher always."""
+        r, e, t = self.config.rollout, self.config.eval, self.config.teacher
+        if not e.suite:
+            return {}
+        length = r.max_prompt_tokens + (e.max_new_tokens or r.max_new_tokens)
+
+        def answers(shape: ModelShape) -> dict[str, float]:
+            return {"evaluation's key-value cache": e.generate_batch * length * shape.kv_bytes(self.itemsize)}
+
+        found = {}
+        if r.engine == "hf":
+            whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
+            whole += self.copied_weights(self.student)
+            found["evaluation"] = resident | {"sampler (whole weights)": whole} | answers(self.student)
+        if e.teacher and t.kind == "local" and not t.shard:
+            working = {"teacher weights": self.teacher_weights(working=True) + self.copied_weights(self.teacher)}
+            found["teacher's evaluation"] = resident | working | answers(self.teacher)
+        return found
+
+    def phases(self) -> dict[str, dict[str, float]]:
+        """GiB by phase and part. The peak is the largest phase's sum."""
+        states, t = self.states(), self.config.teacher
+        always = {"process": PROCESS_GIB[self.hardware.kind] * GIB, **states}
+        if not self.zero:
+            del always["gradients"]  # dropped after every step
+        r = self.config.rollout
+        sleeps = r.engine == "vllm" and r.sleep and self.hardware.kind == "cuda"
+        awake = r.engine != "hf" and not sleeps
+        awake_share = self.sampler() if awake else {}
+        idle = {"teacher weights": self.teacher_weights(working=False)}
+        hidden = self.rank_tokens * self.teacher.hidden * self.itemsize if t.cache == "device" else 0
+        waiting = {"teacher's states": hidden}
+        # A single micro-batch's backward starts with no gradient beside it.
+        first = not self.zero and self.rank_tokens <= self.micro_tokens
+        held = {} if first else {"gradients": states["gradients"]}
+        update = 0.0  # AdamW's fused kernel makes no copies
+        if self.config.optim.kind == "sgd" and not self.config.engine.offload_optimizer:
+            all_at_once = self.hardware.kind == "cuda"
+            update = WIDE * (self.trained / self.share(1) if all_at_once else 2 * self.student.largest_matrix)
+        width = self.teacher.query_width * 2 + 3 * self.teacher.ffn + 4 * self.teacher.hidden
+        served = t.kind == "vllm"
+        found = {
+            "rollout": always | idle | self.sampler(),
+            "teacher": always
+            | awake_share
+            | waiting
+            | {"teacher weights": self.teacher_weights(working=True)}
+            | {"teacher's layer": 0 if served else self.micro_tokens * width * self.itemsize},
+            "student": always
+            | awake_share
+            | idle
+            | waiting
+            | held
+            | self.activations()
+            | {"loss stage": self.loss(), "DeepSpeed's buffers": self.buffers()},
+            "step": always
+            | awake_share
+            | idle
+            | waiting
+            | {"gradients": states["gradients"], "one update's copies": update, "DeepSpeed's buffers": self.buffers()},
+        }
+        found |= self.evaluations(always | awake_share | idle)
+        return {phase: {part: n / GIB for part, n in parts.items() if n} for phase, parts in found.items()}
+
+    def seconds(self) -> dict[str, float]:
+        """Rough seconds of a step by phase: products at the given rate, sampling at that of memory."""
+        s, t, h, r = self.student, self.teacher, self.hardware, self.config.rollout
+        tokens, mean = self.rank_tokens, self.longest / 2
+
+        def forward(shape: ModelShape) -> float:
+            return tokens * (2 * shape.parameters + 4 * mean * shape.query_width * shape.layers) / (h.tflops * 1e12)
+
+        rollouts = math.ceil(self.step_tokens / self.longest / h.gpus)
+        batches = math.ceil(rollouts / r.generate_batch)
+        cache = min(rollouts, r.generate_batch) * mean * s.kv_bytes(self.itemsize)
+        read = batches * r.max_new_tokens * (s.parameters * self.itemsize + cache)
+        student = forward(s) * (4 if self.config.engine.gradient_checkpointing else 3)
+        teacher = 0.0 if self.config.teacher.kind == "vllm" else forward(t)
+        return {"rollout": read / (h.bandwidth_gbs * 1e9), "teacher": teacher, "student": student}

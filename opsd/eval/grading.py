@@ -1,0 +1,283 @@
+"""Is the answer right? Math answers by math-verify; simple formats by their ending; or a function of your own."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import inspect
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from opsd.utils.errors import UserError
+from opsd.utils.plugins import load_path
+
+TIMEOUT_SECONDS = 10.0
+_START_SECONDS = 60.0
+_MAX_ANSWER_CHARACTERS = 2000
+_TAIL_CHARACTERS = 2000
+# Each question then fits into the pipe, even where every character is escaped by six: writing never waits.
+_MAX_GOLD_CHARACTERS = 8000
+_MAX_BOXES = 50
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# Between boxes that are one answer together: "\boxed{1} \quad\text{and}\quad y = \boxed{2}".
+_MAX_JOINT_CHARACTERS = 60
+_JOINT = re.compile(
+    r"(?:[\s$,;]|and|or|\\[()\[\],;:! ]|\\q?quad|\\text\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?\s*=)*", re.IGNORECASE
+)
+_JOINT_WORD = re.compile(r"[,;]|and|or", re.IGNORECASE)
+_ANSWER_LINE = re.compile(r"(?im)^[ \t*#>]*(?:final\s+)?answer[ \t*]*:[\s*]*(\S.*)$")
+_INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
+
+
+class Grader(Protocol):
+    """Judges responses and names the answer that majority voting counts.
+
+    names_answers: False where `answer` always gives None, so that there is no vote.
+    """
+
+    names_answers: bool
+
+    def grade(self, response: str, gold: str) -> bool:
+        """Whether the response's answer is the gold answer."""
+        ...
+
+    def answer(self, response: str, gold: str) -> str | None:
+        """The response's answer in a form that equal answers share, or None where there is none."""
+        ...
+
+
+class MathGrader:
+    """Mathematical equality of the last boxed or final answer (math-verify)."""
+
+    names_answers = True
+
+    def grade(self, response: str, gold: str) -> bool:
+        """See `grade`."""
+        return grade(response, gold)
+
+    def answer(self, response: str, gold: str) -> str | None:
+        """The extracted answer's text without blanks; integers without leading zeros."""
+        found = extract_answer(response)
+        if found is None:
+            return None
+        text = re.sub(r"\s+", "", _plain(found))
+        return str(int(text)) if _INTEGER.fullmatch(text) else text
+
+
+class SuffixGrader:
+    """A response is right when it ends with the gold answer, e.g. "…;A24"."""
+
+    names_answers = True
+
+    def grade(self, response: str, gold: str) -> bool:
+        """Whether the response ends with `gold`; an empty gold is never matched."""
+        return bool(gold) and response.endswith(gold)
+
+    def answer(self, response: str, gold: str) -> str | None:
+        """The response's last characters, as many as the gold answer has."""
+        return response[-len(gold) :] if gold and len(response) >= len(gold) else None
+
+
+class FunctionGrader:
+    """A user's own function(response, gold) -> bool; it names no answers, so there is no majority vote."""
+
+    names_answers = False
+
+    def __init__(self, function: Callable[[str, str], bool]) -> None:
+        self._function = function
+
+    def grade(self, response: str, gold: str) -> bool:
+        """What the function says."""
+        return bool(self._function(response, gold))
+
+    def answer(self, response: str, gold: str) -> str | None:
+        """None."""
+        return None
+
+
+def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
+    """ "math", "suffix", or "module:function". flag: the option that named it. Raises UserError for anything else."""
+    if name == "math":
+        return MathGrader()
+    if name == "suffix":
+        return SuffixGrader()
+    if ":" not in name:
+        raise UserError(f"{flag} {name!r} is unknown; give math, suffix or module:function")
+    function = load_path(name, flag, "math, suffix or module:function")
+    try:
+        inspect.signature(function).bind("response", "gold")
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name!r} is no function(response, gold) ({error}); give math, suffix or module:function"
+        ) from error
+    return FunctionGrader(function)
+
+
+def grade(response: str, gold: str) -> bool:
+    """Whether the response's final answer equals `gold` as mathematics.
+
+    The answer is the last balanced \\boxed{…} behind any </think> (or several, where they are joined by commas or
+    "and"), else the last "Answer: …" line, else what math-verify finds in the last _TAIL_CHARACTERS. Integers compare
+    as integers ("025" is 25). Never raises, whatever it is given (a RuntimeError says that math-verify itself cannot
+    be started); what takes math-verify more than TIMEOUT_SECONDS counts as wrong. Works in any thread or process:
+    symbolic work runs in a process of its own, which is restarted when it hangs or dies.
+    """
+    if not isinstance(response, str) or not isinstance(gold, str):
+        return False
+    text = _behind_thoughts(response)
+    boxed, line = _boxed_answer(text), _answer_line(text)
+    answer = boxed if boxed is not None else line
+    if answer is None:
+        return _WORKER.equal(text[-_TAIL_CHARACTERS:], gold, boxed=False)
+    ours, theirs = _plain(answer), _plain(gold)
+    if ours == theirs:
+        return bool(ours)
+    if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
+        return int(ours) == int(theirs)
+    # A line may hold a bare answer or a sentence around it.
+    return _WORKER.equal(answer, gold) or (boxed is None and _WORKER.equal(answer, gold, boxed=False))
+
+
+def extract_answer(response: str) -> str | None:
+    """The final answer's text, or None: the last balanced box, else the last "Answer:" line; thoughts do not count.
+
+    Boxes joined by commas or "and" are one answer: "\\boxed{1} and \\boxed{2}" is "1, 2".
+    """
+    text = _behind_thoughts(response)
+    boxed = _boxed_answer(text)
+    return boxed if boxed is not None else _answer_line(text)
+
+
+class _MathVerifyProcess:
+    """math-verify behind a pipe: JSON lines in and out, one question at a time, a time limit on each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def equal(self, answer: str, gold: str, boxed: bool = True) -> bool:
+        """Whether both parse to equal values; False on a time-out or where the process dies.
+
+        boxed: `answer` is a bare answer; otherwise it is text to find one in.
+        """
+        if len(answer) > _MAX_ANSWER_CHARACTERS or len(gold) > _MAX_GOLD_CHARACTERS:
+            return False
+        question = json.dumps({"answer": answer, "gold": gold, "boxed": boxed})
+        with self._lock:
+            # A process that has died since the last question is no verdict on this one; one that dies twice is.
+            verdict = self._ask(question)
+            return bool(self._ask(question) if verdict is None else verdict)
+
+    def _ask(self, question: str) -> bool | None:
+        """The process's verdict, False after TIMEOUT_SECONDS; None where it died."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        process = self._process
+        assert process is not None and process.stdin is not None
+        try:
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            self.stop()
+            return None
+        reply = self._read_line(TIMEOUT_SECONDS)
+        if not reply:
+            self.stop()
+            return False if reply is None else None
+        return json.loads(reply)["equal"]
+
+    def _start(self) -> None:
+        # By its path, and without that path on the module search path: it starts from any working directory.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("grading_worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        if not self._read_line(_START_SECONDS):
+            self.stop()
+            raise RuntimeError("the grading process did not start; is math-verify installed?")
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+            self._process = None
+
+    def _read_line(self, seconds: float) -> str | None:
+        """The next line; empty when the process has ended, None when time is up."""
+        assert self._process is not None and self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return None
+        return self._process.stdout.readline()
+
+
+_WORKER = _MathVerifyProcess()
+atexit.register(_WORKER.stop)
+# A fork's child must not talk into its parent's pipes.
+os.register_at_fork(after_in_child=_WORKER.__init__)
+
+
+def _behind_thoughts(response: str) -> str:
+    return response.rsplit("</think>", 1)[-1]
+
+
+def _boxed_answer(text: str) -> str | None:
+    """What the last balanced box holds, with the boxes in front that are joined to it."""
+    answers: list[str] = []
+    first = None
+    for match in reversed(list(_BOX.finditer(text))[-_MAX_BOXES:]):
+        end = _closing_brace(text, match.end())
+        if end is not None and (first is None or _joined(text[end + 1 : first])):
+            answers.append(text[match.end() : end].strip())
+            first = match.start()
+        elif first is not None:
+            break
+    return ", ".join(reversed(dict.fromkeys(answers))) if answers else None
+
+
+def _joined(between: str) -> bool:
+    """Whether the text between two boxes makes them one answer."""
+    if len(between) > _MAX_JOINT_CHARACTERS or not _JOINT_WORD.search(between):
+        return False
+    return _JOINT.fullmatch(between) is not None
+
+
+def _answer_line(text: str) -> str | None:
+    """What stands behind the last "Answer:" that begins a line."""
+    lines = _ANSWER_LINE.findall(text)
+    answer = lines[-1].strip().rstrip("*").rstrip() if lines else ""
+    return answer if 0 < len(answer) <= _MAX_ANSWER_CHARACTERS else None
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """The place of the brace that closes the one before `start`; \\{ and \\} are signs, not braces."""
+    depth, place, stop = 1, start, min(len(text), start + _MAX_ANSWER_CHARACTERS)
+    while place < stop:
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+        place += 2 if text[place] == "\\" else 1
+    return None
+
+
+def _plain(answer: str) -> str:
+    text = answer.strip().strip("$").strip().removesuffix(".")
+    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text

@@ -1,0 +1,152 @@
+"""LoRA: low-rank adapters (peft) on a frozen student, and the plain model that both make together.
+
+Legend: W a layer's frozen weight [out, in], A [rank, in] and B [out, rank] its adapter. The plain model, the one that
+checkpoints hold and samplers get, has W + scale·B·A in W's place. It is always formed aside: what is trained is never
+merged in and taken out again, so nothing drifts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opsd.config import LoraConfig
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed, seeded
+
+ALL_LINEAR = "all-linear"
+ADAPTER_FOLDER = "adapter"
+# peft's names: the adapter's own, and what stands before and within the names of tensors.
+_ADAPTER, _BASE, _PREFIX = "default", ".base_layer.", "base_model.model."
+_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """A parameter of the plain model: `weight` alone, or with the adapter that lies on it."""
+
+    name: str
+    weight: nn.Parameter
+    a: nn.Parameter | None = None
+    b: nn.Parameter | None = None
+    scale: float = 0.0
+
+    @torch.no_grad()
+    def formed(self, weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """From whole values of the three, W + scale·B·A in fp32; the weight itself where there is no adapter."""
+        if a is None or b is None:
+            return weight
+        here = weight.device
+        return torch.addmm(weight.float(), b.to(here, torch.float32), a.to(here, torch.float32), alpha=self.scale)
+
+
+def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, base: str) -> None:
+    """Freeze `model` and put adapters on its linear layers, in place; B is 0, so it says what it said.
+
+    seed: the run's; A is drawn from it. base: the folder that `model` came from, for adapter_config.json.
+    Raises UserError for layers that are not there, or are not linear.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft import inject_adapter_in_model
+
+    config = PeftConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] (any number does)
+        lora_dropout=0.0,
+        use_rslora=lora.use_rslora,
+        target_modules=_targets(model, lora.target_modules),
+    )
+    with seeded(derive_seed(seed, "lora"), model.device):
+        inject_adapter_in_model(config, model, _ADAPTER)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapters` was here."""
+    return hasattr(model, "peft_config")
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def hold_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Turn frozen weights to the compute type: nothing is ever added to them that rounding could lose."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def plain_weights(model: nn.Module, remove_duplicate: bool = True) -> Iterator[PlainWeight]:
+    """Every parameter of the plain model, under the plain model's name.
+
+    remove_duplicate: whether a tied weight comes once, or under each of its names.
+    """
+    for name, weight in model.named_parameters(remove_duplicate=remove_duplicate):
+        if ".lora_" in name:
+            continue
+        plain_name = name.replace(_BASE, ".")
+        if not name.endswith(f"{_BASE}weight"):
+            yield PlainWeight(plain_name, weight)
+            continue
+        layer: Any = model.get_submodule(name.removesuffix(f"{_BASE}weight"))
+        a, b = (getattr(layer, part)[_ADAPTER].weight for part in ("lora_A", "lora_B"))
+        yield PlainWeight(plain_name, weight, a, b, layer.scaling[_ADAPTER])
+
+
+def save_adapters(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write adapters as peft does; `PeftModel.from_pretrained(base, folder)` loads them.
+
+    tensors: their whole values under the names that `trained` gives.
+    """
+    folder.mkdir()
+    known: Any = model.peft_config
+    config = copy.copy(known[_ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file({_saved_name(name): tensor.contiguous() for name, tensor in tensors.items()}, folder / _FILE)
+
+
+@torch.no_grad()
+def load_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Take over adapters that `save_adapters` wrote, bit for bit. Raises UserError where they cannot be read."""
+    try:
+        tensors = load_file(folder / _FILE)
+        for name, parameter in trained(model).items():
+            if tensors[_saved_name(name)].shape != parameter.shape:
+                raise ValueError(f"{name} has another shape")
+            parameter.copy_(tensors[_saved_name(name)])
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {folder.parent} cannot be read ({folder.name}: {error}); remove it to resume from the one "
+            "before"
+        ) from error
+
+
+def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
+    """Last names of the layers that get an adapter. The head is none of them: it is a `DistillHead`."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    if not known:
+        raise UserError("--lora.rank: the student has no linear layers (torch.nn.Linear); train all weights, rank 0")
+    if names == (ALL_LINEAR,):
+        return known
+    for wanted in names:
+        if not any(f".{name}".endswith(f".{wanted}") for name in layers):
+            raise UserError(f"--lora.target_modules {wanted}: no linear layer; give {ALL_LINEAR}, or of {known}")
+    return list(names)
+
+
+def _saved_name(name: str) -> str:
+    return _PREFIX + name.replace(f".{_ADAPTER}.", ".")

@@ -1,0 +1,165 @@
+"""Tool calls in a model's text, and their answers as the tokens that a chat template puts behind a turn."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from opsd.data.template import Clock, render_chat
+from opsd.utils.errors import UserError
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+HOW = 'Write <tool_call>{"name": TOOL, "arguments": {…}}</tool_call>.'
+_MARK = "∎turn∎"
+_TAG = re.compile(rf"<think>|</think>|{OPEN}\s*")
+_CLOSED = re.compile(rf"\s*{CLOSE}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as the model wrote it, unchecked; `error` says why it cannot be read at all."""
+
+    name: Any = None
+    arguments: Any = None
+    error: str | None = None
+
+
+def read_calls(text: str) -> list[Call]:
+    """The calls of one turn, in order; [] where it makes none and so is the last.
+
+    Hermes form: JSON between <tool_call> tags, any number of them. Plain form: a turn that is nothing but one JSON call
+    or a list of them, fenced or not. What stands in a thought calls nothing; a tag inside a JSON text is text. Never
+    raises.
+    """
+    if whole := _plain_calls(text):
+        return whole
+    calls: list[Call] = []
+    place = behind_thoughts = 0
+    while tag := _TAG.search(text, place):
+        place = tag.end()
+        if tag[0].startswith(OPEN):
+            call, place = _hermes_call(text, place)
+            calls.append(call)
+        elif tag[0] == "<think>":
+            place = text.find("</think>", place)
+            if place < 0:
+                return []
+        else:
+            calls, behind_thoughts = [], place
+    return _plain_calls(text[behind_thoughts:]) or calls
+
+
+def _hermes_call(text: str, start: int) -> tuple[Call, int]:
+    """The call whose JSON begins at `start`, and where to read on."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        value, end = None, start
+    closed = _CLOSED.match(text, end)
+    if closed and _is_call(value):
+        return _call(value), closed.end()
+    following = text.find(OPEN, end)
+    if text.find(CLOSE, end, len(text) if following < 0 else following) >= 0:
+        return Call(error=f"A tool call is not a JSON object with a name and arguments. {HOW}"), end
+    return Call(error=f"A tool call was not closed. {HOW}"), end
+
+
+def _plain_calls(said: str) -> list[Call]:
+    body = said.strip()
+    if body.startswith("```") and body.endswith("```"):
+        body = body.removeprefix("```").removesuffix("```").strip().removeprefix("json").strip()
+    if not body.startswith(("{", "[")):
+        return []
+    value = _json(body)
+    values = value if isinstance(value, list) else [value]
+    return [_call(each) for each in values] if values and all(_is_call(each) for each in values) else []
+
+
+def _call(value: dict[str, Any]) -> Call:
+    return Call(value["name"], value.get("arguments", value.get("parameters")))
+
+
+def _is_call(value: Any) -> bool:
+    return isinstance(value, dict) and "name" in value and ("arguments" in value or "parameters" in value)
+
+
+def _json(text: str) -> Any:
+    """The value, or None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def cut_middle(text: str, limit: int) -> str:
+    """At most `limit` characters of a tool's output: its head and its tail, and between them how much is missing.
+
+    0 is no limit. The note on what is missing comes on top of the limit.
+    """
+    if not limit or len(text) <= limit:
+        return text
+    head = limit - limit // 2
+    tail = text[len(text) - limit // 2 :] if limit > 1 else ""
+    return f"{text[:head]}\n… {len(text) - limit} characters left out …\n{tail}"
+
+
+class ChatTurns:
+    """Token ids for the two things that a chat template writes around a model's own tokens.
+
+    Raises UserError for a tokenizer without a template, or one whose template cannot carry tool messages.
+    """
+
+    def __init__(self, tokenizer: Any, thinking: bool, clock: Clock | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise UserError("the student's tokenizer has no chat template; tools need one, or tasks in the word form")
+        self._tokenizer, self._thinking, self._clock = tokenizer, thinking, clock or Clock()
+        self._after_turn(["probe"])
+
+    def opening(self, messages: list[dict[str, str]], tools: list[dict[str, Any]]) -> list[int]:
+        """The episode's prompt. A template that knows no tools gets them in the system message, in Hermes form."""
+        text = self._render(messages, tools)
+        if tools and tools[0]["function"]["name"] not in text:
+            listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+            told = f"{messages[0]['content']}\n\n# Tools\n\n<tools>\n{listed}\n</tools>\n\n{HOW}"
+            text = self._render([{**messages[0], "content": told}, *messages[1:]], None)
+        return self._ids(text)
+
+    def answers(self, outputs: list[str], turn_ids: list[int]) -> list[int]:
+        """What follows a turn that made calls: the rest of its message, the outputs, the head of the next turn."""
+        text = self._after_turn([self._harmless(output) for output in outputs])
+        return self._ids(text.removeprefix(self._tokenizer.decode(turn_ids[-1:])))
+
+    def _after_turn(self, outputs: list[str]) -> str:
+        tools = [{"role": "tool", "content": output} for output in outputs]
+        turns: list[dict[str, str]] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+        _, found, text = self._render([*turns, *tools], None).partition(_MARK)
+        place = 0
+        for output in outputs:
+            # Each behind the one before: looking for all of them from the start takes the square of their number.
+            start = text.find(output, place)
+            found = found and start >= 0
+            place = start + len(output)
+        if not found:
+            raise UserError("the student's chat template drops tool messages; give a model whose template has them")
+        return text
+
+    def _harmless(self, output: str) -> str:
+        """Text that the model chose may come back in an output: no control token, and no half of a surrogate pair."""
+        for token in ("<|", *self._tokenizer.all_special_tokens):
+            output = output.replace(token, f"{token[:1]} {token[1:]}")
+        return output.encode("utf-8", "replace").decode()
+
+    def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> str:
+        try:
+            return render_chat(self._tokenizer, messages, self._clock, self._thinking, tools=tools, tokenize=False)
+        except TemplateError as error:
+            raise UserError(
+                f"the student's chat template refuses tool messages ({error}); give another model"
+            ) from error
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)

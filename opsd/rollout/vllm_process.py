@@ -1,0 +1,268 @@
+"""Rollouts by vLLM in processes of its own: the trainer sends prompts and new weights, and checks."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import json
+import math
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from opsd.config import EngineConfig, RolloutConfig
+from opsd.engine import Engine
+from opsd.rollout.base import jobs_of
+from opsd.rollout.hf import eos_token_ids
+from opsd.rollout.sampling import vocabulary_size
+from opsd.rollout.vllm import TOLERANCE_NATS, check_probe, probe_of, rollouts_of
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.distributed import Ranks, before_leaving
+from opsd.utils.errors import RunStopped
+
+Value = TypeVar("Value")
+# Weights that are sent at once: the trainer never holds more than this beside its own.
+BUCKET_BYTES = 256 * 2**20
+PROGRAM = ("-m", "opsd.rollout.vllm_worker")
+# What a launcher told the trainer would have the sampler join its group.
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
+             "MASTER_PORT")  # fmt: skip
+
+
+class Sampler:
+    """One sampler process and the line to it. settings: VLLMSampler's arguments as JSON values.
+
+    Every failure, a time-out included, ends the process and raises RunStopped with one line.
+    """
+
+    def __init__(self, settings: dict[str, Any], gpus: str, timeout_s: float) -> None:
+        self._timeout_s, self._sent = timeout_s, True
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus
+        self._line, theirs = Pipe()
+        # A process that stops in the middle of a message must not hold the trainer for ever, to or fro.
+        with socket.socket(fileno=os.dup(self._line.fileno())) as line:
+            for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                line.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", math.ceil(timeout_s), 0))
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, *PROGRAM, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                # Ctrl-C is the trainer's: it saves, and needs its sampler until then.
+                start_new_session=True,
+            )
+        atexit.register(self.close)
+        self.send(settings)
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Ask for something; the answer comes by `answer`."""
+        self.send_bytes(json.dumps(request).encode())
+
+    def send_bytes(self, message: bytes) -> None:
+        """A message as it is. One that does not get through is said when its answer is waited for."""
+        if self._sent:
+            try:
+                self._line.send_bytes(message)
+            except OSError:
+                self._sent = False
+
+    def answer(self) -> Any:
+        """What was asked for. Raises RunStopped where the sampler failed, died, or gave none in time."""
+        try:
+            if self._process.poll() is None and not (self._sent and self._line.poll(self._timeout_s)):
+                raise TimeoutError
+            message = json.loads(self._line.recv_bytes())
+        except (TimeoutError, BlockingIOError):
+            self.close()
+            raise RunStopped(
+                f"the sampler process gave no answer in {self._timeout_s:g} s (--rollout.timeout_s) and was ended"
+            ) from None
+        except (EOFError, OSError):
+            raise RunStopped(f"the sampler process ended with exit code {self._process.wait()}") from None
+        except ValueError as error:
+            self._refuse(str(error))
+        if not isinstance(message, dict) or message.keys().isdisjoint(("answer", "error")):
+            self._refuse("neither an answer nor an error")
+        if "error" in message:
+            self.close()
+            raise RunStopped(f"the sampler process failed ({str(message['error']).splitlines()[0]})")
+        return message["answer"]
+
+    def rollouts(self, count: int, vocab_size: int) -> list[list[int]]:
+        """The answer where `count` rollouts were asked for: token ids below `vocab_size`."""
+        found = self.answer()
+        if not (isinstance(found, list) and len(found) == count and all(isinstance(ids, list) for ids in found)):
+            self._refuse(f"{count} rollouts were asked for")
+        if not all(isinstance(token, int) and 0 <= token < vocab_size for ids in found for token in ids):
+            self._refuse(f"a token that is none of 0 to {vocab_size - 1}")
+        return found
+
+    def nats(self, count: int) -> list[float]:
+        """The answer where `count` log-probabilities were asked for."""
+        found = self.answer()
+        if not (isinstance(found, list) and len(found) == count and all(isinstance(n, float) for n in found)):
+            self._refuse(f"{count} log-probabilities were asked for")
+        return found
+
+    def _refuse(self, why: str) -> NoReturn:
+        self.close()
+        raise RunStopped(f"the sampler process gave what is no answer ({why})")
+
+    def close(self) -> None:
+        """End the process; there is no answer left that anybody waits for."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+
+class VLLMProcessRollout:
+    """RolloutEngine over `rollout.samplers` processes that the first rank starts; see RolloutConfig.
+
+    path: the model folder that `engine`'s student was loaded from. max_model_tokens: longest prompt and response.
+    What fails on the first rank is raised on every rank. Steps stay on-policy: samplers rest while the student learns.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Any,
+        engine: Engine,
+        rollout: RolloutConfig,
+        compute: EngineConfig,
+        max_model_tokens: int,
+        trust: bool = False,
+    ) -> None:
+        self._engine, self._ranks, self._max_model_tokens = engine, engine.ranks, max_model_tokens
+        self._eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
+        self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
+        self._dtype = getattr(torch, compute.dtype)
+        self._probe_ids: list[int] = []
+        self._checked = False
+        self._samplers: list[Sampler] = []
+        self._vocab_size = vocabulary_size(tokenizer)
+        settings = {
+            "path": str(Path(path).resolve()) if Path(path).exists() else path,
+            "eos_ids": self._eos_ids,
+            "device": engine.device.type,
+            "dtype": compute.dtype,
+            "max_model_tokens": max_model_tokens,
+            "batch_rollouts": rollout.generate_batch,
+            "memory_share": rollout.gpu_memory_share,
+            "trust": trust,
+            "vocab_size": self._vocab_size,
+        }
+        gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
+        before_leaving(self._close)
+
+        def start() -> None:
+            for number in range(rollout.samplers):
+                self._samplers.append(Sampler(settings, gpus[number], rollout.timeout_s))
+            for sampler in self._samplers:
+                sampler.answer()
+
+        self._on_main(start)
+
+    def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
+        """See RolloutEngine.generate."""
+
+        def ask() -> list[tuple[int, list[int]]]:
+            shares = [jobs_of(prompts, samples, Ranks(number, count)) for number in range(count)]
+            for sampler, jobs in zip(self._samplers, shares, strict=True):
+                numbered = [(number, prompt.ids) for number, prompt in jobs]
+                how = dataclasses.asdict(sampling)
+                sampler.send({"do": "sample", "jobs": numbered, "sampling": how, "seed": seed})
+            written: list[tuple[int, list[int]]] = []
+            for sampler, jobs in zip(self._samplers, shares, strict=True):
+                found = sampler.rollouts(len(jobs), self._vocab_size)
+                written += [(number, ids) for (number, _), ids in zip(jobs, found, strict=True)]
+            return written
+
+        count = len(self._samplers)
+        answers = dict(self._on_main(ask))
+        jobs = jobs_of(prompts, samples, Ranks())
+        rollouts = rollouts_of(jobs, [answers[number] for number, _ in jobs], self._eos_ids, sampling)
+        if rollouts:
+            self._probe_ids = probe_of(rollouts[0], self._max_model_tokens)
+            if not self._checked:
+                self._check()
+        return rollouts
+
+    def sync(self) -> None:
+        """See RolloutEngine.sync: bucket by bucket, so that no second whole copy exists in the trainer.
+
+        Raises RunStopped, on every rank, where a sampler and the trainer then disagree about a probe.
+        """
+        self._load_weights()
+        self._check()
+
+    def _load_weights(self) -> None:
+        for sampler in self._samplers:
+            sampler.send({"do": "load"})
+        bucket: dict[str, Tensor] = {}
+        size = 0
+        # A call of all ranks to the end, whatever becomes of a sampler.
+        for name, tensor in self._engine.gathered():
+            if not self._ranks.is_main:
+                continue
+            bucket[name] = tensor.detach().to("cpu", self._dtype, copy=True).contiguous()
+            size += bucket[name].nbytes
+            if size >= BUCKET_BYTES:
+                self._send_weights(bucket)
+                bucket, size = {}, 0
+        if self._ranks.is_main:
+            self._send_weights(bucket)
+            for sampler in self._samplers:
+                sampler.send_bytes(b"")
+        self._on_main(lambda: [sampler.answer() for sampler in self._samplers])
+
+    def _send_weights(self, bucket: dict[str, Tensor]) -> None:
+        if bucket:
+            message = safetensors.torch.save(bucket)
+            for sampler in self._samplers:
+                sampler.send_bytes(message)
+
+    def _check(self) -> None:
+        """Compare every sampler's log-probabilities of the newest rollouts' first one with the trainer's."""
+        if len(self._probe_ids) < 2:
+            return
+
+        def score() -> list[list[float]]:
+            for sampler in self._samplers:
+                sampler.send({"do": "score", "ids": self._probe_ids})
+            return [sampler.nats(len(self._probe_ids) - 1) for sampler in self._samplers]
+
+        for nats in self._on_main(score):
+            check_probe(self._engine, self._probe_ids, nats, self._allowed_nats)
+        self._checked = True
+
+    def _on_main(self, act: Callable[[], Value]) -> Value:
+        """What `act` gives on the first rank, on every rank; what stops it there stops every rank."""
+        value, problem = None, None
+        if self._ranks.is_main:
+            try:
+                value = act()
+            except RunStopped as stop:
+                problem = str(stop)
+        value, problem = self._ranks.broadcast((value, problem))
+        if problem is not None:
+            self._close()
+            raise RunStopped(f"{problem}; the run goes on from its newest checkpoint with opsd train --resume")
+        return value  # pyright: ignore[reportReturnType]
+
+    def _close(self) -> None:
+        for sampler in self._samplers:
+            sampler.close()

@@ -1,0 +1,156 @@
+"""Checkpoints: a folder that transformers and vLLM load as it is, plus what the trainer needs to go on.
+
+A checkpoint is written beside its place and renamed into it, so it is there whole or not at all; checksums of its files
+tell damage that comes later. It holds no random state: everything random is drawn from (run seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from opsd.model.lora import ADAPTER_FOLDER, save_adapters
+from opsd.run.checksums import damage, write_checksums
+from opsd.run.disk import replace, to_disk, writing
+from opsd.utils.errors import UserError
+
+_NAME = re.compile(r"step_(\d+)")
+_TEMPORARY = ".tmp-"
+_DAMAGED = "damaged-"
+_CHECKSUMS = Path("trainer") / "checksums.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint holds beside the model. step: optimiser steps done. selector: its state_dict.
+
+    metrics: the step's own, so far as they were known before its evaluation.
+    """
+
+    step: int
+    optimizer_tensors: dict[str, torch.Tensor]
+    optimizer_values: dict[str, Any]
+    selector: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step_{step}"
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    state: TrainerState,
+    keep: int,
+    weights: dict[str, torch.Tensor] | None = None,
+    adapters: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write `folder`/step_N, then remove all but the newest `keep`. Returns its path.
+
+    weights: they stand for the model's own, where those are shards, rounded or without their adapters.
+    adapters: what LoRA trains; `load_adapters` takes it up from the folder `adapter`, in peft's format.
+    A kill at any moment leaves the older checkpoints untouched and at worst a folder named .tmp-*. Raises RunStopped
+    where it cannot be written.
+    """
+    target, temporary = place(folder, state.step), folder / f"{_TEMPORARY}step_{state.step}"
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            _fill(temporary, model, tokenizer, state, weights, adapters)
+        except BaseException:
+            # Room for whoever mends the disk.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        temporary.rename(target)
+        to_disk(folder)
+        for old in _found(folder)[:-keep]:
+            remove(old)
+    return target
+
+
+def _fill(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    state: TrainerState,
+    weights: dict[str, torch.Tensor] | None,
+    adapters: dict[str, torch.Tensor] | None,
+) -> None:
+    """Write a checkpoint's files, then their checksums; all are on the disk when this returns."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    if adapters is not None:
+        save_adapters(model, adapters, folder / ADAPTER_FOLDER)
+    trainer = folder / "trainer"
+    trainer.mkdir()
+    save_file({name: t.contiguous() for name, t in state.optimizer_tensors.items()}, trainer / "optimizer.safetensors")
+    values = {"step": state.step, "optimizer": state.optimizer_values, "selector": state.selector}
+    replace(trainer / "state.json", json.dumps({**values, "metrics": state.metrics}))
+    write_checksums(folder, folder / _CHECKSUMS)
+    for path in [*folder.rglob("*"), folder]:
+        to_disk(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for whole."""
+    doomed = path.with_name(f"{_TEMPORARY}{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, or None; and a line for each damaged one that is newer.
+
+    Every file is read and compared with its checksum. A damaged one is renamed to damaged-step_N: it is kept for a look
+    and never again counted. Left-overs of a kill are cleared away.
+    """
+    with writing(folder):
+        for leftover in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        skipped = []
+        for path in reversed(_found(folder)):
+            wrong = damage(path, path / _CHECKSUMS)
+            if wrong is None:
+                return path, skipped
+            aside = path.with_name(f"{_DAMAGED}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            skipped.append(f"checkpoint {path} is damaged ({wrong}); renamed to {aside.name}")
+    return None, skipped
+
+
+def damaged(folder: Path) -> list[Path]:
+    """What `newest` has put aside, now or before."""
+    return sorted(folder.glob(f"{_DAMAGED}*"))
+
+
+def load_state(path: Path) -> TrainerState:
+    """The trainer's part of a checkpoint. Raises UserError where it is missing or damaged."""
+    try:
+        values = json.loads((path / "trainer" / "state.json").read_text())
+        tensors = load_file(path / "trainer" / "optimizer.safetensors")
+        return TrainerState(values["step"], tensors, values["optimizer"], values["selector"], values["metrics"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before"
+        ) from error
+
+
+def _found(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    steps = {int(m[1]): p for p in folder.glob("step_*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
+    return [steps[step] for step in sorted(steps)]

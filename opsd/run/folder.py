@@ -1,0 +1,202 @@
+"""A run's folder: config.json, metrics.jsonl, rollouts/, tokens/, checkpoints/, eval/, DONE."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from opsd.config import TrackConfig, TrainConfig, from_json, to_json
+from opsd.run.began import Began
+from opsd.run.disk import append, replace, to_disk, writing
+from opsd.types import Rollout
+from opsd.utils.errors import UserError
+
+_STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
+
+
+class RunFolder:
+    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled.
+
+    began: what the run asked when it began; None where a folder of an earlier version does not say it.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, began: Began | None = None) -> None:
+        self.path, self.config, self.began = path, config, began
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def check_new(cls, path: Path) -> None:
+        """Raises UserError where no new run can be put: a run is there already, or something else is."""
+        try:
+            if (path / "config.json").exists():
+                raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
+            if path.exists() and not path.is_dir():
+                raise UserError(f"--out {path} is a file; give a new folder")
+            if path.exists() and any(path.iterdir()):
+                raise UserError(f"--out {path} is not empty; give a new folder")
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+
+    @classmethod
+    def create(cls, config: TrainConfig, began: Began | None = None) -> RunFolder:
+        """A new run's folder. Raises UserError where it cannot be made or holds something already."""
+        path = Path(config.out)
+        cls.check_new(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            values = to_json(config) | ({} if began is None else {"began": began.to_json()})
+            replace(path / "config.json", json.dumps(values, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+        return cls(path, config, began)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run's folder. Raises UserError where there is none."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise UserError(f"--resume {path}: no run there (config.json is missing); give a run folder")
+        try:
+            values = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
+        began = Began.from_json(values.pop("began", None)) if isinstance(values, dict) else None
+        return cls(path, from_json(values), began)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has finished."""
+        return (self.path / "DONE").exists()
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        with writing(self.path / "DONE"):
+            replace(self.path / "DONE", "")
+
+    def cut_after(self, step: int | None) -> bool:
+        """Forget whatever was written past `step` (None: everything but the configuration).
+
+        Whether metrics.jsonl has a line for `step`. A line that a kill or a full disk has cut short is dropped.
+        """
+        last = -1 if step is None else step
+        metrics = self.path / "metrics.jsonl"
+        kept: list[str] = []
+        with writing(self.path):
+            if metrics.exists():
+                kept = [line for line in metrics.read_text(errors="replace").splitlines() if _step_of(line) <= last]
+                replace(metrics, "".join(line + "\n" for line in kept))
+            for folder in ("rollouts", "tokens", "eval"):
+                for file in (self.path / folder).glob("*step_*"):
+                    match = _STEP_FILE.fullmatch(file.name)
+                    if match and int(match[1]) > last:
+                        file.unlink()
+        return bool(kept) and _step_of(kept[-1]) == last
+
+    def last_step(self) -> int:
+        """The last step of metrics.jsonl; 0 where it has none."""
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
+        return int(max((step for step in map(_step_of, lines) if step < float("inf")), default=0))
+
+    def skipped_in_row(self) -> int:
+        """How many of the newest steps were skipped (--optim.on_nonfinite), counted back from the last line."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        used = (place for place, line in enumerate(reversed(lines)) if not json.loads(line).get("optim/skipped"))
+        return next(used, len(lines))
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """Append one step's line; it is on the disk when this returns."""
+        with writing(self.path / "metrics.jsonl"):
+            append(self.path / "metrics.jsonl", json.dumps(metrics) + "\n")
+
+    def write_eval(self, name: str, result: dict[str, Any]) -> None:
+        """eval/NAME.json."""
+        self._json("eval", name, result)
+
+    def read_eval(self, name: str) -> dict[str, Any] | None:
+        """eval/NAME.json; None where it is missing or damaged, to be made again."""
+        try:
+            return json.loads((self.path / "eval" / f"{name}.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
+        """rollouts/NAME.jsonl: one object a rollout, with ids, text and (where graded) reward."""
+        lines = []
+        for place, rollout in enumerate(rollouts):
+            lines.append(
+                json.dumps(
+                    {
+                        "id": rollout.id,
+                        "prompt_id": rollout.prompt.id,
+                        "prompt_ids": rollout.prompt.ids,
+                        "response_ids": rollout.response_ids,
+                        "student_mask": rollout.student_mask,
+                        "truncated": rollout.truncated,
+                        "text": tokenizer.decode(rollout.response_ids),
+                        "answer": rollout.prompt.answer,
+                        "reward": None if rewards is None else rewards[place],
+                    }
+                )
+            )
+        self._text("rollouts", f"{name}.jsonl", "".join(line + "\n" for line in lines))
+
+    def write_tokens(self, step: int, table: pd.DataFrame) -> None:
+        """tokens/step_N.parquet: one row a student token (its columns: opsd/run/token_record.py)."""
+        folder = self.path / "tokens"
+        temporary, target = folder / f".tmp-step_{step}.parquet", folder / f"step_{step}.parquet"
+        with writing(target):
+            folder.mkdir(exist_ok=True)
+            table.to_parquet(temporary, index=False)
+            to_disk(temporary)
+            os.replace(temporary, target)
+
+    def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
+        self._text(folder, f"{name}.json", json.dumps(value, indent=1) + "\n")
+
+    def _text(self, folder: str, name: str, text: str) -> None:
+        path = self.path / folder / name
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            replace(path, text)
+
+
+class Follower(RunFolder):
+    """The run as all ranks but the first see it: nothing is written, shown or tracked."""
+
+    def __init__(self, path: Path, config: TrainConfig) -> None:
+        super().__init__(path, dataclasses.replace(config, track=TrackConfig(progress=False)))
+
+    def finish(self) -> None:
+        """Left to the first rank, as all below."""
+
+    def write_metrics(self, metrics: dict[str, float]) -> None:
+        """See finish."""
+
+    def skipped_in_row(self) -> int:
+        """Known to the first rank."""
+        return 0
+
+    def write_eval(self, name: str, result: dict[str, Any]) -> None:
+        """See finish."""
+
+    def read_eval(self, name: str) -> None:
+        """See finish."""
+
+    def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
+        """See finish."""
+
+
+def _step_of(line: str) -> float:
+    """The step of a metrics line; infinity for one that a kill has cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

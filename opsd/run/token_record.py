@@ -1,0 +1,141 @@
+"""The per-token record of a step, tokens/step_N.parquet: each token's statistics, and whether it was trained on.
+
+Columns: step, rollout (its id), position (in the response, from 0), token_id; entropy, reverse_kl, forward_kl,
+teacher_entropy, grad_norm and what else was scored (nats), top1_agree; labels of telemetry (quadrant, 1 to 4), kept.
+With `--telemetry.top_tokens K` also log_prob and teacher_log_prob of the token, and student_top_ids,
+student_top_log_probs, teacher_top_ids, teacher_top_log_probs: lists of K, likeliest first.
+
+Legend: N student tokens of a step, micro-batch by micro-batch; R of them recorded; K tokens named per row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opsd.config import LossConfig
+from opsd.distill.stats import REQUIRED_FIELDS
+from opsd.distill.topk import ModelTop, top_tokens
+from opsd.engine import Engine
+from opsd.selection import TokenStats
+from opsd.teacher import Teacher
+from opsd.types import MicroBatch, Rollout
+from opsd.utils.distributed import Ranks
+
+# Scored over all tokens wherever a record is due.
+RECORD_FIELDS = REQUIRED_FIELDS
+
+
+def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
+    """Ids of at most `most` rollouts that hold student tokens, spread evenly: over prompts before samples of one."""
+    ids = sorted(rollout.id for rollout in rollouts if rollout.student_tokens())
+    count = min(most, len(ids))
+    return [ids[place * len(ids) // count] for place in range(count)]
+
+
+@torch.no_grad()
+def score_top(
+    engine: Engine,
+    teacher: Teacher,
+    batches: list[MicroBatch],
+    teacher_hidden: list[Tensor],
+    recorded: list[int],
+    k: int,
+    loss: LossConfig,
+    vocab_size: int,
+) -> tuple[ModelTop, ModelTop]:
+    """Both models' k likeliest tokens at the rows of the `recorded` rollouts, in the order of the micro-batches.
+
+    One forward pass of the student over every micro-batch, whether or not it holds such a row: under sharding all ranks
+    must make the same calls.
+    """
+    wanted = torch.tensor(recorded, dtype=torch.int64)
+    found = []
+    for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
+
+        def use(student_ND: Tensor, head_VD: Tensor, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
+            row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
+            return top_tokens(
+                student_ND[row_R],
+                head_VD,
+                teacher_NE.to(student_ND.device)[row_R],
+                teacher.head(),
+                token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
+                k=k,
+                vocab_size=vocab_size,
+                temperature=loss.temperature,
+                chunk_tokens=loss.chunk_tokens,
+            )
+
+        found.append(engine.forward(micro, use))
+    student, teacher_top = zip(*found, strict=True)
+    return _join(student, engine.ranks), _join(teacher_top, engine.ranks)
+
+
+def token_table(
+    step: int,
+    rollouts: list[Rollout],
+    recorded: list[int],
+    stats: TokenStats,
+    kept_N: Tensor,
+    labels: dict[str, Tensor],
+    top: tuple[ModelTop, ModelTop] | None,
+) -> pd.DataFrame:
+    """The step's record, one row a token, in the order of rollouts and positions.
+
+    Only `recorded` rollouts are in it; `top` holds their rows alone, in the order that they have in `stats`.
+    """
+    row_R = torch.isin(stats.rollout_N.cpu(), torch.tensor(recorded, dtype=torch.int64)).nonzero().squeeze(1)
+    statistics = {
+        {"token_ids_N": "token_id"}.get(name, name.removesuffix("_N")): value
+        for name, value in vars(stats).items()
+        if isinstance(value, torch.Tensor)
+    }
+    columns: dict[str, Any] = {
+        name: value.cpu()[row_R].numpy() for name, value in {**statistics, **labels, "kept": kept_N}.items()
+    }
+    if top is not None:
+        columns |= _top_columns(*top)
+    places = {rollout.id: _places(rollout) for rollout in rollouts if rollout.id in set(recorded)}
+    columns["position"] = _positions(columns["rollout"], places)
+    columns["step"] = np.full(len(row_R), step, dtype=np.int64)
+    first = ["step", "rollout", "position", "token_id"]
+    order = [*(name for name in first if name in columns), *(name for name in columns if name not in first)]
+    table = pd.DataFrame({name: columns[name] for name in order})
+    return table.sort_values(["rollout", "position"], kind="stable", ignore_index=True)
+
+
+def _places(rollout: Rollout) -> np.ndarray:
+    """Where in the response the student's own tokens stand."""
+    mask = rollout.student_mask
+    return np.arange(len(rollout.response_ids)) if mask is None else np.flatnonzero(mask)
+
+
+def _positions(rollout_R: np.ndarray, places: dict[int, np.ndarray]) -> np.ndarray:
+    """Each row's place in its response: a rollout's rows stand in the order of its tokens."""
+    position_R = np.empty(len(rollout_R), dtype=np.int64)
+    for number, place_M in places.items():
+        position_R[rollout_R == number] = place_M
+    return position_R
+
+
+def _top_columns(student: ModelTop, teacher: ModelTop) -> dict[str, Any]:
+    columns: dict[str, Any] = {
+        "log_prob": student.sampled_N.cpu().numpy(),
+        "teacher_log_prob": teacher.sampled_N.cpu().numpy(),
+    }
+    for name, top in (("student", student), ("teacher", teacher)):
+        columns[f"{name}_top_ids"] = list(top.ids_NK.to(torch.int32).cpu().numpy())
+        columns[f"{name}_top_log_probs"] = list(top.log_prob_NK.cpu().numpy())
+    return columns
+
+
+def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:
+    """All micro-batches' rows of all ranks, in the order in which `Update` holds their statistics."""
+    names = [field.name for field in dataclasses.fields(ModelTop)]
+    return ModelTop(*(ranks.concatenate(torch.cat([getattr(part, name) for part in parts])) for name in names))

@@ -1,0 +1,119 @@
+"""What wandb sees of a run: how it is grouped, which numbers sum it up, and a few of its rollouts as a table.
+
+wandb is imported here only, and only where a run asks for it; metrics.jsonl is written whatever it does.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from opsd.config import TrainConfig, to_json
+from opsd.selection import ALL_TOKENS
+from opsd.utils.seeding import derive_seed
+
+SAMPLE_ROWS = 16
+SAMPLE_COLUMNS = ("step", "id", "prompt", "answer", "text", "reward", "truncated", "tokens")
+# wandb's own limits.
+LONGEST_TAG, LONGEST_GROUP = 64, 128
+
+
+def labels(config: TrainConfig, folder: Path) -> dict[str, str]:
+    """What runs are grouped by: recipe (the folder of run folders), pair, selector and seed, from resolved settings."""
+    select = config.select
+    kept = "" if select.by == ALL_TOKENS else f"-{100 * select.retention:g}"
+    return {
+        "recipe": folder.resolve().parent.name,
+        "pair": f"{_name(config.teacher.model)} to {_name(config.student)}",
+        "selector": f"{select.by}{kept}",
+        "seed": f"seed-{config.seed}",
+    }
+
+
+def start(config: TrainConfig, folder: Path, mode: Literal["offline", "online"]) -> Any:
+    """A wandb run for a run folder; the seeds of a cell share its group."""
+    import wandb
+
+    label = labels(config, folder)
+    return wandb.init(
+        project=config.track.project,
+        name=folder.name,
+        # One id for the run folder's life: a resumed run goes on under it, and no other run has it.
+        id=f"{derive_seed(str(folder.resolve())):016x}",
+        resume="allow",
+        mode=mode,
+        dir=str(folder),
+        group=" · ".join(label[name] for name in ("recipe", "pair", "selector"))[:LONGEST_GROUP],
+        job_type=label["selector"][:LONGEST_TAG],
+        tags=[text[:LONGEST_TAG] for text in label.values() if text],
+        # Beside the settings, by which charts group and filter: wandb does so best by keys at the top.
+        config={
+            **to_json(config),
+            **{name: label[name] for name in ("recipe", "pair", "selector")},
+            "retention": 1.0 if config.select.by == ALL_TOKENS else config.select.retention,
+        },
+        settings=wandb.Settings(silent=True),
+    )
+
+
+def summary(metrics: Path) -> dict[str, float]:
+    """What a run comes to, from its metrics.jsonl: GiB, seconds, tokens, fractions; only what was logged.
+
+    summary/peak_gib, mean_step_s, tokens, kept_frac; per suite SUITE/final, best, gain (final less the untrained).
+    wandb itself keeps each metric's last value beside these.
+    """
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    logged = {
+        key: [line[key] for line in lines if key in line] for key in dict.fromkeys(k for line in lines for k in line)
+    }
+    found: dict[str, float] = {}
+    for name, key, sum_up in (
+        ("peak_gib", "mem/peak_gib", max),
+        ("mean_step_s", "time/step_s", _mean),
+        ("tokens", "rollout/tokens", sum),
+        ("kept_frac", "select/kept_frac", _mean),
+    ):
+        if key in logged:
+            found[f"summary/{name}"] = sum_up(logged[key])
+    for key, values in logged.items():
+        if key.startswith("eval/") and "/mean@" in key:
+            suite = key.split("/")[1]
+            found |= {f"summary/{suite}/final": values[-1], f"summary/{suite}/best": max(values)}
+            if key in lines[0] and lines[0]["step"] == 0:
+                found[f"summary/{suite}/gain"] = values[-1] - values[0]
+    return found
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def sample_table(rollouts: Path, step: int) -> Any | None:
+    """At most SAMPLE_ROWS rollouts of rollouts/step_N.jsonl, spread evenly, as a wandb.Table; None without the file."""
+    if not rollouts.is_file():
+        return None
+    import wandb
+
+    records = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    count = min(SAMPLE_ROWS, len(records))
+    chosen = [records[place * len(records) // count] for place in range(count)]
+    rows: list[Any] = [
+        [
+            step,
+            record["id"],
+            record["prompt_id"],
+            record["answer"],
+            record["text"],
+            record["reward"],
+            record["truncated"],
+            len(record["response_ids"]),
+        ]
+        for record in chosen
+    ]
+    return wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows, allow_mixed_types=True)
+
+
+def _name(model: str) -> str:
+    """A model folder's or hub name's last part."""
+    return Path(model.rstrip("/")).name

@@ -1,0 +1,89 @@
+"""What travels through a step: prompts, how answers are sampled, rollouts, micro-batches.
+
+Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None."""
+
+    id: str
+    text: str
+    ids: list[int]
+    answer: str | None
+
+    def content(self) -> list[Any]:
+        """All that decides how it is asked and graded, as JSON values."""
+        return [self.id, self.ids, self.answer]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off. max_new_tokens: tokens."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 8192
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer of the student, as token ids from the sampler (never re-tokenised).
+
+    id: unique over the step and all ranks. response_ids: end with EOS unless truncated.
+    student_mask: for each response token, True where the student wrote it (False: tool output);
+    None means all True. truncated: the length limit came before EOS.
+    """
+
+    id: int
+    prompt: Prompt
+    response_ids: list[int]
+    truncated: bool
+    student_mask: list[bool] | None = field(default=None)
+
+    def student_tokens(self) -> int:
+        """How many response tokens the student wrote."""
+        return len(self.response_ids) if self.student_mask is None else sum(self.student_mask)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Several whole rollouts in one row, without padding; attention stays within each by its positions.
+
+    input_ids_1L, position_ids_1L: int64 [1, L]; positions restart at 0 with every rollout.
+    rows_N: where in L the hidden state stands that predicts the n-th student token.
+    token_ids_N: that token. rollout_N: its rollout's id.
+    """
+
+    input_ids_1L: torch.Tensor
+    position_ids_1L: torch.Tensor
+    rows_N: torch.Tensor
+    token_ids_N: torch.Tensor
+    rollout_N: torch.Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        moved = MicroBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        vars(moved)["lengths"] = self.lengths
+        return moved
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, in the row's order. A copy on a device is given them: it need not be asked."""
+        (start_S,) = (self.position_ids_1L[0] == 0).nonzero(as_tuple=True)
+        ends = [*start_S.tolist()[1:], self.position_ids_1L.shape[1]]
+        return [end - start for start, end in zip(start_S.tolist(), ends, strict=True)]
+
+    def student_tokens(self) -> int:
+        """N."""
+        return self.rows_N.numel()

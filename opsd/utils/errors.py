@@ -1,0 +1,29 @@
+"""The ways in which a command, or a step, ends early on purpose."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what was received, and what to do.
+
+    The command line prints it on stderr and exits with code 2, without a traceback.
+    """
+
+
+class RunStopped(Exception):
+    """A run cannot go on (its numbers are no numbers, its parts disagree). The message is one line.
+
+    The command line prints it on stderr and exits with code 1; the run folder can be looked at, and resumed from its
+    newest checkpoint.
+    """
+
+
+class StepUnusable(RunStopped):
+    """A step cannot be trained on: its numbers are no numbers, or it has no token. The message is one line.
+
+    Every rank raises it, with the weights, the optimiser and the selector as they were before the step: the run can
+    stop, or leave the step out (--optim.on_nonfinite).
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

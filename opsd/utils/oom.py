@@ -1,0 +1,54 @@
+"""Out of memory: which exceptions say so, and which part of a run and which flag they are about."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from opsd.utils.errors import RunStopped
+
+# What torch, its allocators and BLAS say in a plain RuntimeError.
+_SAYINGS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "could not create a memory object",  # oneDNN
+)
+# What takes less memory, by part of a run. None of these flags changes what is learned, so a resumed run may take them.
+HELP = {
+    "loading of the models": "--teacher.offload True or --teacher.shard True hold less of the teacher, "
+    "--engine.kind deepspeed with --engine.zero_stage 3 shares the student out",
+    "rollout": "give a smaller --rollout.generate_batch (vllm: another --rollout.gpu_memory_share)",
+    "teacher": "give a smaller --engine.micro_batch_tokens, --teacher.cache host or --teacher.offload True",
+    "student's forward and backward": "give a smaller --engine.micro_batch_tokens, or "
+    "--engine.gradient_checkpointing True",
+    "loss": "give --loss.memory fused and a smaller --engine.micro_batch_tokens",
+    "optimiser": "give --engine.offload_optimizer True or a higher --engine.zero_stage (--engine.kind deepspeed)",
+    "evaluation": "give a smaller --eval.generate_batch",
+    "checkpoint": "free host memory: the whole weights and optimiser state are gathered there",
+}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch.OutOfMemoryError, MemoryError, or a saying of torch's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(saying in text for saying in _SAYINGS)
+
+
+@contextlib.contextmanager
+def memory_for(part: str, then: str = "go on with --resume") -> Iterator[None]:
+    """Within it, memory that runs out stops the run in one line: RunStopped with the part and what helps it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RunStopped) or not is_out_of_memory(error):
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunStopped(f"out of memory in the {part} ({said[:160]}): {HELP.get(part, part)}; {then}") from error

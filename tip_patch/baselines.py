@@ -1,0 +1,124 @@
+"""Rules from other work on which tokens to distill, small, beside the paper's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opsd.selection import Selection, TokenStats
+from opsd.utils.errors import UserError
+from tip_patch.groups import Rollouts
+from tip_patch.options import check_range
+from tip_patch.selector import Selector, read_field
+from tip_patch.selectors import EntropySample
+
+
+@dataclass(eq=False)
+class AdaptiveKL(EntropySample):
+    """Entropy sampling with loss weights that grow with teacher entropy (paper v1 Table 8).
+
+    The paper gives no formula; ours is w = (1 + H_T/log|V|)·h, scaled to mean 1 over each rollout's kept tokens (which
+    h's own 1/log|V| cancels from). A rollout whose kept tokens all have zero entropy gets weights of 1. Unlike
+    entropy_sample it takes no importance weights.
+    """
+
+    name: ClassVar[str] = "adaptive_kl"
+    needs_kept: ClassVar[frozenset[str]] = frozenset({"teacher_entropy_N"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance_weighted:
+            raise UserError("adaptive_kl: importance_weighted True: it sets weights of its own; use entropy_sample")
+
+    def weigh(self, stats: TokenStats, selection: Selection) -> Selection:
+        """Set weight_N from both entropies on the kept rows."""
+        kept_N = selection.kept_N
+        teacher_N = read_field(stats, "teacher_entropy_N", self.name).double()
+        if stats.vocab_size is None:
+            raise UserError("adaptive_kl scales teacher entropy by log|V|: give TokenStats its vocab_size")
+        log_vocab = torch.tensor(float(stats.vocab_size)).log().clamp_min(torch.finfo(torch.float32).tiny)
+        raw_N = (1.0 + teacher_N / log_vocab.item()) * read_field(stats, "entropy_N", self.name).double()
+        return Selection(kept_N, scale_to_mean_one(torch.where(kept_N, raw_N, 0.0), kept_N, stats.rollout_N))
+
+
+@dataclass(eq=False)
+class FirstFraction(Selector):
+    """Keep the first ρ of each rollout, where its context is still close to the teacher's.
+
+    After "On the Position Bias of On-Policy Distillation" (arXiv 2606.22600), whose first 30 % of tokens do about as
+    well as all of them.
+    """
+
+    name: ClassVar[str] = "first_fraction"
+
+    def score(self, stats: TokenStats, rollouts: Rollouts, seed: int) -> Tensor:
+        return -rollouts.position_N()
+
+
+@dataclass(eq=False)
+class PositionWeighted(Selector):
+    """Weigh the first ρ of each rollout (ρ = 1: all) by position, rising or falling, mean 1.
+
+    After PW-OPSD (arXiv 2605.21606), whose weights increase with the position; the linear form is ours. slope: weights
+    run from 1 − slope/2 at the first token to 1 + slope/2 at the last, in [−2, 2]; their mean is 1. A negative slope
+    favours early tokens, as arXiv 2606.22600 would have it.
+    """
+
+    retention: float = 1.0
+    slope: float = 1.0
+
+    name: ClassVar[str] = "position_weighted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self.name, "slope", self.slope, -2.0, 2.0, open_low=False)
+
+    def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
+        """Keep the first budget_R rows of each rollout and weigh them by where they stand among those."""
+        position_N, budget_N = rollouts.position_N(), budget_R[rollouts.index_N]
+        along_N = position_N.double() / (budget_N - 1).clamp_min(1)
+        along_N = torch.where(budget_N > 1, along_N, 0.5)
+        kept_N = position_N < budget_N
+        weight_N = torch.where(kept_N, 1.0 + self.slope * (along_N - 0.5), 1.0)
+        return Selection(kept_N, weight_N.float())
+
+
+@dataclass(eq=False)
+class Verify(Selector):
+    """Keep tokens that the teacher accepts: the student's token is among its k most likely.
+
+    After SelecTKD (arXiv 2510.24021), its greedy top-k variant with rejected tokens masked. How many are kept depends
+    on the models, so retention plays no part. top_k: how many of the teacher's tokens pass, at least 1.
+    """
+
+    retention: float = 1.0
+    top_k: int = 5
+
+    name: ClassVar[str] = "verify"
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_rank_N", "token_ids_N"})
+    fixed_budget: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self.name, "top_k", self.top_k, 1, float("inf"), open_low=False)
+
+    def budget(self, tokens: int) -> int:
+        """The most that can be kept: all."""
+        return tokens
+
+    def __call__(self, stats: TokenStats, seed: int = 0) -> Selection:
+        """Keep the accepted rows; a rollout may keep none."""
+        return Selection(read_field(stats, "teacher_rank_N", self.name) < self.top_k)
+
+
+def scale_to_mean_one(raw_N: Tensor, kept_N: Tensor, rollout_N: Tensor) -> Tensor:
+    """Weights ∝ raw_N (0 outside kept rows) with mean 1 over each rollout's kept rows, fp32 [N]; 1 where all are 0."""
+    rollouts = Rollouts.of(rollout_N)
+    kept_R, sum_R = rollouts.sum(kept_N.double()), rollouts.sum(raw_N)
+    flat_R = sum_R <= 0
+    factor_R = torch.where(flat_R, 0.0, kept_R / torch.where(flat_R, 1.0, sum_R))
+    weight_N = raw_N * factor_R[rollouts.index_N]
+    return torch.where(flat_R[rollouts.index_N] | ~kept_N, 1.0, weight_N).float()
