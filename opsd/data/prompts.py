@@ -192,7 +192,9 @@ def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list
         _check_text([str(content)], where)
         ids = _encode_raw(str(content), tokenizer)
     else:
-        messages = content if is_messages else [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if isinstance(content, list):
+            messages = content
         _check_text([message["content"] for message in messages], where)
         _check_last(messages[-1], where)
         ids = _encode_chat(messages, tokenizer, how, where)

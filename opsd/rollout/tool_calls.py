@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 
@@ -83,7 +83,7 @@ def _call(value: dict[str, Any]) -> Call:
     return Call(value["name"], value.get("arguments", value.get("parameters")))
 
 
-def _is_call(value: Any) -> bool:
+def _is_call(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and "name" in value and ("arguments" in value or "parameters" in value)
 
 
