@@ -28,7 +28,7 @@ _NEAR = 500
 _INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 _RADICAND = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]|\\[a-zA-Z]+(?:\[\d+\])?(?:\{[^{}]*\}){0,2}")
 _WORD_FUNCTION = re.compile(
-    r"(?<![\\a-zA-Z])(?<!text\{)(?<!mathrm\{)(?<!name\{)(sin|cos|tan|cot|sec|csc|log|ln)(?![a-zA-Z])"
+    r"(?<![\\a-zA-Z])(?<!text\{)(?<!mathrm\{)(?<!name\{)(sin|cos|tan|cot|sec|csc|log|ln|pi)(?![a-zA-Z])"
 )
 
 _BLANK = r"(?:\s|~|\\[ ,;:!]|\\quad)"
@@ -47,7 +47,9 @@ _REPEATING = (
     re.compile(rf"(?<![\d.,^_])(?P<whole>\d{{0,30}})\.(?P<first>)\((?P<unit>\d{{1,30}})\){_END}"),
     re.compile(r"^(?P<sign>\s*-?\s*)(?P<whole>\d{0,30})\.(?P<first>\d{1,30})\((?P<unit>\d{1,30})\)\s*$"),
 )
-_GOES_ON = re.compile(r"(?<![\d.,^_])(\d{0,30})\.(\d{1,60})\s*(?:\.{3,}|\\(?:l|c)?dots(?![a-zA-Z]))")
+# 1e-8 by itself; 2e-3 may be 2·e − 3.
+_SCIENTIFIC = re.compile(r"^\s*(-?(?:\d+\.\d+|1)(?=[eE])|-?\d+(?=E|e[+-]?\d\d))[eE]\+?(-?\d{1,3})\s*$")
+_GOES_ON = re.compile(r"(?<![\d.,^_])(\d{0,30})\.(\d{1,60})\s*(?:\.{3,}|\\(?:l|c)?dots[cbmio]?(?![a-zA-Z]))")
 # So many digits are what math-verify compares; fewer say too little.
 _ENOUGH_DIGITS = 6
 
@@ -130,6 +132,8 @@ def _mixed(found: re.Match[str]) -> str:
 
 
 def _repeating(text: str) -> str:
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
+    text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = re.sub(r"\{(\\(?:overline|bar|dot)\s*\{\d+\})\}", r"\1", text)
     for pattern in _REPEATING:
         text = pattern.sub(_as_fraction, text)

@@ -38,6 +38,10 @@ _JOINT_WORD = re.compile(r"[,;]|and|or", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"(?im)^[ \t*#>]*(?:final\s+)?answer[ \t*]*:[\s*]*(\S.*)$")
 # Such a gold answer is a text that holds the answer, not the answer itself.
 _HOLDS_MATH = re.compile(r"(?<!\\)\$|\\boxed")
+_MATH = re.compile(r"\$[^$\n]{1,500}\$")
+_GROUP = re.compile(r"[(\[][^()\[\]$\n]{1,60},[^()\[\]$\n]{1,60}[)\]]")
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_HEDGE = re.compile(r"\b(?:or|and|not|nor|but)\b|[\\^_=<>|()\[\]{}+*:;/]", re.IGNORECASE)
 _INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
@@ -147,8 +151,7 @@ def grade(response: str, gold: str) -> bool:
         return bool(ours)
     if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
         return int(ours) == int(theirs)
-    # A line may hold a bare answer or a sentence around it.
-    return _equal(answer, gold) or (boxed is None and _in_text(answer, gold))
+    return _equal(answer, gold) if boxed is not None else _line_equal(answer, gold)
 
 
 def _equal(answer: str, gold: str) -> bool:
@@ -161,11 +164,26 @@ def _equal(answer: str, gold: str) -> bool:
     return _WORKER.equal(ours, theirs)
 
 
+def _line_equal(line: str, gold: str) -> bool:
+    """The same of an "Answer:" line: a bare answer, or a sentence around one."""
+    parts = _MATH.findall(line)
+    around = _MATH.sub(" ", line)
+    if len(parts) == 1 and not re.search(r"\d", around) and not _HEDGE.search(around):
+        return _equal(parts[0].strip("$"), gold)
+    # One number among words; of several, or in a formula, none is the answer by itself.
+    one_number = len(_NUMBER.findall(line)) == 1 and not _HEDGE.search(line)
+    return _equal(line, gold) or ((bool(parts) or one_number) and _in_text(line, gold))
+
+
 def _in_text(text: str, gold: str) -> bool:
     """Whether the answer that math-verify finds in a text equals the gold answer."""
     if len(gold) > _MAX_GOLD_CHARACTERS:
         return False
-    return _WORKER.equal(signs_to_latex(text)[-_MAX_ANSWER_CHARACTERS:], _gold_latex(gold), boxed=False)
+    text = _MATH.sub(lambda part: to_latex(part[0]), signs_to_latex(text))
+    if not re.search(r"\$|\\[(\[]", text):
+        # A number in brackets is not the answer, the brackets are.
+        text = _GROUP.sub(r"$\g<0>$", text)
+    return _WORKER.equal(text[-_MAX_ANSWER_CHARACTERS:], _gold_latex(gold), boxed=False)
 
 
 def _gold_latex(gold: str) -> str:

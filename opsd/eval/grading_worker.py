@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import sys
+from decimal import Decimal
 from typing import Any
 
 from math_verify import LatexExtractionConfig, grader, parse, verify
@@ -15,10 +16,11 @@ from sympy import Basic, Float, Rational
 # neither outlive a parent that was killed nor take the machine's memory.
 CPU_SECONDS = 30.0
 MEMORY_BYTES = 4 * 2**30
-# math-verify compares numbers to six decimal places, and takes all differences below 1e-15 for none: right for numbers
-# near 1, but it makes all tiny ones equal. What it accepts must be equal to so much of the number's own size, too.
-DECIMALS_TOLERANCE = 5e-6
-EXACT_TOLERANCE, EXACT_DIGITS = 1e-30, 50
+# math-verify rounds decimals to six places, and takes exact numbers less than 1e-15 apart for equal: right for numbers
+# near 1, but all tiny ones are then equal. What it accepts must be close beside the numbers' own size, too.
+EXACT_TOLERANCE, EXACT_DIGITS, ROUNDING = 1e-30, 50, 1e-14
+# A decimal of so many digits may stand for the number that it is cut from: 0.333333 for 1/3. A shorter one is itself.
+ENOUGH_DIGITS = 6
 _in_decimal_places = grader.sympy_numeric_eq
 
 
@@ -36,16 +38,26 @@ def numerically_equal(a: Any, b: Any, float_rounding: int, numeric_precision: in
 
 
 def is_close(a: Any, b: Any) -> bool:
-    """Whether two expressions differ by little beside their size; where they have variables, at a point."""
+    """Whether two expressions are equal as far as their digits go; where they have variables, at a point."""
     variables = sorted(a.free_symbols | b.free_symbols, key=str)
     point = {variable: Rational(3 + 2 * place, 7 + 3 * place) for place, variable in enumerate(variables)}
-    tolerance = DECIMALS_TOLERANCE if a.has(Float) or b.has(Float) else EXACT_TOLERANCE
     try:
         at_a, at_b = a.doit().subs(point), b.doit().subs(point)
         size = max(abs(value.evalf(EXACT_DIGITS)) for value in (at_a, at_b))
-        return bool(abs((at_a - at_b).evalf(EXACT_DIGITS)) <= tolerance * size)
+        difference = abs((at_a - at_b).evalf(EXACT_DIGITS))
+        if not a.has(Float) and not b.has(Float):
+            return bool(difference <= EXACT_TOLERANCE * size)
+        return bool(difference <= ROUNDING * size or difference < 0.99 * last_place(at_a, at_b))
     except (TypeError, ValueError, AttributeError):
         return True  # no numbers: math-verify's verdict stands
+
+
+def last_place(*values: Any) -> float:
+    """The unit of the last digit of the coarsest decimal among `values`; 0 where it has too few digits to be cut."""
+    decimals = [Decimal(str(value)).normalize() for value in values if isinstance(value, Float)]
+    units = [(int(decimal.as_tuple().exponent), len(decimal.as_tuple().digits)) for decimal in decimals]
+    exponent, digits = max(units, default=(0, 0))
+    return 10.0**exponent if digits >= ENOUGH_DIGITS else 0.0
 
 
 def main() -> None:
