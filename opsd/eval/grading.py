@@ -42,6 +42,7 @@ _MATH = re.compile(r"\$[^$\n]{1,500}\$")
 _GROUP = re.compile(r"[(\[][^()\[\]$\n]{1,60},[^()\[\]$\n]{1,60}[)\]]")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _HEDGE = re.compile(r"\b(?:or|and|not|nor|but)\b|[\\^_=<>|()\[\]{}+*:;/]", re.IGNORECASE)
+_BASE = re.compile(r"-?[0-9A-Za-z.,\s]+_\{?(\d{1,2})\}?")
 _INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
@@ -161,6 +162,10 @@ def _equal(answer: str, gold: str) -> bool:
     ours, theirs = to_latex(_unwrapped(answer)), _gold_latex(gold)
     if not _HOLDS_MATH.search(theirs):
         ours, theirs = in_one_form(ours, theirs)
+    # math-verify leaves bases out: 23_5 would be 23_7.
+    bases = [base[1] for text in (ours, theirs) if (base := _BASE.fullmatch(text.strip()))]
+    if len(set(bases)) > 1:
+        return False
     return _WORKER.equal(ours, theirs)
 
 
