@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +28,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
   opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
   opsd selectors   list the rules that choose tokens
 
-`opsd train --help` and `opsd eval --help` list all flags."""
+`opsd train --help` and `opsd eval --help` list all flags; `opsd --version` says which version this is."""
 
 
 def main() -> None:
@@ -63,6 +64,8 @@ def _command(args: list[str]) -> None:
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
         print(USAGE)
+    elif name in {"-V", "--version"}:
+        print(f"opsd {version('opsd-tip')}")
     elif name in commands:
         commands[name](rest)
     else:
@@ -72,16 +75,19 @@ def _command(args: list[str]) -> None:
 def _train(args: list[str]) -> None:
     from opsd.config import TrainConfig
     from opsd.config.cli import parse
+    from opsd.config.paths import check_old_run, check_paths
 
     if "--resume" in args:
         if len(args) != 2 or args[0] != "--resume":
             raise UserError("--resume RUN goes alone: a resumed run keeps its settings; start a new one to change them")
+        check_old_run(Path(args[1]))
         _quiet()
         from opsd.train import resume
 
         work = partial(resume, Path(args[1]))
     else:
         config = parse(TrainConfig, args, "opsd train")
+        check_paths(config)
         _quiet()
         from opsd.train import start
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
+from opsd.config.paths import check_new_run
 from opsd.data.packing import pack, share
 from opsd.distill.topk import ModelTop
 from opsd.engine import check_engine, learning_rate
@@ -40,7 +41,7 @@ TOKEN_MEANS = {
 
 def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
-    RunFolder.check_new(Path(config.out))
+    check_new_run(Path(config.out))
     check_cache(config)
     ranks = _meet(config)
     parts = assemble(config, ranks)

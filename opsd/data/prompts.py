@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
+from opsd.config.paths import check_records_path
 from opsd.data.template import Clock, render_chat
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
@@ -44,18 +45,15 @@ class PromptFormat:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl or .parquet file as dicts. Raises UserError where a row cannot be read."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist; give a .jsonl or .parquet file")
+    check_records_path(path)
     if path.suffix == ".parquet":
         try:
             # Not by way of pandas, which makes 3 a 3.0 where another row has no value.
             records = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a whole file") from error
-    elif path.suffix in {".jsonl", ".json"}:
-        records = list(_read_jsonl(path))
     else:
-        raise UserError(f"{path} ends in {path.suffix!r}; give a .jsonl or .parquet file")
+        records = list(_read_jsonl(path))
     if not records:
         raise UserError(f"{path} holds no records; give at least one prompt")
     return records

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from opsd.config.paths import check_model_path
 from opsd.model.attention import attention_for
 from opsd.model.checks import check_packing, check_plain_head
 from opsd.model.scorer import Scorer
@@ -123,22 +124,15 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
 
     A hub name (owner/name) is left to transformers, which is told the same about its code.
     """
+    check_model_path(path, flag)
     folder = Path(path)
-    if not path:
-        raise UserError(f"{flag} is empty; give a Hugging Face model folder")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
         code = own_code(folder)
         if code is not None and not trust:
             raise UserError(
                 f"{flag} {path}: it brings code of its own ({code}), which was not run; "
                 "give --trust_remote_code True if you trust it, or another model"
             )
-    elif folder.exists():
-        raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
 
 
 def own_code(folder: Path) -> str | None:

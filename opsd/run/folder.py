@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from opsd.config import TrackConfig, TrainConfig, from_json, to_json
+from opsd.config.paths import check_new_run, check_old_run
 from opsd.run.began import Began
 from opsd.run.disk import append, replace, to_disk, writing
 from opsd.types import Rollout
@@ -31,23 +32,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def check_new(cls, path: Path) -> None:
-        """Raises UserError where no new run can be put: a run is there already, or something else is."""
-        try:
-            if (path / "config.json").exists():
-                raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
-            if path.exists() and not path.is_dir():
-                raise UserError(f"--out {path} is a file; give a new folder")
-            if path.exists() and any(path.iterdir()):
-                raise UserError(f"--out {path} is not empty; give a new folder")
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
-
-    @classmethod
     def create(cls, config: TrainConfig, began: Began | None = None) -> RunFolder:
         """A new run's folder. Raises UserError where it cannot be made or holds something already."""
         path = Path(config.out)
-        cls.check_new(path)
+        check_new_run(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             values = to_json(config) | ({} if began is None else {"began": began.to_json()})
@@ -60,8 +48,7 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """An existing run's folder. Raises UserError where there is none."""
         file = path / "config.json"
-        if not file.is_file():
-            raise UserError(f"--resume {path}: no run there (config.json is missing); give a run folder")
+        check_old_run(path)
         try:
             values = json.loads(file.read_text())
         except ValueError as error:
