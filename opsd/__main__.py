@@ -48,7 +48,7 @@ def main() -> None:
                 signals.end(wish.exit_code)  # all ranks agreed to stop: the first one says so
             _stop(wish.exit_code, str(wish))
         except KeyboardInterrupt:
-            _stop(130, signals.ANYTHING)
+            _stop(130, signals.interrupted())
         except Exception as error:
             _fail(error)
 

@@ -12,6 +12,7 @@ from typing import Any
 from opsd.eval.evaluator import ProblemRecord
 from opsd.run.began import parse_time
 from opsd.utils.errors import UserError
+from opsd.utils.going_on import can_go_on
 from opsd.utils.markdown import markdown_text
 
 Header = dict[str, Any]
@@ -108,6 +109,7 @@ class EvalFiles:
             _replace(self.records, "".join(problem.to_line() for problem in kept))
         except OSError as error:
             raise UserError(f"--out {self.result} cannot be written ({error.strerror}); give another file") from error
+        can_go_on("the same command")
         return kept
 
     def append(self, problems: list[DoneProblem]) -> None:

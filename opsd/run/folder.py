@@ -17,6 +17,7 @@ from opsd.run.began import Began
 from opsd.run.disk import append, replace, to_disk, writing
 from opsd.types import Rollout
 from opsd.utils.errors import UserError
+from opsd.utils.going_on import can_go_on
 
 _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
@@ -29,6 +30,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: TrainConfig, began: Began | None = None) -> None:
         self.path, self.config, self.began = path, config, began
+        can_go_on(f"--resume {path}")
         self.checkpoints = path / "checkpoints"
 
     @classmethod

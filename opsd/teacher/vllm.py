@@ -23,6 +23,7 @@ from opsd.config import TeacherConfig
 from opsd.teacher.base import check_logit_settings
 from opsd.types import MicroBatch
 from opsd.utils.errors import RunStopped, UserError
+from opsd.utils.going_on import advice
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64
@@ -103,7 +104,7 @@ class VLLMTeacher:
         assert last is not None
         raise RunStopped(
             f"the teacher does not answer: {self._config.retries + 1} tries over {', '.join(urls)}, the last ended "
-            f"with {self._reason(last)}; restart it, then go on with --resume"
+            f"with {self._reason(last)}; restart it, then {advice()}"
         ) from last
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
