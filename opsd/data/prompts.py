@@ -91,7 +91,12 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
 
 def digest(prompts: Iterable[Prompt]) -> str:
     """Of the prompts as they are asked and graded, in their order: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps([prompt.content() for prompt in prompts]).encode()).hexdigest()[:16]
+    # Of one JSON list, a prompt at a time: those of an environment may carry megabytes.
+    sha256 = hashlib.sha256(b"[")
+    for number, prompt in enumerate(prompts):
+        sha256.update((", " * bool(number) + json.dumps(prompt.content())).encode())
+    sha256.update(b"]")
+    return sha256.hexdigest()[:16]
 
 
 class PromptStream:

@@ -1,5 +1,6 @@
 """Prompt files to ids: both formats alike, every fault named with its place, and an order that needs no memory."""
 
+import hashlib
 import json
 import math
 import random
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from opsd.data.prompts import PromptFormat, PromptStream, load_prompts, read_records
+from opsd.data.prompts import PromptFormat, PromptStream, digest, load_prompts, read_records
 from opsd.data.template import Clock
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
@@ -371,3 +372,10 @@ def test_epochs_and_seeds_are_shuffled_differently():
     in_file_order = [str(number) for number in range(50)]
     orders = [[prompt.id for prompt in s.take(step)] for s in (stream, other) for step in (1, 2)]
     assert len({tuple(order) for order in [*orders, in_file_order]}) == 5
+
+
+def test_a_digest_is_of_ids_tokens_and_answers_in_order():
+    # the first 16 digits of sha256 over the JSON list of [id, ids, answer]
+    prompts = [Prompt("0", "a", [16], "1"), Prompt("1", "b", [17, 18], None)]
+    whole = hashlib.sha256(b'[["0", [16], "1"], ["1", [17, 18], null]]').hexdigest()[:16]
+    assert digest(prompts) == whole != digest(prompts[::-1])
