@@ -107,6 +107,8 @@ def _roots(text: str) -> str:
         else:
             found = _RADICAND.match(behind)
             radicand, end = (None, 0) if found is None else (found[0], found.end())
+            if re.match(rf"\^|{_RAISED_RUN}", behind[end:]):
+                radicand = None  # √x²: whose power it is, is not said
         if radicand is not None:
             index = f"[{_plain(root[1])}]" if root[1] else _INDEX[root[2]]
             body = f"{{{radicand}}}" if end else ""

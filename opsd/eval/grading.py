@@ -197,8 +197,10 @@ def _gold_latex(gold: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without the dollar signs around the whole."""
-    inner = text.strip().removeprefix("$").removesuffix("$")
+    """Without a full stop behind the whole and the dollar signs around it."""
+    text = text.strip()
+    text = text if text.endswith("...") else text.removesuffix(".")
+    inner = text.removeprefix("$").removesuffix("$")
     return text if "$" in inner else inner
 
 
