@@ -75,6 +75,7 @@ setup(
             "position_weighted = tip_patch.baselines:PositionWeighted",
             "verify = tip_patch.baselines:Verify",
         ],
+        "opsd.environments": ["travel = opsd.environments.travel.world:TravelWorld"],
         "opsd.telemetry": [
             "quadrants = tip_patch.quadrants:QuadrantTelemetry",
             "shadow_masks = tip_patch.overlap:ShadowMasks",

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
-from opsd.data.template import Clock
+from opsd.data.template import Clock, steady
 from opsd.engine import Engine, build_engine
-from opsd.environments.travel.evaluate import TravelEvaluator
-from opsd.environments.travel.world import TravelWorld
+from opsd.environments import load_environment
+from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import shared_vocabulary
 from opsd.model.loading import load_scorer, load_tokenizer
@@ -29,7 +29,6 @@ from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry
 from opsd.teacher import LocalTeacher, Teacher
 from opsd.types import Sampling
-from opsd.update import Updater
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -42,21 +41,24 @@ class Parts:
     ranks: Ranks
     began: Began
     tokenizer: Any
-    stream: PromptStream
+    prompts: PromptStream
     dropped_prompts: int
-    rollout: RolloutEngine
+    sampler: RolloutEngine
     sampling: Sampling
     teacher: Teacher
-    teacher_rollout: RolloutEngine | None
+    teacher_sampler: RolloutEngine | None
     selector: TokenSelector | None
     vocab_size: int
     engine: Engine
-    updater: Updater
-    evaluator: Evaluator | TravelEvaluator
+    evaluator: Any
     telemetry: list[TokenTelemetry]
 
+    def models(self) -> Models:
+        """What an evaluation reads of them."""
+        return Models(self.evaluator, self.sampler, self.teacher_sampler, self.ranks, self.engine.device)
 
-@memory_for("loading of the models", "then start again")
+
+@memory_for("loading", "then start again")
 def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, began: Began | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
@@ -71,8 +73,9 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
     clock = Clock(ranks.broadcast(Clock(began.time if began else None).time))
-    how = prompt_format(config, clock)
-    world = TravelWorld(config, tokenizer, clock) if config.environment.kind == "travel" else None
+    steady(tokenizer, clock)
+    how = prompt_format(config)
+    world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
         prompts, dropped = load_prompts(config.prompts, tokenizer, how)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
@@ -109,16 +112,15 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         ranks=ranks,
         began=now,
         tokenizer=tokenizer,
-        stream=PromptStream(prompts, config.prompts_per_step, config.seed),
+        prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,
-        rollout=rollout,
+        sampler=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=teacher,
-        teacher_rollout=teacher_rollout,
+        teacher_sampler=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
         engine=engine,
-        updater=Updater(engine, teacher, selector, config.loss, vocab_size),
         evaluator=evaluator,
         telemetry=load_telemetry(config.telemetry.options) if config.telemetry.every else [],
     )
@@ -217,7 +219,7 @@ def build_selector(select: SelectConfig) -> TokenSelector | None:
     return load_selector(select.by, retention=select.retention, **changed, **select.options)
 
 
-def prompt_format(config: TrainConfig, clock: Clock) -> PromptFormat:
+def prompt_format(config: TrainConfig) -> PromptFormat:
     """How records of training and evaluation files become token ids."""
     return PromptFormat(
         kind=config.prompt_format,
@@ -226,5 +228,4 @@ def prompt_format(config: TrainConfig, clock: Clock) -> PromptFormat:
         answer_field=config.answer_field,
         max_tokens=config.rollout.max_prompt_tokens,
         overlong=config.rollout.overlong_prompts,
-        clock=clock,
     )

@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
+from types import MethodType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -54,17 +56,41 @@ class TokenStats:
     vocab_size: int | None = None
 
 
-STUDENT_FIELDS = frozenset({"entropy_N"})
-TEACHER_FIELDS = frozenset(
-    {
-        "reverse_kl_N",
-        "forward_kl_N",
-        "teacher_entropy_N",
-        "top1_agree_N",
-        "teacher_rank_N",
-        "grad_norm_N",
-    }
-)
+class Statistic(NamedTuple):
+    """A statistic that is computed from logits: its type, and what it costs.
+
+    teacher: the teacher's logits are read too. required: in every token record, and in `token_stats` unless other
+    fields are named. metric: the name of its mean among a step's metrics. divergence: the loss that it is, per token:
+    where every token is kept, it comes with the loss at no cost.
+    """
+
+    dtype: torch.dtype = torch.float32
+    teacher: bool = True
+    required: bool = True
+    metric: str | None = None
+    divergence: str | None = None
+
+
+# The student's entropy takes one projection to logits per token, the teacher's fields a second one; the gradient norm
+# reads both models' logits once more than the divergences do.
+STATISTICS = {
+    "entropy_N": Statistic(teacher=False, metric="student/entropy_nats"),
+    "reverse_kl_N": Statistic(metric="student/reverse_kl_nats", divergence="reverse_kl"),
+    "forward_kl_N": Statistic(divergence="forward_kl"),
+    "teacher_entropy_N": Statistic(metric="teacher/entropy_nats"),
+    "top1_agree_N": Statistic(torch.bool),
+    "teacher_rank_N": Statistic(torch.int64, required=False),
+    "grad_norm_N": Statistic(required=False),
+}
+TEACHER_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.teacher)
+REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
+# Known without looking at a logit: a selector may list them in `needs`.
+GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "vocab_size"})
+
+
+def field_of(divergence: str) -> str | None:
+    """The statistic that a divergence is; None where it is none of them."""
+    return next((name for name, of in STATISTICS.items() if of.divergence == divergence), None)
 
 
 @dataclass(frozen=True)
@@ -84,14 +110,12 @@ class TokenSelector(Protocol):
 
     needs: the `TokenStats` fields read over all rows. needs_kept: those read on kept rows only; they
     are scored after the choice (NaN, or 0 in integer and bool fields, outside the kept rows) and handed to
-    an optional method `weigh(self, stats, selection) -> Selection`, which sets loss weights by them. It is
-    called only when needs_kept is not empty.
+    `weigh`, which is called only when needs_kept is not empty.
     normalise_over: "micro_batch" | "rollout" | "batch" | "running"; a rule that normalises nothing says
     "micro_batch" whatever it was asked. Under "batch" the trainer calls `prepare` once a step with the
     statistics of every micro-batch and rank, before any call.
-    An optional method `end_step(self, reduce) -> None` is called at the end of every step on every rank (scope
-    "running" learns there; within a step nothing changes). reduce takes a CPU tensor and returns its sum over ranks.
     fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
+    `weigh` and `end_step` have defaults: a rule may leave them out.
     """
 
     needs: frozenset[str]
@@ -111,6 +135,16 @@ class TokenSelector(Protocol):
         """Choose among the rows of `stats`; random draws depend on (seed, rollout id) alone."""
         ...
 
+    def weigh(self, stats: TokenStats, selection: Selection) -> Selection:
+        """The selection with loss weights, by what `needs_kept` names."""
+        return selection
+
+    def end_step(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Learn from the step that ends (scope "running"); within a step nothing changes.
+
+        Called on every rank. reduce takes a CPU tensor and returns its sum over ranks.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a checkpoint; JSON values only."""
         ...
@@ -123,15 +157,30 @@ class TokenTelemetry(Protocol):
 
     needs: the `TokenStats` fields it reads. The trainer calls it every `--telemetry.every` steps with
     the whole step's tokens (N over all micro-batches), the mask that was trained on, the selector
-    (None when all tokens are kept) and the step's seed. It does not call that selector.
-    An optional method `label_tokens(self, stats) -> dict[str, Tensor]` names columns [N] of the token record.
+    (None when all tokens are kept) and the step's seed. It does not call that selector. `label_tokens` has a default.
     """
 
     needs: frozenset[str]
 
+    def label_tokens(self, stats: TokenStats) -> dict[str, torch.Tensor]:
+        """Columns [N] of the token record, by name."""
+        return {}
+
     def __call__(
         self, stats: TokenStats, kept_N: torch.Tensor, selector: TokenSelector | None, seed: int
     ) -> dict[str, float]: ...
+
+
+def with_defaults(selector: TokenSelector) -> TokenSelector:
+    """The same rule, with what it leaves out: its class need not be derived from TokenSelector."""
+    return _complete(selector, TokenSelector, ("weigh", "end_step"))
+
+
+def _complete(plugin: Any, protocol: type, members: tuple[str, ...]) -> Any:
+    for name in members:
+        if not hasattr(plugin, name):
+            object.__setattr__(plugin, name, MethodType(getattr(protocol, name), plugin))
+    return plugin
 
 
 def selector_names() -> list[str]:
@@ -178,7 +227,7 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     except Exception as error:  # a rule of the user's own
         raise UserError(f"selector {name!r} cannot be made ({type(error).__name__}: {first_line(error)})") from error
     _check_selector(selector, name)
-    return selector
+    return with_defaults(selector)
 
 
 def _check_selector(selector: Any, name: str) -> None:
@@ -209,6 +258,6 @@ def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry
         if key not in known:
             raise UserError(f"telemetry takes no option {key!r}; it takes: {', '.join(sorted(known))}")
     return [
-        factory(**{key: options[key] for key in options.keys() & takes})
+        _complete(factory(**{key: options[key] for key in options.keys() & takes}), TokenTelemetry, ("label_tokens",))
         for factory, takes in zip(factories, accepted, strict=True)
     ]

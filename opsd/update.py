@@ -1,4 +1,4 @@
-"""The student's part of a step: score → select → loss → gradient → optimiser, over all micro-batches.
+"""What an update needs beside the engine: which tokens of a step are trained on, and what their loss is divided by.
 
 Legend: N student tokens of a micro-batch, D and E hidden sizes, V shared vocabulary.
 """
@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opsd.config import LossConfig
+from opsd.config import LossConfig, TrainConfig
 from opsd.distill import DistillResult, concatenate_stats
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.loss import distill
 from opsd.distill.select import Choice, weigh
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
-from opsd.selection import Selection, TokenSelector, TokenStats
+from opsd.selection import TokenSelector, TokenStats, with_defaults
 from opsd.teacher import Teacher
-from opsd.types import MicroBatch
-from opsd.utils.errors import RunStopped, StepUnusable
-from opsd.utils.oom import memory_for
+from opsd.types import MicroBatch, Rollout
+from opsd.utils.errors import RunStopped, StepUnusable, UserError
 
 
 @dataclass(frozen=True)
@@ -45,137 +44,134 @@ class Update:
     chunk_halvings: int
 
 
-class Updater:
-    """Trains `engine`'s student towards `teacher`, on the tokens that `selector` keeps (None: all)."""
+@dataclass
+class StepPlan:
+    """How each micro-batch's tokens are chosen. kept: over all ranks; 0 until the one micro-batch's choice is made.
+
+    scored: the micro-batches' statistics, where they had to be taken before the choice.
+    """
+
+    choices: list[Choice]
+    scored: list[TokenStats] | None
+    kept: int
+
+
+class StepPlanner:
+    """Plans each step for one selector (None: every token is kept) and one divergence, over all ranks."""
 
     def __init__(
         self, engine: Engine, teacher: Teacher, selector: TokenSelector | None, loss: LossConfig, vocab_size: int
     ) -> None:
-        self._engine, self._ranks, self._teacher, self._selector = engine, engine.ranks, teacher, selector
+        self._engine, self._ranks, self._teacher = engine, engine.ranks, teacher
+        self._selector = None if selector is None else with_defaults(selector)
         self._vocab_size = vocab_size
         self._chunks, self._halvings_told = ChunkBound(loss.chunk_tokens), 0
-        self._spec = LossSpec(loss.divergence, loss.beta, loss.temperature, self._chunks, loss.memory)
+        self.loss = LossSpec(loss.divergence, loss.beta, loss.temperature, self._chunks, loss.memory)
 
-    def run(
-        self,
-        batches: list[MicroBatch],
-        teacher_hidden: list[Tensor],
-        lr: float,
-        seed: int,
-        watch: frozenset[str],
-        rollout_weights: Tensor | None = None,
-    ) -> Update:
-        """One optimiser step. seed: decides random selection. watch: fields to score over all tokens as well.
+    def plan(self, micros: list[MicroBatch], teacher: list[Tensor], seed: int, watched: frozenset[str]) -> StepPlan:
+        """The step's plan. seed: decides random selection. watched: statistics to take over all tokens as well.
 
-        batches: this rank's share, as many as every other rank's (`share`), with the teacher's states.
-        rollout_weights: loss weight of each of the step's rollouts, by id; they never change the count.
-
-        Watching changes nothing that is trained. Raises StepUnusable, on every rank and with all as it was before the
-        step, where the step has no token to train on, or where the teacher's states, the loss or its gradient are not
-        finite; RunStopped where a selector keeps another count than it announced, or where memory runs out.
+        Masks are made beforehand where a choice needs sight of the whole step, or the count does, and the step has
+        several micro-batches; otherwise within the loss, at no further forward pass. Raises StepUnusable, on every
+        rank, where there is no token to train on, or where the teacher's states are not finite.
         """
-        try:
-            self._check_usable(batches, teacher_hidden)
-            return self._run(batches, teacher_hidden, lr, seed, watch, rollout_weights)
-        except StepUnusable:
-            if self._selector is not None:
-                # Within a step its state stands still: loading it drops what it has seen of this one.
-                self._selector.load_state_dict(self._selector.state_dict())
-            raise
+        self._check_usable(micros, teacher)
+        selector = self._selector
+        if self._ranks.world_size == 1 and len(micros) == 1:
+            choice = Choice(selector, seed=seed, watch=watched, whole_step=True)
+            return StepPlan([choice], None, self._announced(micros) if self._count_is_known() else 0)
+        if selector is None or (selector.normalise_over != "batch" and self._count_is_known()):
+            choices = [Choice(selector, seed=seed, watch=watched)] * len(micros)
+            return StepPlan(choices, None, self._announced(micros))
+        scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
+        if selector.normalise_over == "batch":
+            selector.prepare(self._of_all_ranks(scored))
+        selections = [weigh(selector, stats, selector(stats, seed)) for stats in scored]
+        kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))
+        return StepPlan([Choice(selection=selection) for selection in selections], scored, kept)
 
-    def _run(
+    def inputs(
         self,
-        batches: list[MicroBatch],
-        teacher_hidden: list[Tensor],
-        lr: float,
-        seed: int,
-        watch: frozenset[str],
-        rollout_weights: Tensor | None,
-    ) -> Update:
-        """See `run`, on a step with tokens and a sound teacher."""
-        pairs = list(zip(batches, teacher_hidden, strict=True))
-        with memory_for("student's forward and backward"):
-            choices, scored = self._choices(pairs, seed, watch)
-            counts_late = any(choice.whole_step for choice in choices) and not self._count_is_known()
-            kept = 0 if counts_late else self._kept_count(batches, choices)
-            results = []
-            for (micro, hidden_NE), choice in zip(pairs, choices, strict=True):
-                result = self._forward(micro, hidden_NE, choice, rollout_weights)
-                if counts_late:
-                    kept = self._kept_count(batches, [Choice(selection=Selection(result.kept_N))])
-                self._engine.backward(result.loss_sum, kept)
-                # The graph is let go.
-                results.append(dataclasses.replace(result, loss_sum=result.loss_sum.detach()))
-        loss_nats = self._ranks.sum(sum(float(result.loss_sum) for result in results)) / kept
-        kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
+        student_ND: Tensor,
+        head_VD: Tensor,
+        micro: MicroBatch,
+        teacher_NE: Tensor,
+        rollout_weights: Tensor | None = None,
+    ) -> Inputs:
+        """What the loss core takes of one micro-batch, checked once. rollout_weights: by rollout id."""
+        return check_inputs(
+            student_ND,
+            head_VD,
+            teacher_NE.to(student_ND.device, non_blocking=True),
+            self._teacher.head(),
+            vocab_size=self._vocab_size,
+            rollout_N=micro.rollout_N,
+            token_ids_N=micro.token_ids_N,
+            weight_N=None if rollout_weights is None else rollout_weights[micro.rollout_N.cpu()],
+        )
+
+    def divisor(self, plan: StepPlan, result: DistillResult) -> int:
+        """The count over all micro-batches and ranks that the loss is divided by, once."""
+        plan.kept = plan.kept or self._total(int(result.kept_N.sum()))
+        return plan.kept
+
+    def check(self, plan: StepPlan, results: list[DistillResult]) -> None:
+        """Raises, before the optimiser's step, StepUnusable for a loss that is not finite; RunStopped where the
+        selector kept another count than it announced."""
+        loss_nats = self._loss_nats(plan, results)
         if not math.isfinite(loss_nats):
             self._engine.discard()
-            raise StepUnusable(f"the loss is {loss_nats} nats a token")
-        if (found := int(kept_N.sum())) != kept:
-            raise RunStopped(f"the selector kept {found} tokens, its budget() says {kept}: set fixed_budget False")
-        with memory_for("optimiser"):
-            grad_norm = self._engine.step(lr)
+            raise StepUnusable(f"the loss is {loss_nats} nats per token")
+        if (found := int(self._ranks.sum(sum(int(result.kept_N.sum()) for result in results)))) != plan.kept:
+            raise RunStopped(f"the selector kept {found} tokens, its budget() says {plan.kept}: set fixed_budget False")
+
+    def finish(self, plan: StepPlan, results: list[DistillResult], grad_norm: float) -> Update:
+        """What the update did. Raises StepUnusable for a gradient that is not finite: the engine took no step."""
         if not math.isfinite(grad_norm):
             raise StepUnusable(f"the gradient's norm is {grad_norm}")
-        if (end_step := getattr(self._selector, "end_step", None)) is not None:
-            end_step(self._ranks.reduce)
-        stats = self._of_all_ranks([result.stats for result in results] if scored is None else scored)
-        return Update(loss_nats, kept, kept_N.numel(), grad_norm, kept_N, stats, self._new_halvings())
+        if self._selector is not None:
+            self._selector.end_step(self._ranks.reduce)
+        stats = self._of_all_ranks([result.stats for result in results] if plan.scored is None else plan.scored)
+        kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
+        told, self._halvings_told = self._halvings_told, self._chunks.halvings
+        halvings = int(self._ranks.sum(self._halvings_told - told))
+        loss_nats = self._loss_nats(plan, results)
+        return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings)
 
-    def _check_usable(self, batches: list[MicroBatch], teacher_hidden: list[Tensor]) -> None:
-        """Raises StepUnusable, on every rank, where none has a token, or where a teacher gave what is no number."""
-        tokens = sum(micro.student_tokens() for micro in batches)
+    def forget_step(self) -> None:
+        """The selector as it was before the step: within one its state stands still, so loading it drops the rest."""
+        if self._selector is not None:
+            self._selector.load_state_dict(self._selector.state_dict())
+
+    def _loss_nats(self, plan: StepPlan, results: list[DistillResult]) -> float:
+        return self._ranks.sum(sum(float(result.loss_sum) for result in results)) / plan.kept
+
+    def _check_usable(self, micros: list[MicroBatch], teacher: list[Tensor]) -> None:
+        """Raises StepUnusable, on every rank, where none has a token, or where a teacher's states are not finite."""
+        tokens = sum(micro.student_tokens() for micro in micros)
         # Summed by rows: a mask of every number would be a quarter of the states themselves.
-        bad = sum(int((~hidden_NE.sum(-1, dtype=torch.float32).isfinite()).sum()) for hidden_NE in teacher_hidden)
+        bad = sum(int((~hidden_NE.sum(-1, dtype=torch.float32).isfinite()).sum()) for hidden_NE in teacher)
         found = self._ranks.gather((tokens, bad))
         if not sum(tokens for tokens, _ in found):
             raise StepUnusable("there is no token to train on: every rollout is empty")
         if bad := sum(bad for _, bad in found):
             raise StepUnusable(f"the teacher's states of {bad} tokens are not finite")
 
-    def _new_halvings(self) -> int:
-        """The chunk bound's halvings since the last update, over all ranks."""
-        told, self._halvings_told = self._halvings_told, self._chunks.halvings
-        return int(self._ranks.sum(self._halvings_told - told))
-
-    def _choices(
-        self, pairs: list[tuple[MicroBatch, Tensor]], seed: int, watch: frozenset[str]
-    ) -> tuple[list[Choice], list[TokenStats] | None]:
-        """How each micro-batch's tokens are chosen, and its statistics where they had to be taken first.
-
-        That is where a choice needs sight of the whole step, or the count does, and the step has several micro-batches.
-        """
-        selector = self._selector
-        if self._ranks.world_size == 1 and len(pairs) == 1:
-            return [Choice(selector, seed=seed, watch=watch, whole_step=True)], None
-        if selector is None or (selector.normalise_over != "batch" and self._count_is_known()):
-            return [Choice(selector, seed=seed, watch=watch)] * len(pairs), None
-        scored = [self._score(micro, hidden_NE, watch) for micro, hidden_NE in pairs]
-        return [Choice(selection=selection) for selection in self._choose(scored, seed)], scored
-
     def _count_is_known(self) -> bool:
         """Whether the kept count follows from lengths alone."""
         return self._selector is None or self._selector.fixed_budget
 
     @torch.no_grad()
-    def _score(self, micro: MicroBatch, teacher_NE: Tensor, watch: frozenset[str]) -> TokenStats:
+    def _score(self, micro: MicroBatch, teacher_NE: Tensor, watched: frozenset[str]) -> TokenStats:
         """One micro-batch's statistics: those watched, and what a choice made beforehand reads."""
         assert self._selector is not None
-        needs = watch | self._selector.needs | self._selector.needs_kept
+        needs = watched | self._selector.needs | self._selector.needs_kept
 
         def use(student_ND: Tensor, head_VD: Tensor) -> TokenStats:
-            inputs = self._inputs(student_ND, head_VD, teacher_NE, micro)
-            return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), self._spec))
+            inputs = self.inputs(student_ND, head_VD, micro, teacher_NE)
+            return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), self.loss))
 
         return self._engine.forward(micro, use)
-
-    def _choose(self, scored: list[TokenStats], seed: int) -> list[Selection]:
-        """The selector's choice in every micro-batch, in sight of the whole step."""
-        selector = self._selector
-        assert selector is not None
-        if selector.normalise_over == "batch":
-            selector.prepare(self._of_all_ranks(scored))
-        return [weigh(selector, stats, selector(stats, seed)) for stats in scored]
 
     def _of_all_ranks(self, parts: list[TokenStats]) -> TokenStats:
         """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
@@ -185,53 +181,45 @@ class Updater:
         joined = {name: self._ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
         return dataclasses.replace(own, **joined)
 
-    def _kept_count(self, batches: list[MicroBatch], choices: list[Choice]) -> int:
-        """How many tokens the step trains on, over all ranks: what the loss is divided by, once."""
-        kept = 0
-        for micro, choice in zip(batches, choices, strict=True):
-            if choice.selection is not None:
-                kept += int(choice.selection.kept_N.sum())
-            elif self._selector is None:
-                kept += micro.student_tokens()
-            else:
-                lengths = micro.rollout_N.unique(return_counts=True)[1]
-                kept += sum(self._selector.budget(length) for length in lengths.tolist())
+    def _announced(self, micros: list[MicroBatch]) -> int:
+        """The step's kept count, from the lengths of its rollouts."""
+        if self._selector is None:
+            return self._total(sum(micro.student_tokens() for micro in micros))
+        lengths = [count for micro in micros for count in micro.rollout_N.unique(return_counts=True)[1].tolist()]
+        return self._total(sum(self._selector.budget(length) for length in lengths))
+
+    def _total(self, kept: int) -> int:
+        """Over all ranks. Raises StepUnusable where none keeps a token."""
         total = int(self._ranks.sum(kept))
         if not total:
             raise StepUnusable("there is no token to train on: the selector kept none")
         return total
 
-    def _forward(
-        self, micro: MicroBatch, teacher_NE: Tensor, choice: Choice, rollout_weights: Tensor | None
-    ) -> DistillResult:
-        """One micro-batch's loss, on the tokens chosen before it or within it."""
-        weight_N = None
-        if rollout_weights is not None:
-            weight_N = rollout_weights[micro.rollout_N.cpu()]
 
-        def use(student_ND: Tensor, head_VD: Tensor) -> DistillResult:
-            inputs = self._inputs(student_ND, head_VD, teacher_NE, micro, weight_N)
-            # The inputs know what products are taken in; a selector's own arithmetic is not to be rounded.
-            with torch.autocast(student_ND.device.type, enabled=False):
-                return distill(inputs, choice, self._spec)
+def rollout_weights(rollouts: list[Rollout], rewards: list[float] | None, config: TrainConfig) -> Tensor | None:
+    """The loss weight of each of a step's rollouts; None where --loss.reward_beta is 0, or nothing is rewarded."""
+    beta, samples = config.loss.reward_beta, config.rollout.samples_per_prompt
+    if not beta or rewards is None:
+        return None
+    return reward_weights(rewards, [rollout.id // samples for rollout in rollouts], beta)
 
-        return self._engine.forward(micro, use)
 
-    def _inputs(
-        self,
-        student_ND: Tensor,
-        head_VD: Tensor,
-        teacher_NE: Tensor,
-        micro: MicroBatch,
-        weight_N: Tensor | None = None,
-    ) -> Inputs:
-        return check_inputs(
-            student_ND,
-            head_VD,
-            teacher_NE.to(student_ND.device, non_blocking=True),
-            self._teacher.head(),
-            vocab_size=self._vocab_size,
-            rollout_N=micro.rollout_N,
-            token_ids_N=micro.token_ids_N,
-            weight_N=weight_N,
-        )
+def reward_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable], beta: float) -> Tensor:
+    """n·softmax(reward/β) over each prompt's n rollouts: a loss weight per rollout, fp32 (the base repository's
+    OPD_REWARD_BETA).
+
+    A prompt's better rollouts count for more. Its weights have mean 1; β → ∞ gives all ones. Compute them over whole
+    prompts, before rollouts are spread over micro-batches. Errors: UserError for β ≤ 0 or lists of different lengths.
+    """
+    if not beta > 0:
+        raise UserError(f"reward weights: beta {beta}: give a number above 0")
+    if len(rewards) != len(prompt_ids):
+        raise UserError(f"{len(rewards)} rewards for {len(prompt_ids)} rollouts: give one each")
+    members: dict[Hashable, list[int]] = {}
+    for place, prompt in enumerate(prompt_ids):
+        members.setdefault(prompt, []).append(place)
+    weights = torch.empty(len(rewards))
+    for places in members.values():
+        scaled = torch.tensor([rewards[place] for place in places], dtype=torch.float64) / beta
+        weights[places] = (len(places) * scaled.softmax(0)).float()
+    return weights

@@ -222,9 +222,10 @@ class EvalConfig:
 class EnvironmentConfig:
     """Episodes of several turns with tools, in place of single answers. Off unless a kind is named."""
 
-    kind: Literal["none", "travel"] = "none"
-    """travel: --prompts and --eval.suite name travel task files, which python -m opsd.environments.travel writes;
-    a response is a whole episode, rollout.max_new_tokens counts the tools' tokens too."""
+    kind: str = "none"
+    """The name of an installed environment. travel: --prompts and --eval.suite name travel task files, which
+    python -m opsd.environments.travel writes; a response is a whole episode, and rollout.max_new_tokens counts the
+    tools' tokens too."""
     max_turns: int = 50
     """Turns of the student in an episode; one that needs more is cut off and has no plan."""
     tool_output_characters: int = 1024

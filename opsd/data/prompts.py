@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import torch
 
 from opsd.config.paths import check_records_path
-from opsd.data.template import Clock, render_chat
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed
@@ -29,7 +28,6 @@ class PromptFormat:
 
     kind: "chat" | "raw". thinking: "on" | "off", handed to the chat template.
     max_tokens: longest prompt; overlong: "error" | "drop". limit_flag: the option that sets max_tokens, for messages.
-    clock: the time that the chat template sees.
     """
 
     kind: str = "chat"
@@ -39,7 +37,6 @@ class PromptFormat:
     max_tokens: int = 2048
     overlong: str = "error"
     limit_flag: str = "--rollout.max_prompt_tokens"
-    clock: Clock = field(default_factory=Clock, compare=False)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -169,7 +166,10 @@ def _check_template(tokenizer: Any, how: PromptFormat) -> None:
         )
     ask: list[Any] = [{"role": "user", "content": "?"}]
     try:
-        on, off = (render_chat(tokenizer, ask, how.clock, thinking, tokenize=False) for thinking in (True, False))
+        on, off = (
+            tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
+            for thinking in (True, False)
+        )
     except Exception:  # a template is a program
         # It may want more than one message; what it refuses in a record is said there.
         return
@@ -223,7 +223,8 @@ def _encode_raw(text: str, tokenizer: Any) -> list[int]:
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
     try:
-        text = render_chat(tokenizer, messages, how.clock, how.thinking == "on", tokenize=False)
+        settings = {"add_generation_prompt": True, "enable_thinking": how.thinking == "on"}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # a template is a program
         raise UserError(
             f"{where} does not fit the student's chat template ({first_line(error)}); mend the messages"

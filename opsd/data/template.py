@@ -20,17 +20,19 @@ class Clock:
         return self.time.strftime(how)
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, Any]], clock: Clock, thinking: bool, **settings: Any) -> Any:
-    """What the tokenizer's chat template makes of `messages`, up to where the answer begins: text, or token ids.
+def steady(tokenizer: Any, clock: Clock) -> None:
+    """From now on the tokenizer's chat template is a function of its messages and settings and of the clock's time.
 
-    A function of its arguments and the clock's time alone: a template's random choices hang on the messages.
-    settings: for `apply_chat_template`. Raises whatever a template raises, which is a program.
+    Whoever applies it: a template may ask for the time, and its random choices then hang on the messages.
     """
-    state = random.getstate()
-    random.seed(json.dumps(messages))
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=thinking, strftime_now=clock, **settings
-        )
-    finally:
-        random.setstate(state)
+    apply = tokenizer.apply_chat_template
+
+    def apply_steadily(conversation: Any, *rest: Any, **settings: Any) -> Any:
+        state = random.getstate()
+        random.seed(json.dumps(conversation, default=str))
+        try:
+            return apply(conversation, *rest, **{"strftime_now": clock, **settings})
+        finally:
+            random.setstate(state)
+
+    tokenizer.apply_chat_template = apply_steadily

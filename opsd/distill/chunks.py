@@ -6,9 +6,9 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import psutil
 import torch
@@ -18,8 +18,6 @@ from opsd.distill.divergence import SCRATCH_BUFFERS
 from opsd.distill.slices import slices
 from opsd.utils.errors import UserError
 from opsd.utils.oom import is_out_of_memory
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -115,29 +113,39 @@ def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tens
     return min(math.ceil(rows / multiple), bound // multiple) * multiple
 
 
-def in_chunks(
-    run: Callable[[int], Result],
-    chunk_tokens: ChunkTokens,
-    rows: int,
-    vocab_size: int,
-    like: Tensor,
-    wide: torch.dtype,
-) -> Result:
-    """run(rows a chunk), a whole pass; where memory runs out, the pass again from its start with half of the rows.
+class Attempt:
+    """One try of a whole pass, as a context that gives the rows per chunk. failed: memory ran out within it."""
 
-    So the result is that of the smaller chunk, and nothing is counted twice. A `ChunkBound` stays at what it fell to.
-    The pass must undo what an earlier try of it left. Memory that runs out on a single row is the caller's to name.
+    def __init__(self, chunk: int) -> None:
+        self.chunk, self.failed = chunk, False
+
+    def __enter__(self) -> int:
+        return self.chunk
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        """Memory that runs out on a single row is the caller's to name."""
+        self.failed = error is not None and self.chunk > 1 and is_out_of_memory(error)
+        return self.failed
+
+
+def attempts(
+    chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype
+) -> Iterator[Attempt]:
+    """Tries of a whole pass: the first, and where memory runs out, one from its start with half of the rows per chunk.
+
+        for attempt in attempts(…):
+            with attempt as chunk: …
+
+    So the result is that of the smaller chunk, and nothing is counted twice: a try undoes what an earlier one left, and
+    lets go of its buffers. A `ChunkBound` stays at what it fell to.
     """
     bound = chunk_tokens if isinstance(chunk_tokens, ChunkBound) else ChunkBound(chunk_tokens)
     while True:
-        chunk = chunk_rows(bound, rows, vocab_size, like, wide)
-        try:
-            return run(chunk)
-        except Exception as error:
-            if chunk == 1 or not is_out_of_memory(error):
-                raise
-        # Behind the except clause: its traceback held the buffers.
-        bound.tokens, bound.halvings = chunk // 2, bound.halvings + 1
+        attempt = Attempt(chunk_rows(bound, rows, vocab_size, like, wide))
+        yield attempt
+        if not attempt.failed:
+            return
+        bound.tokens, bound.halvings = attempt.chunk // 2, bound.halvings + 1
         if like.is_cuda:
             torch.cuda.empty_cache()
 

@@ -9,15 +9,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
 from opsd.distill.divergence import Divergence
-from opsd.distill.fused import fused_loss
+from opsd.distill.fused import FusedLoss, Trained
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs, on_rows
-from opsd.distill.materialized import whole_loss
-from opsd.distill.select import TRAINED_FIELD, Choice, choose, mask_of
-from opsd.selection import Selection, TokenSelector, TokenStats
+from opsd.distill.materialized import materialized_loss
+from opsd.distill.select import Choice, choose, mask_of
+from opsd.selection import Selection, TokenSelector, TokenStats, field_of, with_defaults
 from opsd.utils.errors import UserError
 
 
@@ -71,25 +72,30 @@ def distill_loss(
     about = {"rollout_N": rollout_N, "token_ids_N": token_ids_N, "weight_N": weight_N}
     inputs = check_inputs(*models, vocab_size=vocab_size, **about)
     selection = None if kept_N is None else Selection(kept_N)
-    return distill(inputs, Choice(selector, selection, seed), spec)
+    rule = None if selector is None else with_defaults(selector)
+    return distill(inputs, Choice(rule, selection, seed), spec)
 
 
 def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
-    """See `distill_loss`, on inputs that were checked."""
-    stats, selection, held = choose(inputs, choice, spec)
-    kept_N = mask_of(selection.kept_N, inputs)
-    kept_K = kept_N.nonzero().squeeze(-1)
-    all_kept = kept_K.shape[0] == inputs.rows
-    rows_K = None if all_kept else kept_K
-    weight_K = _weights(rows_K, inputs, selection.weight_N)
-    if spec.memory == "whole":
-        loss_sum, loss_K = whole_loss(inputs, rows_K, weight_K, spec)
-    else:
-        loss_sum, loss_K = fused_loss(inputs, rows_K, weight_K, spec, held)
-    free_field = TRAINED_FIELD.get(spec.divergence)
-    if all_kept and free_field is not None:
-        stats = dataclasses.replace(stats, **{free_field: loss_K.float()})
-    return DistillResult(loss_sum, kept_N, stats)
+    """See `distill_loss`, on inputs that were checked. They know what products are taken in: autocast is off here."""
+    with torch.autocast(inputs.student_ND.device.type, enabled=False):
+        stats, selection, held = choose(inputs, choice, spec)
+        kept_N = mask_of(selection.kept_N, inputs)
+        kept_K = kept_N.nonzero().squeeze(-1)
+        all_kept = kept_K.shape[0] == inputs.rows
+        rows_K = None if all_kept else kept_K
+        trained = Trained(inputs, rows_K, _weights(rows_K, inputs, selection.weight_N), spec)
+        if spec.memory == "whole":
+            loss_sum, loss_K = materialized_loss(trained)
+        else:
+            states = (inputs.student_ND, inputs.student_head_VD)
+            if not torch.is_grad_enabled():
+                states = tuple(state.detach() for state in states)
+            loss_sum, loss_K = FusedLoss.apply(*states, trained, held)
+        field = field_of(spec.divergence)
+        if all_kept and field is not None:
+            stats = dataclasses.replace(stats, **{field: loss_K.float()})
+        return DistillResult(loss_sum, kept_N, stats)
 
 
 def _weights(rows_K: Tensor | None, inputs: Inputs, selected_N: Tensor | None) -> Tensor | None:

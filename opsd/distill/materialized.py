@@ -14,11 +14,13 @@ from torch.nn.functional import log_softmax
 
 from opsd.distill.chunks import chunk_rows
 from opsd.distill.divergence import plain_divergence
-from opsd.distill.inputs import Inputs, LossSpec
+from opsd.distill.fused import Trained
+from opsd.distill.inputs import Inputs
 
 
-def whole_loss(inputs: Inputs, kept_K: Tensor | None, weight_K: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Same meaning as `fused_loss`; autograd differentiates, and memory grows with rows × vocabulary."""
+def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
+    """Same meaning as `FusedLoss`; autograd differentiates, and memory grows with rows × vocabulary."""
+    inputs, kept_K, weight_K, spec = trained.inputs, trained.kept_K, trained.weight_K, trained.spec
     student_KD, teacher_KE = inputs.student_ND, inputs.teacher_NE
     if kept_K is not None:
         student_KD, teacher_KE = student_KD[kept_K], teacher_KE[kept_K]

@@ -18,6 +18,36 @@ from opsd.distill.divergence import GRADIENTS, temper_, token_fields_
 from opsd.distill.inputs import LossSpec
 
 
+class Logits(NamedTuple):
+    """Rows of both models' logits in a workspace, to be used up. out_CW: where their gradient goes (`gradient_buffer`).
+
+    held: they are all of a micro-batch's, and the C rows that are meant are kept_C of them (None: all). The teacher's
+    may then be other logits than the workspace's, of these C rows alone.
+    """
+
+    work: Workspace
+    student_CW: Tensor
+    teacher_CW: Tensor
+    out_CW: Tensor
+    held: bool = False
+    kept_C: Tensor | None = None
+
+    @property
+    def teacher_kept_C(self) -> Tensor | None:
+        """Which rows of the teacher's are meant; None: all, in order."""
+        return self.kept_C if self.teacher_CW is self.work.teacher_CV else None
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Both models' logits [B, W] of some of the C rows, to be overwritten: copies where they are held."""
+        if not self.held:
+            return self.student_CW[rows], self.teacher_CW[rows]
+        where = rows if self.kept_C is None else self.kept_C[rows]
+        student_BW = self.work.copied(0, self.student_CW, where)
+        if self.teacher_CW is not self.work.teacher_CV:
+            return student_BW, self.teacher_CW[rows]
+        return student_BW, self.work.copied(1, self.teacher_CW, where)
+
+
 class Differentiated(NamedTuple):
     """gradient_CW: by the logits, weights included, but for the factor scale_C1 (None: nothing is left out).
 
@@ -40,44 +70,27 @@ def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bo
     return torch.empty_like(logits_CW, dtype=product)
 
 
-def differentiate_(
-    work: Workspace, student_CW: Tensor, teacher_CW: Tensor, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor
-) -> Differentiated:
-    """Loss and gradient of rows whose logits are used up. out_CW: `gradient_buffer`'s."""
-    if work.kernels:
-        return _by_kernels(student_CW, teacher_CW, spec, weight_C, out_CW)
-    found = [
-        _block(student_CW[block], teacher_CW[block], scratch_SBV, spec)
-        for block, scratch_SBV in work.blocks(student_CW.shape[0])
-    ]
-    return _joined(out_CW, found, spec, weight_C)
+def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> Differentiated:
+    """Loss and gradient of the rows that are meant.
 
-
-def differentiate_held_(
-    work: Workspace,
-    teacher_CW: Tensor,
-    kept_K: Tensor | None,
-    spec: LossSpec,
-    weight_K: Tensor | None,
-    out_KW: Tensor,
-) -> Differentiated:
-    """Loss and gradient of the rows kept_K (None: all) of the workspace's logits, which are used up.
-
-    teacher_CW: the workspace's, of all rows; or other logits, of these rows alone. out_KW: `gradient_buffer`'s. With
-    torch's operations gradients are gathered at the student's buffer's head: the k-th kept row never stands before the
-    k-th place, so a block overwrites nothing that a later one reads.
+    With torch's operations held gradients are gathered at the head of the student's buffer: the k-th kept row never
+    stands before the k-th place, so a block overwrites nothing that a later one reads.
     """
-    of_all = teacher_CW is work.teacher_CV
+    work, out_CW = logits.work, logits.out_CW
     if work.kernels:
-        return _by_kernels(work.student_CV, teacher_CW, spec, weight_K, out_KW, kept_K, kept_K if of_all else None)
-    found = []
-    for block, scratch_SBV in work.blocks(out_KW.shape[0]):
-        where = block if kept_K is None else kept_K[block]
-        student_BW = work.copied(0, work.student_CV, where)
-        teacher_BW = work.copied(1, teacher_CW, where) if of_all else teacher_CW[block]
-        found.append(_block(student_BW, teacher_BW, scratch_SBV, spec))
-        work.student_CV[block] = student_BW
-    return _joined(out_KW, found, spec, weight_K)
+        return _by_kernels(logits, spec, weight_C)
+    losses, masses = [], []
+    for block, scratch_SBW in work.blocks(out_CW.shape[0]):
+        student_BW, teacher_BW = logits.block(block)
+        temper_(spec.temperature, student_BW, teacher_BW)
+        loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.beta)
+        losses.append(loss_B)
+        masses.append(mass_B)
+        if logits.held:
+            out_CW[block] = student_BW
+    # weight/(mass·T): per row it costs nothing outside the gradient.
+    scale_C = 1.0 / (torch.cat(masses) * spec.temperature)
+    return Differentiated(out_CW, torch.cat(losses), (scale_C if weight_C is None else scale_C * weight_C)[:, None])
 
 
 def score_(
@@ -108,44 +121,20 @@ def score_(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _by_kernels(
-    student_CW: Tensor,
-    teacher_CW: Tensor,
-    spec: LossSpec,
-    weight_C: Tensor | None,
-    out_CW: Tensor,
-    student_rows_C: Tensor | None = None,
-    teacher_rows_C: Tensor | None = None,
-) -> Differentiated:
+def _by_kernels(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> Differentiated:
     from opsd.distill import triton_rows
 
-    scale_C = student_CW.new_ones(out_CW.shape[0]) if weight_C is None else weight_C
+    out_CW = logits.out_CW
+    scale_C = logits.student_CW.new_ones(out_CW.shape[0]) if weight_C is None else weight_C
     loss_C = triton_rows.gradient_(
         spec.divergence,
         spec.beta,
         spec.temperature,
-        student_CW,
-        teacher_CW,
+        logits.student_CW,
+        logits.teacher_CW,
         scale_C / spec.temperature,
         out_CW,
-        student_rows_C,
-        teacher_rows_C,
+        logits.kept_C,
+        logits.teacher_kept_C,
     )
     return Differentiated(out_CW, loss_C, None)
-
-
-def _block(student_BW: Tensor, teacher_BW: Tensor, scratch_SBW: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Divergences [B] of a block; its student logits become their gradient times the mass [B] that is the second."""
-    temper_(spec.temperature, student_BW, teacher_BW)
-    return GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.beta)
-
-
-def _joined(
-    gradient_CW: Tensor, found: list[tuple[Tensor, Tensor]], spec: LossSpec, weight_C: Tensor | None
-) -> Differentiated:
-    """The blocks of a chunk as one, with weight/(mass·T) [C, 1]: per row it costs nothing outside the gradient."""
-    losses, masses = zip(*found, strict=True)
-    scale_C = 1.0 / (torch.cat(masses) * spec.temperature)
-    return Differentiated(
-        gradient_CW, torch.cat(losses), (scale_C if weight_C is None else scale_C * weight_C)[:, None]
-    )

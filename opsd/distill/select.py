@@ -17,9 +17,6 @@ from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.selection import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
 from opsd.utils.errors import UserError
 
-# The statistic that a divergence is, where it is one: it then comes with the loss at no cost.
-TRAINED_FIELD = {"reverse_kl": "reverse_kl_N", "forward_kl": "forward_kl_N"}
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -58,9 +55,8 @@ def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, 
 
 
 def weigh(selector: TokenSelector, stats: TokenStats, selection: Selection) -> Selection:
-    """The selection with the weights that the selector sets by what it reads on kept rows only, if it sets any."""
-    method = getattr(selector, "weigh", None) if selector.needs_kept else None
-    return selection if method is None else method(stats, selection)
+    """The selection with the weights that the selector sets by what it reads on kept rows only, if anything."""
+    return selector.weigh(stats, selection) if selector.needs_kept else selection
 
 
 def mask_of(kept_N: Tensor, inputs: Inputs) -> Tensor:

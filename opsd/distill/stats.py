@@ -8,18 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, Workspace, in_chunks
+from opsd.distill.chunks import ChunkTokens, Workspace, attempts
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import score_
 from opsd.distill.slices import slices
-from opsd.selection import STUDENT_FIELDS, TEACHER_FIELDS, TokenStats
+from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, STATISTICS, TEACHER_FIELDS, TokenStats
 from opsd.utils.errors import UserError
-
-REQUIRED_FIELDS = frozenset({"entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "top1_agree_N"})
-# Known without looking at a logit: a selector may list them in `needs`.
-GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "vocab_size"})
-FIELD_TYPES = {"top1_agree_N": torch.bool, "teacher_rank_N": torch.int64}
 
 
 @torch.no_grad()
@@ -53,9 +48,9 @@ def token_stats(
 
 def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
     """The fields of `needs` that must be computed. Raises UserError for one that cannot be."""
-    unknown = needs - STUDENT_FIELDS - TEACHER_FIELDS - GIVEN_FIELDS
+    unknown = needs - STATISTICS.keys() - GIVEN_FIELDS
     if unknown:
-        known = ", ".join(sorted(STUDENT_FIELDS | TEACHER_FIELDS))
+        known = ", ".join(sorted(STATISTICS))
         raise UserError(f"unknown statistic {sorted(unknown)[0]!r}: ask for {known}")
     if "teacher_rank_N" in needs:
         ids_N, vocab_size = inputs.token_ids_N, inputs.vocab_size
@@ -80,13 +75,11 @@ def score_rows(
         return fields
     if held is not None:
         return _score_held(inputs, needs, spec, held)
-
-    def fill(chunk: int) -> None:
-        for where, values in _scored_chunks(inputs, needs, spec.temperature, chunk, kept_K):
-            for name, values_C in values.items():
-                fields[name][where] = values_C
-
-    in_chunks(fill, spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    for attempt in attempts(spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide):
+        with attempt as chunk:
+            for where, values in _scored_chunks(inputs, needs, spec.temperature, chunk, kept_K):
+                for name, values_C in values.items():
+                    fields[name][where] = values_C
     return fields
 
 
@@ -117,14 +110,14 @@ def _scored_chunks(
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:
-    dtype = FIELD_TYPES.get(name, torch.float32)
+    dtype = STATISTICS[name].dtype
     fill = float("nan") if dtype.is_floating_point else 0
     return torch.full((inputs.rows,), fill, dtype=dtype, device=inputs.student_ND.device)
 
 
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
     """TokenStats from what is known; fields nobody asked for are None."""
-    values = {name: fields.get(name) for name in STUDENT_FIELDS | TEACHER_FIELDS}
+    values = {name: fields.get(name) for name in STATISTICS}
     return TokenStats(
         rollout_N=inputs.rollout_N, token_ids_N=inputs.token_ids_N, vocab_size=inputs.vocab_size, **values
     )

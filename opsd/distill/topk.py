@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, in_chunks, row_width
+from opsd.distill.chunks import ChunkTokens, attempts, row_width
 from opsd.distill.divergence import log_softmax_
-from opsd.distill.inputs import LossSpec, check_inputs
+from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.slices import slices
 from opsd.utils.errors import UserError
 
@@ -62,23 +62,26 @@ def top_tokens(
     if not inputs.rows:
         return tops
 
-    def fill(chunk: int) -> None:
-        # One buffer serves both models in turn.
-        device, vocab_size = inputs.student_ND.device, inputs.vocab_size
-        buffer_CW = torch.empty(chunk, row_width(device.type, vocab_size), dtype=inputs.wide, device=device)
-        models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
-        with torch.autocast(device.type, enabled=False):
-            for part in slices(inputs.rows, chunk):
-                logits_CW = buffer_CW[: part.stop - part.start]
-                for (hidden, head), top in zip(models, tops, strict=True):
-                    log_p_CW = log_softmax_(head.project_(hidden[part], logits_CW), spec.temperature)
-                    log_p_CV = log_p_CW[:, :vocab_size]
-                    top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
-                    sampled_C = log_p_CV.gather(-1, inside_N1[part]).squeeze(-1)
-                    top.sampled_N[part] = sampled_C.masked_fill(outside_N[part], float("-inf"))
-
-    in_chunks(fill, spec.chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    for attempt in attempts(spec.chunk_tokens, inputs.rows, inputs.vocab_size, inputs.student_ND, inputs.wide):
+        with attempt as chunk:
+            _fill(tops, inputs, spec.temperature, chunk, inside_N1)
+    for top in tops:
+        top.sampled_N.masked_fill_(outside_N, float("-inf"))
     return tops
+
+
+def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, chunk: int, ids_N1: Tensor) -> None:
+    """`chunk` rows at a time; one buffer serves both models in turn."""
+    device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
+    buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
+    models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
+    with torch.autocast(device.type, enabled=False):
+        for part in slices(inputs.rows, chunk):
+            for (hidden, head), top in zip(models, tops, strict=True):
+                logits_CW = head.project_(hidden[part], buffer_CW[: part.stop - part.start])
+                log_p_CV = log_softmax_(logits_CW, temperature)[:, : inputs.vocab_size]
+                top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
+                top.sampled_N[part] = log_p_CV.gather(-1, ids_N1[part]).squeeze(-1)
 
 
 def _blank(rows: int, k: int, ids_N: Tensor) -> ModelTop:

@@ -1,1 +1,47 @@
-"""Worlds in which an answer takes several turns and tools: travel planning."""
+"""Environments: episodes of several turns with tools, in place of single answers.
+
+Each is found by its entry point in group `opsd.environments`, as selectors are; the trainer imports none of them.
+"""
+
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from opsd.config import TrainConfig
+from opsd.rollout import RolloutEngine
+from opsd.utils.distributed import Ranks
+from opsd.utils.errors import UserError
+
+GROUP = "opsd.environments"
+
+
+class Environment(Protocol):
+    """Built from (config, tokenizer); raises UserError for files that cannot serve.
+
+    prompts: how the training episodes begin; dropped: how many over-long ones were left out. evaluator: what
+    `opsd.eval.evaluator.Evaluator` is for single answers.
+    """
+
+    prompts: list[Any]
+    dropped: int
+    evaluator: Any
+
+    def episodes(
+        self, engine: RolloutEngine, model: PreTrainedModel, batch_rollouts: int, context: Any, ranks: Ranks
+    ) -> RolloutEngine:
+        """Episodes, turn by turn, over `engine`, which samples single answers of `model`.
+
+        context: within what it generates; batch_rollouts: how many episodes side by side.
+        """
+        ...
+
+
+def load_environment(kind: str, config: TrainConfig, tokenizer: Any) -> Environment | None:
+    """The environment of that name; None for "none". Raises UserError for an unknown name."""
+    if kind == "none":
+        return None
+    found = {point.name: point for point in entry_points(group=GROUP)}
+    if kind not in found:
+        raise UserError(f"--environment.kind {kind}: give none, or one of {', '.join(sorted(found))}")
+    return found[kind].load()(config, tokenizer)

@@ -20,7 +20,6 @@ import xxhash
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
-from opsd.build import Parts
 from opsd.config import TrainConfig, to_json
 from opsd.eval.evaluator import Suite
 from opsd.model.loading import own_code
@@ -29,6 +28,7 @@ from opsd.run.checksums import of_folder
 from opsd.run.disk import replace, writing
 from opsd.run.folder import RunFolder
 from opsd.run.tracking import Tracker
+from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
 # Between two looks at an evaluation that another run makes. The other ranks wait for the first one meanwhile: far
@@ -70,25 +70,36 @@ class Entry:
         return self.file.with_suffix(".lock")
 
 
-def evaluate_before(parts: Parts, run: RunFolder, tracker: Tracker) -> dict[str, Result]:
+@dataclass(frozen=True)
+class Models:
+    """What is evaluated, by which evaluator. teacher_sampler: None where the teacher gives no answers of its own."""
+
+    evaluator: Any
+    sampler: RolloutEngine
+    teacher_sampler: RolloutEngine | None
+    ranks: Ranks
+    device: torch.device
+
+
+def evaluate_before(models: Models, run: RunFolder, tracker: Tracker) -> dict[str, Result]:
     """The results of all evaluations before training, by the names of their files in eval/, where they then lie.
 
     All ranks call it. What to take and what to make is for the first one to decide; then all of them act alike.
     """
-    jobs = jobs_of(parts, run.config)
-    there = {job.name: parts.ranks.broadcast(run.read_eval(job.name)) for job in jobs}
+    jobs = jobs_of(models, run.config)
+    there = {job.name: models.ranks.broadcast(run.read_eval(job.name)) for job in jobs}
     results = {name: result for name, result in there.items() if result is not None}
-    with _Shared(parts, run, tracker) as shared:
+    with _Shared(models, run, tracker) as shared:
         while open_jobs := [job for job in jobs if job.name not in results]:
-            choice = parts.ranks.broadcast(shared.choose(open_jobs) if parts.ranks.is_main else None)
+            choice = models.ranks.broadcast(shared.choose(open_jobs) if models.ranks.is_main else None)
             if choice is None:
                 continue
             place, result = choice
             job = open_jobs[place]
             if result is None:
                 tracker.doing(f"evaluating the {job.who}")
-                result = parts.evaluator.run(job.engine, job.model, job.step)
-                result = shared.keep(job, result) if parts.ranks.is_main else result
+                result = models.evaluator.run(job.engine, job.model, job.step)
+                result = shared.keep(job, result) if models.ranks.is_main else result
             run.write_eval(job.name, result)
             results[job.name] = result
     return {job.name: results[job.name] for job in jobs}
@@ -111,7 +122,7 @@ def check_cache(config: TrainConfig) -> None:
         ) from error
 
 
-def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry | str:
+def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entry | str:
     """Where in the folder `cache` a job's result lies; where not all that decides it is known, why, in a few words."""
     folders = [_folder(model) for model in (config.student, job.model)]
     if None in folders:
@@ -123,7 +134,7 @@ def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry 
         return f"what the grader {config.eval.grader} does is not known"
     settings = {name: value for name, value in to_json(config).items() if name not in _TRAINING}
     settings["eval"] = {name: value for name, value in settings["eval"].items() if name not in _NOT_SAMPLING}
-    suites: list[Suite] = parts.evaluator.suites
+    suites: list[Suite] = models.evaluator.suites
     root = config.environment.deepplanning_root
     ingredients = {
         "who": job.who,
@@ -136,8 +147,8 @@ def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry 
         # A fresh adapter's first matrix is drawn from it.
         "adapter_seed": config.seed if config.lora.rank and job.who == "student" else None,
         # What rounding may depend on.
-        "device": _device_name(parts.engine.device),
-        "ranks": parts.ranks.world_size,
+        "device": _device_name(models.device),
+        "ranks": models.ranks.world_size,
         "threads": torch.get_num_threads(),
         "opsd": _digest(of_folder(Path(__file__).parent, only=".py")),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
@@ -148,8 +159,8 @@ def entry_of(parts: Parts, config: TrainConfig, job: Job, cache: Path) -> Entry 
 class _Shared:
     """The first rank's way to the folder of --eval.cache; without one every job is this run's own."""
 
-    def __init__(self, parts: Parts, run: RunFolder, tracker: Tracker) -> None:
-        self._parts, self._run, self._tracker = parts, run, tracker
+    def __init__(self, models: Models, run: RunFolder, tracker: Tracker) -> None:
+        self._models, self._run, self._tracker = models, run, tracker
         self._entries: dict[str, Entry | None] = {}
         self._lock: FileLock | None = None
         self._told: set[Path] = set()
@@ -206,7 +217,7 @@ class _Shared:
         cache = self._run.config.eval.cache
         if cache is None:
             return None
-        entry = entry_of(self._parts, self._run.config, job, Path(cache))
+        entry = entry_of(self._models, self._run.config, job, Path(cache))
         if isinstance(entry, str):
             self._tracker.say(f"the {job.who}'s evaluation before training is not shared (--eval.cache): {entry}")
             return None
@@ -248,14 +259,14 @@ class _Shared:
         return None
 
 
-def jobs_of(parts: Parts, config: TrainConfig) -> list[Job]:
+def jobs_of(models: Models, config: TrainConfig) -> list[Job]:
     """The teacher once, so that the room for improvement is known; the student as it starts."""
     jobs = []
-    if config.eval.teacher and parts.evaluator.suites:
-        assert parts.teacher_rollout is not None
-        jobs.append(Job("teacher", "teacher", config.teacher.model, None, parts.teacher_rollout))
-    if config.eval.at_start and parts.evaluator.suites:
-        jobs.append(Job("step_0", "student", config.student, 0, parts.rollout))
+    if config.eval.teacher and models.evaluator.suites:
+        assert models.teacher_sampler is not None
+        jobs.append(Job("teacher", "teacher", config.teacher.model, None, models.teacher_sampler))
+    if config.eval.at_start and models.evaluator.suites:
+        jobs.append(Job("step_0", "student", config.student, 0, models.sampler))
     return jobs
 
 

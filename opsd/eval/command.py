@@ -18,15 +18,15 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from opsd.config.checks import MOST
 from opsd.data.prompts import PromptFormat, digest
-from opsd.data.template import Clock
+from opsd.data.template import Clock, steady
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.checks import check_height
 from opsd.model.loading import load_model, load_tokenizer
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.sampling import vocabulary_size
 from opsd.run.began import time_of_run
 from opsd.types import Prompt, Sampling
 from opsd.utils.errors import UserError
@@ -113,7 +113,8 @@ def evaluate(config: EvalCommand) -> None:
     files = EvalFiles(config.out)
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
     clock = Clock(files.time() or time_of_run(Path(config.model)))
-    suites = load_suites(config.suite, tokenizer, _prompt_format(config, clock), config.limit, "--suite")
+    steady(tokenizer, clock)
+    suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
     grader = load_grader(config.grader, "--grader")
     device = _device(config.device)
     header = _header(config, suites, device, clock)
@@ -270,7 +271,7 @@ def _check_finite(model: PreTrainedModel, config: EvalCommand) -> None:
         )
 
 
-def _prompt_format(config: EvalCommand, clock: Clock) -> PromptFormat:
+def _prompt_format(config: EvalCommand) -> PromptFormat:
     return PromptFormat(
         kind=config.prompt_format,
         thinking=config.thinking,
@@ -278,7 +279,6 @@ def _prompt_format(config: EvalCommand, clock: Clock) -> PromptFormat:
         answer_field=config.answer_field,
         max_tokens=config.max_prompt_tokens,
         limit_flag="--max_prompt_tokens",
-        clock=clock,
     )
 
 

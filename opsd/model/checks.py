@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from opsd.model.attention import compute_dtype
 from opsd.model.scorer import Scorer, head_of
-from opsd.rollout.sampling import vocabulary_size
+from opsd.model.vocabulary import vocabulary_size
 from opsd.types import MicroBatch
 from opsd.utils.errors import UserError
 

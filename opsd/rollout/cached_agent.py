@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.agent import Conversation, Episode
 from opsd.rollout.base import jobs_of
 from opsd.rollout.decode import decode
 from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks
 

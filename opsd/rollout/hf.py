@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.decode import decode
-from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import (
@@ -60,11 +58,6 @@ class Draws:
         """Go on with these rows alone."""
         self._rollout_ids = [self._rollout_ids[place] for place in places]
         self._uniform_BT = self._uniform_BT[places]
-
-
-def vocabulary_size(tokenizer: Any) -> int:
-    """The tokenizer's largest id + 1; a model may have more rows."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:

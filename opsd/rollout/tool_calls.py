@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 
-from opsd.data.template import Clock, render_chat
 from opsd.utils.errors import UserError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -113,10 +113,10 @@ class ChatTurns:
     Raises UserError for a tokenizer without a template, or one whose template cannot carry tool messages.
     """
 
-    def __init__(self, tokenizer: Any, thinking: bool, clock: Clock | None = None) -> None:
+    def __init__(self, tokenizer: Any, thinking: bool) -> None:
         if not tokenizer.chat_template:
             raise UserError("the student's tokenizer has no chat template; tools need one, or tasks in the word form")
-        self._tokenizer, self._thinking, self._clock = tokenizer, thinking, clock or Clock()
+        self._tokenizer, self._thinking = tokenizer, thinking
         self._after_turn(["probe"])
 
     def opening(self, messages: list[dict[str, str]], tools: list[dict[str, Any]]) -> list[int]:
@@ -154,8 +154,11 @@ class ChatTurns:
         return output.encode("utf-8", "replace").decode()
 
     def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> str:
+        settings: Mapping[str, Any] = {"add_generation_prompt": True, "tokenize": False}
         try:
-            return render_chat(self._tokenizer, messages, self._clock, self._thinking, tools=tools, tokenize=False)
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, enable_thinking=self._thinking, **settings
+            )
         except TemplateError as error:
             raise UserError(
                 f"the student's chat template refuses tool messages ({error}); give another model"

@@ -13,9 +13,9 @@ from torch import Tensor
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.data.packing import pack
 from opsd.engine import Engine
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
-from opsd.rollout.sampling import vocabulary_size
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
 from opsd.utils.errors import RunStopped

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
+from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import jobs_of
 from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.sampling import vocabulary_size
 from opsd.rollout.vllm import TOLERANCE_NATS, check_probe, probe_of, rollouts_of
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving

@@ -10,7 +10,6 @@ Legend: N student tokens of a step, micro-batch by micro-batch; R of them record
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opsd.config import LossConfig
-from opsd.distill.stats import REQUIRED_FIELDS
-from opsd.distill.topk import ModelTop, top_tokens
-from opsd.engine import Engine
+from opsd.distill.topk import ModelTop
 from opsd.selection import TokenStats
-from opsd.teacher import Teacher
-from opsd.types import MicroBatch, Rollout
-from opsd.utils.distributed import Ranks
-
-# Scored over all tokens wherever a record is due.
-RECORD_FIELDS = REQUIRED_FIELDS
+from opsd.types import Rollout
 
 
 def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
@@ -36,45 +27,6 @@ def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
     ids = sorted(rollout.id for rollout in rollouts if rollout.student_tokens())
     count = min(most, len(ids))
     return [ids[place * len(ids) // count] for place in range(count)]
-
-
-@torch.no_grad()
-def score_top(
-    engine: Engine,
-    teacher: Teacher,
-    batches: list[MicroBatch],
-    teacher_hidden: list[Tensor],
-    recorded: list[int],
-    k: int,
-    loss: LossConfig,
-    vocab_size: int,
-) -> tuple[ModelTop, ModelTop]:
-    """Both models' k likeliest tokens at the rows of the `recorded` rollouts, in the order of the micro-batches.
-
-    One forward pass of the student over every micro-batch, whether or not it holds such a row: under sharding all ranks
-    must make the same calls.
-    """
-    wanted = torch.tensor(recorded, dtype=torch.int64)
-    found = []
-    for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
-
-        def use(student_ND: Tensor, head_VD: Tensor, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
-            row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
-            return top_tokens(
-                student_ND[row_R],
-                head_VD,
-                teacher_NE.to(student_ND.device)[row_R],
-                teacher.head(),
-                token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
-                k=k,
-                vocab_size=vocab_size,
-                temperature=loss.temperature,
-                chunk_tokens=loss.chunk_tokens,
-            )
-
-        found.append(engine.forward(micro, use))
-    student, teacher_top = zip(*found, strict=True)
-    return _join(student, engine.ranks), _join(teacher_top, engine.ranks)
 
 
 def token_table(
@@ -133,9 +85,3 @@ def _top_columns(student: ModelTop, teacher: ModelTop) -> dict[str, Any]:
         columns[f"{name}_top_ids"] = list(top.ids_NK.to(torch.int32).cpu().numpy())
         columns[f"{name}_top_log_probs"] = list(top.log_prob_NK.cpu().numpy())
     return columns
-
-
-def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:
-    """All micro-batches' rows of all ranks, in the order in which `Update` holds their statistics."""
-    names = [field.name for field in dataclasses.fields(ModelTop)]
-    return ModelTop(*(ranks.concatenate(torch.cat([getattr(part, name) for part in parts])) for name in names))

@@ -31,6 +31,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.seconds = device, {}
+        self._start_s = time.perf_counter()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -40,6 +41,11 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """`time/STAGE_s` of each stage, and `time/step_s` since this watch began."""
+        seconds = {**self.seconds, "step": time.perf_counter() - self._start_s}
+        return {f"time/{name}_s": value for name, value in seconds.items()}
 
 
 def forget_peak(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from opsd.utils.errors import RunStopped
+from opsd.utils.errors import RunStopped, first_line
 
 # What torch, its allocators and BLAS say in a plain RuntimeError.
 _SAYINGS = (
@@ -19,19 +19,19 @@ _SAYINGS = (
     "alloc_failed",
     "could not create a memory object",  # oneDNN
 )
-# What takes less memory, by part of a run. None of these flags changes what is learned, so a resumed run may take them.
+# What takes less memory, by stage of a run. No flag of these changes what is learned: a resumed run may take them.
 HELP = {
-    "loading of the models": "--teacher.offload True or --teacher.shard True hold less of the teacher, "
+    "loading": "--teacher.offload True or --teacher.shard True hold less of the teacher, "
     "--engine.kind deepspeed with --engine.zero_stage 3 shares the student out",
     "rollout": "give a smaller --rollout.generate_batch (vllm: another --rollout.gpu_memory_share)",
     "teacher": "give a smaller --engine.micro_batch_tokens, --teacher.cache host or --teacher.offload True",
-    "student's forward and backward": "give a smaller --engine.micro_batch_tokens, or "
-    "--engine.gradient_checkpointing True",
+    "student": "give a smaller --engine.micro_batch_tokens, or --engine.gradient_checkpointing True",
     "loss": "give --loss.memory fused and a smaller --engine.micro_batch_tokens",
     "optimiser": "give --engine.offload_optimizer True or a higher --engine.zero_stage (--engine.kind deepspeed)",
     "evaluation": "give a smaller --eval.generate_batch",
     "checkpoint": "free host memory: the whole weights and optimiser state are gathered there",
 }
+WORDS = {"loading": "loading of the models", "student": "student's forward and backward"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,12 +43,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_for(part: str, then: str = "go on with --resume") -> Iterator[None]:
-    """Within it, memory that runs out stops the run in one line: RunStopped with the part and what helps it."""
+def memory_for(stage: str, then: str = "go on with --resume") -> Iterator[None]:
+    """Within it, memory that runs out stops the run in one line: RunStopped with the stage and what helps it."""
     try:
         yield
     except Exception as error:
         if isinstance(error, RunStopped) or not is_out_of_memory(error):
             raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunStopped(f"out of memory in the {part} ({said[:160]}): {HELP.get(part, part)}; {then}") from error
+        what = f"out of memory in the {WORDS.get(stage, stage)} ({first_line(error)[:160]})"
+        raise RunStopped(f"{what}: {HELP.get(stage, 'free memory on this machine')}; {then}") from error

@@ -47,15 +47,17 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
     """`opsd train` as it is, but that each step waits to be asked for."""
     import opsd.train
     from opsd.config import from_json
-    from opsd.run.tracking import Stopwatch
 
     run = Path(settings["out"])
 
-    class Watch(Stopwatch):
+    class Asked(opsd.train.Trainer):
+        whole_step: Any = None
+
         @contextmanager
         def stage(self, name: str) -> Iterator[None]:
-            if name == "step":
-                if line.stages:
+            if name == "rollout":  # a step begins
+                if self.whole_step is not None:
+                    self.whole_step.__exit__(None, None, None)
                     metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
                     counts = {"tokens": metrics["rollout/tokens"], "loss_nats": metrics["loss/nats"]}
                     line.send({"stages": line.stages, **counts})
@@ -63,10 +65,12 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
                     line.send({"ready": True})
                 line.read()
                 line.stages = {}
+                self.whole_step = line.stage("step")
+                self.whole_step.__enter__()
             with line.stage(name), super().stage(name):
                 yield
 
-    opsd.train.Stopwatch = Watch
+    opsd.train.Trainer = Asked
     opsd.train.start(
         from_json(
             {

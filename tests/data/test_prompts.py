@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from opsd.data.prompts import PromptFormat, PromptStream, digest, load_prompts, read_records
-from opsd.data.template import Clock
+from opsd.data.template import Clock, steady
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
 
@@ -238,16 +238,18 @@ DICE = "{{ ['a', 'b', 'c', 'd', 'e', 'f'] | random }}" + "{% for m in messages %
 
 def test_a_template_sees_the_time_of_its_clock_and_a_clock_knows_that_it_was_asked(write, make_tokenizer):
     path, tokenizer, clock = write([{"prompt": "a"}]), make_tokenizer(), Clock(datetime(2024, 2, 29, 23, 59))
-    load_prompts(path, tokenizer, PromptFormat(clock=clock))
+    steady(tokenizer, clock)
+    load_prompts(path, tokenizer, CHAT)
     assert not clock.asked
     tokenizer.chat_template = DAILY
-    ((prompt,), _) = load_prompts(path, tokenizer, PromptFormat(clock=clock))
+    ((prompt,), _) = load_prompts(path, tokenizer, CHAT)
     assert prompt.ids == [8, 15, 3, 16, 4] and clock.asked  # 2 9 <user> a <assistant>
 
 
 def test_a_templates_random_choices_hang_on_the_messages_alone(write, make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = DICE
+    steady(tokenizer, Clock())
     path = write([{"prompt": "a" * n} for n in range(1, 21)])
     random.seed(0)
     first, _ = load_prompts(path, tokenizer, CHAT)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import build_model, build_tokenizer
 from torch.profiler import ProfilerActivity, profile
 
 from opsd.config.cli import parse
 from opsd.distill import distill_loss
 from opsd.estimate.command import PlanConfig, planned
 from opsd.estimate.memory import PROCESS_GIB, WHOLE_BUFFERS
-
-from tiny_models import build_model, build_tokenizer
 
 # Many characters: a random model then hardly ever draws the end, and every rollout gets as long as it may.
 FEW = "".join(chr(0x4E00 + number) for number in range(4000))

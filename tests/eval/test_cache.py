@@ -83,8 +83,8 @@ def evaluation(run: Path, name: str) -> dict:
 
 def keys(config) -> dict[str, str]:
     """For each evaluation before training the name of its file in the cache, or why it is not shared."""
-    parts = assemble(config, ONE_RANK)
-    entries = {job.who: entry_of(parts, config, job, Path("cache")) for job in jobs_of(parts, config)}
+    models = assemble(config, ONE_RANK).models()
+    entries = {job.who: entry_of(models, config, job, Path("cache")) for job in jobs_of(models, config)}
     return {who: entry.file.name if isinstance(entry, Entry) else entry for who, entry in entries.items()}
 
 
@@ -145,9 +145,9 @@ def test_another_setting_is_another_key(settings, what):
 def test_the_sampler_is_part_of_the_key(settings):
     # By the settings alone: vLLM is slow to start.
     config = settings()
-    parts, (_, job) = assemble(config, ONE_RANK), jobs_of(assemble(config, ONE_RANK), config)
+    models, (_, job) = assemble(config, ONE_RANK).models(), jobs_of(assemble(config, ONE_RANK).models(), config)
     other = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine="vllm"))
-    found = [entry_of(parts, one, job, Path("cache")) for one in (config, other)]
+    found = [entry_of(models, one, job, Path("cache")) for one in (config, other)]
     assert all(isinstance(entry, Entry) for entry in found) and found[0].file != found[1].file
 
 
@@ -225,11 +225,11 @@ def test_a_suites_name_is_part_of_the_key_because_its_draws_hang_on_it(settings)
 
 def test_versions_code_processor_and_threads_are_part_of_the_key(settings, monkeypatch):
     config = settings()
-    parts = assemble(config, ONE_RANK)
-    job = jobs_of(parts, config)[0]
+    models = assemble(config, ONE_RANK).models()
+    job = jobs_of(models, config)[0]
 
     def key() -> Path:
-        entry = entry_of(parts, config, job, Path("cache"))
+        entry = entry_of(models, config, job, Path("cache"))
         assert isinstance(entry, Entry)
         return entry.file
 
@@ -252,7 +252,7 @@ def test_versions_code_processor_and_threads_are_part_of_the_key(settings, monke
             lambda folder, **how: of_folder(folder, **how) | ({"x.py": "1"} if "only" in how else {}),
         )
         found.append(key())
-    more = dataclasses.replace(parts, ranks=SimpleNamespace(world_size=2))
+    more = dataclasses.replace(models, ranks=SimpleNamespace(world_size=2))
     entry = entry_of(more, config, job, Path("cache"))
     assert isinstance(entry, Entry)
     assert len({*found, entry.file}) == len(found) + 1 and key() == found[0]
@@ -276,14 +276,14 @@ def test_what_is_not_known_by_its_files_is_not_shared(settings, tmp_path, evalua
         settings().teacher.model, tmp_path / "code", in_json("config.json", auto_map={"AutoConfig": "a.B"})
     )
     config = settings()
-    parts = assemble(config, ONE_RANK)
-    job = jobs_of(parts, config)[0]
+    models = assemble(config, ONE_RANK).models()
+    job = jobs_of(models, config)[0]
     for model, reason in (
         (adapter, "is an adapter on another model"),
         (code, "brings code of its own (auto_map"),
         ("a/b", "not found"),
     ):
-        entry = entry_of(parts, config, dataclasses.replace(job, model=model), Path("cache"))
+        entry = entry_of(models, config, dataclasses.replace(job, model=model), Path("cache"))
         assert isinstance(entry, str) and reason in entry
     for out in ("one", "two"):
         start(settings(out, eval={"grader": "operator:eq"}))
@@ -302,9 +302,9 @@ def test_a_hub_name_is_known_by_the_files_in_the_hubs_cache(settings, tmp_path, 
 
     monkeypatch.setattr(evalcache, "snapshot_download", snapshot)
     config = settings()
-    parts = assemble(config, ONE_RANK)
-    job = jobs_of(parts, config)[0]
-    found = [entry_of(parts, config, dataclasses.replace(job, model=model), Path("c")) for model in (job.model, "a/b")]
+    models = assemble(config, ONE_RANK).models()
+    job = jobs_of(models, config)[0]
+    found = [entry_of(models, config, dataclasses.replace(job, model=model), Path("c")) for model in (job.model, "a/b")]
     assert found[0] == found[1] and asked == [("a/b", True)]
 
 

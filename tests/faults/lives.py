@@ -28,14 +28,13 @@ import opsd.eval.evaluator
 import opsd.rollout
 import opsd.run.checkpoint
 import opsd.train
-import opsd.update
 from opsd.engine.deepspeed_engine import import_deepspeed
 
 # Where a stage begins and ends.
 STAGES = {
     "rollout": (opsd.rollout.HFRollout, "generate"),
     "scoring": (opsd.distill.loss, "choose"),
-    "backward": (opsd.update.Updater, "_forward"),
+    "backward": (opsd.train, "distill"),
     "weight sync": (opsd.rollout.HFRollout, "sync"),
     "checkpoint": (opsd.run.checkpoint, "save"),
     "evaluation": (opsd.eval.evaluator.Evaluator, "run"),

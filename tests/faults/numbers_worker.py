@@ -37,14 +37,14 @@ def state(engine) -> dict[str, torch.Tensor]:
 
 
 def good(case, ranks, built, step: int) -> None:
-    _, updater, teacher = built
+    _, trainer, teacher = built
     batches = HELPERS["layout"](case, ranks)
-    updater.run(batches, teacher.hidden(batches), 1e-2, step, frozenset())
+    trainer.update(batches, teacher.hidden(batches), step)
 
 
 def bad(case, ranks, built, cause: str) -> str:
     """An unusable step; what this rank said."""
-    engine, updater, teacher = built
+    engine, trainer, teacher = built
     batches = HELPERS["layout"](case, ranks)
     hidden, last = teacher.hidden(batches), ranks.rank == ranks.world_size - 1
     backward, head = engine.backward, teacher.head().clone()
@@ -57,7 +57,7 @@ def bad(case, ranks, built, cause: str) -> str:
     if cause == "empty":
         batches, hidden = [], []
     try:
-        updater.run(batches, hidden, 1e-2, 0, frozenset())
+        trainer.update(batches, hidden, 1)
     except StepUnusable as problem:
         return str(problem)
     finally:

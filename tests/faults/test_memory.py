@@ -30,8 +30,7 @@ from opsd.model.scorer import Scorer
 from opsd.rollout import decode
 from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
-from opsd.train import start
-from opsd.update import Updater
+from opsd.train import Trainer, start
 from opsd.utils.errors import RunStopped
 from opsd.utils.oom import is_out_of_memory
 
@@ -223,7 +222,7 @@ def test_out_of_memory_names_the_part_and_the_flag(values, tmp_path, monkeypatch
 )
 def test_a_run_counts_its_halvings_and_goes_on(values, tmp_path, monkeypatch):
     run, seen = tmp_path / "run", []
-    whole = Updater.run
+    whole = Trainer.update
 
     def update(self, *args, **kwargs):
         seen.append(1)
@@ -232,7 +231,7 @@ def test_a_run_counts_its_halvings_and_goes_on(values, tmp_path, monkeypatch):
                 Fails(patch, Head, "gradients_", {1})
             return whole(self, *args, **kwargs)
 
-    monkeypatch.setattr(Updater, "run", update)
+    monkeypatch.setattr(Trainer, "update", update)
     start(from_json({**values, "out": str(run)}))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
     assert [line["loss/chunk_halvings"] for line in lines] == [0, 1, 0]

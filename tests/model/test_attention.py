@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, OPTCon
 from opsd.build import load_student
 from opsd.config import EngineConfig, LoraConfig
 from opsd.data.packing import pack
-from opsd.model import attention
-from opsd.model import scorer as student
+from opsd.model import attention, checks, loading
 from opsd.model.attention import FLASH, VARLEN, attention_for, has_varlen_attention
-from opsd.model.loading import load_scorer
+from opsd.model.loading import disable_dropout, load_scorer
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout
 from opsd.types import Prompt, Sampling
@@ -242,7 +241,7 @@ def test_the_student_is_loaded_with_the_attention_of_the_compute_type_and_checke
         asked.append((model.dtype, compute, device))
         return VARLEN
 
-    monkeypatch.setattr(student, "attention_for", chosen)
+    monkeypatch.setattr(loading, "attention_for", chosen)
     path = str(make_folder(make_model(**GROUPED)))
     config = SimpleNamespace(engine=EngineConfig(dtype=dtype), lora=LoraConfig(), trust_remote_code=False)
     scorer = load_student(config, path, CPU)
@@ -265,7 +264,7 @@ def test_a_kernel_that_mixes_sequences_is_refused_when_the_model_is_loaded(make_
         return naive(query, key, value, cu_seq_q[[0, -1]], None, -1, is_causal)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(student, "attention_for", lambda *_: VARLEN)
+    monkeypatch.setattr(loading, "attention_for", lambda *_: VARLEN)
     folder = str(make_folder(make_model()))
     for compute in (torch.float32, torch.bfloat16):
         with pytest.raises(UserError, match="sequences packed into one row see each other"):

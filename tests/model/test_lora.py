@@ -6,9 +6,10 @@ import pytest
 import torch
 from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
+from updates import trainer_of
 
 from opsd import build as parts
-from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
+from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data.packing import pack
 from opsd.engine import TorchEngine
 from opsd.model.lora import add_adapters, load_adapters
@@ -19,7 +20,6 @@ from opsd.run.checkpoint import TrainerState
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
 from opsd.types import Sampling
-from opsd.update import Updater
 from opsd.utils.errors import UserError
 
 pytestmark = pytest.mark.e2e
@@ -52,10 +52,10 @@ def engine_of(model, lora=LORA, **engine):
 def train(engine, teacher, rollouts, steps=STEPS, tokens=16):
     """Losses of so many steps on fixed rollouts, in several micro-batches."""
     local = LocalTeacher(Scorer(teacher), CPU)
-    updater = Updater(engine, local, None, LossConfig(), VOCABULARY)
+    trainer = trainer_of(engine, local, vocab_size=VOCABULARY, optim=OPTIM)
     batches = pack(rollouts, tokens)
     assert len(batches) > 1
-    return [updater.run(batches, local.hidden(batches), OPTIM.lr, 0, frozenset()).loss_nats for _ in range(steps)]
+    return [trainer.update(batches, local.hidden(batches), 1).loss_nats for _ in range(steps)]
 
 
 def adapters(model):

@@ -191,9 +191,8 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
             if isinstance(panel, LinePlot):
                 shown |= {metric for metric in panel.y if isinstance(metric, str)}
     assert len(shown) > 20
-    trainer = Path(wandbrun.__file__).parent
-    telemetry = trainer.parent / "tip_patch"
-    source = "".join(file.read_text() for file in [*trainer.glob("*.py"), *telemetry.glob("*.py")])
+    root = Path(wandbrun.__file__).parents[2]
+    source = "".join(file.read_text() for part in ("opsd", "tip_patch") for file in (root / part).rglob("*.py"))
     for name in shown:
         prefix, _, rest = name.partition("/")
         made = rest[3:] if prefix == "quadrant" else rest

@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from updates import trainer_of
 
 from opsd import train
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
@@ -149,13 +150,13 @@ def test_names_are_shown_as_they_are_not_as_markup(make_run, capsys, name):
 
 
 def test_a_stopwatch_adds_up_each_stage(monkeypatch):
-    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])  # rollout 2 s, student 3 s, rollout 0.5 s
+    clock = iter([0.0, 0.0, 2.0, 10.0, 13.0, 20.0, 20.5, 21.0])  # rollout 2 s, student 3 s, rollout 0.5 s
     monkeypatch.setattr("opsd.run.tracking.time.perf_counter", lambda: next(clock))
     watch = Stopwatch(CPU)
     for stage in ("rollout", "student", "rollout"):
         with watch.stage(stage):
             pass
-    assert watch.seconds == {"rollout": 2.5, "student": 3.0}
+    assert watch.metrics() == {"time/rollout_s": 2.5, "time/student_s": 3.0, "time/step_s": 21.0}
 
 
 def test_peak_memory_is_that_of_the_process_in_gib():
@@ -266,12 +267,13 @@ def test_on_cuda_the_peak_starts_after_loading(monkeypatch):
     allocated, device = [30 * 2**30], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: allocated.append(2**30))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: allocated[-1])
-    parts = SimpleNamespace(engine=SimpleNamespace(device=device), ranks=ONE_RANK, dropped_prompts=0)
+    trainer = trainer_of(SimpleNamespace(device=device, ranks=ONE_RANK), None)
+    trainer.folder = SimpleNamespace(finish=lambda: None)
     seen = []
     monkeypatch.setattr(train, "Tracker", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(train, "_evaluate_before", lambda *_: seen.append(peak_gib(device)))
-    monkeypatch.setattr(train, "_train", lambda *_: None)
-    train._run(parts, SimpleNamespace(finish=lambda: None), 0)
+    monkeypatch.setattr(trainer, "evaluate_before", lambda _: seen.append(peak_gib(device)))
+    monkeypatch.setattr(trainer, "train", lambda _: None)
+    trainer.run()
     assert seen == [1.0]
     forget_peak(torch.device("cpu"))
     assert len(allocated) == 2

@@ -335,15 +335,15 @@ def test_a_bfloat16_runs_checkpoint_holds_the_master_weights(out):
 
 FAILING = """
 import sys
-import opsd.update
+import opsd.train
 from opsd.__main__ import main
 from opsd.utils.errors import RunStopped
 from opsd.utils.distributed import Ranks
-def run(self, *args):
-    if self._ranks.rank == 1:
+def update(self, *args):
+    if self.ranks.rank == 1:
         raise RunStopped("only the second rank sees this")
     return whole(self, *args)
-whole, opsd.update.Updater.run = opsd.update.Updater.run, run
+whole, opsd.train.Trainer.update = opsd.train.Trainer.update, update
 main()
 """
 

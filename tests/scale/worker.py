@@ -27,12 +27,15 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from updates import trainer_of
+
 import opsd.train as train_module
-from opsd.config import EngineConfig, LoraConfig, LossConfig, OptimConfig, from_json
+from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data import packing as batch
 from opsd.data.packing import empty, pack, share
 from opsd.distill import DistillResult
-from opsd.engine import TorchEngine, learning_rate
+from opsd.engine import TorchEngine
 from opsd.engine.deepspeed_engine import DeepSpeedEngine, import_deepspeed
 from opsd.model.lora import add_adapters
 from opsd.model.scorer import Scorer
@@ -40,7 +43,6 @@ from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
 from opsd.train import resume, start
 from opsd.types import Prompt, Rollout
-from opsd.update import Updater
 from opsd.utils.distributed import join, leave
 
 NOTHING: tuple = (None, None)
@@ -221,7 +223,7 @@ def is_plain(case: Case) -> bool:
 
 
 def build(case: Case, ranks, held=None):
-    """Engine, updater and teacher of a case; held: weights to start from."""
+    """Engine, trainer and teacher of a case; held: weights to start from."""
     student = Scorer(model(case.tied, seed=0))
     if held is not None:
         missing, unknown = student.model.load_state_dict(held, strict=False)
@@ -235,17 +237,16 @@ def build(case: Case, ranks, held=None):
         engine = DeepSpeedEngine(student, engine, case.optim, CPU, ranks)
     selector = load_selector(case.by, retention=0.5, **case.options) if case.by != "all" else None
     teacher = LocalTeacher(Scorer(model(True, seed=1)), CPU)
-    return engine, Updater(engine, teacher, selector, LossConfig(), VOCABULARY), teacher
+    return engine, trainer_of(engine, teacher, selector, None, VOCABULARY, case.optim, STEPS), teacher
 
 
 def train(case: Case, ranks, built, first: int, last: int) -> dict:
     """Steps first to last; what the updates say."""
-    _, updater, teacher = built
+    _, trainer, teacher = built
     record = {"loss_nats": [], "grad_norm": [], "kept": [], "tokens": [], "reverse_kl_nats": []}
     batches = layout(case, ranks)
     for step in range(first, last + 1):
-        lr = learning_rate(step, STEPS, case.optim)
-        update = updater.run(batches, teacher.hidden(batches), lr, step, frozenset({"reverse_kl_N"}))
+        update = trainer.update(batches, teacher.hidden(batches), step, frozenset({"reverse_kl_N"}))
         for name in ("loss_nats", "grad_norm", "kept", "tokens"):
             record[name].append(getattr(update, name))
         record["reverse_kl_nats"].append(float(update.stats.reverse_kl_N.mean()))

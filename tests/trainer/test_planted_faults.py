@@ -10,8 +10,9 @@ from opsd.engine import TorchEngine
 from opsd.teacher import LocalTeacher
 
 pytestmark = pytest.mark.e2e
-HERE = Path(__file__).parent
-UPDATE, ENGINE, LORA = (runpy.run_path(str(HERE / f"test_{name}.py")) for name in ("update", "engine", "lora"))
+TESTS = Path(__file__).parents[1]
+PLACES = ("trainer/test_update", "engine/test_torch_engine", "model/test_lora")
+UPDATE, ENGINE, LORA = (runpy.run_path(str(TESTS / f"{place}.py")) for place in PLACES)
 FAULT = 1 + 1e-4
 SEEN = "is what rounding may cost"
 

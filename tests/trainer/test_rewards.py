@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from opsd.rewards import reward_weights
+from opsd.update import reward_weights
 from opsd.utils.errors import UserError
 
 

@@ -20,8 +20,7 @@ from opsd.eval.evaluator import Evaluator
 from opsd.model import scorer as student
 from opsd.run import checkpoint
 from opsd.teacher import LocalTeacher
-from opsd.train import resume, start
-from opsd.update import Updater
+from opsd.train import Trainer, resume, start
 from opsd.utils.errors import RunStopped, UserError
 
 SUM_TASKS = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(4)]
@@ -146,10 +145,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, set
 
 KILLER = """
 import os, signal, sys, json
-import opsd.run.checkpoint, opsd.train, opsd.update
+import opsd.run.checkpoint, opsd.train
 from opsd.config import from_json
 place, call = sys.argv[1], int(sys.argv[2])
-module, name = {"in the middle of a step": (opsd.update.Updater, "_forward"),
+module, name = {"in the middle of a step": (opsd.train, "distill"),
                 "in the middle of a checkpoint": (opsd.run.checkpoint, "save_file")}[place]
 whole, calls = getattr(module, name), 0
 def killed(*args, **kwargs):
@@ -260,7 +259,7 @@ def test_a_run_that_ended_in_an_evaluation_repeats_the_evaluation_alone(finished
         start(settings(run))
     assert [line["step"] for line in metrics_of(run)] == [0, 1, 2, 3]
     monkeypatch.setattr(Evaluator, "run", whole)
-    monkeypatch.setattr(Updater, "run", lambda *args: steps.append(args))
+    monkeypatch.setattr(Trainer, "update", lambda *args: steps.append(args))
     resume(run)
     assert not steps
     assert_same_run(run, finished)

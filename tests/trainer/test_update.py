@@ -8,15 +8,15 @@ import math
 import pytest
 import torch
 from tolerance import close, transformer
+from updates import trainer_of
 
 from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.data import packing as batch
 from opsd.data.packing import pack
 from opsd.engine import TorchEngine
 from opsd.model.scorer import Scorer
-from opsd.selection import STUDENT_FIELDS, TEACHER_FIELDS, Selection, load_selector
+from opsd.selection import STATISTICS, Selection, load_selector
 from opsd.teacher import LocalTeacher
-from opsd.update import Updater
 from opsd.utils.errors import RunStopped, StepUnusable
 
 CPU = torch.device("cpu")
@@ -61,13 +61,13 @@ class Learner:
         self.teacher = LocalTeacher(Scorer(make_model(seed=teacher_seed)), CPU)
 
     def run(
-        self, by="all", max_tokens=1000, watch=frozenset(), seed=3, loss=None, selector=None, weights=None, **options
+        self, by="all", max_tokens=1000, watch=frozenset(), step=3, loss=None, selector=None, weights=None, **options
     ):
         if selector is None:
             selector = None if by == "all" else load_selector(by, retention=0.5, **options)
-        updater = Updater(self.engine, self.teacher, selector, loss or LossConfig(), 49)
+        trainer = trainer_of(self.engine, self.teacher, selector, loss, optim=OptimConfig(lr=1e-2, schedule="constant"))
         batches = pack(self.rollouts, max_tokens)
-        return updater.run(batches, self.teacher.hidden(batches), 1e-2, seed, watch, weights)
+        return trainer.update(batches, self.teacher.hidden(batches), step, watch, weights)
 
     def weights(self):
         return {name: p.detach().clone() for name, p in self.engine.student.model.named_parameters()}
@@ -121,13 +121,13 @@ def forwards(learner, monkeypatch, **options):
 
 
 @pytest.mark.parametrize(("by", "options"), SELECTORS)
-@pytest.mark.parametrize("watch", [frozenset(), STUDENT_FIELDS | TEACHER_FIELDS], ids=["", "watched"])
+@pytest.mark.parametrize("watch", [frozenset(), frozenset(STATISTICS)], ids=["", "watched"])
 def test_a_step_of_one_micro_batch_calls_the_student_once(learner, monkeypatch, by, options, watch):
     assert forwards(learner, monkeypatch, by=by, **options, watch=watch) == (1, 1)
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "rollout", "running"])
-@pytest.mark.parametrize("watch", [frozenset(), STUDENT_FIELDS | TEACHER_FIELDS], ids=["", "watched"])
+@pytest.mark.parametrize("watch", [frozenset(), frozenset(STATISTICS)], ids=["", "watched"])
 def test_a_choice_that_needs_no_sight_of_the_step_calls_the_student_once_per_micro_batch(
     learner, monkeypatch, scope, watch
 ):
@@ -201,7 +201,7 @@ def test_a_selected_loss_is_divided_by_the_kept_count(learner):
 def test_watching_changes_nothing_that_is_trained(learner, by, options):
     unwatched = learner.run(by, **options, max_tokens=16)
     expected = learner.engine.gradients
-    watched = learner.run(by, **options, max_tokens=16, watch=STUDENT_FIELDS | TEACHER_FIELDS)
+    watched = learner.run(by, **options, max_tokens=16, watch=frozenset(STATISTICS))
     assert watched.loss_nats == unwatched.loss_nats
     assert torch.equal(watched.kept_N, unwatched.kept_N)
     assert all(torch.equal(learner.engine.gradients[name], expected[name]) for name in expected)

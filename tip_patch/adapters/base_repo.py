@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.distill.divergence import GRADIENTS, check_divergence, token_fields_
-from opsd.selection import STUDENT_FIELDS, TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+from opsd.distill.select import weigh
+from opsd.selection import STATISTICS, Selection, TokenSelector, TokenStats, with_defaults
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
 
@@ -45,7 +46,7 @@ def patch(losses: Any, selector: TokenSelector | None, seed: int = 0) -> Callabl
     if not isinstance(table, dict):
         raise UserError(f"{getattr(losses, '__name__', losses)!r} has no LOSS_FN_MAP: give the module opd.losses")
     if selector is not None:
-        _check(selector)
+        _check(with_defaults(selector))
     before = dict(table)
     calls = _Calls(selector, seed)
     table |= {name: functools.partial(calls.loss, name) for name in before if name in ("reverse_kl", "forward_kl")}
@@ -64,7 +65,7 @@ def _check(selector: TokenSelector) -> None:
         raise UserError(
             f"normalise_over {selector.normalise_over!r} sees a whole step: give {' or '.join(SCOPES)} here"
         )
-    unknown = (selector.needs | selector.needs_kept) - STUDENT_FIELDS - TEACHER_FIELDS - {"rollout_N", "vocab_size"}
+    unknown = (selector.needs | selector.needs_kept) - STATISTICS.keys() - {"rollout_N", "vocab_size"}
     unknown |= (selector.needs | selector.needs_kept) & {"teacher_rank_N"}
     if unknown:
         raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another one here")
@@ -106,14 +107,12 @@ class _Calls:
             return None
         self._number += 1
         stats = _stats(selector.needs | selector.needs_kept, teacher_NV, student_NV, chunk)
-        selection = selector(stats, derive_seed(self._seed, self._number))
-        weigh = getattr(selector, "weigh", None) if selector.needs_kept else None
-        return selection if weigh is None else weigh(stats, selection)
+        return weigh(selector, stats, selector(stats, derive_seed(self._seed, self._number)))
 
 
 def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk: int) -> TokenStats:
     """The fields of `TokenStats` that are named, over all rows, chunk by chunk."""
-    found: dict[str, list[Tensor]] = {name: [] for name in needs & (STUDENT_FIELDS | TEACHER_FIELDS)}
+    found: dict[str, list[Tensor]] = {name: [] for name in needs & STATISTICS.keys()}
     # A chunk without rows too, so that a call without tokens has empty fields rather than none.
     for student_CV, teacher_CV in zip(student_NV.split(chunk), teacher_NV.split(chunk), strict=True):
         fields = token_fields_(needs, *_wide(student_CV, teacher_CV), 1.0, None)
@@ -123,7 +122,7 @@ def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk:
     return TokenStats(
         rollout_N=torch.zeros(student_NV.shape[0], dtype=torch.int64, device=student_NV.device),
         vocab_size=student_NV.shape[1],
-        **{name: fields.get(name) for name in STUDENT_FIELDS | TEACHER_FIELDS},
+        **{name: fields.get(name) for name in STATISTICS},
     )
 
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from opsd.data.template import Clock
 from opsd.environments.travel import words
 from opsd.environments.travel.env import TravelEnv
 from opsd.environments.travel.score import PlanScore
@@ -33,14 +32,11 @@ class Talk:
     """Conversation (see opsd.rollout.agent) about travel tasks, in whichever form a task has.
 
     tool_output_characters: most characters of one tool's output that the model sees (head and tail); 0 is no limit.
-    clock: the time that the chat template sees.
     """
 
-    def __init__(
-        self, env: TravelEnv, tokenizer: Any, thinking: bool, tool_output_characters: int, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, env: TravelEnv, tokenizer: Any, thinking: bool, tool_output_characters: int) -> None:
         self._env, self._tokenizer, self._thinking = env, tokenizer, thinking
-        self._limit, self._clock = tool_output_characters, clock or Clock()
+        self._limit = tool_output_characters
         self._turns: ChatTurns | None = None
 
     def prompt(self, task: TravelTask) -> TravelPrompt:
@@ -89,7 +85,7 @@ class Talk:
 
     def _chat(self) -> ChatTurns:
         if self._turns is None:
-            self._turns = ChatTurns(self._tokenizer, self._thinking, self._clock)
+            self._turns = ChatTurns(self._tokenizer, self._thinking)
         return self._turns
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from opsd.config import TrainConfig
-from opsd.data.template import Clock
 from opsd.environments.travel.env import TravelEnv
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.talk import Talk
@@ -28,10 +27,12 @@ class TravelWorld:
     prompts: the training tasks; dropped: how many were over-long. Raises UserError for files that cannot serve.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, clock: Clock | None = None) -> None:
+    def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer
-        env, thinking = config.environment, config.thinking == "on"
-        self._talk = Talk(TravelEnv(env.deepplanning_root), tokenizer, thinking, env.tool_output_characters, clock)
+        env = config.environment
+        self._talk = Talk(
+            TravelEnv(env.deepplanning_root), tokenizer, config.thinking == "on", env.tool_output_characters
+        )
         self.prompts, self.dropped = self._load(config.prompts, drop=config.rollout.overlong_prompts == "drop")
         self._in_words = all(prompt.task.form == "words" for prompt in self.prompts)
         suites = [self._suite(pair) for pair in config.eval.suite]

@@ -1,0 +1,159 @@
+"""What a step logs and records: its metrics, its rollouts, its tokens.
+
+Legend: N student tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from opsd.build import Parts
+from opsd.config import LossConfig, TrainConfig
+from opsd.distill.topk import ModelTop, top_tokens
+from opsd.engine import Engine, learning_rate
+from opsd.run.folder import RunFolder
+from opsd.run.token_record import recorded_rollouts, token_table
+from opsd.run.tracking import peak_gib
+from opsd.selection import REQUIRED_FIELDS, STATISTICS, TokenTelemetry
+from opsd.teacher import Teacher
+from opsd.types import MicroBatch, Rollout
+from opsd.update import Update
+from opsd.utils.distributed import Ranks
+from opsd.utils.seeding import derive_seed
+
+# Statistics whose means are the run's diagnostics, and the metrics that show them.
+MEANS = {name: of.metric for name, of in STATISTICS.items() if of.metric is not None}
+
+
+class StepLog:
+    """Measures each step of a run, and writes its files where they are due."""
+
+    def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder) -> None:
+        self._config, self._parts, self._folder = config, parts, folder
+
+    def watched(self, step: int) -> frozenset[str]:
+        """The statistics that this step's telemetry reads, over all tokens."""
+        due = self._due(step)
+        if not due:
+            return frozenset()
+        record = REQUIRED_FIELDS if self._config.telemetry.save_tokens else frozenset()
+        return frozenset(MEANS).union(record, *(telemetry.needs for telemetry in due))
+
+    def top_tokens(
+        self, step: int, rollouts: list[Rollout], micros: list[MicroBatch], teacher: list[Tensor]
+    ) -> tuple[ModelTop, ModelTop] | None:
+        """Both models' likeliest tokens for the token record, before the update changes one; None if not due."""
+        parts, wanted = self._parts, self._config.telemetry
+        if not (wanted.top_tokens and micros and self._due(step)):
+            return None
+        recorded = recorded_rollouts(rollouts, wanted.max_rollouts_saved)
+        how = (wanted.top_tokens, self._config.loss, parts.vocab_size)
+        return score_top(parts.engine, parts.teacher, micros, teacher, recorded, *how)
+
+    def of_step(
+        self, step: int, rollouts: list[Rollout], rewards: list[float] | None, batches: list[MicroBatch]
+    ) -> dict[str, float]:
+        """What the step's rollouts and micro-batches (of all ranks) say, and its file of rollouts where it is due."""
+        config, packed = self._config, sum(micro.input_ids_1L.numel() for micro in batches)
+        metrics: dict[str, float] = {
+            "step": step,
+            "mem/peak_gib": max(self._parts.ranks.gather(peak_gib(self._parts.engine.device))),
+            "optim/lr": learning_rate(step, config.steps, config.optim),
+            "rollout/tokens": sum(rollout.student_tokens() for rollout in rollouts),
+            "rollout/truncated_frac": sum(rollout.truncated for rollout in rollouts) / len(rollouts),
+            "batch/micro_batches": len(batches),
+        }
+        if batches:
+            metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
+        if rewards is not None:
+            metrics["rollout/reward"] = sum(rewards) / len(rewards)
+        every = config.telemetry.save_rollouts_every
+        if every and step % every == 0:
+            self._folder.write_rollouts(f"step_{step}", rollouts, self._parts.tokenizer, rewards)
+        return metrics
+
+    def of_update(
+        self, step: int, rollouts: list[Rollout], update: Update | None, top: tuple[ModelTop, ModelTop] | None
+    ) -> dict[str, float]:
+        """What the step's update (None: it was left out) says, and the token record where it is due."""
+        if update is None:
+            return {"optim/skipped": 1}
+        metrics = {
+            "optim/skipped": 0,
+            "loss/nats": update.loss_nats,
+            "loss/chunk_halvings": update.chunk_halvings,
+            "select/kept_frac": update.kept / update.tokens,
+            "optim/grad_norm": update.grad_norm,
+        }
+        if not self._parts.ranks.is_main:
+            return metrics
+        selector, due = self._parts.selector, self._due(step)
+        partly = frozenset() if selector is None else selector.needs_kept - selector.needs
+        for field, name in MEANS.items():
+            values_N = getattr(update.stats, field)
+            if values_N is not None and (due or field not in partly):
+                metrics[name] = float(values_N.mean())
+        seed = derive_seed(self._config.seed, "select", step)
+        for telemetry in due:
+            metrics |= telemetry(update.stats, update.kept_N, selector, seed)
+        if due and self._config.telemetry.save_tokens:
+            labels: dict[str, Tensor] = {}
+            for telemetry in due:
+                labels |= telemetry.label_tokens(update.stats)
+            recorded = recorded_rollouts(rollouts, self._config.telemetry.max_rollouts_saved)
+            table = token_table(step, rollouts, recorded, update.stats, update.kept_N, labels, top)
+            self._folder.write_tokens(step, table)
+        return metrics
+
+    def _due(self, step: int) -> list[TokenTelemetry]:
+        """The telemetry of this step: all or nothing."""
+        every = self._config.telemetry.every
+        return self._parts.telemetry if every and step % every == 0 else []
+
+
+@torch.no_grad()
+def score_top(
+    engine: Engine,
+    teacher: Teacher,
+    batches: list[MicroBatch],
+    teacher_hidden: list[Tensor],
+    recorded: list[int],
+    k: int,
+    loss: LossConfig,
+    vocab_size: int,
+) -> tuple[ModelTop, ModelTop]:
+    """Both models' k likeliest tokens at the rows of the `recorded` rollouts, in the order of the micro-batches.
+
+    One forward pass of the student over every micro-batch, whether or not it holds such a row: under sharding all ranks
+    must make the same calls.
+    """
+    wanted = torch.tensor(recorded, dtype=torch.int64)
+    found = []
+    for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
+
+        def use(student_ND: Tensor, head_VD: Tensor, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
+            row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
+            return top_tokens(
+                student_ND[row_R],
+                head_VD,
+                teacher_NE.to(student_ND.device)[row_R],
+                teacher.head(),
+                token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
+                k=k,
+                vocab_size=vocab_size,
+                temperature=loss.temperature,
+                chunk_tokens=loss.chunk_tokens,
+            )
+
+        found.append(engine.forward(micro, use))
+    student, teacher_top = zip(*found, strict=True)
+    return _join(student, engine.ranks), _join(teacher_top, engine.ranks)
+
+
+def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:
+    """All micro-batches' rows of all ranks, in the order in which `Update` holds their statistics."""
+    names = [field.name for field in dataclasses.fields(ModelTop)]
+    return ModelTop(*(ranks.concatenate(torch.cat([getattr(part, name) for part in parts])) for name in names))
