@@ -75,7 +75,8 @@ def _command(args: list[str]) -> None:
 def _train(args: list[str]) -> None:
     from opsd.config import TrainConfig
     from opsd.config.cli import parse
-    from opsd.config.paths import check_old_run, check_paths
+    from opsd.config.paths import check_paths
+    from opsd.utils.paths import check_old_run
 
     if "--resume" in args:
         if len(args) != 2 or args[0] != "--resume":

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
-from opsd.config.paths import check_new_run
 from opsd.data.packing import pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
@@ -30,6 +29,7 @@ from opsd.utils import signals
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
 from opsd.utils.errors import RunStopped, StepUnusable, UserError
 from opsd.utils.oom import memory_for
+from opsd.utils.paths import check_new_run
 from opsd.utils.seeding import derive_seed
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from opsd.config.paths import check_records_path
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
+from opsd.utils.paths import check_records_path
 from opsd.utils.seeding import derive_seed
 
 # Who may speak last in a prompt: behind anyone else's words no answer of the model is due.

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from opsd.config.paths import check_model_path
 from opsd.model.attention import attention_for
 from opsd.model.checks import check_packing, check_plain_head
 from opsd.model.scorer import Scorer
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.oom import is_out_of_memory
+from opsd.utils.paths import check_model_path
 
 
 def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:

@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 
 from opsd.config import TrackConfig, TrainConfig, from_json, to_json
-from opsd.config.paths import check_new_run, check_old_run
 from opsd.run.began import Began
 from opsd.run.disk import append, replace, to_disk, writing
 from opsd.types import Rollout
 from opsd.utils.errors import UserError
 from opsd.utils.going_on import can_go_on
+from opsd.utils.paths import check_new_run, check_old_run
 
 _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
