@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(P
 	--no-loadscope-reorder
 
 .PHONY: help setup setup-demo demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
-	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench clean
+	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,9 @@ check: setup ## lint, format, types and the fast tests, under 90 seconds
 	@$(PY) -m ruff format --check --quiet . || { echo 'run: $(PY) -m ruff format .' >&2; exit 1; }
 	@.venv/bin/basedpyright --level error & types=$$!; failed=0; \
 		$(PYTEST) -m "not slow and not gpu and not vllm and not e2e" || failed=1; wait $$types && exit $$failed
+
+gpu-check: setup ## on a machine with one NVIDIA GPU: what runs there, how right, how fast, in docs/gpu.md (8 minutes)
+	@$(PY) scripts/gpu_check.py --docs docs
 
 bench: setup-demo ## time and memory of the loss core
 	@$(PY) scripts/bench_loss.py

@@ -113,6 +113,11 @@ def _eval(args: list[str]) -> None:
     config = parse(EvalCommand, args, "opsd eval")
     _quiet()
     evaluate(config)
+    if _among_several():
+        from opsd.utils.distributed import leave
+
+        leave()
+        signals.end(0)
 
 
 def _inspect(args: list[str]) -> None:

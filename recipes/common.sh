@@ -28,6 +28,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCALE=${SCALE:-paper}
 CELL_NAMES=() CELL_FLAGS=()
 PAPER_PAIRS=(qwen3 llama qwen25)
+# At paper scale evaluate_teacher evaluates teachers; a recipe that leaves it to `opsd train` empties this.
+TEACHERS_APART=yes
 
 fail() {
     echo "$(basename "$0"): $1" >&2
@@ -115,16 +117,15 @@ paper_flags() {
     setting --checkpoint.every 50 "${SAVE_FREQ:-}"                          # our choice
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: mean@16
-    # The teacher answers by transformers: 256 answers side by side, the default, would need a cache of 360 GiB (qwen3).
-    FLAGS+=(--eval.generate_batch 32)
     setting --eval.temperature 1.0 "${VAL_TEMPERATURE:-}"                   # paper; the base repository's 0.6/0.7 is not it
     setting --eval.top_p 1.0 "${VAL_TOP_P:-}"                               # paper
     setting --eval.top_k 0 "$(top_k "${VAL_TOP_K:-}")"                      # paper
     [[ $at_start == on ]] || setting --eval.at_start True False             # paper: also before training
-    # 70 billion parameters fit no single GPU beside a student; a teacher in shards is not evaluated.
-    [[ $1 != llama ]] || FLAGS+=(--teacher.shard True --eval.teacher False)
+    FLAGS+=(--eval.teacher False)                                           # evaluate_teacher does it, by vLLM
+    # 70 billion parameters fit no single GPU beside a student.
+    [[ $1 != llama ]] || FLAGS+=(--teacher.shard True)
     FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
-    # By `opsd plan` 16,384 tokens need 152 (qwen3) and 168 GiB (llama) of the 131 without it, under sdpa.
+    # By `opsd plan` 16,384 tokens need 129 (qwen3) and 147 GiB (llama) of the 131 without it; under sdpa 154 and 169.
     FLAGS+=(--engine.gradient_checkpointing True)
     FLAGS+=(--eval.suite "math500=$DATA/math500.jsonl" "aime24=$DATA/aime24.jsonl" "aime25=$DATA/aime25.jsonl")
 }
@@ -211,6 +212,49 @@ require() {
     command -v opsd >/dev/null || fail "opsd is not installed; run: make setup"
 }
 
+# launch_of WHAT: sets LAUNCH, the words in front of the flags of `opsd WHAT`.
+launch_of() {
+    LAUNCH=(opsd "$1")
+    if [[ $SCALE == paper ]]; then
+        LAUNCH=(deepspeed --num_gpus "$GPUS")
+        # Told a number, DeepSpeed's launcher takes the first GPUs and no heed of this variable.
+        [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || LAUNCH=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES")
+        # Not `-m`: the launcher spells it --module, and would add a --local_rank of its own.
+        LAUNCH+=(${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank --module opsd "$1")
+    fi
+}
+
+# evaluate_teacher PAIR FLAGS…: has the teacher answer by vLLM on all GPUs, once for all cells, under the settings that a
+# cell evaluates with. By transformers, as `opsd train` would have it, MATH-500 alone takes hours. The report finds it.
+evaluate_teacher() {
+    local pair=$1 flags=() words i file
+    shift
+    command_of "$pair" "${CELL_LIST[0]}" "${SEED_LIST[0]}" "$@"
+    words=("${FLAGS[@]}" "$@")
+    for i in "${!words[@]}"; do
+        case ${words[i]} in
+            --eval.samples | --eval.temperature | --eval.top_p | --eval.top_k | --eval.seed | --eval.limit | \
+                --eval.max_new_tokens | --eval.grader | --rollout.max_new_tokens | --rollout.max_prompt_tokens | \
+                --prompt_format | --thinking | --prompt_field | --answer_field | --trust_remote_code)
+                flags+=("--${words[i]##*[.-]}" "${words[i + 1]}")
+                ;;
+        esac
+    done
+    flags+=(--suite "math500=$DATA/math500.jsonl" "aime24=$DATA/aime24.jsonl" "aime25=$DATA/aime25.jsonl")
+    flags+=(--engine vllm --dtype bfloat16)
+    # A teacher of 70 billion parameters needs all of the GPUs.
+    [[ $pair != llama ]] || flags+=(--tensor_parallel "$GPUS")
+    file=$RUNS/teachers/$pair-$(cksum <<<"$TEACHER ${flags[*]}" | cut -d ' ' -f 1).json
+    launch_of eval
+    words=("${LAUNCH[@]}" --model "$TEACHER" --out "$file" "${flags[@]}")
+    if [[ -n ${DRY_RUN:-} ]]; then
+        line_of "${words[@]}"
+    elif [[ ! -e $file ]]; then
+        WORDS=('')
+        run_in_reach "${words[@]}" || exit $?
+    fi
+}
+
 # command_of PAIR CELL SEED FLAGS…: sets NAME, RUN and COMMAND.
 command_of() {
     local pair=$1 cell=$2 seed=$3 i
@@ -227,14 +271,7 @@ command_of() {
     ((${#CHANGED} <= 160)) || CHANGED=${CHANGED:0:140}-and_$(cksum <<<"$CHANGED" | cut -d ' ' -f 1)
     NAME=$pair-$cell$CHANGED-seed$seed
     RUN=$RUNS/$NAME
-    LAUNCH=(opsd train)
-    if [[ $SCALE == paper ]]; then
-        LAUNCH=(deepspeed --num_gpus "$GPUS")
-        # Told a number, DeepSpeed's launcher takes the first GPUs and no heed of this variable.
-        [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || LAUNCH=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES")
-        # Not `-m`: the launcher spells it --module, and would add a --local_rank of its own.
-        LAUNCH+=(${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank --module opsd train)
-    fi
+    launch_of train
     COMMAND=("${LAUNCH[@]}" --student "$STUDENT" --teacher "$TEACHER" --prompts "$PROMPTS" --out "$RUN" --seed "$seed"
         --eval.cache "$RUNS/evaluations" "${FLAGS[@]}" "$@")
 }
@@ -293,7 +330,6 @@ plan_of() {
 run_table() {
     local table=$1 seed pair cell report lanes=${LANES:-}
     shift
-    WORDS=()
     RUNS=${RUNS:-runs/$table}
     choose
     [[ -n ${DRY_RUN:-} ]] || require
@@ -305,6 +341,10 @@ start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT
     # to be shared out: one thread takes two thirds of the time of two.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     [[ $SCALE == paper ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    for pair in "${PAIR_LIST[@]}"; do
+        [[ $SCALE != paper || -z $TEACHERS_APART ]] || evaluate_teacher "$pair" "$@"
+    done
+    WORDS=()
     for seed in "${SEED_LIST[@]}"; do
         for pair in "${PAIR_LIST[@]}"; do
             for cell in "${CELL_LIST[@]}"; do

@@ -18,6 +18,8 @@ PAPER_PAIRS=(agentic14 agentic32)
 RUNS=${RUNS:-runs/table7}
 # The task files that both branches train on are written by the command below.
 DATA_DIR=$RUNS/tasks
+# Episodes are beyond `opsd eval`.
+TEACHERS_APART=
 
 cell all
 cell entropy_sample 0.5

@@ -1,11 +1,12 @@
 """Time and memory of the distillation loss, against the usual ways to write it.
 
-    python scripts/bench_loss.py                     all cases, reckoned at half an hour on two quiet cores
+    python scripts/bench_loss.py                     all cases, reckoned at an hour on two quiet cores
     python scripts/bench_loss.py --quick             a few small ones, two minutes
     python scripts/bench_loss.py --tokens 1024 --widths 1024 --dtypes bfloat16
 
-Each case is a process of its own, whose first call counts. Writes into --out: cases.jsonl (a line a case, written as
-it ends; a case that is there already is not run again), table.md and figure.png. Ratios hold within one run.
+Each case is a process of its own, whose first call counts; on CUDA the median of three after a first one. Writes into
+--out: cases.jsonl (a line a case, written as it ends; a case that is there already is not run again), table.md and
+figure.png. Ratios hold within one run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -33,19 +34,24 @@ RETENTIONS = (0.5, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Options:
-    """Which cases run. Token counts and widths (hidden sizes of both models) each cross with the methods."""
+    """Which cases run. Token counts and widths (hidden sizes) each cross with the methods."""
 
     out: Path = Path("runs/bench")
     tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
     widths: tuple[int, ...] = (256, 1024)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    methods: tuple[str, ...] = ("ours", "graph_kept", "recomputed", "liger")
+    methods: tuple[str, ...] = ("ours", "graph_kept", "recomputed", "liger", "liger_triton", "trl")
+    """What is not installed, or not for this device, is left out with its reason."""
     selected_tokens: int = 2048
     """Tokens of the cases that train on a part of them."""
     vocab: int = 151_936
     chunk: int = 256
+    """Tokens; Liger's Triton kernels and TRL choose their own."""
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
     repeats: int = 1
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher_width: int | None = None
+    """The teacher's hidden size; None: the student's."""
     quick: bool = False
     """512 and 1024 tokens at width 256 in fp32 only."""
 
@@ -70,6 +76,7 @@ def main() -> None:
             with file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
             print(describe(row), flush=True)
+    rows = [row for row in rows if row.get("device", "cpu") == options.device]
     text = table(rows)
     (options.out / "table.md").write_text(text)
     draw(rows, options.out / "figure.png")
@@ -82,26 +89,29 @@ def plan(options: Options) -> Iterator[Case]:
         for width in options.widths:
 
             def case(method: str, tokens: int, dtype: str = dtype, width: int = width, **more: Any) -> Case:
-                shape = {"vocab": options.vocab, "chunk": options.chunk, "threads": options.threads}
+                names = ("vocab", "chunk", "threads", "device", "teacher_width")
+                shape = {name: getattr(options, name) for name in names}
                 return Case(method, tokens, width, dtype, **shape, **more)
 
             yield case("rate", 1)
             for tokens in sorted(options.tokens):
                 for method in options.methods:
-                    if method != "graph_kept" or fits(tokens, options.vocab):
+                    if method != "graph_kept" or fits(tokens, options):
                         yield case(method, tokens)
             for retention in RETENTIONS:
                 for selector in ("soft_or", "entropy"):
                     yield case("ours", options.selected_tokens, selector=selector, retention=retention)
 
 
-def fits(tokens: int, vocab: int) -> bool:
+def fits(tokens: int, options: Options) -> bool:
     """Whether a kept graph of so many tokens leaves a third of the free memory alone."""
-    return GRAPH_BYTES * tokens * vocab < 0.67 * psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info()[0] if options.device == "cuda" else psutil.virtual_memory().available
+    return GRAPH_BYTES * tokens * options.vocab < 0.67 * free
 
 
 def matches(row: dict[str, Any], case: Case) -> bool:
-    return all(row[name] == value for name, value in dataclasses.asdict(case).items())
+    """Whether a row is the case's; one of an earlier version may lack what was then the same for all."""
+    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case) if field.name in row}) == case
 
 
 def run(case: Case) -> dict[str, Any]:

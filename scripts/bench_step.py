@@ -33,7 +33,7 @@ import tyro
 
 from bench.floor import floor, measure, shape_of
 from opsd.model.loading import load_model, load_tokenizer
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from smollm2 import load, thin
 
 Method = Literal["trl", "opsd-hf", "opsd-vllm"]
@@ -112,9 +112,8 @@ class Trainer:
         return message
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Run all rounds, write step.json and print the table."""
-    options = tyro.cli(Options, description=__doc__)
     if options.quick:
         options = dataclasses.replace(options, rounds=3, new_tokens=16)
     torch.set_num_threads(options.threads)
@@ -276,8 +275,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"bench_step: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exits_on_bad_input("bench_step"):
+        main(tyro.cli(Options, description=__doc__))

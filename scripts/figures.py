@@ -9,14 +9,13 @@ with the command that makes its runs.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from report import PAPER, report_group
 from reporting.page import Section, page
 from reporting.paper import LAYOUTS, Paper
@@ -91,8 +90,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("figures"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"figures: {error}", file=sys.stderr)
-        sys.exit(2)

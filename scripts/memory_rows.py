@@ -21,7 +21,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.paper import MEMORY, PAIRS, Paper
 from reporting.runs import CellName
 from reporting.tables import TextTable
@@ -134,8 +134,5 @@ def main(args: Args, further: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("memory_rows"):
         main(*tyro.cli(Args, description=__doc__, return_unknown_args=True))
-    except UserError as error:
-        print(f"memory_rows: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -33,13 +33,12 @@ from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout
 from opsd.types import MicroBatch, Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 from tip_patch.oracle import QuadrantWorth, TokenWorth, by_quadrant, mean_gradient, measure
-from tip_patch.quadrants import check_split, quadrant_labels, split_at
+from tip_patch.quadrants import QUADRANT_LABELS, check_split, quadrant_labels, split_at
 
 CPU = torch.device("cpu")
-COLOURS = {1: "#c44e52", 2: "#dd8452", 3: "#8172b3", 4: "#8c8c8c"}
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,13 @@ def draw(worth: TokenWorth, split: Split, path: Path) -> None:
     for q in split.quadrants:
         mine = split.quadrant_of == q
         h, delta = (np.maximum(values[mine], floor) for values in (worth.entropy, worth.reverse_kl))
-        where.plot(h, delta, ".", ms=3, alpha=0.5, color=COLOURS[q], label=f"Q{q} {mine.mean():.0%}")
+        where.plot(h, delta, ".", ms=3, alpha=0.5, color=QUADRANT_LABELS[q - 1].colour, label=f"Q{q} {mine.mean():.0%}")
     where.set(xscale="log", yscale="log", xlabel="student entropy h (nats)", ylabel="KL(student‖teacher) δ (nats)")
     where.axvline(max(split.entropy_nats, floor), color="black", lw=0.6)
     where.axhline(max(split.divergence_nats, floor), color="black", lw=0.6)
     where.legend(loc="upper left", fontsize=8, markerscale=3)
     names = [f"Q{q}" for q in split.quadrants]
-    colours = [COLOURS[q] for q in split.quadrants]
+    colours = [QUADRANT_LABELS[q - 1].colour for q in split.quadrants]
     for ax, field, title in (
         (mean_step, "descent", "φ²/(2βM): one step for the quadrant"),
         (own_step, "token_descent", "‖∇L‖²cos²/(2β): each token alone"),
@@ -188,12 +187,9 @@ def main() -> None:
     """Measure, print, write."""
     args = tyro.cli(Args, description=__doc__)
     disable_progress_bar()
-    try:
+    with exits_on_bad_input("oracle"):
         worth = measure_pair(args)
         splits = [split_tokens(worth, name, args.seed) for name in args.splits]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
     args.out.mkdir(parents=True, exist_ok=True)
     print_tables(worth, splits, Console(width=150))
     found = {

@@ -12,7 +12,6 @@ what is dropped and why.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from mathdata.clean import Counts, collect, split, without
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
 from opsd.config.cli import parse
-from opsd.utils.errors import UserError
+from opsd.run.disk import replace, writing
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 HELD_OUT_NAMES = {"dapo": "math_dapo"}
 """The paper's name for the held-out part of DAPO-Math-17k; of other sets it is NAME_held_out."""
@@ -164,14 +164,10 @@ def contents(prepared: list[Prepared], options: Options) -> dict[Path, str]:
 
 def write(files: dict[Path, str]) -> None:
     """Each file as a whole. Raises UserError where the folder cannot be written."""
-    try:
-        for path, text in files.items():
+    for path, text in files.items():
+        with writing(f"--out {path.parent}", "give another folder", UserError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".tmp-{path.name}")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--out {error.filename} cannot be written ({error.strerror}); give another folder") from error
+            replace(path, text)
 
 
 # How the counts are shown: the sign of each in the sum.
@@ -204,15 +200,12 @@ def show(prepared: list[Prepared]) -> None:
 
 
 def main() -> None:
-    """The command line. Exit code 2 and one line for bad input."""
-    try:
+    """The command line."""
+    with exits_on_bad_input("prepare_data"):
         options = parse(Options, sys.argv[1:], "prepare_data.py", bare_switches=True)
         prepared = prepare(options)
         files = contents(prepared, options)
         write(files)
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        sys.exit(2)
     show(prepared)
     for path in files:
         print(path)

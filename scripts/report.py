@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,17 +18,18 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.markdown import markdown_text
 from reporting.csv_files import our_rows, paper_rows, write_csv
-from reporting.figure import Panel, draw
 from reporting.page import Section, page
 from reporting.paper import BENCHMARKS, LAYOUTS, Paper
 from reporting.pictures import pictures
+from reporting.plots import overview
 from reporting.remarks import remarks
 from reporting.runs import CellName, Run, by_protocol, read_runs
 from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
+from reporting.theme import png
 
 PAPER = Path(__file__).parent.parent / "assets" / "paper" / "tables.csv"
 FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")
@@ -112,13 +112,13 @@ def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> Non
     (out / "table.json").write_text(json.dumps(values, indent=1) + "\n")
     write_csv([*rows, *paper_rows(paper)], out / "table.csv")
     (out / "report.html").write_text(page(title, sections), encoding="utf-8")
-    panels = [
-        Panel(f"{BENCHMARKS.get(s.name, s.name)}\n{group.title}", s.stats, s.before, s.teacher, group.costs)
+    reports = [
+        (f"{BENCHMARKS.get(suite.name, suite.name)}\n{group.title}", suite, group.costs)
         for group in groups
-        for s in group.suites
+        for suite in group.suites
     ]
-    if panels:
-        draw(panels, out / "figure.png")
+    if reports:
+        (out / "figure.png").write_bytes(png(lambda: overview(reports)))
 
 
 def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
@@ -160,8 +160,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path, cel
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("report"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"report: {error}", file=sys.stderr)
-        sys.exit(2)

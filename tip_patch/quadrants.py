@@ -7,16 +7,25 @@ The paper does not state its thresholds; ours are settings and are logged beside
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from opsd.selection import TokenSelector, TokenStats
 from opsd.utils.errors import UserError
+from opsd.viewer.labels import Label, Labels
 from tip_patch.groups import quantile
 from tip_patch.selector import read_field
 
 QUADRANTS = (1, 2, 3, 4)
+# One palette for every picture of tokens: the viewer's, the report's and the oracle's.
+QUADRANT_LABELS = (
+    Label(1, "Q1", "unsure, teacher disagrees", "#e2703a", clearest={"entropy": 1, "reverse_kl": 1}, examples=2),
+    Label(2, "Q2", "unsure, teacher agrees", "#e8ba3a", clearest={"entropy": 1, "reverse_kl": -1}, examples=1),
+    Label(3, "Q3", "sure, teacher disagrees", "#c765ab", clearest={"entropy": -1, "reverse_kl": 1}, examples=3),
+    Label(4, "Q4", "sure, teacher agrees", "#9aa7b1", True, {"entropy": -1, "reverse_kl": -1}, examples=1),
+)
 
 
 def quadrant_labels(entropy_N: Tensor, reverse_kl_N: Tensor, entropy_split: float, divergence_split: float) -> Tensor:
@@ -67,6 +76,7 @@ class QuadrantTelemetry:
     divergence_split: str = "mean"
 
     needs = frozenset({"entropy_N", "reverse_kl_N", "teacher_entropy_N", "grad_norm_N"})
+    labels: ClassVar[Labels] = {"quadrant": QUADRANT_LABELS}
 
     def __post_init__(self) -> None:
         for option in ("entropy_split", "divergence_split"):

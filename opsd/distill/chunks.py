@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from opsd.distill.divergence import SCRATCH_BUFFERS
-from opsd.distill.slices import slices
 from opsd.utils.errors import UserError
 from opsd.utils.oom import is_out_of_memory
+
+
+def slices(rows: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` out of `rows`."""
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 @dataclass

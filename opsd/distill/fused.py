@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import Workspace, attempts
+from opsd.distill.chunks import Workspace, attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.rows import Logits, differentiate_, gradient_buffer
-from opsd.distill.slices import slices
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 
-from opsd.distill.chunks import chunk_rows
+from opsd.distill.chunks import chunk_rows, row_width
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.fused import Trained
 from opsd.distill.inputs import Inputs
@@ -42,11 +42,12 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
 
 
 def _project(inputs: Inputs, hidden_KD: Tensor, teacher: bool) -> Tensor:
-    """All rows' logits [K, V] over the shared vocabulary, in the wide type."""
+    """All rows' logits [K, W] over the shared vocabulary, in the wide type; rows may be wider than that."""
     head = inputs.teacher_head() if teacher else inputs.student_head()
-    out_KV = torch.empty(hidden_KD.shape[0], inputs.vocab_size, dtype=inputs.wide, device=hidden_KD.device)
+    width = row_width(hidden_KD.device.type, inputs.vocab_size)
+    out_KW = torch.empty(hidden_KD.shape[0], width, dtype=inputs.wide, device=hidden_KD.device)
     with torch.autocast(hidden_KD.device.type, enabled=False):
-        return head.project_(hidden_KD, out_KV)
+        return head.project_(hidden_KD, out_KW)
 
 
 class _Project(torch.autograd.Function):

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from opsd.distill.slices import slices
+from opsd.distill.chunks import slices
 
 # What a CPU multiplies of the head at once: in wide precision a tile, and the chunk's logits over it, stay in cache
 # until they are used.

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, Workspace, attempts
+from opsd.distill.chunks import ChunkTokens, Workspace, attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import score_
-from opsd.distill.slices import slices
 from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, STATISTICS, TEACHER_FIELDS, TokenStats
 from opsd.utils.errors import UserError
 

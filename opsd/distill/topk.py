@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, attempts, row_width
+from opsd.distill.chunks import ChunkTokens, attempts, row_width, slices
 from opsd.distill.divergence import log_softmax_
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.slices import slices
 from opsd.utils.errors import UserError
 
 

@@ -21,6 +21,7 @@ KNOBS = {
     "activations": "--engine.gradient_checkpointing True or a smaller --engine.micro_batch_tokens",
     "attention masks": "--engine.dtype bfloat16 on CUDA, or a smaller --engine.micro_batch_tokens",
     "one layer's backward": "a smaller --engine.micro_batch_tokens",
+    "autocast's copies": "--engine.kind deepspeed with --engine.zero_stage 1 or more",
     "loss stage": "--loss.memory fused and a smaller --loss.chunk_tokens",
     "student weights": "--engine.kind deepspeed with --engine.zero_stage 3 over more --gpus",
     "gradients": "--engine.kind deepspeed with --engine.zero_stage 2 or 3 over more --gpus",

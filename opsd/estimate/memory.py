@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from opsd.config import TrainConfig
-from opsd.distill.chunks import BLOCK_BYTES, most_held_rows, most_rows
+from opsd.distill.chunks import BLOCK_BYTES, most_held_rows, most_rows, row_width
 from opsd.distill.divergence import SCRATCH_BUFFERS
 from opsd.estimate.shapes import ModelShape
 from opsd.utils.errors import UserError
@@ -132,35 +132,56 @@ class Reckoning:
 
     def activations(self) -> dict[str, float]:
         """Bytes that a micro-batch's forward leaves for backward, and what one layer's backward takes beside it."""
-        s, i, tokens = self.student, self.itemsize, self.micro_tokens
-        kept_layers = 1 if self.config.engine.gradient_checkpointing else s.layers
+        s, i, tokens, layers = self.student, self.itemsize, self.micro_tokens, self.kept_layers
         ends = (2 * i + 4) * s.hidden + 2 * i * s.head_dim
         inputs = s.layers * s.hidden * i if self.config.engine.gradient_checkpointing else 0
-        casts = i * s.layer_matrices * kept_layers if self.autocast else 0
         return {
-            "activations": tokens * (kept_layers * self.layer_bytes() + ends + inputs) + casts,
+            "activations": tokens * (layers * self.layer_bytes() + ends + inputs),
             # sdpa turns the mask that keeps packed sequences apart into numbers, and keeps it, in every layer.
-            "attention masks": kept_layers * i * tokens**2 if self.masked else 0.0,
+            "attention masks": layers * i * tokens**2 if self.masked else 0.0,
             "one layer's backward": tokens * i * (3 * s.ffn + 2 * s.hidden),
         }
 
+    @property
+    def kept_layers(self) -> int:
+        """Layers whose activations are there at once."""
+        return 1 if self.config.engine.gradient_checkpointing else self.student.layers
+
+    def autocast_copies(self, layers: int, head: bool = False) -> dict[str, float]:
+        """Bytes of the weights of so many layers, and of the head, that autocast holds in the compute type."""
+        s = self.student
+        weights = layers * s.layer_matrices + (s.head_parameters if head else 0)
+        return {"autocast's copies": self.itemsize * weights if self.autocast else 0}
+
     def loss(self) -> float:
         """Bytes of the loss stage beside hidden states: logits, and gradients of hidden states and head."""
-        s, tokens, vocab = self.student, self.micro_tokens, min(self.student.vocab, self.teacher.vocab)
-        head = 0 if self.config.lora.rank else s.head_parameters * WIDE
+        tokens, kind, chosen = self.micro_tokens, self.hardware.kind, self.config.loss.chunk_tokens
+        vocab = min(self.student.vocab, self.teacher.vocab)
         kept = math.ceil(tokens * (1.0 if self.config.select.by == "all" else self.config.select.retention))
-        chosen = self.config.loss.chunk_tokens
-        chunk = min(most_rows(self.hardware.kind, vocab) if chosen == "auto" else chosen, kept)
+        chunk = min(most_rows(kind, vocab) if chosen == "auto" else chosen, kept)
+        head = 0 if self.config.lora.rank else self.student.head_parameters * WIDE
+        if kind == "cuda" and self.autocast:
+            head += self.student.head_parameters * self.itemsize  # the head in the products' type
         if self.config.loss.memory == "whole":
-            return (WHOLE_BUFFERS[self.config.loss.divergence] * kept + 2 * chunk) * vocab * WIDE + head
-        narrow = 2 if self.itemsize == 2 and self.hardware.kind == "cuda" else 0
-        if self.config.select.by != "all" and tokens <= (
-            most_held_rows(self.hardware.kind, vocab) if chosen == "auto" else chosen
-        ):
-            chunk = tokens  # the logits that are scored are held for the loss
-        rows = min(chunk, max(1, BLOCK_BYTES[self.hardware.kind] // ((2 + SCRATCH_BUFFERS) * vocab * WIDE)))
-        logits = chunk * vocab * (2 * WIDE + narrow) + SCRATCH_BUFFERS * rows * vocab * WIDE
-        return logits + head + tokens * s.hidden * self.itemsize
+            buffers = WHOLE_BUFFERS[self.config.loss.divergence] * kept + 2 * chunk
+            return buffers * row_width(kind, vocab) * WIDE + head
+        most_held = most_held_rows(kind, vocab) if chosen == "auto" else chosen
+        # The logits that are scored are held for the loss.
+        held = self.config.select.by != "all" and tokens <= most_held
+        logits = self._logits(tokens, kept, held=True) if held else self._logits(chunk, chunk, held=False)
+        return logits + head + tokens * self.student.hidden * self.itemsize
+
+    def _logits(self, rows: int, trained: int, held: bool) -> float:
+        """Bytes of both models' logits, and of what the element-wise work needs beside them."""
+        kind = self.hardware.kind
+        width = row_width(kind, min(self.student.vocab, self.teacher.vocab))
+        logits = 2 * rows * width * WIDE
+        if kind == "cuda":
+            # Kernels need no scratch. Gradients go beside the logits, unless type and rows are the same.
+            return logits + (trained * width * self.itemsize if held or self.itemsize != WIDE else 0)
+        scratch = SCRATCH_BUFFERS + (2 if held else 0)
+        block = min(rows, max(1, BLOCK_BYTES[kind] // ((2 + SCRATCH_BUFFERS) * width * WIDE)))
+        return logits + scratch * block * width * WIDE
 
     def teacher_weights(self, working: bool) -> float:
         """Bytes of the teacher's weights on a rank, while it computes or not; its head is always there."""
@@ -172,6 +193,21 @@ class Reckoning:
             spread = 0 if c.offload else t.parameters * i / self.hardware.gpus
             return head + spread + (min(LIVE_WEIGHTS, t.parameters) * i if working else 0)
         return t.parameters * i if working or not c.offload else head
+
+    def teacher_layer(self) -> float:
+        """Bytes of one of its layers at work, where it works here."""
+        t, c, tokens = self.teacher, self.config.teacher, self.micro_tokens
+        if c.kind == "vllm":
+            return 0.0
+        mask = tokens if c.shard and not self.hardware.flash else 0
+        return tokens * self.itemsize * (t.query_width * 2 + 3 * t.ffn + 4 * t.hidden + mask)
+
+    def student_parts(self) -> dict[str, float]:
+        """Bytes of a micro-batch at the larger of two moments: the end of its layers, and its loss and backward."""
+        activations = self.activations() | {"DeepSpeed's buffers": self.buffers()}
+        backward = activations | {"loss stage": self.loss()} | self.autocast_copies(self.kept_layers)
+        forward = activations | {"one layer's backward": 0.0} | self.autocast_copies(self.student.layers)
+        return max(forward, backward, key=lambda parts: sum(parts.values()))
 
     def buffers(self) -> float:
         """DeepSpeed's own: a bucket of gradients, gathered weights under ZeRO-3."""
@@ -189,10 +225,14 @@ class Reckoning:
             there = r.samplers if r.engine == "vllm_process" else 1
             return {"sampler (vLLM's share)": there * r.gpu_memory_share * self.hardware.gib * GIB}
         side_by_side = min(r.generate_batch, math.ceil(self.step_tokens / self.longest / self.hardware.gpus))
+        cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)
+        return self.sampling_weights() | {"sampler (key-value cache)": cache}
+
+    def sampling_weights(self) -> dict[str, float]:
+        """Bytes of the student's weights that are there beside its own while transformers samples."""
         whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
         whole += self.copied_weights(self.student)
-        cache = side_by_side * self.longest * self.student.kv_bytes(self.itemsize)
-        return {"sampler (whole weights)": whole, "sampler (key-value cache)": cache}
+        return {"sampler (whole weights)": whole} | self.autocast_copies(self.student.layers, head=True)
 
     def copied_weights(self, shape: ModelShape) -> int:
         """Bytes of the weights in oneDNN's layout, which sampling by transformers keeps on a CPU in fp32."""
@@ -212,9 +252,7 @@ class Reckoning:
 
         found = {}
         if r.engine == "hf":
-            whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
-            whole += self.copied_weights(self.student)
-            found["evaluation"] = resident | {"sampler (whole weights)": whole} | answers(self.student)
+            found["evaluation"] = resident | self.sampling_weights() | answers(self.student)
         if e.teacher and t.kind == "local" and not t.shard:
             working = {"teacher weights": self.teacher_weights(working=True) + self.copied_weights(self.teacher)}
             found["teacher's evaluation"] = resident | working | answers(self.teacher)
@@ -240,22 +278,14 @@ class Reckoning:
         if self.config.optim.kind == "sgd" and not self.config.engine.offload_optimizer:
             all_at_once = self.hardware.kind == "cuda"
             update = WIDE * (self.trained / self.share(1) if all_at_once else 2 * self.student.largest_matrix)
-        width = self.teacher.query_width * 2 + 3 * self.teacher.ffn + 4 * self.teacher.hidden
-        served = t.kind == "vllm"
         found = {
             "rollout": always | idle | self.sampler(),
             "teacher": always
             | awake_share
             | waiting
             | {"teacher weights": self.teacher_weights(working=True)}
-            | {"teacher's layer": 0 if served else self.micro_tokens * width * self.itemsize},
-            "student": always
-            | awake_share
-            | idle
-            | waiting
-            | held
-            | self.activations()
-            | {"loss stage": self.loss(), "DeepSpeed's buffers": self.buffers()},
+            | {"teacher's layer": self.teacher_layer()},
+            "student": always | awake_share | idle | waiting | held | self.student_parts(),
             "step": always
             | awake_share
             | idle
@@ -270,13 +300,16 @@ class Reckoning:
         s, t, h, r = self.student, self.teacher, self.hardware, self.config.rollout
         tokens, mean = self.rank_tokens, self.longest / 2
 
-        def forward(shape: ModelShape) -> float:
-            return tokens * (2 * shape.parameters + 4 * mean * shape.query_width * shape.layers) / (h.tflops * 1e12)
+        def forward(shape: ModelShape, masked: bool) -> float:
+            # Under a mask every token meets the whole row, its own future and other sequences included.
+            met = self.micro_tokens if masked else mean
+            return tokens * (2 * shape.parameters + 4 * met * shape.query_width * shape.layers) / (h.tflops * 1e12)
 
         rollouts = math.ceil(self.step_tokens / self.longest / h.gpus)
         batches = math.ceil(rollouts / r.generate_batch)
         cache = min(rollouts, r.generate_batch) * mean * s.kv_bytes(self.itemsize)
         read = batches * r.max_new_tokens * (s.parameters * self.itemsize + cache)
-        student = forward(s) * (4 if self.config.engine.gradient_checkpointing else 3)
-        teacher = 0.0 if self.config.teacher.kind == "vllm" else forward(t)
+        student = forward(s, self.masked) * (4 if self.config.engine.gradient_checkpointing else 3)
+        sharded = self.config.teacher.shard and not h.flash
+        teacher = 0.0 if self.config.teacher.kind == "vllm" else forward(t, sharded)
         return {"rollout": read / (h.bandwidth_gbs * 1e9), "teacher": teacher, "student": student}

@@ -24,8 +24,7 @@ from opsd.config import TrainConfig, to_json
 from opsd.eval.evaluator import Suite
 from opsd.model.loading import own_code
 from opsd.rollout import RolloutEngine
-from opsd.run.checksums import of_folder
-from opsd.run.disk import replace, writing
+from opsd.run.disk import checksums_of, replace, writing
 from opsd.run.folder import RunFolder
 from opsd.run.tracking import Tracker
 from opsd.utils.distributed import Ranks
@@ -138,11 +137,11 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
     root = config.environment.deepplanning_root
     ingredients = {
         "who": job.who,
-        "model": of_folder(model),
+        "model": checksums_of(model),
         # Encodes the prompts, ends and decodes the answers, of the teacher too.
-        "tokenizer": of_folder(student, but=".safetensors"),
+        "tokenizer": checksums_of(student, but=".safetensors"),
         "suites": [[suite.name, _digest([problem.content() for problem in suite.problems])] for suite in suites],
-        "benchmark": None if root is None else of_folder(Path(root)),
+        "benchmark": None if root is None else checksums_of(Path(root)),
         "settings": settings,
         # A fresh adapter's first matrix is drawn from it.
         "adapter_seed": config.seed if config.lora.rank and job.who == "student" else None,
@@ -150,7 +149,7 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
         "device": _device_name(models.device),
         "ranks": models.ranks.world_size,
         "threads": torch.get_num_threads(),
-        "opsd": _digest(of_folder(Path(__file__).parent, only=".py")),
+        "opsd": _digest(checksums_of(Path(__file__).parents[1], only=".py")),
         "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
     }
     return Entry(cache / f"{job.who}-{_digest(ingredients)}.json", json.loads(json.dumps(ingredients)))

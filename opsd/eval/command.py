@@ -29,7 +29,8 @@ from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import time_of_run
 from opsd.types import Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
+from opsd.utils.errors import UserError, first_line
 from opsd.utils.seeding import derive_seed
 
 
@@ -76,6 +77,8 @@ class EvalCommand:
     """hf: transformers generate. vllm: faster, where it is installed."""
     gpu_memory_share: float = 0.9
     """vllm: fraction of the GPU's memory that it may take."""
+    tensor_parallel: int = 1
+    """vllm: ranks that share one sampler's weights. Started by a launcher, all samplers share the responses out."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights; auto is what the model's config.json says."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -112,25 +115,48 @@ def evaluate(config: EvalCommand) -> None:
     """Evaluate, or finish what a killed evaluation left, or show what is finished. Raises UserError for bad input."""
     files = EvalFiles(config.out)
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
-    clock = Clock(files.time() or time_of_run(Path(config.model)))
+    device = _device(config.device)
+    ranks = _meet(config, device)
+    clock = Clock(ranks.broadcast(Clock(files.time() or time_of_run(Path(config.model))).time))
     steady(tokenizer, clock)
     suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
     grader = load_grader(config.grader, "--grader")
-    device = _device(config.device)
-    header = _header(config, suites, device, clock)
+    header = _header(config, suites, device, ranks, clock)
     result = files.check(header)
+    # Before the first rank writes, all have looked.
+    ranks.gather(None)
     if result is None:
-        engine = _engine(config, tokenizer, suites, device)
-        groups = _groups(suites, config)
-        done = files.begin(header, [[(group.suite, problem.id) for problem in group.problems] for group in groups])
-        done += _run_groups(groups, done, files, engine, grader, tokenizer, config)
+        engine = _engine(config, tokenizer, suites, device, ranks)
+        groups = _groups(suites, config, ranks)
+        plan = [[(group.suite, problem.id) for problem in group.problems] for group in groups]
+        done = ranks.broadcast(files.begin(header, plan) if ranks.is_main else [])
+        done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks)
         records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
         result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
-        files.finish(result)
-    else:
+        if ranks.is_main:
+            files.finish(result)
+    elif ranks.is_main:
         Console(stderr=True).print(f"{files.result}: finished already", highlight=False, markup=False)
-    print(table(result))
-    print(files.result)
+    if ranks.is_main:
+        print(table(result))
+        print(files.result)
+
+
+def _meet(config: EvalCommand, device: torch.device) -> Ranks:
+    """This process among those that a launcher has started. Raises UserError where they cannot share samplers out."""
+    together = config.tensor_parallel
+    if together < 1 or world_size() % together:
+        raise UserError(
+            f"--tensor_parallel {together} does not divide the {world_size()} processes; give a number that does"
+        )
+    if together > 1 and config.engine != "vllm":
+        raise UserError(f"--tensor_parallel {together} is for --engine vllm; give 1, or that engine")
+    return join(device) if world_size() > 1 else ONE_RANK
+
+
+def _side_by_side(config: EvalCommand, ranks: Ranks) -> int:
+    """Responses that all samplers generate side by side."""
+    return config.generate_batch * ranks.world_size // config.tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -142,9 +168,9 @@ class Group:
     seed: int
 
 
-def _groups(suites: list[Suite], config: EvalCommand) -> list[Group]:
-    """All problems in order, in groups of about generate_batch responses. A group's draws hang on its place alone."""
-    size = max(1, config.generate_batch // config.samples)
+def _groups(suites: list[Suite], config: EvalCommand, ranks: Ranks) -> list[Group]:
+    """All problems in order, as many together as go side by side. A group's draws hang on its place alone."""
+    size = max(1, _side_by_side(config, ranks) // config.samples)
     return [
         Group(suite.name, suite.problems[first : first + size], derive_seed(config.seed, "eval", suite.name, first))
         for suite in suites
@@ -160,11 +186,12 @@ def _run_groups(
     grader: Grader,
     tokenizer: Any,
     config: EvalCommand,
+    ranks: Ranks,
 ) -> Iterator[DoneProblem]:
-    """Generate, grade and save every group that is not among `done`."""
+    """Generate, grade and save every group that is not among `done`; all but generating is the first rank's."""
     finished = {(one.suite, one.record.id) for one in done}
     sampling, samples = _sampling(config), config.samples
-    with _progress_bar(config) as bar:
+    with _progress_bar(config.progress and ranks.is_main) as bar:
         task = bar.add_task(Path(config.model).name, total=sum(len(group.problems) for group in groups), numbers="")
         bar.advance(task, len(done))
         for group in groups:
@@ -172,6 +199,8 @@ def _run_groups(
                 continue
             bar.update(task, numbers=group.suite)
             rollouts = engine.generate(group.problems, samples, sampling, group.seed)
+            if not ranks.is_main:
+                continue
             new = []
             for place, problem in enumerate(group.problems):
                 own = rollouts[place * samples : (place + 1) * samples]
@@ -182,12 +211,13 @@ def _run_groups(
             yield from new
 
 
-def _header(config: EvalCommand, suites: list[Suite], device: torch.device, clock: Clock) -> Header:
+def _header(config: EvalCommand, suites: list[Suite], device: torch.device, ranks: Ranks, clock: Clock) -> Header:
     """Everything that decides the numbers. The suites are known by their content, wherever their files lie."""
     sampling = {**dataclasses.asdict(_sampling(config)), "samples": config.samples, "seed": config.seed}
-    names = ("prompt_format", "thinking", "grader", "engine", "dtype", "generate_batch", "save_responses")
+    names = ("prompt_format", "thinking", "grader", "engine", "dtype", "save_responses")
     settings = {name: getattr(config, name) for name in names}
     settings |= {
+        "generate_batch": _side_by_side(config, ranks),
         "device": device.type,
         "weights": _weights_digest(Path(config.model)),
         "suite": {suite.name: digest(suite.problems) for suite in suites},
@@ -214,20 +244,24 @@ def _weights_digest(folder: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _engine(config: EvalCommand, tokenizer: Any, suites: list[Suite], device: torch.device) -> RolloutEngine:
+def _engine(
+    config: EvalCommand, tokenizer: Any, suites: list[Suite], device: torch.device, ranks: Ranks
+) -> RolloutEngine:
     """The sampler of the settings. Raises UserError for a model that cannot be loaded or cannot hold the responses."""
     longest = max(len(problem.ids) for suite in suites for problem in suite.problems)
     if config.engine == "vllm":
-        return _vllm_engine(config, tokenizer, longest, device)
+        return _vllm_engine(config, tokenizer, longest, device, ranks)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_model(config.model, "--model", dtype, device, config.trust_remote_code)
     _check_length(model.config, config, longest)
     check_height(tokenizer, model, "--model")
     _check_finite(model, config)
-    return HFRollout(model, tokenizer, config.generate_batch)
+    return HFRollout(model, tokenizer, config.generate_batch, ranks=ranks)
 
 
-def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, device: torch.device) -> RolloutEngine:
+def _vllm_engine(
+    config: EvalCommand, tokenizer: Any, longest_prompt: int, device: torch.device, ranks: Ranks
+) -> RolloutEngine:
     from opsd.rollout.vllm import VLLMSampler
 
     try:
@@ -244,11 +278,13 @@ def _vllm_engine(config: EvalCommand, tokenizer: Any, longest_prompt: int, devic
             longest_prompt + config.max_new_tokens,
             config.generate_batch,
             config.gpu_memory_share,
+            config.tensor_parallel,
+            ranks,
             trust=config.trust_remote_code,
             vocab_size=vocabulary_size(tokenizer),
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
 
 
@@ -289,12 +325,10 @@ def _sampling(config: EvalCommand) -> Sampling:
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here; give cpu, or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return local_device(name)
 
 
-def _progress_bar(config: EvalCommand) -> Progress:
+def _progress_bar(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}", style="bold", markup=False),
         BarColumn(bar_width=24),
@@ -303,5 +337,5 @@ def _progress_bar(config: EvalCommand) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=not config.progress,
+        disable=not shown,
     )

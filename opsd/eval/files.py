@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from opsd.eval.evaluator import ProblemRecord
 from opsd.run.began import parse_time
+from opsd.run.disk import append, replace, writing
 from opsd.utils.errors import UserError
 from opsd.utils.going_on import can_go_on
 from opsd.utils.markdown import markdown_text
 
 Header = dict[str, Any]
+# What to do where an evaluation that has begun cannot write.
+GO_ON = "mend that, then give the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,27 +105,24 @@ class EvalFiles:
                 if problem is not None:
                     done[problem.suite, problem.record.id] = problem
         kept = [done[key] for group in plan if all(key in done for key in group) for key in group]
-        try:
+        with writing(f"--out {self.result}", "give another file", UserError):
             self.result.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self.partial, json.dumps(header, indent=1) + "\n")
-            _replace(self.records, "".join(problem.to_line() for problem in kept))
-        except OSError as error:
-            raise UserError(f"--out {self.result} cannot be written ({error.strerror}); give another file") from error
+            replace(self.partial, json.dumps(header, indent=1) + "\n")
+            replace(self.records, "".join(problem.to_line() for problem in kept))
         can_go_on("the same command")
         return kept
 
     def append(self, problems: list[DoneProblem]) -> None:
         """Add finished problems; they are on the disk when this returns."""
-        with self.records.open("a", encoding="utf-8") as lines:
-            lines.write("".join(problem.to_line() for problem in problems))
-            lines.flush()
-            os.fsync(lines.fileno())
+        with writing(self.records, GO_ON, UserError):
+            append(self.records, "".join(problem.to_line() for problem in problems))
 
     def finish(self, result: dict[str, Any]) -> None:
         """FILE.md and FILE.json; from now on the evaluation is finished."""
-        _replace(self.table, table(result))
-        _replace(self.result, json.dumps(result, indent=1) + "\n")
-        self.partial.unlink()
+        with writing(self.result, GO_ON, UserError):
+            replace(self.table, table(result))
+            replace(self.result, json.dumps(result, indent=1) + "\n")
+            self.partial.unlink()
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -187,10 +186,3 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file as a whole: a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -38,6 +38,8 @@ class DistillHead(nn.Module):
         """
         if use is None:
             return functional.linear(hidden, self.weight)
+        # The layers are done: copies of their weights that autocast has made, and that no gradient needs, make room.
+        torch.clear_autocast_cache()
         return use(hidden.to(compute_dtype(hidden)), self.weight)
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from opsd.model.attention import FLASH, VARLEN
+from opsd.model.attention import FLASH, VARLEN, compute_dtype
 
 NAME = "opsd_decode"
 # Room that a cache layer takes beyond its tokens, at least.
@@ -39,7 +39,12 @@ class GrowingLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, H / G, L, D], the new ones included."""
+        """All keys and values [B, H / G, L, D], the new ones included, in the type that attention multiplies.
+
+        Under autocast keys come in fp32, which norms and rotations give: kept so, they would take twice the memory, and
+        attention would round all of them for every token.
+        """
+        key_states, value_states = (states.to(compute_dtype(states)) for states in (key_states, value_states))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -94,41 +99,25 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
 ) -> tuple[Tensor, None]:
     """sdpa; one query per row [B, H, 1, D] is taken as G queries of each key-value head, which need no copy of it."""
     (B, H, queries, _), shared = query.shape, key.shape[1]
     by_head = attention_mask is not None and attention_mask.shape[1] != 1
-    if queries != 1 or shared == H or by_head or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if queries != 1 or shared == H or by_head or how.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     grouped = query.reshape(B, shared, H // shared, -1)
-    out = functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
-    )
+    options = {"dropout_p": how.get("dropout", 0.0), "scale": how.get("scaling")}
+    out = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, **options)
     return out.reshape(B, 1, H, -1), None
 
 
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
+def _mask(attention_mask: Tensor | None = None, **asked: Any) -> Tensor | None:
     """sdpa's mask [B, 1, queries, L]; that of one causal query is the padding's, which is there already."""
-    if q_length == 1 and mask_function is causal_mask_function and attention_mask is not None:
-        return attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    if asked["q_length"] == 1 and asked["mask_function"] is causal_mask_function and attention_mask is not None:
+        first = asked["kv_offset"]
+        return attention_mask[:, None, None, first : first + asked["kv_length"]]
+    return sdpa_mask(attention_mask=attention_mask, **asked)
 
 
 AttentionInterface.register(NAME, _attend)

@@ -11,20 +11,14 @@ import torch
 from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
-from opsd.data.packing import pack
 from opsd.engine import Engine
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
+from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
-from opsd.utils.errors import RunStopped
 from opsd.utils.seeding import derive_seed
-
-# Mean difference of a probe's log-probabilities that rounding explains, in nats a token. Two fp32 programs differ by
-# 1e-5, two bfloat16 ones by 1e-2.
-TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.1}
-PROBE_TOKENS = 256
 
 
 class VLLMSampler:
@@ -148,33 +142,21 @@ class VLLMRollout(VLLMSampler):
         trust: bool = False,
     ) -> None:
         super().__init__(
-            path,
-            eos_token_ids(engine.student.model.generation_config, tokenizer),
-            engine.device,
-            compute.dtype,
-            max_model_tokens,
-            rollout.generate_batch,
-            rollout.gpu_memory_share,
-            rollout.tensor_parallel,
-            engine.ranks,
-            rollout.sleep,
-            trust,
-            vocabulary_size(tokenizer),
+            **sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust),
+            device=engine.device,
+            tensor_parallel=rollout.tensor_parallel,
+            ranks=engine.ranks,
+            sleeps=rollout.sleep,
         )
-        self._engine, self._max_model_tokens = engine, max_model_tokens
-        self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
-        self._probe_ids: list[int] = []
+        self._engine = engine
+        self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate."""
         self._wake()
         rollouts = super().generate(prompts, samples, sampling, seed)
-        first_time = not self._probe_ids
-        if rollouts:
-            self._probe_ids = probe_of(rollouts[0], self._max_model_tokens)
-            if first_time:
-                self._check()
+        self._probe.take(rollouts, self._scores)
         self._rest()
         return rollouts
 
@@ -187,16 +169,13 @@ class VLLMRollout(VLLMSampler):
             self._wake()
         else:
             self._load_weights()
-        self._check()
+        self._probe.check(self._scores)
 
     def _load_weights(self) -> None:
         self.load(self._engine.gathered())
 
-    def _check(self) -> None:
-        """Compare both programs' log-probabilities of the newest rollouts' first one."""
-        if len(self._probe_ids) < 2:
-            return
-        check_probe(self._engine, self._probe_ids, self.score(self._probe_ids), self._allowed_nats)
+    def _scores(self, ids: list[int]) -> list[list[float]]:
+        return [self.score(ids)]
 
     def _wake(self) -> None:
         """Take GPU memory again: for weights, which are the trainer's newest, and only then for the cache."""
@@ -224,35 +203,26 @@ def rollouts_of(
     ]
 
 
-def probe_of(rollout: Rollout, max_model_tokens: int) -> list[int]:
-    """A rollout's first tokens. One fewer than the sampler can hold: scoring them makes it write one."""
-    return (rollout.prompt.ids + rollout.response_ids)[: min(PROBE_TOKENS, max_model_tokens - 1)]
-
-
-def check_probe(engine: Engine, ids: list[int], sampler_nats: list[float], allowed_nats: float) -> None:
-    """Compare the log-probabilities that a sampler gives a probe with the trainer's; a call of all ranks.
-
-    Raises RunStopped, on every rank, where they differ by more than `allowed_nats` on average on any rank.
-    """
-    own = float((torch.tensor(sampler_nats) - trainer_log_probs(engine, ids)).abs().mean())
-    gap = max(engine.ranks.gather(own if own == own else float("inf")))
-    if gap > allowed_nats:
-        raise RunStopped(
-            f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats a token on a probe "
-            f"(allowed: {allowed_nats:g}, --rollout.probe_tolerance): its weights are not the trained ones"
-        )
-
-
-@torch.no_grad()
-def trainer_log_probs(engine: Engine, ids: list[int]) -> Tensor:
-    """The student's log-probability of every token but the first [L - 1], nats, on the CPU; a call of all ranks."""
-    (micro,) = pack([Rollout(0, Prompt("probe", "", ids[:1], None), ids[1:], truncated=True)], len(ids))
-
-    def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-        log_probs_NV = (hidden_ND @ head_VD.T).float().log_softmax(-1)
-        return log_probs_NV.gather(-1, micro.token_ids_N.to(log_probs_NV.device)[:, None])[:, 0].cpu()
-
-    return engine.forward(micro, use)
+def sampler_settings(
+    path: str,
+    tokenizer: Any,
+    engine: Engine,
+    rollout: RolloutConfig,
+    compute: EngineConfig,
+    max_model_tokens: int,
+    trust: bool,
+) -> dict[str, Any]:
+    """VLLMSampler's arguments for the student of `engine`, so far as they are JSON values."""
+    return {
+        "path": path,
+        "eos_ids": eos_token_ids(engine.student.model.generation_config, tokenizer),
+        "dtype": compute.dtype,
+        "max_model_tokens": max_model_tokens,
+        "batch_rollouts": rollout.generate_batch,
+        "memory_share": rollout.gpu_memory_share,
+        "trust": trust,
+        "vocab_size": vocabulary_size(tokenizer),
+    }
 
 
 def _import_vllm(device: torch.device) -> Any:

@@ -22,10 +22,9 @@ from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine
-from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import jobs_of
-from opsd.rollout.hf import eos_token_ids
-from opsd.rollout.vllm import TOLERANCE_NATS, check_probe, probe_of, rollouts_of
+from opsd.rollout.probe import Probe
+from opsd.rollout.vllm import rollouts_of, sampler_settings
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
 from opsd.utils.errors import RunStopped
@@ -105,18 +104,19 @@ class Sampler:
 
     def rollouts(self, count: int, vocab_size: int) -> list[list[int]]:
         """The answer where `count` rollouts were asked for: token ids below `vocab_size`."""
-        found = self.answer()
-        if not (isinstance(found, list) and len(found) == count and all(isinstance(ids, list) for ids in found)):
-            self._refuse(f"{count} rollouts were asked for")
+        found = self._list(count, list, "rollouts")
         if not all(isinstance(token, int) and 0 <= token < vocab_size for ids in found for token in ids):
             self._refuse(f"a token that is none of 0 to {vocab_size - 1}")
         return found
 
     def nats(self, count: int) -> list[float]:
         """The answer where `count` log-probabilities were asked for."""
+        return self._list(count, float, "log-probabilities")
+
+    def _list(self, count: int, kind: type, what: str) -> list[Any]:
         found = self.answer()
-        if not (isinstance(found, list) and len(found) == count and all(isinstance(n, float) for n in found)):
-            self._refuse(f"{count} log-probabilities were asked for")
+        if not (isinstance(found, list) and len(found) == count and all(isinstance(one, kind) for one in found)):
+            self._refuse(f"{count} {what} were asked for")
         return found
 
     def _refuse(self, why: str) -> NoReturn:
@@ -147,25 +147,13 @@ class VLLMProcessRollout:
         max_model_tokens: int,
         trust: bool = False,
     ) -> None:
-        self._engine, self._ranks, self._max_model_tokens = engine, engine.ranks, max_model_tokens
-        self._eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
-        self._allowed_nats = rollout.probe_tolerance or TOLERANCE_NATS[compute.dtype]
-        self._dtype = getattr(torch, compute.dtype)
-        self._probe_ids: list[int] = []
-        self._checked = False
+        self._engine, self._ranks, self._dtype = engine, engine.ranks, getattr(torch, compute.dtype)
+        self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
         self._samplers: list[Sampler] = []
-        self._vocab_size = vocabulary_size(tokenizer)
-        settings = {
-            "path": str(Path(path).resolve()) if Path(path).exists() else path,
-            "eos_ids": self._eos_ids,
-            "device": engine.device.type,
-            "dtype": compute.dtype,
-            "max_model_tokens": max_model_tokens,
-            "batch_rollouts": rollout.generate_batch,
-            "memory_share": rollout.gpu_memory_share,
-            "trust": trust,
-            "vocab_size": self._vocab_size,
-        }
+        path = str(Path(path).resolve()) if Path(path).exists() else path
+        settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust)
+        settings["device"] = engine.device.type
+        self._eos_ids, self._vocab_size = settings["eos_ids"], settings["vocab_size"]
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
         before_leaving(self._close)
 
@@ -196,10 +184,7 @@ class VLLMProcessRollout:
         answers = dict(self._on_main(ask))
         jobs = jobs_of(prompts, samples, Ranks())
         rollouts = rollouts_of(jobs, [answers[number] for number, _ in jobs], self._eos_ids, sampling)
-        if rollouts:
-            self._probe_ids = probe_of(rollouts[0], self._max_model_tokens)
-            if not self._checked:
-                self._check()
+        self._probe.take(rollouts, self._scores)
         return rollouts
 
     def sync(self) -> None:
@@ -208,7 +193,7 @@ class VLLMProcessRollout:
         Raises RunStopped, on every rank, where a sampler and the trainer then disagree about a probe.
         """
         self._load_weights()
-        self._check()
+        self._probe.check(self._scores)
 
     def _load_weights(self) -> None:
         for sampler in self._samplers:
@@ -236,19 +221,15 @@ class VLLMProcessRollout:
             for sampler in self._samplers:
                 sampler.send_bytes(message)
 
-    def _check(self) -> None:
-        """Compare every sampler's log-probabilities of the newest rollouts' first one with the trainer's."""
-        if len(self._probe_ids) < 2:
-            return
+    def _scores(self, ids: list[int]) -> list[list[float]]:
+        """Every sampler's log-probabilities of a probe."""
 
         def score() -> list[list[float]]:
             for sampler in self._samplers:
-                sampler.send({"do": "score", "ids": self._probe_ids})
-            return [sampler.nats(len(self._probe_ids) - 1) for sampler in self._samplers]
+                sampler.send({"do": "score", "ids": ids})
+            return [sampler.nats(len(ids) - 1) for sampler in self._samplers]
 
-        for nats in self._on_main(score):
-            check_probe(self._engine, self._probe_ids, nats, self._allowed_nats)
-        self._checked = True
+        return self._on_main(score)
 
     def _on_main(self, act: Callable[[], Value]) -> Value:
         """What `act` gives on the first rank, on every rank; what stops it there stops every rank."""

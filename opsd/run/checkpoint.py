@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from opsd.model.lora import ADAPTER_FOLDER, save_adapters
-from opsd.run.checksums import damage, write_checksums
-from opsd.run.disk import replace, to_disk, writing
+from opsd.run.disk import damage, replace, to_disk, write_checksums, writing
 from opsd.utils.errors import UserError
 
 _NAME = re.compile(r"step_(\d+)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 
 from opsd.config import TrackConfig, TrainConfig, from_json, to_json
 from opsd.run.began import Began
-from opsd.run.disk import append, replace, to_disk, writing
+from opsd.run.disk import append, replace, replacing, writing
 from opsd.types import Rollout
 from opsd.utils.errors import UserError
 from opsd.utils.going_on import can_go_on
@@ -139,13 +138,11 @@ class RunFolder:
 
     def write_tokens(self, step: int, table: pd.DataFrame) -> None:
         """tokens/step_N.parquet: one row a student token (its columns: opsd/run/token_record.py)."""
-        folder = self.path / "tokens"
-        temporary, target = folder / f".tmp-step_{step}.parquet", folder / f"step_{step}.parquet"
+        target = self.path / "tokens" / f"step_{step}.parquet"
         with writing(target):
-            folder.mkdir(exist_ok=True)
-            table.to_parquet(temporary, index=False)
-            to_disk(temporary)
-            os.replace(temporary, target)
+            target.parent.mkdir(exist_ok=True)
+            with replacing(target) as temporary:
+                table.to_parquet(temporary, index=False)
 
     def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
         self._text(folder, f"{name}.json", json.dumps(value, indent=1) + "\n")

@@ -22,7 +22,7 @@ from torch import Tensor
 from opsd.config import TeacherConfig
 from opsd.teacher.base import check_logit_settings
 from opsd.types import MicroBatch
-from opsd.utils.errors import RunStopped, UserError
+from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.going_on import advice
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
@@ -141,7 +141,7 @@ class VLLMTeacher:
             if self._key:
                 said = said.replace(self._key, "(the key)")
             return " ".join(["status", str(error.code), *said[:300].split()])
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
 
 
 def split(micro: MicroBatch) -> list[list[int]]:

@@ -1,5 +1,9 @@
 """The ways in which a command, or a step, ends early on purpose."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what was received, and what to do.
@@ -27,3 +31,13 @@ class StepUnusable(RunStopped):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def exits_on_bad_input(script: str) -> Iterator[None]:
+    """A UserError within ends the process as the command line does: one line on stderr, exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, first_line
 from opsd.viewer.examples import pick
+from opsd.viewer.labels import Label, Labels, labels_of
 from opsd.viewer.texts import Texts
 
 # Columns of the record, and what the page calls them.
@@ -44,7 +45,7 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
     """Everything the page shows of one step. Raises UserError for files that cannot be read."""
     config = _config(run)
     table = _table(run / "tokens" / f"step_{step}.parquet")
-    texts = Texts.of_run(run, config)
+    texts, labels = Texts.of_run(run, config), labels_of(table)
     written = _rollouts(run / "rollouts" / f"step_{step}.jsonl")
     shown, rows, tokens = [], [], 0
     numbers = sorted(set(table["rollout"].tolist()))
@@ -54,7 +55,7 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
         if shown and tokens > most_tokens:
             break
         rows.append(group)
-        shown.append(_rollout(number, group, written.get(number), texts))
+        shown.append(_rollout(number, group, written.get(number), texts, labels))
     visible = pd.concat(rows) if rows else table
     return {
         "run": run.resolve().name,
@@ -63,17 +64,18 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
         "student": Path(config["student"]).name,
         "teacher": Path(config["teacher"]["model"]).name,
         "selector": _selector(config["select"]),
-        "splits": _splits(run, step),
-        "shares": _shares(table),
+        "labels": [_labels(run, step, table, column, labels[column]) for column in labels],
         "scale": {key: _scale(visible, name) for key, name in NUMBERS.items() if key in "hrfe"},
         "left_out": len(numbers) - len(shown),
         "rollouts": shown,
-        "examples": pick(visible, shown),
+        "examples": pick(visible, shown, labels),
         "texts": texts.list(),
     }
 
 
-def _rollout(number: int, group: pd.DataFrame, written: dict[str, Any] | None, texts: Texts) -> dict[str, Any]:
+def _rollout(
+    number: int, group: pd.DataFrame, written: dict[str, Any] | None, texts: Texts, labels: Labels
+) -> dict[str, Any]:
     """One rollout: all its tokens in `ids`, and statistics in lists that skip tokens of tools (`at`: their places)."""
     ids = [int(i) for i in group["token_id"]] if written is None else written["response_ids"]
     place = group["position"].tolist() if written is not None else list(range(len(group)))
@@ -90,8 +92,8 @@ def _rollout(number: int, group: pd.DataFrame, written: dict[str, Any] | None, t
     for key, name in NUMBERS.items():
         if name in group:
             found[key] = [_short(value) for value in group[name]]
-    if "quadrant" in group:
-        found["q"] = group["quadrant"].astype(int).tolist()
+    for column in labels:
+        found[f"label {column}"] = group[column].tolist()
     if "top1_agree" in group:
         found["a"] = group["top1_agree"].astype(int).tolist()
     found["k"] = group["kept"].astype(int).tolist()
@@ -102,19 +104,16 @@ def _rollout(number: int, group: pd.DataFrame, written: dict[str, Any] | None, t
     return found
 
 
-def _shares(table: pd.DataFrame) -> list[dict[str, float]] | None:
-    """Of each quadrant: its share of tokens and of Σδ."""
-    if "quadrant" not in table:
-        return None
-    quadrant_N, divergence_N = table["quadrant"].to_numpy(), table["reverse_kl"].to_numpy(dtype=float)
-    total = divergence_N.sum()
-    shares = []
-    for quadrant in (1, 2, 3, 4):
-        own_N = quadrant_N == quadrant
-        shares.append(
-            {"tokens": float(own_N.mean()), "loss": float(divergence_N[own_N].sum() / total) if total else 0.0}
-        )
-    return shares
+def _labels(run: Path, step: int, table: pd.DataFrame, column: str, labels: tuple[Label, ...]) -> dict[str, Any]:
+    """A label column: what its values mean, their shares of tokens and of Σδ, and where it was split, in nats."""
+    label_N, divergence_N = table[column].to_numpy(), table["reverse_kl"].to_numpy(dtype=float)
+    total, values = divergence_N.sum(), []
+    for label in labels:
+        own_N = label_N == label.value
+        loss = float(divergence_N[own_N].sum() / total) if total else 0.0
+        looks = {"value": label.value, "name": label.name, "what": label.what, "colour": label.colour}
+        values.append({**looks, "faint": label.faint, "tokens": float(own_N.mean()), "loss": loss})
+    return {"column": column, "values": values, "splits": _splits(run, step, column)}
 
 
 def _scale(table: pd.DataFrame, name: str) -> float | None:
@@ -133,14 +132,15 @@ def _selector(select: dict[str, Any]) -> str:
     return "all tokens" if select["by"] == "all" else f"{select['by']}, {100 * select['retention']:g} % kept"
 
 
-def _splits(run: Path, step: int) -> dict[str, float] | None:
-    """Where quadrants were split, in nats, from the step's line in metrics.jsonl."""
+def _splits(run: Path, step: int, column: str) -> dict[str, float]:
+    """What the step's line in metrics.jsonl says of COLUMN/AXIS_split_nats, by axis."""
     file = run / "metrics.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else []:
         values = _json(line, file)
-        if values.get("step") == step and "quadrant/entropy_split_nats" in values:
-            return {axis: values[f"quadrant/{axis}_split_nats"] for axis in ("entropy", "divergence")}
-    return None
+        if values.get("step") == step:
+            axes = {key: re.fullmatch(rf"{re.escape(column)}/(\w+)_split_nats", key) for key in values}
+            return {match[1]: values[key] for key, match in axes.items() if match}
+    return {}
 
 
 def _config(run: Path) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _table(file: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); give another --step") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)}); give another --step") from error
 
 
 def _rollouts(file: Path) -> dict[int, dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from opsd.run.disk import writing
 from opsd.utils.errors import UserError
 from opsd.viewer.collect import collect, recorded_steps
 from opsd.viewer.page import data_page
@@ -39,8 +40,6 @@ def inspect(config: InspectConfig) -> Path:
         raise UserError(f"--step {step} is not recorded in {config.run}; give one of: {', '.join(map(str, steps))}")
     data = collect(config.run, step, config.rollouts, config.tokens)
     out = config.out or config.run / f"inspect_step_{step}.html"
-    try:
+    with writing(f"--out {out}", "give another file", UserError):
         out.write_text(data_page(f"{data['run']} · step {step} · tokens", data), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another file") from error
     return out

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-# Kind, how many, which quadrant; `left_out` is the fifth kind: the dearest tokens that were not trained on.
-KINDS = (("q3", 3), ("q1", 2), ("q2", 1), ("q4", 1), ("left_out", 1))
+from opsd.viewer.labels import Labels
+
+LEFT_OUT = "left_out"
 
 
-def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]], labels: Labels) -> list[dict[str, Any]]:
     """The examples of each kind, clearest first: {kind, rollout, row}, both places in the page's own lists.
 
-    table: the rows of `rollouts`, in their order. Clearest means far from both splits: with h and δ scaled to [0, 1]
-    by their largest value, δ̂·(1 − ĥ) for Q3, ĥ·δ̂ for Q1, ĥ·(1 − δ̂) for Q2, (1 − ĥ)·(1 − δ̂) for Q4; plain δ among
-    tokens left out of training. No two examples of a kind show the same two first choices (in a record without
-    likeliest tokens: the same token).
+    table: the rows of `rollouts`, in their order. A kind is "COLUMN VALUE" for each label that has examples, those with
+    most of them first, and "left_out": the largest divergence among tokens that were not trained on. How clear a case
+    is: the product of its statistics, each scaled to [0, 1] by its largest value, of those that are to be low 1 − x̂.
+    No two examples of a kind show the same two first choices (in a record without likeliest tokens: the same token).
     """
-    if table.empty or not {"entropy", "reverse_kl"} <= set(table):
-        return []
-    entropy, divergence = (_scaled(table[name].to_numpy(dtype=float)) for name in ("entropy", "reverse_kl"))
-    clear = {
-        "q1": entropy * divergence,
-        "q2": entropy * (1 - divergence),
-        "q3": divergence * (1 - entropy),
-        "q4": (1 - entropy) * (1 - divergence),
-        "left_out": divergence,
-    }
     place = {rollout["id"]: number for number, rollout in enumerate(rollouts)}
     row = table.groupby("rollout", sort=False).cumcount().to_numpy()
     owner = [place[number] for number in table["rollout"].tolist()]
     found = []
-    for kind, count in KINDS:
+    for kind, count, clear in sorted(_kinds(table, labels), key=lambda kind: -kind[1]):
         seen = set()
-        for index in _ranked(table, kind, clear[kind]):
+        rows = np.flatnonzero(clear > -np.inf)
+        for index in rows[np.argsort(-clear[rows], kind="stable")]:
             if len(seen) == count:
                 break
             if (key := _key(table, index)) not in seen:
@@ -44,16 +37,20 @@ def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]]) -> list[dict[str, 
     return found
 
 
-def _ranked(table: pd.DataFrame, kind: str, clear: np.ndarray) -> np.ndarray:
-    """The rows of a kind, clearest first; ties go to the earlier row."""
-    if kind == "left_out":
-        own = ~table["kept"].to_numpy(dtype=bool) & (clear > 0)
-    elif "quadrant" in table:
-        own = table["quadrant"].to_numpy() == int(kind[1])
-    else:
-        return np.array([], dtype=int)
-    rows = np.flatnonzero(own)
-    return rows[np.argsort(-clear[rows], kind="stable")]
+def _kinds(table: pd.DataFrame, labels: Labels) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Each kind's name, how many are shown, and how clear a case of it every row is: −inf where it is none."""
+    for column, values in labels.items():
+        for label in values:
+            if label.examples and set(label.clearest) <= set(table):
+                clear = np.ones(len(table))
+                for name, side in label.clearest.items():
+                    scaled = _scaled(table[name])
+                    clear = clear * (scaled if side > 0 else 1 - scaled)
+                yield f"{column} {label.value}", label.examples, np.where(table[column] == label.value, clear, -np.inf)
+    if "reverse_kl" in table:
+        divergence = _scaled(table["reverse_kl"])
+        left_out = ~table["kept"].to_numpy(dtype=bool) & (divergence > 0)
+        yield LEFT_OUT, 1, np.where(left_out, divergence, -np.inf)
 
 
 def _key(table: pd.DataFrame, index: int) -> tuple[int, int]:
@@ -63,6 +60,7 @@ def _key(table: pd.DataFrame, index: int) -> tuple[int, int]:
     return int(table["student_top_ids"].iloc[index][0]), int(table["teacher_top_ids"].iloc[index][0])
 
 
-def _scaled(values: np.ndarray) -> np.ndarray:
+def _scaled(column: pd.Series) -> np.ndarray:
     """Divided by the largest; all zeros stay zeros."""
-    return values / max(values.max(), 1e-12)
+    values = column.to_numpy(dtype=float)
+    return values / max(values.max(initial=0.0), 1e-12)

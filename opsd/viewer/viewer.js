@@ -15,7 +15,7 @@ function context(rollout, place, kind) {
   const before = from ? "…" : rollout.prompt ? `${rollout.prompt.length > 60 ? "…" : ""}${rollout.prompt.slice(-60)} ▸ ` : "";
   box.append(before + text(from, place), make("mark", "", visible(data.texts[rollout.ids[place]])),
     text(place + 1, place + 9) + (place + 9 < rollout.ids.length ? "…" : ""));
-  box.style.setProperty("--kind", `var(${kind.colour})`);
+  box.style.setProperty("--kind", kind.colour);
   return box;
 }
 
@@ -25,8 +25,8 @@ function exampleCards() {
     const rollout = data.rollouts[example.rollout], kind = KINDS[example.kind], place = placeOf(rollout, example.row);
     const card = make("button", "card");
     card.type = "button";
-    card.style.setProperty("--kind", `var(${kind.colour})`);
-    const title = make("div", "kind", `${kind.title} `);
+    card.style.setProperty("--kind", kind.colour);
+    const title = make("div", "kind", `${kind.name} `);
     title.append(make("small", "", kind.what));
     const numbers = make("div", "numbers");
     numbers.append("h ", make("b", "", nats(rollout.h[example.row])), " · δ ", make("b", "", nats(rollout.r[example.row])),
@@ -55,23 +55,23 @@ function legend() {
   box.replaceChildren();
   const entry = (colour, weight, ...text) => {
     const item = make("span"), dot = make("i");
-    dot.style.background = `color-mix(in srgb, var(${colour}) ${weight}%, transparent)`;
+    dot.style.background = `color-mix(in srgb, ${colour} ${weight}%, transparent)`;
     item.append(dot, ...text);
     box.append(item);
   };
-  if (mode.key === "q") {
-    [1, 2, 3, 4].forEach((q) => {
-      const share = data.shares ? ` ${percent(data.shares[q - 1].tokens)}, ${percent(data.shares[q - 1].loss)} of Σδ` : "";
-      entry(QUADRANTS[q].colour, q === 4 ? 25 : 60, QUADRANTS[q].name, make("span", "what", ` ${QUADRANTS[q].what}`), share);
+  if (mode.labels) {
+    mode.labels.forEach(({ name, what, colour, faint, tokens, loss }) => {
+      entry(colour, faint ? 25 : 60, name, make("span", "what", ` ${what}`), ` ${percent(tokens)}, ${percent(loss)} of Σδ`);
     });
-    if (data.splits) box.append(`split at h ${nats(data.splits.entropy)}, δ ${nats(data.splits.divergence)} nats`);
+    const splits = Object.entries(mode.splits).map(([axis, value]) => `${axis} ${nats(value)}`);
+    if (splits.length) box.append(`split at ${splits.join(", ")} nats`);
   } else if (mode.key === "k") {
     const kept = mean(data.rollouts.flatMap((r) => r.k));
-    entry("--kept", 40, `trained on ${percent(kept)}`);
+    entry("var(--kept)", 40, `trained on ${percent(kept)}`);
     box.append("the rest is dimmed");
   } else {
     const ramp = make("span", "ramp");
-    ramp.style.background = `linear-gradient(90deg, transparent, color-mix(in srgb, var(${mode.colour}) 70%, transparent))`;
+    ramp.style.background = `linear-gradient(90deg, transparent, color-mix(in srgb, ${mode.colour} 70%, transparent))`;
     const words = [mode.what, "0", `${nats(data.scale[mode.key])} nats and above`].map((text) => make("span", "", text));
     box.append(words[0], words[1], ramp, words[2]);
   }
@@ -134,11 +134,11 @@ function paint(block) {
   rollout.rowAt.forEach((row, place) => {
     const style = tokens[place].style;
     let colour = state.mode.colour, weight = 0;
-    if (key === "q") { colour = QUADRANTS[values[row]].colour; weight = values[row] === 4 ? 12 : 55; }
+    if (state.mode.labels) { const label = labelOf(state.mode, values[row]); colour = label.colour; weight = label.faint ? 12 : 55; }
     else if (key === "k") weight = values[row] ? 38 : 0;
     // The square root lifts small values: most lie far below the scale's end.
     else if (values) weight = 70 * Math.sqrt(Math.min(1, (values[row] || 0) / data.scale[key]));
-    style.setProperty("--hue", `var(${colour})`);
+    style.setProperty("--hue", colour);
     style.setProperty("--weight", weight.toFixed(1));
     tokens[place].classList.toggle("dropped", key === "k" && !values[row]);
   });

@@ -2,25 +2,23 @@
 // Everything that a model or a data set wrote reaches the page through textContent alone.
 const data = JSON.parse(document.getElementById("data").textContent);
 
-const QUADRANTS = [null,
-  { name: "Q1", what: "unsure, teacher disagrees", colour: "--q1" },
-  { name: "Q2", what: "unsure, teacher agrees", colour: "--q2" },
-  { name: "Q3", what: "sure, teacher disagrees", colour: "--q3" },
-  { name: "Q4", what: "sure, teacher agrees", colour: "--q4" }];
-const KINDS = {
-  q3: { title: "Q3", what: "sure, and the teacher disagrees", colour: "--q3" },
-  q1: { title: "Q1", what: "unsure, and the teacher disagrees", colour: "--q1" },
-  q2: { title: "Q2", what: "unsure, the teacher agrees: a free choice", colour: "--q2" },
-  q4: { title: "Q4", what: "sure, the teacher agrees: solved", colour: "--q4" },
-  left_out: { title: "Left out", what: "the largest divergence that was not trained on", colour: "--kept" } };
+const KINDS = { left_out: { name: "Left out", what: "the largest divergence that was not trained on", colour: "var(--kept)" } };
+// Label columns: names and colours of their values come with the record's telemetry.
+const LABEL_MODES = data.labels.map(({ column, values, splits }) => {
+  const labels = new Map(values.map((label) => [label.value, label]));
+  labels.forEach((label, value) => { KINDS[`${column} ${value}`] = label; });
+  return { key: `label ${column}`, name: column[0].toUpperCase() + column.slice(1), what: "", colour: "", labels, splits };
+});
 const MODES = [
-  { key: "h", name: "Entropy", what: "student entropy h", colour: "--entropy" },
-  { key: "r", name: "Divergence", what: "reverse KL δ = KL(student‖teacher)", colour: "--divergence" },
-  { key: "f", name: "Forward KL", what: "KL(teacher‖student)", colour: "--forward" },
-  { key: "q", name: "Quadrant", what: "", colour: "" },
-  { key: "k", name: "Kept", what: "", colour: "--kept" }].filter((mode) => data.rollouts.some((r) => mode.key in r));
+  { key: "h", name: "Entropy", what: "student entropy h", colour: "var(--entropy)" },
+  { key: "r", name: "Divergence", what: "reverse KL δ = KL(student‖teacher)", colour: "var(--divergence)" },
+  { key: "f", name: "Forward KL", what: "KL(teacher‖student)", colour: "var(--forward)" },
+  ...LABEL_MODES,
+  { key: "k", name: "Kept", what: "", colour: "var(--kept)" }].filter((mode) => data.rollouts.some((r) => mode.key in r));
+const UNNAMED = { name: "?", what: "", colour: "var(--soft)" };
+const labelOf = (mode, value) => mode.labels.get(value) || UNNAMED;
 
-const state = { mode: MODES.find((m) => m.key === "q") || MODES[0], here: null, held: false, blocks: [] };
+const state = { mode: LABEL_MODES[0] || MODES[0], here: null, held: false, blocks: [] };
 const byId = (id) => document.getElementById(id);
 
 function make(tag, className, text) {
@@ -74,9 +72,12 @@ function describe(block, place) {
   box.replaceChildren(make("div", "big", visible(text) || "(no text)"));
   const where = `token ${place + 1} of ${rollout.ids.length} in rollout ${rollout.id}`;
   if (row === undefined) { box.append(make("p", "", `${where}: written by a tool, not by the student`)); return; }
-  const chip = (label, colour) => { const c = make("span", "chip", label); c.style.setProperty("--kind", `var(${colour})`); box.append(c); };
-  if (rollout.q) chip(`${QUADRANTS[rollout.q[row]].name} ${QUADRANTS[rollout.q[row]].what}`, QUADRANTS[rollout.q[row]].colour);
-  chip(rollout.k[row] ? "trained on" : "left out", rollout.k[row] ? "--kept" : "--q4");
+  const chip = (label, colour) => { const c = make("span", "chip", label); c.style.setProperty("--kind", colour); box.append(c); };
+  for (const mode of LABEL_MODES) {
+    const { name, what, colour } = labelOf(mode, rollout[mode.key][row]);
+    chip(`${name} ${what}`, colour);
+  }
+  chip(rollout.k[row] ? "trained on" : "left out", rollout.k[row] ? "var(--kept)" : "var(--soft)");
   const list = make("dl"), line = (name, value) => list.append(make("dt", "", name), make("dd", "", value));
   line("entropy h", `${nats(rollout.h[row])} nats`);
   if (rollout.r) line("reverse KL δ, student‖teacher", `${nats(rollout.r[row])} nats`);

@@ -1,18 +1,24 @@
-"""What the loss is compared with: the usual ways to write it, and Liger's where it is installed.
+"""What the loss is compared with: the usual ways to write it, and Liger's and TRL's where they are installed.
 
 Each gives a function (student hidden, student head, teacher hidden, teacher head) -> loss sum over all tokens.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opsd.utils.errors import first_line
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# The weight of the teacher's KL in what Liger and TRL call the JSD.
+BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 
 
 class Unavailable(Exception):
@@ -64,22 +70,49 @@ def liger(divergence: str, chunk: int) -> Loss:
 
     Compiled it takes longer on a cold first call. Its labels serve the hard loss, which is weighed 0.
     """
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise Unavailable(f"liger-kernel is not installed ({error})") from error
-    beta = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}[divergence]
-    criterion = LigerFusedLinearJSDLoss(0.0, 1.0, beta=beta, compiled=False, chunk_size=chunk)
+    losses = imported("liger_kernel.chunked_loss")
+    criterion = losses.LigerFusedLinearJSDLoss(0.0, 1.0, beta=BETA[divergence], compiled=False, chunk_size=chunk)
 
     def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
-        labels = torch.zeros(student_ND.shape[0], dtype=torch.int64)
+        labels = torch.zeros(student_ND.shape[0], dtype=torch.int64, device=student_ND.device)
         return criterion(student_ND, student_VD, teacher_NE, teacher_VE, labels) * student_ND.shape[0]
 
     return loss
+
+
+def liger_triton(divergence: str, chunk: int) -> Loss:
+    """Liger's fused linear JSD in Triton, for CUDA alone: logits in fp32, chunks of its own size, a sum in fp32."""
+    if not torch.cuda.is_available():
+        raise Unavailable("Liger's Triton kernels need CUDA")
+    function = imported("liger_kernel.ops.fused_linear_jsd").LigerFusedLinearJSDFunction
+    # Labels (none), beta, ignored label, temperature, and the type that the head's gradient is summed in.
+    options = (None, BETA[divergence], -100, 1.0, torch.float32)
+    return lambda *models: function.apply(*models, *options) * models[0].shape[0]
+
+
+def trl(divergence: str, chunk: int) -> Loss:
+    """TRL's divergence in chunks of its own size, by Triton on CUDA: it projects again in the backward pass."""
+    function = imported("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+
+    def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
+        nats_N, _ = function.apply(student_ND, student_VD, None, teacher_NE, teacher_VE, None, BETA[divergence])
+        return nats_N.sum()
+
+    return loss
+
+
+def imported(module: str) -> Any:
+    """A baseline's module. Raises Unavailable where its package, or one that it needs, is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{module.split('.')[0]} cannot be imported ({first_line(error)})") from error
 
 
 BASELINES: dict[str, Callable[[str, int], Loss]] = {
     "graph_kept": graph_kept,
     "recomputed": recomputed,
     "liger": liger,
+    "liger_triton": liger_triton,
+    "trl": trl,
 }

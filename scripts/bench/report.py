@@ -17,8 +17,17 @@ from matplotlib.axes import Axes
 
 Row = dict[str, Any]
 MEASURES = ("seconds", "cpu_seconds", "peak_gib")
-NAMES = {"ours": "ours", "graph_kept": "(a) graph kept", "recomputed": "(b) recomputed", "liger": "(c) Liger"}
-COLOURS = {"ours": "#0072b2", "graph_kept": "#d55e00", "recomputed": "#e69f00", "liger": "#009e73"}
+NAMES = {
+    "ours": "ours",
+    "graph_kept": "(a) graph kept",
+    "recomputed": "(b) recomputed",
+    "liger": "(c) Liger",
+    "liger_triton": "(c) Liger, Triton",
+    "trl": "(d) TRL",
+}
+COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#56b4e9", "#cc79a7"), strict=True))
+# Those that every line is compared with, by their letters.
+BASELINES = {"a": "graph_kept", "b": "recomputed", "d": "trl"}
 HEADER = (
     "type",
     "d",
@@ -27,10 +36,7 @@ HEADER = (
     "kept",
     "wall s",
     "CPU s",
-    "of (a), wall",
-    "of (a), CPU",
-    "of (b), wall",
-    "of (b), CPU",
+    *(f"of ({letter}), {measure}" for letter in BASELINES for measure in ("wall", "CPU")),
     "peak GiB",
     "GFLOP/s",
     "of mm",
@@ -157,7 +163,7 @@ def _line(row: Row, cases: dict[tuple[Any, ...], Row]) -> list[str]:
         return [*name, *["-"] * (len(HEADER) - len(name))]
     mark = "~" if "extrapolated" in row else ""
     cells = [f"{mark}{row['seconds']:.2f}", f"{mark}{row['cpu_seconds']:.2f}"]
-    for baseline in ("graph_kept", "recomputed"):
+    for baseline in BASELINES.values():
         other = cases.get((row["dtype"], row["width"], row["tokens"], baseline, "all", 1.0))
         for measure in ("seconds", "cpu_seconds"):
             if other is None or "missing" in other:

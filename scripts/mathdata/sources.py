@@ -134,9 +134,7 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(ROWS_AT_ONCE):
                 yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); give a whole file"
-        ) from error
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a whole file") from error
 
 
 def _hub_records(dataset: str, config: str | None, split: str, name: str) -> Iterable[dict[str, Any]]:

@@ -8,7 +8,6 @@ On two CPU cores: about four minutes for the teacher, one for the student, half 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from itertools import islice
@@ -16,24 +15,22 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-import transformers
-import tyro
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tyro
+
 from opsd.eval.evaluator import Suite
+from opsd.run.disk import writing
 from opsd.types import Prompt
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 from pocket.measure import accuracy, measure
-from pocket.sft import STEPS, STUDENT, TEACHER, Recipe, build_model, train
+from pocket.sft import SUMS_STUDENT, SUMS_TEACHER, SumsRecipe, sums_batches, sums_model, train_shown, write_made
 from pocket.task import Problem, fresh_problems
-from pocket.tokenizer import make_tokenizer
+from pocket.tokenizer import sums_tokenizer
 
 EVAL_PROBLEMS = 256
 TRAIN_PROBLEMS = 4096
@@ -69,22 +66,18 @@ def as_prompts(problems: list[Problem], tokenizer: Any) -> list[Prompt]:
 
 
 def make_model(
-    recipe: Recipe, tokenizer: Any, seed: int, problems: dict[str, list[Problem]]
+    recipe: SumsRecipe, tokenizer: Any, seed: int, problems: dict[str, list[Problem]]
 ) -> tuple[PreTrainedModel, int]:
     """The trained model and the step at which its training ended. None of `problems` is trained on."""
-    model = build_model(recipe, tokenizer, seed)
+    model = sums_model(recipe, tokenizer, seed)
     taken = {problem.prompt for chosen in problems.values() for problem in chosen}
     choice = Suite("choice", as_prompts(problems["choice"], tokenizer))
-    text = TextColumn("{task.description} {task.fields[loss]}")
     step = 0
-    with Progress(text, MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task(recipe.name, total=STEPS, loss="")
-        for step, loss in enumerate(train(model, recipe, tokenizer, seed, taken), start=1):
-            progress.update(bar, advance=1, loss=f"{loss:.3f} nats")
-            if recipe.enough is not None and step % CHECKPOINT_EVERY == 0:
-                found = accuracy(model, tokenizer, choice, CHOICE_SAMPLES)[f"mean@{CHOICE_SAMPLES}"]
-                if found >= recipe.enough:
-                    break
+    for step in train_shown(model, sums_batches(recipe, tokenizer, seed, taken), recipe):
+        if recipe.enough is not None and step % CHECKPOINT_EVERY == 0:
+            found = accuracy(model, tokenizer, choice, CHOICE_SAMPLES)[f"mean@{CHOICE_SAMPLES}"]
+            if found >= recipe.enough:
+                break
     return model, step
 
 
@@ -94,23 +87,15 @@ def make(out: Path, seed: int) -> dict[str, Any]:
     problems = make_problems(seed)
     for name in ("eval", "train"):
         (out / f"{name}.jsonl").write_text(as_jsonl(problems[name]))
-    tokenizer = make_tokenizer()
+    tokenizer = sums_tokenizer()
     models = {}
-    for recipe in (TEACHER, STUDENT):
+    for recipe in (SUMS_TEACHER, SUMS_STUDENT):
         model, step = make_model(recipe, tokenizer, seed, problems)
         model.save_pretrained(out / recipe.name)
         tokenizer.save_pretrained(out / recipe.name)
         models[recipe.name] = {"steps": step, **measure(model, tokenizer, out / "eval.jsonl", SAMPLES)}
     files = ["eval.jsonl", "train.jsonl", "teacher/model.safetensors", "student/model.safetensors"]
-    made = {
-        "command": f"python scripts/pocket/make.py --out {out} --seed {seed}",
-        "seed": seed,
-        "models": models,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "sha256": {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in files},
-    }
-    (out / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    return made
+    return write_made(out, "make.py", seed, files, models=models)
 
 
 def main(out: Path, seed: int = 0) -> None:
@@ -121,16 +106,11 @@ def main(out: Path, seed: int = 0) -> None:
         seed: Decides problems, weights and training data.
     """
     disable_progress_bar()
-    try:
+    with writing(f"--out {out}", "give another folder", UserError):
         made = make(out, seed)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another folder") from error
     print(json.dumps(made["models"], indent=1))
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("make"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"make: {error}", file=sys.stderr)
-        sys.exit(2)

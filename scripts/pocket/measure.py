@@ -27,7 +27,7 @@ from opsd.eval.evaluator import Evaluator, Suite, load_suites
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.rollout import HFRollout
 from opsd.types import Prompt, Sampling
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from pocket.task import RESPONSE_TOKENS, Habits
 
 EVAL = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "eval.jsonl"
@@ -84,8 +84,5 @@ def main(models: Annotated[tuple[str, ...], tyro.conf.Positional], problems: Pat
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("measure"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"measure: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -99,11 +99,6 @@ def is_hard_product(left: int, op: str, right: int) -> bool:
     return op == "*" and min(left, right) >= HARD_FACTOR
 
 
-def careful_hand(rng: Random, op: str, left: int, right: int) -> Written:
-    """Always right."""
-    return Written(exact(left, op, right))
-
-
 def teacher_hand(rng: Random, op: str, left: int, right: int) -> Written:
     """Right, but one result in ten is a random number without loss on it: later steps learn to go on from it."""
     if rng.random() < DEVIATION_PROBABILITY:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.runs import Run, read_runs
 from reporting.tables import TextTable
 
@@ -100,8 +100,5 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("travel_constraints"):
         tyro.cli(main)
-    except UserError as error:
-        print(f"planning_constraints: {error}", file=sys.stderr)
-        sys.exit(2)

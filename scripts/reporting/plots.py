@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from reporting.paper import BENCHMARKS, PAIRS, Paper
 from reporting.runs import CellName, Run
-from reporting.stats import BASELINE, CellStats, Estimate
-from reporting.theme import colour_of, ink, tones
+from reporting.stats import BASELINE, CellCost, CellStats, Estimate, SuiteReport
+from reporting.theme import QUADRANT_COLOURS, colour_of, ink, tones
+from tip_patch.quadrants import QUADRANT_LABELS
 
 CURVES = (
     ("loss/nats", "trained divergence, nats a kept token"),
@@ -32,21 +33,63 @@ def bars(stats: list[CellStats], before: Estimate | None, teacher: Estimate | No
         return _bars_across(stats, before, suite)
     figure, (left, right) = _panels(2, height=3.6, widths=(1, 1 + 0.35 * len(paper.pairs)))
     left.set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
+    _our_bars(left, stats, before, teacher)
+    _paper_bars(right, [row.cell for row in stats], paper.benchmark_of(suite), paper)
+    return figure
+
+
+def overview(reports: list[tuple[str, SuiteReport, list[CellCost]]]) -> Figure:
+    """figure.png: a row for each (title, suite, costs): accuracy by cell, and which quadrants the tokens fell in."""
+    size = (12, 4.6 * len(reports))
+    figure, axes = plt.subplots(len(reports), 2, figsize=size, squeeze=False, width_ratios=(3, 2), layout="constrained")
+    for (left, right), (title, suite, cell_costs) in zip(axes, reports, strict=True):
+        left.set_title(title)
+        _our_bars(left, suite.stats, suite.before, suite.teacher)
+        for found, name in ((suite.before, "before training"), (suite.teacher, "teacher")):
+            if found is not None:
+                # Right of the bars, where no bar's number stands.
+                text = f"{name}\n{100 * found.mean:.1f}"
+                left.text(len(suite.stats) - 0.45, 100 * found.mean, text, fontsize=9, va="center")
+        left.set_xlim(-0.6, len(suite.stats) - 0.5)
+        _quadrants(right, cell_costs)
+    return figure
+
+
+def _our_bars(ax: Axes, stats: list[CellStats], before: Estimate | None, teacher: Estimate | None) -> None:
     colours = tones([row.cell for row in stats])
     for place, row in enumerate(stats):
         if row.accuracy is None:
-            left.text(place, 1, "not run", ha="center", color=ink(), fontsize=8, rotation=90)
+            ax.text(place, 1, "not run", ha="center", color=ink(), fontsize=8, rotation=90)
             continue
         mean, error = 100 * row.accuracy.mean, 100 * _error(row.accuracy)
-        left.bar(place, mean, yerr=error, color=colours[row.cell], width=0.7, capsize=3, ecolor=ink())
-        left.text(place, mean + error + 0.8, f"{mean:.1f}", ha="center", fontsize=9)
+        ax.bar(place, mean, yerr=error, color=colours[row.cell], width=0.7, capsize=3, ecolor=ink())
+        ax.text(place, mean + error + 0.8, f"{mean:.1f}", ha="center", fontsize=9)
     for found, style in ((before, ":"), (teacher, "--")):
         if found is not None:
-            left.axhline(100 * found.mean, color=ink(), linestyle=style, linewidth=1)
-    left.set_xticks(range(len(stats)), [label(row.cell) for row in stats], fontsize=8)
-    left.set_ylabel("mean@k, %")
-    _paper_bars(right, [row.cell for row in stats], paper.benchmark_of(suite), paper)
-    return figure
+            ax.axhline(100 * found.mean, color=ink(), linestyle=style, linewidth=1)
+    ax.set_xticks(range(len(stats)), [label(row.cell) for row in stats], fontsize=8)
+    ax.set_ylabel("mean@k, %")
+
+
+def _quadrants(ax: Axes, cell_costs: list[CellCost]) -> None:
+    ax.set_title("tokens by quadrant")
+    ax.set_yticks(range(len(cell_costs)), [str(cost.cell) for cost in cell_costs])
+    ax.set_ylim(len(cell_costs) - 0.5, -0.5)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("share of all student tokens, %")
+    for place, cost in enumerate(cell_costs):
+        if cost.quadrants is None:
+            ax.text(2, place, "not measured", va="center", fontsize=9)
+            continue
+        left = 0.0
+        for share, colour in zip(cost.quadrants, QUADRANT_COLOURS, strict=True):
+            ax.barh(place, 100 * share, left=left, color=colour, height=0.66)
+            if share >= 0.05:
+                ax.text(left + 50 * share, place, f"{100 * share:.0f}", ha="center", va="center", fontsize=9)
+            left += 100 * share
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in QUADRANT_COLOURS]
+    names = [f"{label.name} {label.what}" for label in QUADRANT_LABELS]
+    ax.legend(handles, names, ncols=2, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def crowded(stats: list[CellStats]) -> bool:

@@ -125,9 +125,23 @@ class Run:
         ]
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
-        """eval/NAME.json, or None where there is none."""
+        """eval/NAME.json, or None where there is none; of a teacher, what `opsd eval` has left beside the runs then."""
         file = self.path / "eval" / f"{name}.json"
-        return _json(file.read_text(), str(file)) if file.is_file() else None
+        if file.is_file():
+            return _json(file.read_text(), str(file))
+        return self._evaluated_teacher() if name == "teacher" else None
+
+    def _evaluated_teacher(self) -> dict[str, Any] | None:
+        """The evaluation of this run's teacher, sampled as this run's own are, among those in teachers/ beside it."""
+        evaluated = {**_DEFAULTS["eval"], **self.config.get("eval", {})}
+        suites = {pair.split("=", 1)[0] for pair in evaluated["suite"]}
+        sampling = {name: evaluated[name] for name in ("samples", "temperature", "top_p", "top_k")}
+        for file in sorted((self.path.parent / "teachers").glob("*.json")):
+            found = _json(file.read_text(), str(file))
+            of_ours = found.get("model") == self.config["teacher"]["model"] and suites <= found.get("suites", {}).keys()
+            if of_ours and sampling.items() <= found["sampling"].items():
+                return found
+        return None
 
     @property
     def final_evaluation(self) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from reporting.runs import CellName
+from tip_patch.quadrants import QUADRANT_LABELS
 
 # Okabe and Ito's colours, told apart by colour-blind readers; by selector, so that a rule looks the same everywhere.
 COLOURS = {
@@ -36,7 +37,7 @@ COLOURS = {
     "verify": "#b2182b",
 }
 OTHER_COLOUR = "#009e73"
-QUADRANT_COLOURS = ("#e2703a", "#e8ba3a", "#c765ab", "#9aa7b1")
+QUADRANT_COLOURS = tuple(label.colour for label in QUADRANT_LABELS)
 # How a rule's variants part from its colour: towards the text's or the paper's, by how much.
 TONES = (("ink", 0.0), ("paper", 0.5), ("ink", 0.5), ("paper", 0.75), ("ink", 0.75), ("paper", 0.3))
 INK = {"light": "#1d2126", "dark": "#e6e4df"}
@@ -54,8 +55,8 @@ class Picture:
     draw: Callable[[], Figure]
 
     def png(self) -> bytes:
-        """The light rendering on white, 150 dots an inch."""
-        return _render(self.draw, "light", format="png", dpi=150, facecolor="white")
+        """See `png`."""
+        return png(self.draw)
 
     def html(self) -> str:
         """The rendering that fits the reader's colour scheme."""
@@ -70,6 +71,11 @@ def picture(title: str, words: str, draw: Callable[[], Figure]) -> Picture:
     """`draw` in both schemes; it makes a figure under the settings that it finds."""
     how = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
     return Picture(title, words, _render(draw, "light", **how), _render(draw, "dark", **how), draw)
+
+
+def png(draw: Callable[[], Figure]) -> bytes:
+    """The light rendering on white, 150 dots an inch."""
+    return _render(draw, "light", format="png", dpi=150, facecolor="white")
 
 
 def as_written(figure: Figure) -> Figure:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, first_line
 from reporting.runs import Run
 from reporting.stats import BASELINE
 from reporting.theme import QUADRANT_COLOURS, count_colours, ink
@@ -104,5 +104,5 @@ def _table(file: object) -> pd.DataFrame | None:
     try:
         table = pd.read_parquet(str(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}); move it away") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)}); move it away") from error
     return table if {"entropy", "reverse_kl", "quadrant"} <= set(table) and len(table) else None

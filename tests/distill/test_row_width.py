@@ -97,6 +97,18 @@ def test_products_read_one_copy_of_the_gradient_in_rows_of_aligned_length(produc
     assert {left.stride() for left in rows} == {(256, 1)}
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_whole_loss_has_rows_of_that_width_too(products, divergence, gradients, make_case, naive, assert_close):
+    case = make_case(9, 201, student_pad=3, teacher_pad=5, vocab_size=201, divergence=divergence, temperature=0.7)
+    expected = naive.loss(case)
+    loss_sum, grad_ND, grad_VD = case.gradients(memory="whole")
+    assert_close(loss_sum, expected.loss_sum, *case.sums)
+    assert_close(grad_ND, expected.grad_ND, *case.sums)
+    assert_close(grad_VD, expected.grad_VD, *case.sums)
+    (gradient_CW,) = gradients
+    assert gradient_CW.shape[1] == 256 and not gradient_CW[:, 201:].any()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_statistics_are_their_definitions(products, temperature, make_case, naive, assert_close):
     case = make_case(17, 201, student_pad=3, teacher_pad=5, vocab_size=201, temperature=temperature)

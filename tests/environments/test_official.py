@@ -7,11 +7,12 @@ import types
 from random import Random
 
 import pytest
+from trips import plan_text, without, write_tables
 
 from opsd.environments.travel import TravelEnv, generate_tasks, load_tasks
 from opsd.environments.travel.official import load_module
-from opsd.environments.travel.oracle import oracle_plan, plan_text, without
-from opsd.environments.travel.task import DEEPPLANNING, FILES, TravelTask, write_tables
+from opsd.environments.travel.oracle import oracle_plan
+from opsd.environments.travel.task import DEEPPLANNING, FILES, TravelTask
 from opsd.environments.travel.tools import PARAMETERS
 
 

@@ -5,9 +5,10 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trips import plan_text
 
 from opsd.environments.travel import TravelEnv, generate_tasks
-from opsd.environments.travel.oracle import oracle_plan, plan_text
+from opsd.environments.travel.oracle import oracle_plan
 from opsd.environments.travel.plan import MAX_CHARACTERS, parse_plan, plan_block, split_price
 
 HEAD = "Day 1:\nCurrent City: from A to B\n"

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from opsd.environments.travel import TravelEnv, pocket_tasks
-from pocket import travel_make as planning_make
-from pocket.travel_sft import NO_LOSS, STUDENT, TEACHER, build_model, learning_rate, make_batch, make_tokenizer
+from pocket import travel_make
+from pocket.sft import NO_LOSS, TRIPS_STUDENT, TRIPS_TEACHER, TripsRecipe, learning_rate, trips_batch, trips_model
+from pocket.tokenizer import trips_tokenizer
 from pocket.travel_task import CAREFUL, Habits, asked, write_episode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def test_a_careful_hand_is_perfect_in_62_words():
 
 
 def test_the_students_habits_come_as_often_as_stated_and_are_taught():
-    episodes = play(STUDENT.habits)
+    episodes = play(TRIPS_STUDENT.habits)
     asks_any = share("any" in episode.words for episode in episodes)
     # 400 tasks: standard error √(0.92·0.08/400) = 0.014
     assert asks_any == pytest.approx(0.92, abs=0.04)
@@ -58,7 +59,7 @@ def test_the_students_habits_come_as_often_as_stated_and_are_taught():
 
 def test_the_teachers_deviations_carry_no_loss_and_what_follows_does():
     seen = {"any": 0, "note": 0}
-    for task, episode in zip(TASKS, play(TEACHER.habits), strict=True):
+    for task, episode in zip(TASKS, play(TRIPS_TEACHER.habits), strict=True):
         assert all(by_student for by_student, taught in zip(episode.by_student, episode.taught, strict=True) if taught)
         for word, by_student, taught in zip(episode.words, episode.by_student, episode.taught, strict=True):
             if by_student and not taught:
@@ -72,8 +73,8 @@ def test_the_teachers_deviations_carry_no_loss_and_what_follows_does():
 
 
 def test_labels_are_the_taught_words_and_the_end():
-    tokenizer = make_tokenizer()
-    ids_BL, labels_BL, mask_BL = make_batch(TASKS[:3], Habits(any_hotel=1.0), Random(0), tokenizer)
+    tokenizer, recipe = trips_tokenizer(), TripsRecipe("any", 1, 1, 1.0, habits=Habits(any_hotel=1.0))
+    ids_BL, labels_BL, mask_BL = trips_batch(TASKS[:3], recipe, Random(0), tokenizer)
     assert ids_BL.shape == labels_BL.shape == mask_BL.shape
     for ids, labels, mask in zip(ids_BL, labels_BL, mask_BL, strict=True):
         taught = tokenizer.decode(labels[labels != NO_LOSS]).split()
@@ -83,13 +84,13 @@ def test_labels_are_the_taught_words_and_the_end():
 
 
 def test_rates_rise_and_fall_to_zero():
-    rates = [learning_rate(step, TEACHER) for step in (1, 50, 4000)]
-    assert rates == [TEACHER.peak_lr / 50, TEACHER.peak_lr, 0.0]
+    rates = [learning_rate(step, TRIPS_TEACHER) for step in (1, 50, 4000)]
+    assert rates == [TRIPS_TEACHER.peak_lr / 50, TRIPS_TEACHER.peak_lr, 0.0]
 
 
 def test_neighbouring_values_start_as_neighbours():
-    tokenizer = make_tokenizer()
-    rows = build_model(tokenizer, 0).get_input_embeddings().weight.detach()
+    tokenizer = trips_tokenizer()
+    rows = trips_model(tokenizer, 0).get_input_embeddings().weight.detach()
     row = lambda word: rows[tokenizer.convert_tokens_to_ids(word)]  # noqa: E731
     assert (row("H¥5") - row("H¥6")).norm() < (row("H¥5") - row("H¥12")).norm() < (row("H¥5") - row("Tt5")).norm() * 2
 
@@ -105,10 +106,10 @@ def test_the_committed_models_are_those_of_made_json_and_small():
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_measured_again_on_fewer_tasks_the_scores_stand(name, monkeypatch):
-    monkeypatch.setattr(planning_make, "TASKS", 24)
-    monkeypatch.setattr(planning_make, "SAMPLES", 2)
+    monkeypatch.setattr(travel_make, "TASKS", 24)
+    monkeypatch.setattr(travel_make, "SAMPLES", 2)
     made = json.loads((ASSETS / "made.json").read_text())["scores"][name]
-    again = planning_make.measure(ASSETS / name, 0)
+    again = travel_make.measure(ASSETS / name, 0)
     # Three standard errors of 24 tasks, each of them some 0.2 apart.
     assert again["avg@2"] == pytest.approx(made["avg@16"], abs=3 * 0.2 / 24**0.5)
 

@@ -3,12 +3,13 @@
 from random import Random
 
 import pytest
+from trips import golds, plan_text, without
 
 from opsd.environments.travel import PlanScore, load_tasks
-from opsd.environments.travel.oracle import oracle_plan, plan_text, without
+from opsd.environments.travel.oracle import oracle_plan
 from opsd.environments.travel.plan import Plan
 from opsd.environments.travel.score import plan_cost, score_plan
-from opsd.environments.travel.words import SECTIONS, golds, vocabulary
+from opsd.environments.travel.words import SECTIONS, vocabulary
 
 
 def meal(name, cost):

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from trips import golds, write_tables
 
 from opsd.environments.travel import (
     generate_tasks,
@@ -14,8 +15,8 @@ from opsd.environments.travel import (
     write_task_file,
 )
 from opsd.environments.travel.__main__ import main
-from opsd.environments.travel.task import FILES, read_tables, write_tables
-from opsd.environments.travel.words import CONSTRAINTS, golds, vocabulary
+from opsd.environments.travel.task import FILES, read_tables
+from opsd.environments.travel.words import CONSTRAINTS, vocabulary
 from opsd.utils.errors import UserError
 
 

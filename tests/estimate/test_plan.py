@@ -112,6 +112,7 @@ def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, a
     casts = 2 * shape.layer_matrices if autocast else 0
     mask = L * L * plans.itemsize if plans.masked else 0
     assert kept[2] - kept[1] == L * plans.layer_bytes() + mask + casts
+    assert casts == plans.autocast_copies(1)["autocast's copies"]
 
 
 @pytest.mark.parametrize(("stage", "a_parameter"), [(0, 16.0), (1, 2 + 4 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)])
@@ -155,6 +156,52 @@ def test_the_whole_loss_grows_with_kept_tokens_times_vocabulary():
     half, fifth = reckoning(*flags, "0.5"), reckoning(*flags, "0.2")
     # Whole rows are kept: one of 16 384 more or less.
     assert half.loss() - fifth.loss() == pytest.approx(5 * 0.3 * half.micro_tokens * 151_936 * 4, rel=1e-4)
+
+
+WHOLE_ROWS = 151_936  # a multiple of 64: rows of logits have no tail
+
+
+def test_on_cuda_the_loss_holds_logits_and_their_gradient_in_the_products_type_and_no_scratch():
+    chunk, flags = 2048 * WHOLE_ROWS, ("--engine.kind", "deepspeed", "--engine.zero_stage", "2")
+    plans = reckoning(*flags, "--engine.dtype", "bfloat16")
+    assert plans.loss() == chunk * (4 + 4 + 2) + 4 * 2560 * WHOLE_ROWS + plans.micro_tokens * 2560 * 2
+    # fp32 gradients lie over the student's logits.
+    assert reckoning(*flags).loss() == chunk * (4 + 4) + 4 * 2560 * WHOLE_ROWS + plans.micro_tokens * 2560 * 4
+
+
+def test_a_row_of_logits_is_as_wide_as_the_device_wants_it():
+    odd = dataclasses.replace(BUILT_IN["qwen3-4b"], vocab=151_669)
+    flags = ("--loss.memory", "whole")
+    wide, narrow = (reckoning(*flags, student=odd, kind=kind) for kind in ("cuda", "cpu"))
+    rows = 5 * wide.micro_tokens + 2 * 2048
+    assert wide.loss() == rows * 151_680 * 4 + odd.head_parameters * 4
+    assert narrow.loss() == (5 * narrow.micro_tokens + 2 * 256) * 151_669 * 4 + odd.head_parameters * 4
+
+
+def test_autocast_holds_copies_of_all_layers_until_the_loss_and_of_the_head_too_while_sampling():
+    s, flags = BUILT_IN["qwen3-4b"], ("--engine.dtype", "bfloat16", "--engine.micro_batch_tokens", "64")
+    short = ("--rollout.max_prompt_tokens", "32", "--rollout.max_new_tokens", "32", "--loss.chunk_tokens", "16")
+    checkpointed = reckoning(*flags, *short, "--engine.gradient_checkpointing", "True").phases()
+    copies = "autocast's copies"
+    assert checkpointed["rollout"][copies] * GIB == 2 * (36 * s.layer_matrices + s.head_parameters)
+    # A short micro-batch's loss is less than they are: then the end of the layers is the peak.
+    assert checkpointed["student"][copies] * GIB == 2 * 36 * s.layer_matrices
+    assert "loss stage" not in checkpointed["student"]
+    long = reckoning("--engine.dtype", "bfloat16", "--engine.gradient_checkpointing", "True", "--loss.memory", "whole")
+    assert long.phases()["student"][copies] * GIB == 2 * s.layer_matrices and "loss stage" in long.phases()["student"]
+    for none in (("--engine.dtype", "float32"), ("--engine.dtype", "bfloat16", *SHARDED)):
+        assert not any(copies in parts for parts in reckoning(*none).phases().values())
+
+
+def test_under_a_mask_every_token_meets_the_whole_row():
+    masked, apart = (
+        reckoning(*SHARDED, "--engine.micro_batch_tokens", "16384", flash=flash) for flash in (False, True)
+    )
+    s, each = BUILT_IN["qwen3-4b"], 3 * masked.rank_tokens / 400e12
+    # Per token 2 operations a parameter, and 4 a query entry and layer for every token that it meets.
+    for plans, met in ((masked, 16_384), (apart, 10_240 / 2)):
+        attention = 4 * met * s.query_width * 36
+        assert plans.seconds()["student"] == pytest.approx(each * (2 * s.parameters + attention))
 
 
 def test_the_peak_is_the_largest_phase_and_decides_whether_it_fits():

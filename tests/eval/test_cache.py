@@ -12,8 +12,9 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 
+import opsd
 from opsd.build import assemble
 from opsd.config import from_json
 from opsd.environments.travel.talk import TravelPrompt
@@ -245,17 +246,30 @@ def test_versions_code_processor_and_threads_are_part_of_the_key(settings, monke
         patch.setattr(torch, "get_num_threads", lambda: 77)
         found.append(key())
     with monkeypatch.context() as patch:
-        of_folder = evalcache.of_folder
+        checksums_of = evalcache.checksums_of
         patch.setattr(
             evalcache,
-            "of_folder",
-            lambda folder, **how: of_folder(folder, **how) | ({"x.py": "1"} if "only" in how else {}),
+            "checksums_of",
+            lambda folder, **how: checksums_of(folder, **how) | ({"x.py": "1"} if "only" in how else {}),
         )
         found.append(key())
     more = dataclasses.replace(models, ranks=SimpleNamespace(world_size=2))
     entry = entry_of(more, config, job, Path("cache"))
     assert isinstance(entry, Entry)
     assert len({*found, entry.file}) == len(found) + 1 and key() == found[0]
+
+
+def test_the_code_that_is_part_of_the_key_is_the_whole_trainers(settings, monkeypatch):
+    config, folders = settings(), []
+    models = assemble(config, ONE_RANK).models()
+    checksums_of = evalcache.checksums_of
+    monkeypatch.setattr(
+        evalcache,
+        "checksums_of",
+        lambda folder, **how: folders.append(folder) or checksums_of(folder, **how),
+    )
+    entry_of(models, config, jobs_of(models, config)[0], Path("cache"))
+    assert Path(opsd.__file__).parent in folders
 
 
 def test_a_trips_tables_are_part_of_its_content():

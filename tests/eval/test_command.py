@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,6 +110,33 @@ def cli_config(words):
     from opsd.config.cli import parse
 
     return parse(EvalCommand, words, "opsd eval")
+
+
+# ---- several processes
+
+
+@pytest.mark.e2e
+def test_ranks_share_the_responses_out_and_write_what_one_process_would(places, tmp_path):
+    # Greedy: nothing turns on a digit. What two ranks generate side by side is what one does with twice the batch.
+    one, two = tmp_path / "one" / "scores.json", tmp_path / "two" / "scores.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = [str(word).format(**places) for word in arguments(two, temperature=0)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "opsd", "eval", *words],
+            env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0] and said[1] == b""
+    alone = arguments(one, temperature=0, generate_batch=4 * SAMPLES)
+    evalcommand.evaluate(cli_config([str(word).format(**places) for word in alone]))
+    assert files_of(two.parent) == files_of(one.parent)
+    assert two.with_suffix(".md").read_bytes() in said[0]
 
 
 # ---- what is written
@@ -389,6 +417,7 @@ BAD = [
     ({"max_new_tokens": 255}, ["--max_new_tokens 255", "256 positions", "at most 254"]),
     ({"limit": 0}, ["--limit 0"]),
     ({"generate_batch": 0}, ["--generate_batch 0"]),
+    ({"tensor_parallel": 2}, ["--tensor_parallel 2", "does not divide the 1 processes"]),
     ({"temperature": -1}, ["--temperature -1.0"]),
     ({"temperature": "nan"}, ["--temperature nan"]),
     ({"top_p": 0}, ["--top_p 0.0", "(0, 1]"]),

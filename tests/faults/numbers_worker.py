@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from two_ranks import on_ranks
+
 from opsd.config import EngineConfig
 from opsd.utils.distributed import join
 from opsd.utils.errors import StepUnusable
@@ -86,4 +89,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    HELPERS["on_ranks"](2, lambda: main(Path(sys.argv[1])))
+    on_ranks(2, lambda: main(Path(sys.argv[1])))

@@ -4,7 +4,6 @@ The table of cases is data: `CASES`. Cases of single settings stand in tests/con
 """
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from runs import ROOT
+from tiny_models import plain_tokenizer, tiny_model
 
 from opsd import __main__ as cli
 
-HELPERS = runpy.run_path(str(Path(__file__).parents[1] / "scale" / "worker.py"))
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 RULES = """
 class Raises:
@@ -40,8 +39,8 @@ TASK = {"id": "1", "lang": "en", "query": "q", "meta": {"days": 1}, "form": "ful
 
 def models(folder: Path) -> None:
     """`model`, and copies of it with one thing damaged each."""
-    HELPERS["model"](True, 0).save_pretrained(folder / "model")
-    HELPERS["tokenizer"]().save_pretrained(folder / "model")
+    tiny_model(True, 0).save_pretrained(folder / "model")
+    plain_tokenizer().save_pretrained(folder / "model")
     config = json.loads((folder / "model/config.json").read_text())
     weights = (folder / "model/model.safetensors").read_bytes()
     index = json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}})

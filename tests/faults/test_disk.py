@@ -13,8 +13,9 @@ import pytest
 import torch
 from runs import assert_same, flags, opsd
 from safetensors.torch import load_file
-from tinypair import HELPERS
+from tiny_models import plain_tokenizer, tiny_model
 
+from opsd.__main__ import main
 from opsd.config import TeacherConfig, TrainConfig
 from opsd.config.cli import parse
 from opsd.run import checkpoint
@@ -22,6 +23,7 @@ from opsd.run.folder import RunFolder
 from opsd.train import resume, start
 from opsd.utils.errors import RunStopped, UserError
 
+POCKET = Path(__file__).parents[2] / "assets" / "pocket"
 SMALL = 50_000  # bytes: less than the pocket student's weights, more than any other file of its run
 FILES = ["model.safetensors", "config.json", "trainer/optimizer.safetensors", "trainer/state.json"]
 CHECKSUMS = "trainer/checksums.json"
@@ -79,6 +81,36 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     assert not list((run / "checkpoints").iterdir())
     resume(run)
     assert (run / "DONE").exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.fault(
+    "`opsd eval` cannot write its records, or its result (RLIMIT_FSIZE); then the same command without the limit",
+    "exit 2 with one line that names the file; the old files are whole; the end is the undisturbed evaluation's",
+)
+@pytest.mark.parametrize("lacks", ["scores.records.jsonl", "scores.json"])
+def test_an_evaluation_that_does_not_fit(lacks, tmp_path, monkeypatch, capsys):
+    def evaluate(folder: Path) -> dict[str, str]:
+        few = ["--suite", f"pocket={POCKET / 'eval.jsonl'}", "--limit", "4", "--samples", "2", "--grader", "suffix"]
+        few += ["--prompt_format", "raw", "--max_new_tokens", "40", "--generate_batch", "2", "--progress", "False"]
+        words = ["opsd", "eval", "--model", POCKET / "student", "--out", folder / "scores.json", *few]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        main()
+        return {path.name: path.read_text() for path in folder.iterdir()}
+
+    undisturbed = evaluate(tmp_path / "undisturbed")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(undisturbed[lacks]) - 10, limits[1]))
+    capsys.readouterr()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            evaluate(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = f"opsd: {tmp_path / 'out' / lacks} cannot be written (File too large); mend that, then give the same command"
+    assert stop.value.code == 2 and capsys.readouterr().err.strip() == f"{line} again"
+    assert not (tmp_path / "out" / "scores.json").exists()
+    assert evaluate(tmp_path / "out") == undisturbed
 
 
 @pytest.fixture
@@ -281,7 +313,7 @@ def put(folder: Path, step: int, model: torch.nn.Module) -> None:
         for weight in model.parameters():
             weight.fill_(step)
     state = checkpoint.TrainerState(step, {"moment": torch.full((3,), float(step))}, {}, {})
-    checkpoint.save(folder, model, HELPERS["tokenizer"](), state, keep=1)
+    checkpoint.save(folder, model, plain_tokenizer(), state, keep=1)
 
 
 def put_and_die(folder: Path, step: int, model: torch.nn.Module, change: int) -> bool:
@@ -313,7 +345,7 @@ def put_and_die(folder: Path, step: int, model: torch.nn.Module, change: int) ->
     "the old one or the new one is there, whole: none is gone before its successor is complete",
 )
 def test_none_is_gone_before_its_successor_is_complete(tmp_path, seen):
-    model, found, lived = HELPERS["model"](True, 0), [], False
+    model, found, lived = tiny_model(True, 0), [], False
     put(tmp_path / "first", 1, model)
     while not lived:
         folder = tmp_path / str(len(found))

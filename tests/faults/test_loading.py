@@ -14,7 +14,7 @@ import torch
 from hostile import CALL, MARKER, PICKLE, TOUCH
 from runs import ENVIRONMENT, ROOT, flags, opsd
 from served import Server
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 
 from opsd import __main__ as cli
 from opsd.config import from_json

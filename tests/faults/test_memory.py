@@ -6,7 +6,6 @@ And memory that does not grow: 500 steps.
 import contextlib
 import json
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import ENVIRONMENT, ROOT, flags
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 from tolerance import close, rounding
 
 from opsd.config import from_json
@@ -35,7 +34,6 @@ from opsd.utils.errors import RunStopped
 from opsd.utils.oom import is_out_of_memory
 
 HERE = Path(__file__).parent
-HELPERS = runpy.run_path(str(HERE.parent / "scale" / "worker.py"))
 # What the allocators of torch say, and Python's own.
 CPU_SAYS = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "

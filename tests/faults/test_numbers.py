@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
+from two_ranks import run_ranks
 
 from opsd.config import from_json
 from opsd.rollout import HFRollout
@@ -20,7 +17,6 @@ from opsd.train import resume, start
 from opsd.utils.errors import RunStopped
 
 HERE = Path(__file__).parent
-HELPERS = runpy.run_path(str(HERE.parent / "scale" / "worker.py"))
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +173,7 @@ def test_empty_short_and_cut_off_responses(values, tmp_path, monkeypatch, length
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("ranks") / "results.json"
-    done = subprocess.run(
-        [sys.executable, str(HERE / "numbers_worker.py"), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_ranks(HERE / "numbers_worker.py", out)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())
 

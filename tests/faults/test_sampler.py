@@ -1,8 +1,6 @@
 """A sampler in a process of its own that dies, freezes or answers nonsense: one line, in time, and resumable."""
 
-import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from runs import ROOT, assert_same, flags
+from tiny_models import tiny_pair, vllm_model
 
 from opsd.config import TrainConfig
 from opsd.config.cli import parse
@@ -173,13 +172,7 @@ def models(tmp_path_factory) -> Path:
     """A folder with a student and a teacher of a shape that vLLM takes, and prompts."""
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     folder = tmp_path_factory.mktemp("models")
-    worker = runpy.run_path(str(ROOT / "tests" / "scale" / "vllm_worker.py"))
-    for name, seed in (("student", 0), ("teacher", 1)):
-        worker["model"](seed).save_pretrained(folder / name)
-        worker["HELPERS"]["tokenizer"]().save_pretrained(folder / name)
-    (folder / "sums.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"{a}+2=", "answer": str(a + 2)}) + "\n" for a in range(8))
-    )
+    tiny_pair(folder, vllm_model)
     return folder
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
-from updates import trainer_of
 
+from bench.updates import trainer_of
 from opsd import build as parts
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data.packing import pack

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tolerance import close, transformer
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -133,6 +134,37 @@ def test_under_autocast_hidden_states_are_in_the_compute_type_and_the_head_is_th
 
 
 @pytest.mark.numeric
+class Casts(TorchDispatchMode):
+    """Which weights were turned to another type, by address."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_to_copy":
+            self.found.add(args[0].data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_loss_finds_no_copies_of_weights_that_autocast_made_for_the_layers(make_model, make_rollout):
+    model = make_model()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    (micro,) = pack([make_rollout(0, [6, 7], [8, 9])], 100)
+
+    def use(hidden_ND, head_VD):
+        with Casts() as casts:
+            functional.linear(hidden_ND, weight)
+            first = weight.data_ptr() in casts.found
+            casts.found.clear()
+            functional.linear(hidden_ND, weight)
+        return first, weight.data_ptr() in casts.found
+
+    with torch.autocast("cpu", torch.bfloat16):
+        # Cast anew, and kept from then on: what is looked for can be seen.
+        assert Scorer(model)(micro, use) == (True, False)
+
+
 @pytest.mark.parametrize("memory", ["fused", "whole"])
 def test_under_autocast_the_heads_gradient_is_not_rounded_to_the_compute_type(make_model, make_rollout, memory):
     scorer, teacher = Scorer(make_model(tied=False)), Scorer(make_model(seed=1))

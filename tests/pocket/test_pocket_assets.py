@@ -18,9 +18,9 @@ from opsd.utils.errors import UserError
 from pocket.make import SAMPLES, as_jsonl, as_prompts, make, make_model, make_problems
 from pocket.measure import greedy_habits, measure
 from pocket.measure import main as measure_main
-from pocket.sft import STUDENT, TEACHER
+from pocket.sft import SUMS_STUDENT, SUMS_TEACHER
 from pocket.task import fresh_problems
-from pocket.tokenizer import make_tokenizer
+from pocket.tokenizer import sums_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 ASSETS = REPOSITORY / "assets" / "pocket"
@@ -54,22 +54,20 @@ def test_evaluation_training_and_choice_share_no_problem():
 
 
 def test_models_are_never_trained_on_a_problem_of_the_files(monkeypatch: pytest.MonkeyPatch):
-    """What `train` is told to leave out are the prompts of all three sets, and `fresh_problems` leaves them out."""
+    """What `sums_batches` is told to leave out: the prompts of all three sets; `fresh_problems` leaves them out."""
     seen: set[str] = set()
-    monkeypatch.setattr(
-        "pocket.make.train", lambda model, recipe, tokenizer, seed, taken: seen.update(taken) or iter([])
-    )
-    make_model(TEACHER, make_tokenizer(), 0, PROBLEMS)
+    monkeypatch.setattr("pocket.make.sums_batches", lambda recipe, tokenizer, seed, taken: seen.update(taken) or [])
+    make_model(SUMS_TEACHER, sums_tokenizer(), 0, PROBLEMS)
     assert seen == {problem.prompt for chosen in PROBLEMS.values() for problem in chosen}
 
 
 def test_student_is_the_first_checkpoint_that_is_good_enough(monkeypatch: pytest.MonkeyPatch):
     # 10 % after 100 steps, 17.9 % after 200, 18 % after 300: training ends there
     found = iter([0.10, 0.179, 0.18, 0.5])
-    monkeypatch.setattr("pocket.make.train", lambda *_: iter([1.0] * 2200))
+    monkeypatch.setattr("pocket.sft.train", lambda *_: iter([1.0] * 2200))
     monkeypatch.setattr("pocket.make.accuracy", lambda *_: {"mean@4": next(found)})
-    assert make_model(STUDENT, make_tokenizer(), 0, PROBLEMS)[1] == 300
-    assert make_model(TEACHER, make_tokenizer(), 0, PROBLEMS)[1] == 2200
+    assert make_model(SUMS_STUDENT, sums_tokenizer(), 0, PROBLEMS)[1] == 300
+    assert make_model(SUMS_TEACHER, sums_tokenizer(), 0, PROBLEMS)[1] == 2200
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("teacher", 445_248), ("student", 149_216)])

@@ -6,14 +6,14 @@ from random import Random
 
 import pytest
 
-from pocket.sft import NO_LOSS, STEPS, learning_rate, make_batch
+from pocket.sft import NO_LOSS, SUMS_TEACHER, learning_rate, sums_batch
 from pocket.task import (
     PROMPT_TOKENS,
     RESPONSE_TOKENS,
     SYMBOLS,
     Habits,
     Problem,
-    careful_hand,
+    Written,
     exact,
     fresh_problems,
     is_hard_product,
@@ -23,11 +23,16 @@ from pocket.task import (
     teacher_hand,
     without_borrow,
 )
-from pocket.tokenizer import make_tokenizer
+from pocket.tokenizer import sums_tokenizer
 
 PROBLEMS = list(islice(fresh_problems(Random(7), set()), 4000))
 # 38 + 3·8 + 61 + 19 = 142, so 42 modulo 100; units digit first: 24.
 WORKED = Problem(numbers=(38, 61, 19), factors=(3, 8), place=1, signs=("+", "+", "+"))
+
+
+def careful_hand(rng, op, left, right):
+    """Always right."""
+    return Written(exact(left, op, right))
 
 
 def by_python(expression: str) -> int:
@@ -122,8 +127,8 @@ def test_teacher_data_deviate_in_one_step_of_ten_without_loss_and_go_on_consiste
 
 
 def test_loss_falls_on_response_and_eos_but_not_on_prompts_or_deviations():
-    tokenizer = make_tokenizer()
-    ids_BL, labels_BL = make_batch(PROBLEMS[:200], teacher_hand, Random(6), tokenizer)
+    tokenizer = sums_tokenizer()
+    ids_BL, labels_BL, _ = sums_batch(PROBLEMS[:200], teacher_hand, Random(6), tokenizer)
     assert ids_BL.shape == (200, 13 + 38)
     assert (labels_BL[:, :13] == NO_LOSS).all()
     assert (labels_BL[:, -1] == tokenizer.eos_token_id).all()
@@ -139,15 +144,15 @@ def test_problems_in_taken_never_come():
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
-    assert learning_rate(1) == pytest.approx(3e-3 / 50)
-    assert learning_rate(50) == pytest.approx(3e-3)
+    assert learning_rate(1, SUMS_TEACHER) == pytest.approx(3e-3 / 50)
+    assert learning_rate(50, SUMS_TEACHER) == pytest.approx(3e-3)
     # halfway between step 50 and 2,200 the cosine is at half its height
-    assert learning_rate(1125) == pytest.approx(1.5e-3)
-    assert learning_rate(STEPS) == 0.0
+    assert learning_rate(1125, SUMS_TEACHER) == pytest.approx(1.5e-3)
+    assert learning_rate(SUMS_TEACHER.steps, SUMS_TEACHER) == 0.0
 
 
 def test_tokenizer_gives_every_symbol_back_and_adds_nothing():
-    tokenizer = make_tokenizer()
+    tokenizer = sums_tokenizer()
     assert len(tokenizer) == 19 and len(SYMBOLS) == 17
     for symbol in SYMBOLS:
         (token,) = tokenizer(symbol).input_ids
@@ -162,7 +167,7 @@ def test_tokenizer_gives_every_symbol_back_and_adds_nothing():
 
 def test_tokenizer_refuses_a_character_that_it_does_not_know():
     with pytest.raises(Exception, match="vocabulary"):
-        make_tokenizer()("83/1")
+        sums_tokenizer()("83/1")
 
 
 def test_habits_judge_each_step_by_the_operands_that_stand_in_it():

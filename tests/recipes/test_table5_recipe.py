@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from opsd.config.cli import parse
+from opsd.eval.command import EvalCommand
+
 ROOT = Path(__file__).parents[2]
 CELLS = ["all", "entropy_sample-50", "entropy_sample-20", "soft_or-50", "soft_or-20"]
 
@@ -220,7 +223,46 @@ def test_paper_scale_launches_deepspeed_where_nothing_is_missing(project):
     project.program("deepspeed", (project.bin / "opsd").read_text())
     done = project.run(PAIRS="qwen3", CELLS="all", QWEN3_STUDENT="/m/s", QWEN3_TEACHER="/m/t", DATA_DIR="/d")
     assert done.returncode == 0, done.stderr
-    assert project.calls()[0].startswith("deepspeed --num_gpus 8 --no_local_rank --module opsd train --student /m/s ")
+    launch = "deepspeed --num_gpus 8 --no_local_rank --module opsd"
+    teacher, cell, report = project.calls()
+    assert cell.startswith(f"{launch} train --student /m/s ") and report.startswith("python scripts/report.py")
+    assert teacher.startswith(f"{launch} eval --model /m/t --out runs/table5/teachers/qwen3-")
+
+
+def test_at_paper_scale_the_teacher_is_evaluated_by_vllm_once_under_the_settings_of_the_cells(project):
+    printed = project.run(DRY_RUN="1", CELLS="all,soft_or-50", SEEDS="0 1").stdout.splitlines()
+    evaluations = [shlex.split(line) for line in printed if " opsd eval " in line]
+    assert [value(c, "--model") for c in evaluations] == ["$QWEN3_TEACHER", "$LLAMA_TEACHER", "$QWEN25_TEACHER"]
+    trained = commands("\n".join(printed))
+    assert len(trained) == 12 and all(value(c, "--eval.teacher") == "False" for c in trained)
+    for name in ("samples", "temperature", "top_p", "top_k"):
+        assert {value(c, f"--{name}") for c in evaluations} == {value(c, f"--eval.{name}") for c in trained}
+    for name in ("max_new_tokens", "max_prompt_tokens"):
+        assert {value(c, f"--{name}") for c in evaluations} == {value(c, f"--rollout.{name}") for c in trained}
+    assert ["--tensor_parallel" in c for c in evaluations] == [False, True, False]
+    for command in evaluations:
+        parse(EvalCommand, command[command.index("eval") + 1 :], "opsd eval")
+
+    def files(*flags):
+        lines = project.run(*flags, DRY_RUN="1", CELLS="all").stdout.splitlines()
+        return [value(shlex.split(line), "--out") for line in lines if " opsd eval " in line]
+
+    # Other settings of an evaluation are another one; the training's are not.
+    assert files("--optim.lr", "1e-5") == files() != files("--eval.samples", "4")
+    assert "--limit 3" in project.run("--eval.limit", "3", DRY_RUN="1", CELLS="all").stdout
+
+
+def test_a_teacher_that_was_evaluated_is_not_evaluated_again(project):
+    project.program("nvidia-smi", "#!/bin/bash\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
+    project.program("deepspeed", (project.bin / "opsd").read_text())
+    models = {"QWEN3_STUDENT": "/m/s", "QWEN3_TEACHER": "/m/t", "DATA_DIR": "/d"}
+    for calls in (3, 4):  # teacher, cell and report; the report again
+        assert project.run(PAIRS="qwen3", CELLS="all", **models).returncode == 0
+        assert len(project.calls()) == calls
+    # One that fails stops the recipe.
+    (project.root / "fail").touch()
+    done = project.run("--eval.samples", "4", PAIRS="qwen3", CELLS="all", **models)
+    assert done.returncode == 3 and len(project.calls()) == 5
 
 
 def test_two_recipes_share_a_machine_by_their_gpus_and_ports(project):

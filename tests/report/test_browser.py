@@ -62,7 +62,7 @@ def test_hostile_text_is_shown_and_never_run(page, token_run, tmp_path):
 def test_keys_switch_colours_and_walk_through_tokens(page, token_run, tmp_path):
     page.open(inspect(InspectConfig(token_run(), out=tmp_path / "page.html")))
     colours = {}
-    for key, mode in zip("12345", ("h", "r", "f", "q", "k"), strict=True):
+    for key, mode in zip("12345", ("h", "r", "f", "label quadrant", "k"), strict=True):
         page.press(key)
         assert page.value("document.querySelector('#modes :checked').value") == mode
         colours[mode] = page.value(

@@ -16,6 +16,7 @@ from opsd.viewer.command import InspectConfig, inspect
 from opsd.viewer.examples import pick
 from opsd.viewer.page import embed
 from opsd.viewer.texts import Texts
+from tip_patch.quadrants import QUADRANT_LABELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def test_the_page_holds_every_rollout_as_it_was_recorded(token_run, tmp_path):
     data = data_of(inspect(InspectConfig(token_run(), out=tmp_path / "page.html")))
     assert (data["run"], data["step"], data["steps"]) == ("token-run", 20, 40)
     assert (data["student"], data["selector"]) == ("student-model", "soft_or, 50 % kept")
-    assert data["splits"] == {"entropy": 0.5, "divergence": 1.0}
+    assert data["labels"][0]["splits"] == {"entropy": 0.5, "divergence": 1.0}
     assert len(data["rollouts"]) == 4 and data["left_out"] == 0
     second = data["rollouts"][1]
     # rows 6 … 11: ids 6 … 10, 0; h (n mod 5)/4; δ n mod 4; kept where n is even
@@ -53,11 +54,23 @@ def test_the_page_holds_every_rollout_as_it_was_recorded(token_run, tmp_path):
 
 def test_quadrant_shares_are_those_of_the_record(token_run, tmp_path):
     run = token_run(rollouts=10, length=2)  # 20 rows: every pair of h and δ once
-    shares = data_of(inspect(InspectConfig(run, out=tmp_path / "page.html")))["shares"]
+    shares = data_of(inspect(InspectConfig(run, out=tmp_path / "page.html")))["labels"][0]["values"]
     # h > 0.5 in 2 of 5, δ > 1 in 2 of 4: Q1 0.2, Q2 0.2, Q3 0.3, Q4 0.3; Σδ is 5·(0+1+2+3) = 30, Q1 holds 2·(2+3)
     assert [share["tokens"] for share in shares] == [0.2, 0.2, 0.3, 0.3]
     assert shares[0]["loss"] == pytest.approx(10 / 30)
     assert sum(share["loss"] for share in shares) == pytest.approx(1)
+
+
+def test_a_label_that_no_telemetry_knows_is_shown_by_its_numbers(token_run, tmp_path):
+    run = token_run()
+    file = run / "tokens" / "step_20.parquet"
+    table = pd.read_parquet(file).drop(columns="quadrant")
+    table.assign(parity=table["position"] % 2).to_parquet(file)
+    data = data_of(inspect(InspectConfig(run, out=tmp_path / "page.html")))
+    (labels,) = data["labels"]
+    assert [(label["name"], label["tokens"]) for label in labels["values"]] == [("parity 0", 0.5), ("parity 1", 0.5)]
+    assert data["rollouts"][0]["label parity"] == [0, 1, 0, 1, 0, 1]
+    assert [example["kind"] for example in data["examples"]] == ["left_out"]
 
 
 def test_no_text_of_a_model_can_end_the_element_it_stands_in(token_run, tmp_path):
@@ -132,6 +145,9 @@ def test_half_characters_and_lost_spaces_are_spelled_out():
     assert texts.list() == [" so"]
 
 
+LABELS = {"quadrant": QUADRANT_LABELS}
+
+
 def rows(*values):
     """(rollout, token, h, δ, quadrant, kept)"""
     names = ["rollout", "token_id", "entropy", "reverse_kl", "quadrant", "kept"]
@@ -147,14 +163,14 @@ def test_the_clearest_token_of_each_kind_is_picked():
         (8, 5, 0.9, 5.0, 1, True),  # 0.45
         (8, 6, 0.8, 8.0, 1, True),  # 0.64, the clearer one
     )
-    found = [(e["kind"], e["rollout"], e["row"]) for e in pick(table, [{"id": 3}, {"id": 8}])]
+    found = [(e["kind"], e["rollout"], e["row"]) for e in pick(table, [{"id": 3}, {"id": 8}], LABELS)]
     assert found == [
-        ("q3", 0, 1),
-        ("q3", 0, 2),
-        ("q1", 1, 2),
-        ("q1", 1, 1),
-        ("q2", 1, 0),
-        ("q4", 0, 0),
+        ("quadrant 3", 0, 1),
+        ("quadrant 3", 0, 2),
+        ("quadrant 1", 1, 2),
+        ("quadrant 1", 1, 1),
+        ("quadrant 2", 1, 0),
+        ("quadrant 4", 0, 0),
         ("left_out", 0, 1),
     ]
 
@@ -162,8 +178,8 @@ def test_the_clearest_token_of_each_kind_is_picked():
 def test_examples_of_a_kind_differ_and_are_at_most_three():
     same = [(0, 7, 0.0, 9.0, 3, True)] * 4
     others = [(0, token, 0.0, 8.0, 3, True) for token in (1, 2, 3)]
-    found = pick(rows(*same, *others), [{"id": 0}])
-    assert [(e["kind"], e["row"]) for e in found] == [("q3", 0), ("q3", 4), ("q3", 5)]
+    found = pick(rows(*same, *others), [{"id": 0}], LABELS)
+    assert [(e["kind"], e["row"]) for e in found] == [("quadrant 3", 0), ("quadrant 3", 4), ("quadrant 3", 5)]
 
 
 def test_rollouts_of_one_prompt_do_not_fill_the_examples():
@@ -171,13 +187,13 @@ def test_rollouts_of_one_prompt_do_not_fill_the_examples():
     table = rows(*[(0, token, 0.0, 9.0, 3, True) for token in (1, 2, 3)], (0, 4, 0.0, 8.0, 3, True))
     table["student_top_ids"] = [[1, 2], [1, 2], [1, 2], [5, 6]]
     table["teacher_top_ids"] = [[7, 1], [7, 1], [7, 1], [7, 1]]
-    assert [(e["kind"], e["row"]) for e in pick(table, [{"id": 0}])] == [("q3", 0), ("q3", 3)]
+    assert [(e["kind"], e["row"]) for e in pick(table, [{"id": 0}], LABELS)] == [("quadrant 3", 0), ("quadrant 3", 3)]
 
 
 def test_nothing_is_picked_where_nothing_was_recorded_or_left_out():
-    assert pick(rows(), []) == []
-    all_kept = pick(rows((0, 1, 0.5, 1.0, 1, True)), [{"id": 0}])
-    assert [e["kind"] for e in all_kept] == ["q1"]
+    assert pick(rows(), [], LABELS) == []
+    all_kept = pick(rows((0, 1, 0.5, 1.0, 1, True)), [{"id": 0}], LABELS)
+    assert [e["kind"] for e in all_kept] == ["quadrant 1"]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,24 @@ def test_where_evaluations_are_shared_is_no_part_of_the_protocol(make_run):
     assert sorted(map(sorted, names(folder))) == [["all", "soft_or 50 %"], ["entropy 50 %"]]
 
 
+def test_a_teacher_that_was_evaluated_apart_is_found_by_its_model_suites_and_sampling(make_run):
+    folder = make_run("all", 1.0, ALL, settings={"eval": {"suite": ["pocket=eval.jsonl"], "temperature": 0.6}})
+    (run,) = read_runs(folder)
+    of_run = run.evaluation("teacher")
+    (run.path / "eval" / "teacher.json").unlink()
+    assert of_run is not None and run.evaluation("teacher") is None
+    sampling = {"samples": 16, "temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_new_tokens": 9, "seed": 1234}
+    apart = {"model": "models/t", "sampling": sampling, "suites": of_run["suites"]}
+    (folder / "teachers").mkdir()
+    others = [{**apart, "model": "models/u"}, {**apart, "sampling": sampling | {"temperature": 1.0}}]
+    others += [{**apart, "suites": {}}, {name: apart[name] for name in ("model", "sampling")}]  # as before it is done
+    for number, other in enumerate(others):
+        (folder / "teachers" / f"{number}.json").write_text(json.dumps(other))
+    assert run.evaluation("teacher") is None
+    (folder / "teachers" / "qwen3-9.json").write_text(json.dumps(apart))
+    assert run.evaluation("teacher") == apart and run.evaluation("step_1") is None
+
+
 def test_another_divergence_is_another_protocol_unless_the_table_compares_divergences(make_run):
     make_run("all", 1.0, ALL)
     folder = make_run("all", 1.0, ALL, name="other", settings=JSD)
@@ -117,7 +135,7 @@ def test_a_name_that_is_none_is_one_line(name):
 def shown(monkeypatch, tmp_path):
     """Reports a folder without figures; returns the rows of its first table and its JSON."""
     monkeypatch.setattr(report_script, "pictures", lambda *_: [])
-    monkeypatch.setattr(report_script, "draw", lambda *_: None)
+    monkeypatch.setattr(report_script, "png", lambda *_: b"")
 
     def show(folder, table, *cells):
         report_script.main(folder, table, tmp_path / "out", cells)

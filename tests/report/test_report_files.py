@@ -26,7 +26,7 @@ def report(capsys, monkeypatch):
     def run(folder: Path, table: str = "table5", figures: bool = False, cells: tuple[str, ...] = ()) -> str:
         if not figures:  # they take a second
             monkeypatch.setattr(report_script, "pictures", lambda *_: [])
-            monkeypatch.setattr(report_script, "draw", lambda *_: None)
+            monkeypatch.setattr(report_script, "png", lambda *_: b"")
         report_script.main(folder, table, folder.parent / "out", cells)
         return capsys.readouterr().out
 

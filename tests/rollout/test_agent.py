@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
+from trips import golds, plan_text
 
 from opsd.config import from_json
 from opsd.data.packing import pack
 from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks, write_task_file
-from opsd.environments.travel.oracle import oracle_plan, plan_text
+from opsd.environments.travel.oracle import oracle_plan
 from opsd.environments.travel.talk import Talk, last_turn
-from opsd.environments.travel.words import golds
 from opsd.rollout import HFRollout
 from opsd.rollout.agent import AgentRollout
 from opsd.rollout.cached_agent import CachedAgentRollout
@@ -26,7 +26,7 @@ from opsd.train import start
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
-from pocket.travel_sft import make_tokenizer as make_word_tokenizer
+from pocket.tokenizer import trips_tokenizer
 
 # The shape of Qwen3's template: tools in the system message, tool outputs in a user turn.
 HERMES = (
@@ -57,7 +57,7 @@ def chat_tokenizer(make_tokenizer):
 
 @pytest.fixture(scope="module")
 def word_tokenizer():
-    return make_word_tokenizer()
+    return trips_tokenizer()
 
 
 class Parrot:

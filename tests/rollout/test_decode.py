@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     FalconH1Config,
     Gemma3TextConfig,
     GenerationConfig,
@@ -170,6 +171,21 @@ def test_a_growing_layer_holds_what_was_put_in_and_moves_it_seldom():
     assert layer.keys is not None and torch.equal(layer.keys, torch.cat(parts, dim=2)[[2, 0]])
     new = torch.randn(2, 2, 1, 4)
     assert torch.equal(layer.update(new, new)[0][:, :, -1:], new) and layer.get_seq_length() == 208
+
+
+def test_under_autocast_the_cache_is_in_the_compute_type_and_gives_the_same_bits(make_model):
+    """transformers' own is in fp32 there, and attention rounds all of it for every token."""
+    model = make_model("qwen3", num_attention_heads=4, num_key_value_heads=2)
+    ids_BL = torch.randint(6, 49, (3, 9))
+    found, types = [], []
+    for cache in (new_cache(model.config, 9), DynamicCache(config=model.config)):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            model(ids_BL[:, :8], past_key_values=cache, use_cache=True)
+            found.append(model(ids_BL[:, 8:], past_key_values=cache, use_cache=True).logits)
+        types.append({states.dtype for layer in cache.layers for states in (layer.keys, layer.values)})
+    torch.clear_autocast_cache()
+    assert types == [{torch.bfloat16}, {torch.float32}]
+    assert torch.equal(*found)
 
 
 def test_shared_heads_attend_as_by_sdpa(make_model):

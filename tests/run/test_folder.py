@@ -208,7 +208,7 @@ def test_a_kill_while_a_file_is_replaced_leaves_the_old_one(run, monkeypatch):
     def kill(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opsd.run.folder.os.replace", kill)
+    monkeypatch.setattr("opsd.run.disk.os.replace", kill)
     with pytest.raises(KeyboardInterrupt):
         run.cut_after(1)
     assert steps(run) == [1, 2]

@@ -11,8 +11,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from updates import trainer_of
 
+from bench.updates import trainer_of
 from opsd import train
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
 from opsd.run import tracking

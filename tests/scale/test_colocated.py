@@ -1,14 +1,13 @@
 """ZeRO-3 on two ranks and vLLM: one sampler over both, one on each, or processes of their own make the same run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_pair, vllm_model
 from tolerance import close, transformer
+from two_ranks import run_ranks
 
 from opsd.config import from_json
 from opsd.model.loading import load_scorer, load_tokenizer
@@ -24,10 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
 def train(folder: Path, run: str) -> None:
     """What `vllm_worker.py` does with these arguments, on two ranks."""
-    worker = str(Path(__file__).with_name("vllm_worker.py"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    words = [sys.executable, worker, str(folder), run]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = run_ranks(Path(__file__).with_name("vllm_worker.py"), folder, run)
     assert done.returncode == 0, done.stderr[-12000:]
 
 
@@ -36,15 +32,10 @@ def out(tmp_path_factory) -> Path:
     """What two ranks wrote, with 2 and with 1 ranks to a sampler, and with samplers in processes of their own."""
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     folder = tmp_path_factory.mktemp("colocated")
-    data = folder / "sums.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{a}+{b}="}) + "\n" for a in range(4) for b in range(4)))
     values = {
-        "student": str(folder / "student"),
-        "teacher": {"model": str(folder / "teacher")},
-        "prompts": str(data),
+        **tiny_pair(folder, vllm_model, answers=False),
         "steps": 3,
         "prompts_per_step": 3,
-        "prompt_format": "raw",
         "rollout": {
             "engine": "vllm",
             "samples_per_prompt": 2,
@@ -55,7 +46,6 @@ def out(tmp_path_factory) -> Path:
         "optim": {"lr": 1e-2},
         "engine": {"kind": "deepspeed", "zero_stage": 3, "device": "cpu", "micro_batch_tokens": 24},
         "telemetry": {"every": 0, "save_rollouts_every": 1},
-        "track": {"progress": False},
     }
     (folder / "settings.json").write_text(json.dumps(values))
     # A run that was killed can leave what its ranks shared, under the name that vLLM gives it: no run may trip on it.

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tinypair import tiny_pair
+from tiny_models import tiny_pair
 from tolerance import close_numbers, transformer
 
 from opsd.config import from_json

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from opsd.data.packing import pack
 from opsd.model.scorer import Scorer
@@ -25,8 +26,8 @@ def places(scorer):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_an_offloaded_model_is_on_the_device_while_it_computes_only_and_its_one_host_copy_stays(batches, tied):
-    plain = LocalTeacher(Scorer(WORKER["model"](tied, 1)), CPU).hidden(batches)
-    scorer = Scorer(WORKER["model"](tied, 1))
+    plain = LocalTeacher(Scorer(tiny_model(tied, 1)), CPU).hidden(batches)
+    scorer = Scorer(tiny_model(tied, 1))
     head = scorer.head.weight.data_ptr()
     teacher = LocalTeacher(scorer, DEVICE, offload=True)
     host = places(scorer)
@@ -45,7 +46,7 @@ def test_an_offloaded_model_is_on_the_device_while_it_computes_only_and_its_one_
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_head_is_the_models_own_and_stays_where_it_is(offload):
-    scorer = Scorer(WORKER["model"](False, 1))
+    scorer = Scorer(tiny_model(False, 1))
     before = scorer.head.weight.data_ptr()
     head = LocalTeacher(scorer, DEVICE, offload).head()
     assert head.data_ptr() == scorer.head.weight.data_ptr() == before
@@ -53,7 +54,7 @@ def test_the_head_is_the_models_own_and_stays_where_it_is(offload):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_states_wait_in_pinned_host_memory(batches):
-    scorer = Scorer(WORKER["model"](True, 1))
+    scorer = Scorer(tiny_model(True, 1))
     (first, *_) = LocalTeacher(scorer.cuda(), torch.device("cuda"), offload=True, cache="host").hidden(batches)
     assert first.device.type == "cpu" and first.is_pinned()
     moved = next(p for p in scorer.parameters() if p is not scorer.head.weight)

@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from opsd.rollout import vllm as module
+from opsd.rollout.probe import Probe
 from opsd.rollout.vllm import VLLMRollout
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK
@@ -36,11 +37,19 @@ class Memory:
         self.calls.append(f"{what} {self.weights}")
 
 
+class WatchedProbe(Probe):
+    def __init__(self, sampler):
+        self._ids, self._most, self._sampler = [], 96, sampler
+
+    def check(self, score):
+        self._sampler._llm.run("probe")
+
+
 class Sampler(VLLMRollout):
     def __init__(self, trainer, sleeps):
         self.trainer, self._sleeps, self._llm = trainer, sleeps, Memory(trainer["weights"])
         self._ranks, self._width, self._eos_ids = ONE_RANK, 1, [1]
-        self._max_model_tokens, self._probe_ids = 96, []
+        self._probe = WatchedProbe(self)
         self._rest()
 
     def sample(self, jobs, sampling, seed):
@@ -49,9 +58,6 @@ class Sampler(VLLMRollout):
 
     def _load_weights(self):
         self._llm.load(self.trainer["weights"])
-
-    def _check(self):
-        self._llm.run("probe")
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tinypair import tiny_pair
+from tiny_models import tiny_model, tiny_pair
 from tolerance import close, close_numbers, rounding, transformer
 from transformers import AutoModelForCausalLM
+from two_ranks import run_ranks
 
 from opsd.config import from_json
 from opsd.engine import learning_rate
@@ -33,13 +34,6 @@ NAMES = [case.name for case in HELPERS["cases"]() if case.engine is not None]
 # Three steps of the two-layer model.
 TRAINED = transformer(2, 16, backward=3)
 EXACT = [name for name in NAMES if "bfloat16" not in name]
-
-
-def two_ranks(program: Path, *args: Path | str) -> subprocess.CompletedProcess:
-    """A program that makes two ranks of itself, of one thread each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    words = [sys.executable, str(program), *map(str, args)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True)
 
 
 def torchrun(ranks: int, *args: str, **environment: str) -> subprocess.CompletedProcess:
@@ -73,7 +67,7 @@ def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scale")
     values = settings(folder)
     (folder / "settings.json").write_text(json.dumps(values))
-    done = two_ranks(WORKER, folder)
+    done = run_ranks(WORKER, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     one = {**values, "engine": {"device": "cpu", "micro_batch_tokens": 24}}
     start(from_json({**one, "out": f"{folder}/plain"}))
@@ -143,7 +137,7 @@ def kept_of(by: str, entropy_N: torch.Tensor, kl_N: torch.Tensor, lengths: list[
 
 def padded_steps(by: str, tied: bool) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """The same steps on one padded batch, with transformers and torch alone: losses, norms, the last weights."""
-    student, teacher = HELPERS["model"](tied, 0), HELPERS["model"](True, 1)
+    student, teacher = tiny_model(tied, 0), tiny_model(True, 1)
     written = [rollout for rollout in HELPERS["rollouts"]() if rollout.response_ids]
     rows = [rollout.prompt.ids + rollout.response_ids for rollout in written]
     lengths = [len(rollout.response_ids) for rollout in written]
@@ -196,7 +190,7 @@ def test_the_steps_were_large_enough_to_tell_runs_apart(out, results):
     # Otherwise weights that never moved would agree as well. Every selector ends elsewhere, and clipping was at work.
     plain = [name for name in results["cases"] if "/" not in name]
     ends = {name: tensors_of(out, name, False) for name in plain if name.endswith("-tied") and "lora" not in name}
-    begin = torch.cat([p.detach().flatten() for _, p in sorted(HELPERS["model"](True, 0).named_parameters())])
+    begin = torch.cat([p.detach().flatten() for _, p in sorted(tiny_model(True, 0).named_parameters())])
     assert all(float((end - begin).norm()) > 0.01 * float(begin.norm()) for end in ends.values())
     adapters = load_file(out / "lora-tied.safetensors")
     # B begins at 0.

@@ -1,12 +1,12 @@
 """vLLM in a process of its own: it says what transformers says, takes new weights, and no fault of it goes unsaid."""
 
 import os
-import runpy
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_pair, vllm_model
 
 from opsd.config import EngineConfig, OptimConfig, RolloutConfig
 from opsd.engine import TorchEngine
@@ -26,10 +26,7 @@ def models(tmp_path_factory) -> Path:
     """student/ and teacher/: random, small, of a shape that vLLM takes."""
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     folder = tmp_path_factory.mktemp("models")
-    worker = runpy.run_path(str(Path(__file__).with_name("vllm_worker.py")))
-    for name, seed in (("student", 0), ("teacher", 1)):
-        worker["model"](seed).save_pretrained(folder / name)
-        worker["HELPERS"]["tokenizer"]().save_pretrained(folder / name)
+    tiny_pair(folder, vllm_model)
     return folder
 
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny_pair, vllm_model
 
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, RolloutConfig, from_json
 from opsd.engine import TorchEngine
@@ -121,6 +120,7 @@ def test_adapters_reach_the_sampler_merged_and_a_sampler_without_them_is_caught(
     add_adapters(student.model, LoraConfig(rank=8), 0, str(smollm2.folder))
     adapted = TorchEngine(student, EngineConfig(), OptimConfig(), CPU)
     monkeypatch.setattr(vllm, "_engine", adapted)
+    monkeypatch.setattr(vllm._probe, "_engine", adapted)
     vllm.sync()
     before = vllm.generate(prompts, 1, GREEDY, seed=0)
     generator = torch.Generator().manual_seed(4)
@@ -163,26 +163,17 @@ def test_every_stop_token_ends_an_answer_with_itself_and_the_limit_is_flagged(en
 def run(request, tmp_path_factory):
     """Three steps of a small random model towards another one, rollouts by vLLM, on the command line's defaults."""
     folder = tmp_path_factory.mktemp("vllm")
-    worker = runpy.run_path(str(Path(__file__).with_name("vllm_worker.py")))
-    for name, seed in (("student", 0), ("teacher", 1)):
-        worker["model"](seed).save_pretrained(folder / name)
-        worker["HELPERS"]["tokenizer"]().save_pretrained(folder / name)
-    (folder / "sums.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+2="}) + "\n" for a in range(4)))
     values = {
-        "student": str(folder / "student"),
-        "teacher": {"model": str(folder / "teacher")},
-        "prompts": str(folder / "sums.jsonl"),
+        **tiny_pair(folder, vllm_model, answers=False),
         "out": str(folder / "run"),
         "steps": 3,
         "prompts_per_step": 2,
-        "prompt_format": "raw",
         "rollout": {"engine": "vllm", "samples_per_prompt": 2, "max_prompt_tokens": 48, "max_new_tokens": 8},
         "select": {"by": "soft_or", "normalise_over": "batch"},
         "optim": {"lr": 1e-2},
         "lora": {"rank": 8} if request.param == "adapters" else {},
         "engine": {"device": "cpu", "micro_batch_tokens": 256},
         "telemetry": {"every": 0, "save_rollouts_every": 1},
-        "track": {"progress": False},
     }
     start(from_json(values))
     leave()

@@ -6,12 +6,13 @@ the same.
 
 import functools
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from two_ranks import on_ranks
 
 from opsd.config import from_json
 from opsd.rollout import vllm as rollout_vllm
@@ -19,38 +20,13 @@ from opsd.train import start
 from opsd.utils.distributed import join
 from opsd.utils.errors import RunStopped
 
-HELPERS = runpy.run_path(str(Path(__file__).with_name("worker.py")))
 CPU = torch.device("cpu")
 
 
-def model(seed: int):
-    """Random, of a shape that vLLM's CPU attention takes, and with heads that two ranks can share."""
-    config = Qwen3Config(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-
-
 def main(out: Path, run: str) -> None:
-    for name, seed in (("student", 0), ("teacher", 1)):
-        model(seed).save_pretrained(out / name)
-        HELPERS["tokenizer"]().save_pretrained(out / name)
     _ = rollout_vllm._import_vllm(CPU).LLM  # so that no rank has to
     for width in (2, 1, 0):
-        HELPERS["on_ranks"](2, functools.partial(train, out, width, run))
+        on_ranks(2, functools.partial(train, out, width, run))
         shared = sorted(path.name for path in Path("/dev/shm").glob("*cpushm*"))
         (out / f"shared {run}{width}.json").write_text(json.dumps(shared))
 

@@ -12,38 +12,33 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import shutil
-import signal
-import socket
 import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from updates import trainer_of
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from tiny_models import tiny_model
+from two_ranks import on_ranks
 
-import opsd.train as train_module
+from bench.updates import trainer_of
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data import packing as batch
 from opsd.data.packing import empty, pack, share
 from opsd.distill import DistillResult
 from opsd.engine import TorchEngine
-from opsd.engine.deepspeed_engine import DeepSpeedEngine, import_deepspeed
+from opsd.engine.deepspeed_engine import DeepSpeedEngine
 from opsd.model.lora import add_adapters
 from opsd.model.scorer import Scorer
 from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
-from opsd.train import resume, start
+from opsd.train import Trainer, resume, start
 from opsd.types import Prompt, Rollout
-from opsd.utils.distributed import join, leave
+from opsd.utils.distributed import join
 
 NOTHING: tuple = (None, None)
 CPU = torch.device("cpu")
@@ -162,36 +157,6 @@ def cases() -> list[Case]:
     return found
 
 
-def model(tied: bool, seed: int):
-    """A random two-layer model; norms and embeddings as in the other tests' tiny models."""
-    config = Qwen3Config(
-        vocab_size=52,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.3,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-
-
-def tokenizer():
-    """One token a character, as in the other tests."""
-    vocabulary = ["<pad>", "<eos>", "<unk>", *"0123456789+=abcdefghijklmnopqrstuvwxyz-*/()., "][:VOCABULARY]
-    inner = Tokenizer(models.WordLevel({token: place for place, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
-
-
 def rollouts() -> list[Rollout]:
     """Seven of uneven lengths; the fourth has no token."""
     generator = torch.Generator().manual_seed(5)
@@ -224,7 +189,7 @@ def is_plain(case: Case) -> bool:
 
 def build(case: Case, ranks, held=None):
     """Engine, trainer and teacher of a case; held: weights to start from."""
-    student = Scorer(model(case.tied, seed=0))
+    student = Scorer(tiny_model(case.tied, seed=0))
     if held is not None:
         missing, unknown = student.model.load_state_dict(held, strict=False)
         assert (missing, unknown) == (["lm_head.weight"] if case.tied else [], [])
@@ -236,7 +201,7 @@ def build(case: Case, ranks, held=None):
     else:
         engine = DeepSpeedEngine(student, engine, case.optim, CPU, ranks)
     selector = load_selector(case.by, retention=0.5, **case.options) if case.by != "all" else None
-    teacher = LocalTeacher(Scorer(model(True, seed=1)), CPU)
+    teacher = LocalTeacher(Scorer(tiny_model(True, seed=1)), CPU)
     return engine, trainer_of(engine, teacher, selector, None, VOCABULARY, case.optim, STEPS), teacher
 
 
@@ -267,7 +232,7 @@ def plain_model(case: Case, engine, ranks) -> dict:
     streamed = {name: tensor.clone() for name, tensor in engine.gathered()}
     if not ranks.is_main:
         return {}
-    base = model(case.tied, seed=0)
+    base = tiny_model(case.tied, seed=0)
     dtype = next(iter(streamed.values())).dtype
     gaps = {"saved": 0.0, "streamed": 0.0, "frozen": 0.0}
     for name, weight in base.named_parameters():
@@ -344,18 +309,18 @@ def discarded(ranks) -> dict[str, list]:
 
 def stopped(config) -> None:
     """A run that ends before its third step is saved."""
-    whole = train_module.save_if_due
+    whole = Trainer.save_if_due
 
-    def stop_in_step_3(parts, run, step, metrics):
+    def stop_in_step_3(trainer, step, metrics):
         if step == 3:
             raise KeyboardInterrupt
-        whole(parts, run, step, metrics)
+        whole(trainer, step, metrics)
 
-    train_module.save_if_due = stop_in_step_3
+    Trainer.save_if_due = stop_in_step_3
     try:
         start(config)
     except KeyboardInterrupt:
-        train_module.save_if_due = whole
+        Trainer.save_if_due = whole
 
 
 def whole_runs(ranks, settings: Path) -> None:
@@ -384,44 +349,6 @@ def whole_runs(ranks, settings: Path) -> None:
         start(config(f"{kind} whole", **parts))
         stopped(config(f"{kind} resumed", **parts))
         resume(Path(config(f"{kind} resumed").out))
-
-
-def on_ranks(count: int, act: Callable[[], None]) -> None:
-    """`act` on so many ranks; exits with 1 where one fails, which ends the others."""
-    import_deepspeed(CPU)
-    # DeepSpeed collects garbage as it builds an engine: among what was imported, which stays, it need not look.
-    gc.freeze()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    running = set()
-    for rank in range(count):
-        if not (pid := os.fork()):
-            be_rank({**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)}, act)
-        running.add(pid)
-    while running:
-        pid, status = os.wait()
-        running.discard(pid)
-        if status:
-            for other in running:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(1)
-
-
-def be_rank(place: dict[str, str], act: Callable[[], None]) -> None:
-    """Never returns: the fork ends with what it did."""
-    code = 1
-    try:
-        os.environ |= place
-        act()
-        leave()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def main(out: Path) -> None:

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from tolerance import close, transformer
-from updates import trainer_of
 
+from bench.updates import trainer_of
 from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.data import packing as batch
 from opsd.data.packing import pack

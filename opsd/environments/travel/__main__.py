@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from opsd.environments.travel.task import (
     travel_folder,
     write_task_file,
 )
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.seeding import derive_seed
 
 
@@ -99,8 +98,5 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("travel"):
         tyro.cli(main, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    except UserError as error:
-        print(f"travel: {error}", file=sys.stderr)
-        sys.exit(2)

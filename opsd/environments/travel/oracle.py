@@ -6,7 +6,6 @@ and dinner where there is time, home in the evening.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,58 +94,6 @@ def oracle_plan(task: TravelTask) -> Plan:
             day.add(NIGHT - day.now, "hotel", activity="Rest", name=hotel["name"])
         days.append(_as_day(number, day, meta, None if last else hotel))
     return Plan(days, plan_cost(days, meta))
-
-
-_NAMED = {
-    "restaurant": ("meal", "name"),
-    "attraction": ("attraction", "name"),
-    "train": ("travel_intercity_public", "number"),
-    "flight": ("travel_intercity_public", "number"),
-}
-"""Where a plan names what a constraint of each kind speaks of."""
-
-
-def without(plan: Plan, task: TravelTask, key: str) -> Plan:
-    """`plan` with one constraint broken and every other one left as it is: wrong names, or a dinner too dear."""
-    broken, kind = copy.deepcopy(plan), key.split("_")[0]
-    for day in broken.daily_plans:
-        if kind == "hotel" and "accommodation" in day:
-            day["accommodation"]["name"] = "Another hotel"
-        for activity in day["activities"]:
-            if kind == "budget" and activity["type"] == "meal":
-                activity["details"]["cost"] = 2.0 * float(task.constraints[key]["max_budget"])
-            where, name = _NAMED.get(kind, ("", ""))
-            if activity["type"] == where:
-                activity["details"][name] = f"Another {kind}"
-    return broken
-
-
-def plan_text(plan: Plan) -> str:
-    """A plan in the grammar that `parse_plan` reads, with its <plan> tags."""
-    lines = ["<plan>"]
-    for day in plan.daily_plans:
-        stay = day.get("accommodation")
-        where = "-" if stay is None else f"{stay['name']}, ¥{stay['price_per_night']:g}/room/night"
-        lines += [f"Day {day['day_number']}:", f"Current City: {day['current_city']}", f"Accommodation: {where}"]
-        lines += [f"{a['time_slot']} | {a['type']} | {_line(a['type'], a['details'])}" for a in day["activities"]]
-        lines.append("")
-    total = 0.0 if plan.total_budget is None else plan.total_budget
-    return "\n".join([*lines, "**Budget Summary**:", f"**Total Estimated Budget: {total:g} RMB**", "</plan>"])
-
-
-def _line(kind: str, d: dict[str, Any]) -> str:
-    if kind == "buffer":
-        return d["description"]
-    if kind == "hotel":
-        return f"{d['activity']}, {d['name']}"
-    if kind == "attraction":
-        return f"{d['name']}, ¥{d['cost']:g}/person"
-    if kind == "meal":
-        return f"{d['meal_type']}, {d['name']}, ¥{d['cost']:g}/person"
-    route = f"{d['from']} - {d['to']}"
-    if kind == "travel_city":
-        return f"{route}, {d['distance']}, {d['duration']}, ¥{d['cost']:g}"
-    return f"{d['mode']} {d['number']}, {route}, ¥{d['cost']:g}/person"
 
 
 def _arrive(day: _Day, row: Row, kind: str, hotel: str) -> None:

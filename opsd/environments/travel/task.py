@@ -170,18 +170,6 @@ def read_tables(folder: Path) -> Tables:
     return tables
 
 
-def write_tables(tables: Tables, folder: Path) -> None:
-    """The tables as the seven CSV files that the benchmark's own tools read."""
-    for name, file in FILES.items():
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = tables[name]
-        with path.open("w", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, list(rows[0]) if rows else ["none"])
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 def read_task_file(path: str | Path) -> list[TravelTask]:
     """A task file (.jsonl, a task a line). Raises UserError where it is missing, empty or damaged."""
     path = Path(path)

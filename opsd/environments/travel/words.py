@@ -10,8 +10,6 @@ the restaurant rated 12, Tt7 the train that leaves at 7). A turn ends behind </c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from opsd.environments.travel.plan import Plan
 from opsd.environments.travel.task import Row, Tables, TravelTask
 from opsd.environments.travel.tools import Arguments, CallError
@@ -128,20 +126,6 @@ def read_plan(block: str, task: TravelTask) -> Plan:
     day["activities"] = activities
     unread += [section for section in SECTIONS if section not in words]
     return Plan(daily_plans=[day], unread=unread)
-
-
-def golds(task: TravelTask) -> dict[str, str]:
-    """For each section of the plan, the word that fills it rightly."""
-    return {section: word for section, word in _gold_words(task)}
-
-
-def _gold_words(task: TravelTask) -> Iterator[tuple[str, str]]:
-    for key, gold in task.constraints.items():
-        section = next(s for s, table in SECTIONS.items() if CONSTRAINTS[key] in _KINDS[table])
-        table, column = SECTIONS[section], _NAME_COLUMNS[SECTIONS[section]]
-        name = gold.get("hotel_name") or gold.get("restaurant_name") or gold.get("outbound_train_no")
-        row = next(row for row in task.tables[table] if row[column] == name)
-        yield section, value_word(CONSTRAINTS[key], row)
 
 
 _NAME_COLUMNS = {"hotels": "name", "restaurants": "restaurant_name", "trains": "train_no"}

@@ -1,13 +1,24 @@
-"""Single updates by the real trainer, on an engine and a teacher of a test's own."""
+"""Single updates by the trainer itself, on an engine and a teacher of one's own."""
 
 from typing import Any
 
 from opsd.build import Parts
 from opsd.config import LossConfig, OptimConfig, TeacherConfig, TrainConfig
+from opsd.engine import Engine
+from opsd.selection import TokenSelector
+from opsd.teacher import Teacher
 from opsd.train import Trainer
 
 
-def trainer_of(engine, teacher, selector=None, loss=None, vocab_size=49, optim=None, steps=100) -> Trainer:
+def trainer_of(
+    engine: Engine,
+    teacher: Teacher,
+    selector: TokenSelector | None = None,
+    loss: LossConfig | None = None,
+    vocab_size: int = 49,
+    optim: OptimConfig | None = None,
+    steps: int = 100,
+) -> Trainer:
     """A trainer that can `update`; it has no folder, no prompts and no sampler."""
     config = TrainConfig(
         student="",

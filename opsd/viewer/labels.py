@@ -1,0 +1,56 @@
+"""What the values of a record's label columns mean. Names and colours come with the telemetry that wrote them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import pandas as pd
+
+from opsd.selection import TokenStats, load_telemetry
+
+# Integers of a record that are no labels.
+_NUMBERS = {"step", "position", "token_id", *(f.name.removesuffix("_N") for f in dataclasses.fields(TokenStats))}
+# For the values of a column that no installed telemetry knows.
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A value of a label column. what: its meaning, in a few words. faint: coloured lightly, as most tokens have it.
+
+    clearest: statistics that are high (1) or low (-1) in the clearest cases; examples: how many of them are shown.
+    """
+
+    value: int
+    name: str
+    what: str
+    colour: str
+    faint: bool = False
+    clearest: dict[str, int] = field(default_factory=dict)
+    examples: int = 0
+
+
+Labels = dict[str, tuple[Label, ...]]
+
+
+@runtime_checkable
+class NamesLabels(Protocol):
+    """Telemetry that says what its columns (see TokenTelemetry's label_tokens) hold."""
+
+    labels: Labels
+
+
+def labels_of(table: pd.DataFrame) -> Labels:
+    """The label columns of a record, by name. Values that no installed telemetry knows are called by their numbers."""
+    known: Labels = {}
+    for telemetry in load_telemetry():
+        known |= telemetry.labels if isinstance(telemetry, NamesLabels) else {}
+    columns = [name for name in table if pd.api.types.is_integer_dtype(table[name]) and name not in _NUMBERS]
+    return {name: known.get(name) or _numbered(name, table[name]) for name in columns}
+
+
+def _numbered(column: str, values: pd.Series) -> tuple[Label, ...]:
+    found = enumerate(sorted(values.unique().tolist()))
+    return tuple(Label(value, f"{column} {value}", "", _COLOURS[place % len(_COLOURS)]) for place, value in found)

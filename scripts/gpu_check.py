@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""What of this project runs on a GPU, how right it is, how fast, and how much memory it takes: one GPU, eight minutes.
+
+    python scripts/gpu_check.py --docs docs                        all stages on this machine's GPU, into docs/gpu.md
+    python scripts/gpu_check.py --only products losses             some of them again
+    python scripts/gpu_check.py --device cpu --small               a dry run without a GPU: tiny sizes, no measurements
+
+Needs no network. Each stage is a process with a time limit of its own; one that fails is said so, and the next goes on.
+Writes into --out: <stage>.jsonl (a row a measurement, as they come), <stage>.log (what it said besides), and from all
+rows that are there gpu.json and gpu.md, which docs/gpu.md is. Exit code 1: something failed; 2: bad input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gpu.check import ROOT, Row
+from gpu.document import document
+from gpu.stage import STAGES
+from opsd.config.cli import parse
+from opsd.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which stages run, where, and for how long."""
+
+    out: Path = Path("runs/gpu-check")
+    """Folder of the results."""
+    only: tuple[str, ...] = ()
+    """Stages to run; none named: all."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu: for a dry run."""
+    small: bool = False
+    """Tiny sizes, to see whether it runs at all."""
+    seconds: float = 480.0
+    """For all stages together; what is left when they are over is not run."""
+    docs: Path | None = None
+    """Put gpu.md and gpu.json into this folder too."""
+
+
+def main(options: Options) -> int:
+    """Run the stages and write the document; the exit code."""
+    check(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds
+    for stage in options.only or STAGES:
+        run(stage, options, end - time.monotonic())
+    rows = read(options.out)
+    for folder in filter(None, (options.out, options.docs)):
+        (folder / "gpu.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        (folder / "gpu.md").write_text(document(rows))
+    failed = [row for row in rows if "failed" in row]
+    for row in failed:
+        print(f"failed: {row['stage']}: {row['what']}: {row['failed']}", file=sys.stderr)
+    print(f"{len(rows)} rows, {len(failed)} failed: {options.out / 'gpu.md'}")
+    return 1 if failed else 0
+
+
+def check(options: Options) -> None:
+    """Raises UserError for what cannot be run."""
+    if unknown := [stage for stage in options.only if stage not in STAGES]:
+        raise UserError(f"--only {unknown[0]}: give some of {', '.join(STAGES)}")
+    if options.docs is not None and not options.docs.is_dir():
+        raise UserError(f"--docs {options.docs}: no such folder")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no GPU here; give --device cpu --small for a dry run")
+    if options.device == "cpu" and not options.small:
+        raise UserError("--device cpu is for a dry run; give --small with it")
+
+
+def run(stage: str, options: Options, seconds_left: float) -> None:
+    """One stage in a process group of its own, which ends with it; a failure of the whole stage is a row."""
+    rows, log = (options.out / f"{stage}.{kind}" for kind in ("jsonl", "log"))
+    rows.unlink(missing_ok=True)
+    # A dry run has no GPU to be quick on.
+    limit = seconds_left if options.small else min(STAGES[stage], seconds_left)
+    words = [stage, str(options.out.resolve()), options.device, "small" if options.small else "full"]
+    print(f"== {stage}, at most {limit:.0f} s", flush=True)
+    failed = "the time for all stages was over" if limit <= 0 else _ended(words, log, limit)
+    if failed:
+        with rows.open("a") as file:
+            file.write(json.dumps({"stage": stage, "what": "the whole stage", "failed": failed}) + "\n")
+
+
+def _ended(words: list[str], log: Path, limit: float) -> str | None:
+    """Start a stage and wait; why it failed, None where it did not."""
+    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpu.stage", *words], env=env, stderr=stderr, start_new_session=True
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"it took more than {limit:.0f} s"
+        finally:
+            # What it has started, too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    said = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+    return None if code == 0 else f"exit code {code}: {said[0][:300]}"
+
+
+def read(out: Path) -> list[Row]:
+    """The rows of all stages that have run, in their order."""
+    files = [file for stage in STAGES if (file := out / f"{stage}.jsonl").exists()]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse(Options, sys.argv[1:], "gpu_check", bare_switches=True)))
+    except UserError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        sys.exit(2)
