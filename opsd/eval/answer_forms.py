@@ -33,9 +33,10 @@ _ATOM = re.compile(r"(?:\d[\d.]*|\\[a-zA-Z]+|[a-zA-Z])$")
 
 
 def in_one_form(answer: str, gold: str) -> tuple[str, str]:
-    """Both as intervals where one is an inequality and the other a set, or both are inequalities in one variable;
+    """Both answers so that they can be compared; what needs no change has none.
 
-    both with radians for degrees where either has degrees and either a trigonometric function or π.
+    Inequalities become intervals where the other answer is a set, or an inequality in the same variable. Degrees become
+    radians where either has degrees, and either a trigonometric function or π; else math-verify leaves the sign out.
     """
     if _DEGREE.search(answer + " " + gold) and _TURN.search(answer + " " + gold):
         answer, gold = _in_radians(answer), _in_radians(gold)
