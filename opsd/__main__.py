@@ -7,6 +7,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +30,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
   opsd check-model whether a model can be trained or teach, a line for each check: FOLDER [--tokens N]
   opsd selectors   list the rules that choose tokens
 
-`opsd train --help` and `opsd eval --help` list all flags."""
+`opsd train --help` and `opsd eval --help` list all flags; `opsd --version` says which version this is."""
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
                 signals.end(wish.exit_code)  # all ranks agreed to stop: the first one says so
             _stop(wish.exit_code, str(wish))
         except KeyboardInterrupt:
-            _stop(130, signals.ANYTHING)
+            _stop(130, signals.interrupted())
         except Exception as error:
             _fail(error)
 
@@ -65,6 +67,8 @@ def _command(args: list[str]) -> None:
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
         print(USAGE)
+    elif name in {"-V", "--version"}:
+        print(f"opsd {version('opsd-tip')}")
     elif name in commands:
         commands[name](rest)
     else:
@@ -73,16 +77,28 @@ def _command(args: list[str]) -> None:
 
 def _train(args: list[str]) -> None:
     from opsd.config import TrainConfig
+    from opsd.config.paths import check_paths
+    from opsd.utils.paths import check_old_run
 
-    if "--resume" in args and (len(args) != 2 or args[0] != "--resume"):
-        raise UserError("--resume RUN goes alone: a resumed run keeps its settings; start a new one to change them")
-    config = None if "--resume" in args else parse(TrainConfig, args, "opsd train")
-    _quiet()
-    from opsd.train import resume, start
+    if "--resume" in args:
+        if len(args) != 2 or args[0] != "--resume":
+            raise UserError("--resume RUN goes alone: a resumed run keeps its settings; start a new one to change them")
+        check_old_run(Path(args[1]))
+        _quiet()
+        from opsd.train import resume
+
+        work = partial(resume, Path(args[1]))
+    else:
+        config = parse(TrainConfig, args, "opsd train")
+        check_paths(config)
+        _quiet()
+        from opsd.train import start
+
+        work = partial(start, config)
     from opsd.utils.distributed import leave
 
     try:
-        resume(Path(args[1])) if config is None else start(config)
+        work()
     except signals.Interrupted as wish:
         if wish.orderly:
             leave()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
+from opsd.data.template import Clock, steady
 from opsd.engine import Engine, build_engine
 from opsd.environments import load_environment
 from opsd.eval.cache import Models
@@ -27,6 +28,7 @@ from opsd.model.scorer import Scorer
 from opsd.model.vocabulary import check_ends, check_ids, check_tokenizers, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
+from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, Teacher
@@ -44,6 +46,7 @@ class Parts:
     """
 
     ranks: Ranks
+    began: Began
     tokenizer: Any
     prompts: PromptStream
     dropped_prompts: int
@@ -65,9 +68,10 @@ class Parts:
 
 
 @memory_for("loading", "then start again")
-def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) -> Parts:
+def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, began: Began | None = None) -> Parts:
     """Load what `config` names; the student from `checkpoint` where one is given.
 
+    began: what the run began with, if it goes on: the prompts must be the same.
     Raises UserError for whatever cannot serve. Writes nothing.
     """
     check_wandb(config)
@@ -79,6 +83,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
     teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
     check_tokenizers(tokenizer, teacher_tokenizer)
     telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
+    clock = Clock(ranks.broadcast(Clock(began.time if began else None).time))
+    steady(tokenizer, clock)
     how = prompt_format(config)
     world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
@@ -87,6 +93,10 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
     else:
         prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
+    suites = {f"eval.suite {suite.name}": suite.problems for suite in evaluator.suites}
+    now = Began.of({"prompts": prompts, **suites}, clock)
+    if began is not None:
+        began.check(now, config)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
     if config.loss.reward_beta and world is None and unanswered:
         raise UserError(
@@ -119,6 +129,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None) 
         rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size)
     return Parts(
         ranks=ranks,
+        began=now,
         tokenizer=tokenizer,
         prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=dropped,

@@ -29,16 +29,17 @@ from opsd.utils import signals
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
 from opsd.utils.errors import RunStopped, StepUnusable, UserError
 from opsd.utils.oom import memory_for
+from opsd.utils.paths import check_new_run
 from opsd.utils.seeding import derive_seed
 
 
 def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
-    RunFolder.check_new(Path(config.out))
+    check_new_run(Path(config.out))
     check_cache(config)
     ranks = _meet(config)
     parts = assemble(config, ranks)
-    folder = RunFolder.create(config) if ranks.is_main else Follower(Path(config.out), config)
+    folder = RunFolder.create(config, parts.began) if ranks.is_main else Follower(Path(config.out), config)
     Trainer(config, parts, folder).run()
 
 
@@ -54,7 +55,7 @@ def resume(path: Path) -> None:
     ranks = _meet(config)
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
-    parts = assemble(config, ranks, newest)
+    parts = assemble(config, ranks, newest, folder.began)
     if state is not None:
         _restore(parts, state, newest)
     written = ranks.broadcast(folder.cut_after(None if state is None else state.step) if ranks.is_main else False)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import tyro
 
+from opsd.config.other_names import flag_for
 from opsd.config.settings import Settings, fields_of, is_part
 from opsd.utils.errors import UserError
 
@@ -44,7 +45,8 @@ def one_line(box: str, flags: list[str]) -> str:
     text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().removesuffix(".")
     unknown = re.search(r"Unrecognized options: ([^\s,]+)", text)
     if unknown:
-        near = difflib.get_close_matches(unknown[1], flags, n=1)
+        meant = flag_for(unknown[1], flags)
+        near = [meant] if meant else difflib.get_close_matches(unknown[1], flags, n=1)
         return f"unknown option {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
     missing = re.search(r"Missing from [^:]+: (.*)", text)
     if missing:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import torch
 from opsd.config.settings import PromptSettings
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
+from opsd.utils.paths import check_records_path
 from opsd.utils.seeding import derive_seed
+
+# Who may speak last in a prompt: behind anyone else's words no answer of the model is due.
+_ASKING = ("user", "tool", "function", "ipython", "observation")
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,15 @@ class PromptFormat:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl or .parquet file as dicts. Raises UserError where a row cannot be read."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist; give a .jsonl or .parquet file")
+    check_records_path(path)
     if path.suffix == ".parquet":
         try:
             # Not by way of pandas, which makes 3 a 3.0 where another row has no value.
             records = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a whole file") from error
-    elif path.suffix in {".jsonl", ".json"}:
-        records = list(_read_jsonl(path))
     else:
-        raise UserError(f"{path} ends in {path.suffix!r}; give a .jsonl or .parquet file")
+        records = list(_read_jsonl(path))
     if not records:
         raise UserError(f"{path} holds no records; give at least one prompt")
     return records
@@ -89,6 +91,16 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
     if not prompts:
         raise UserError(f"{path}: all {dropped} prompts are over {how.limit_flag} {how.max_tokens}; raise it")
     return prompts, dropped
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """Of the prompts as they are asked and graded, in their order: 16 hexadecimal digits."""
+    # Of one JSON list, a prompt at a time: those of an environment may carry megabytes.
+    sha256 = hashlib.sha256(b"[")
+    for number, prompt in enumerate(prompts):
+        sha256.update((", " * bool(number) + json.dumps(prompt.content())).encode())
+    sha256.update(b"]")
+    return sha256.hexdigest()[:16]
 
 
 class PromptStream:
@@ -188,25 +200,66 @@ def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list
         if is_messages:
             raise UserError(f"{where} holds chat messages; give --prompt_format chat")
         _check_text([str(content)], where)
-        ids = tokenizer(content).input_ids
+        ids = _encode_raw(str(content), tokenizer)
     else:
-        messages = content if is_messages else [{"role": "user", "content": content}]
-        _check_text([str(message.get("content")) for message in messages if isinstance(message, dict)], where)
-        try:
-            ids = tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                enable_thinking=how.thinking == "on",
-            )
-        except Exception as error:  # a template is a program
-            raise UserError(
-                f"{where} does not fit the student's chat template ({first_line(error)}); mend the messages"
-            ) from error
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if isinstance(content, list):
+            messages = content
+        _check_text([message["content"] for message in messages], where)
+        _check_last(messages[-1], where)
+        ids = _encode_chat(messages, tokenizer, how, where)
     if not ids:
         raise UserError(f"{where} encodes to no tokens; give a prompt that is not empty")
     return list(ids)
+
+
+def _encode_raw(text: str, tokenizer: Any) -> list[int]:
+    """What the text encodes to behind what the tokenizer puts in front, which the text may have already; no end."""
+    ids, framed = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    added = next((n for n in range(len(framed) - len(ids) + 1) if framed[n : n + len(ids)] == ids), len(framed))
+    if ids[:added] != framed[:added]:
+        ids = framed[:added] + ids
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    # Behind its end a text does not go on; where one token is both, it begins another one.
+    while eos not in (None, bos) and ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return ids
+
+
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
+    try:
+        settings = {"add_generation_prompt": True, "enable_thinking": how.thinking == "on"}
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    except Exception as error:  # a template is a program
+        raise UserError(
+            f"{where} does not fit the student's chat template ({first_line(error)}); mend the messages"
+        ) from error
+    last = messages[-1]
+    if last["role"] != "user" and not _shows(text, last["content"]):
+        raise UserError(
+            f"{where}: the student's chat template leaves out the last message, of role {last['role']!r}; "
+            "give messages that it shows"
+        )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _shows(text: str, content: str) -> bool:
+    """Whether a template's text holds a message's content, as it stands or as JSON, whatever blanks it changed."""
+    squeezed = "".join(text.split())
+    return any("".join(form.split()) in squeezed for form in (content, json.dumps(content)[1:-1]))
+
+
+def _check_last(message: dict[str, Any], where: str) -> None:
+    """Raises UserError where the last message asks for no answer: it is one, or it says nothing."""
+    if message["role"] not in _ASKING:
+        raise UserError(
+            f"{where} ends with a message of role {message['role']!r}: no answer is due behind it; "
+            "end the prompt with the user's message, and keep an answer in a field of its own"
+        )
+    if message["role"] == "user" and not message["content"].strip():
+        raise UserError(f"{where} ends with a blank message of the user; give a question")
 
 
 def _check_text(texts: list[str], where: str) -> None:

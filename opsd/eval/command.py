@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from rich.console import Console
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
-from opsd.data.prompts import PromptFormat
+from opsd.data.prompts import PromptFormat, digest
+from opsd.data.template import Clock, steady
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
@@ -25,6 +25,7 @@ from opsd.model.loading import load_model, load_tokenizer, running
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
+from opsd.run.began import time_of_run
 from opsd.run.tracking import progress_bar
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
@@ -72,11 +73,13 @@ def evaluate(config: EvalCommand) -> None:
     """Evaluate, or finish what a killed evaluation left, or show what is finished. Raises UserError for bad input."""
     files = EvalFiles(config.out)
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
-    suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
-    grader = load_grader(config.grader, "--grader")
     device = local_device(config.device, "--device")
     ranks = _meet(config, device)
-    header = _header(config, suites, device, ranks)
+    clock = Clock(ranks.broadcast(Clock(files.time() or time_of_run(Path(config.model))).time))
+    steady(tokenizer, clock)
+    suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
+    grader = load_grader(config.grader, "--grader")
+    header = _header(config, suites, device, ranks, clock)
     result = files.check(header)
     # Before the first rank writes, all have looked.
     ranks.gather(None)
@@ -167,7 +170,7 @@ def _run_groups(
             yield from new
 
 
-def _header(config: EvalCommand, suites: list[Suite], device: torch.device, ranks: Ranks) -> Header:
+def _header(config: EvalCommand, suites: list[Suite], device: torch.device, ranks: Ranks, clock: Clock) -> Header:
     """Everything that decides the numbers. The suites are known by their content, wherever their files lie."""
     sampling = {**dataclasses.asdict(_sampling(config)), "samples": config.samples, "seed": config.seed}
     names = ("prompt_format", "thinking", "grader", "engine", "dtype", "save_responses")
@@ -176,15 +179,11 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
         "generate_batch": _side_by_side(config, ranks),
         "device": device.type,
         "weights": _weights_digest(Path(config.model)),
-        "suite": {suite.name: _suite_digest(suite) for suite in suites},
+        "suite": {suite.name: digest(suite.problems) for suite in suites},
     }
+    if clock.asked:
+        settings["time"] = clock.time.isoformat()
     return {"model": config.model, "step": None, "sampling": sampling, "settings": settings}
-
-
-def _suite_digest(suite: Suite) -> str:
-    """Of the problems as they are asked: ids, prompt tokens, gold answers."""
-    content = [[problem.id, problem.ids, problem.answer] for problem in suite.problems]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _weights_digest(folder: Path) -> str | None:

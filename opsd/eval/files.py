@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from opsd.eval.evaluator import ProblemRecord
+from opsd.run.began import parse_time
 from opsd.run.disk import append, replace, writing
 from opsd.utils.errors import UserError
+from opsd.utils.going_on import can_go_on
 from opsd.utils.markdown import markdown_text
 
 Header = dict[str, Any]
@@ -81,6 +84,14 @@ class EvalFiles:
                     raise UserError(f"--out {self.result}: {path} is in the way; give another --out, or remove it")
         return None
 
+    def time(self) -> datetime | None:
+        """What the chat template saw as the evaluation began; None where it has not begun, or did not look."""
+        for file in (self.result, self.partial):
+            if file.exists():
+                time = _flat(self._read(file)).get("settings.time")
+                return None if time is None else parse_time(time, str(file))
+        return None
+
     def begin(self, header: Header, plan: list[list[tuple[str, str]]]) -> list[DoneProblem]:
         """Make ready to `append`; what is done already, in the plan's order.
 
@@ -98,6 +109,7 @@ class EvalFiles:
             self.result.parent.mkdir(parents=True, exist_ok=True)
             replace(self.partial, json.dumps(header, indent=1) + "\n")
             replace(self.records, "".join(problem.to_line() for problem in kept))
+        can_go_on("the same command")
         return kept
 
     def append(self, problems: list[DoneProblem]) -> None:

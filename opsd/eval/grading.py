@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from opsd.eval.answer_forms import in_one_form
+from opsd.eval.answer_text import signs_to_latex, to_latex
 from opsd.utils.errors import UserError
 from opsd.utils.plugins import load_path
 
@@ -34,6 +36,13 @@ _JOINT = re.compile(
 )
 _JOINT_WORD = re.compile(r"[,;]|and|or", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"(?im)^[ \t*#>]*(?:final\s+)?answer[ \t*]*:[\s*]*(\S.*)$")
+# Such a gold answer is a text that holds the answer, not the answer itself.
+_HOLDS_MATH = re.compile(r"(?<!\\)\$|\\boxed")
+_MATH = re.compile(r"\$[^$\n]{1,500}\$")
+_GROUP = re.compile(r"[(\[][^()\[\]$\n]{1,60},[^()\[\]$\n]{1,60}[)\]]")
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_HEDGE = re.compile(r"\b(?:or|and|not|nor|but)\b|[\\^_=<>|()\[\]{}+*:;/]", re.IGNORECASE)
+_BASE = re.compile(r"-?[0-9A-Za-z.,\s]+_\{?(\d{1,2})\}?")
 _INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
@@ -137,14 +146,62 @@ def grade(response: str, gold: str) -> bool:
     boxed, line = _boxed_answer(text), _answer_line(text)
     answer = boxed if boxed is not None else line
     if answer is None:
-        return _WORKER.equal(text[-_TAIL_CHARACTERS:], gold, boxed=False)
+        return _in_text(text[-_TAIL_CHARACTERS:], gold)
     ours, theirs = _plain(answer), _plain(gold)
     if ours == theirs:
         return bool(ours)
     if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
         return int(ours) == int(theirs)
-    # A line may hold a bare answer or a sentence around it.
-    return _WORKER.equal(answer, gold) or (boxed is None and _WORKER.equal(answer, gold, boxed=False))
+    return _equal(answer, gold) if boxed is not None else _line_equal(answer, gold)
+
+
+def _equal(answer: str, gold: str) -> bool:
+    """Whether a bare answer equals the gold answer."""
+    if len(answer) > _MAX_ANSWER_CHARACTERS or len(gold) > _MAX_GOLD_CHARACTERS:
+        return False
+    ours, theirs = to_latex(_unwrapped(answer)), _gold_latex(gold)
+    if not _HOLDS_MATH.search(theirs):
+        ours, theirs = in_one_form(ours, theirs)
+    # math-verify leaves bases out: 23_5 would be 23_7.
+    bases = [base[1] for text in (ours, theirs) if (base := _BASE.fullmatch(text.strip()))]
+    if len(set(bases)) > 1:
+        return False
+    return _WORKER.equal(ours, theirs)
+
+
+def _line_equal(line: str, gold: str) -> bool:
+    """The same of an "Answer:" line: a bare answer, or a sentence around one."""
+    parts = _MATH.findall(line)
+    around = _MATH.sub(" ", line)
+    if len(parts) == 1 and not re.search(r"\d", around) and not _HEDGE.search(around):
+        return _equal(parts[0].strip("$"), gold)
+    # One number among words; of several, or in a formula, none is the answer by itself.
+    one_number = len(_NUMBER.findall(line)) == 1 and not _HEDGE.search(line)
+    return _equal(line, gold) or ((bool(parts) or one_number) and _in_text(line, gold))
+
+
+def _in_text(text: str, gold: str) -> bool:
+    """Whether the answer that math-verify finds in a text equals the gold answer."""
+    if len(gold) > _MAX_GOLD_CHARACTERS:
+        return False
+    text = _MATH.sub(lambda part: to_latex(part[0]), signs_to_latex(text))
+    if not re.search(r"\$|\\[(\[]", text):
+        # A number in brackets is not the answer, the brackets are.
+        text = _GROUP.sub(r"$\g<0>$", text)
+    return _WORKER.equal(text[-_MAX_ANSWER_CHARACTERS:], _gold_latex(gold), boxed=False)
+
+
+def _gold_latex(gold: str) -> str:
+    gold = _unwrapped(gold)
+    return signs_to_latex(gold) if _HOLDS_MATH.search(gold) else to_latex(gold)
+
+
+def _unwrapped(text: str) -> str:
+    """Without a full stop behind the whole and the dollar signs around it."""
+    text = text.strip()
+    text = text if text.endswith("...") else text.removesuffix(".")
+    inner = text.removeprefix("$").removesuffix("$")
+    return text if "$" in inner else inner
 
 
 def extract_answer(response: str) -> str | None:
@@ -167,7 +224,7 @@ class _MathVerifyProcess:
     def equal(self, answer: str, gold: str, boxed: bool = True) -> bool:
         """Whether both parse to equal values; False on a time-out or where the process dies.
 
-        boxed: `answer` is a bare answer; otherwise it is text to find one in.
+        boxed: `answer` is a bare answer; otherwise it is text to find one in. Both in LaTeX (see answer_text).
         """
         if len(answer) > _MAX_ANSWER_CHARACTERS or len(gold) > _MAX_GOLD_CHARACTERS:
             return False

@@ -6,13 +6,58 @@ import re
 import resource
 import signal
 import sys
+from decimal import Decimal
+from typing import Any
 
-from math_verify import parse, verify
+from math_verify import LatexExtractionConfig, grader, parse, verify
+from sympy import Basic, Float, Rational
 
 # Hard limits beneath the parent's: a power such as 9^{9^{9}} runs in C code, deaf to Python's own signals, and must
 # neither outlive a parent that was killed nor take the machine's memory.
 CPU_SECONDS = 30.0
 MEMORY_BYTES = 4 * 2**30
+# math-verify rounds decimals to six places, and takes exact numbers less than 1e-15 apart for equal: right for numbers
+# near 1, but all tiny ones are then equal. What it accepts must be close beside the numbers' own size, too.
+EXACT_TOLERANCE, EXACT_DIGITS, ROUNDING = 1e-30, 50, 1e-14
+# A decimal of so many digits may stand for the number that it is cut from: 0.333333 for 1/3. A shorter one is itself.
+ENOUGH_DIGITS = 6
+_in_decimal_places = grader.sympy_numeric_eq
+
+
+def numerically_equal(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+    """In the place of math-verify's function of these parameters: its verdict, and close beside their own size.
+
+    Elements of sets, intervals and matrices come here one by one.
+    """
+    if not _in_decimal_places(a, b, float_rounding, numeric_precision):
+        return False
+    if not isinstance(a, Basic) or not isinstance(b, Basic):
+        return True
+    # 9% may stand for 9.
+    return is_close(a, b) or is_close(grader.get_pct_val(a, a), grader.get_pct_val(b, b))
+
+
+def is_close(a: Any, b: Any) -> bool:
+    """Whether two expressions are equal as far as their digits go; where they have variables, at a point."""
+    variables = sorted(a.free_symbols | b.free_symbols, key=str)
+    point = {variable: Rational(3 + 2 * place, 7 + 3 * place) for place, variable in enumerate(variables)}
+    try:
+        at_a, at_b = a.doit().subs(point), b.doit().subs(point)
+        size = max(abs(value.evalf(EXACT_DIGITS)) for value in (at_a, at_b))
+        difference = abs((at_a - at_b).evalf(EXACT_DIGITS))
+        if not a.has(Float) and not b.has(Float):
+            return bool(difference <= EXACT_TOLERANCE * size)
+        return bool(difference <= ROUNDING * size or difference < 0.99 * last_place(at_a, at_b))
+    except (TypeError, ValueError, AttributeError):
+        return True  # no numbers: math-verify's verdict stands
+
+
+def last_place(*values: Any) -> float:
+    """The unit of the last digit of the coarsest decimal among `values`; 0 where it has too few digits to be cut."""
+    decimals = [Decimal(str(value)).normalize() for value in values if isinstance(value, Float)]
+    units = [(int(decimal.as_tuple().exponent), len(decimal.as_tuple().digits)) for decimal in decimals]
+    exponent, digits = max(units, default=(0, 0))
+    return 10.0**exponent if digits >= ENOUGH_DIGITS else 0.0
 
 
 def main() -> None:
@@ -20,6 +65,9 @@ def main() -> None:
 
     math-verify's own time limits use signals, which work here: this is a main thread.
     """
+    grader.sympy_numeric_eq = numerically_equal
+    # Without math-verify's second way, which takes a stray number out of what it cannot read: 1 of "1 @ 2".
+    latex = [LatexExtractionConfig()]
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no reply
     _, most = resource.getrlimit(resource.RLIMIT_AS)
@@ -30,8 +78,8 @@ def main() -> None:
         question = json.loads(line)
         # A bare answer needs a box: without one math-verify misreads a fifth of MATH-500's gold answers.
         is_text = re.search(r"(?<!\\)\$|\\boxed", question["gold"]) is not None
-        gold = parse(question["gold"] if is_text else f"\\boxed{{{question['gold']}}}")
-        answer = parse(f"\\boxed{{{question['answer']}}}" if question["boxed"] else question["answer"])
+        gold = parse(question["gold"]) if is_text else parse(f"\\boxed{{{question['gold']}}}", latex)
+        answer = parse(f"\\boxed{{{question['answer']}}}", latex) if question["boxed"] else parse(question["answer"])
         print(json.dumps({"equal": bool(gold and answer and verify(gold, answer))}), file=replies, flush=True)
 
 

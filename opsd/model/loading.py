@@ -17,6 +17,7 @@ from opsd.model.scorer import Scorer
 from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.oom import is_out_of_memory
+from opsd.utils.paths import check_model_path
 
 
 def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
@@ -214,12 +215,9 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
 
     A hub name (owner/name) is left to transformers, which is told the same about its code.
     """
+    check_model_path(path, flag)
     folder = Path(path)
-    if not path:
-        raise UserError(f"{flag} is empty; give a Hugging Face model folder")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
         if (folder / "adapter_config.json").exists():
             raise UserError(
                 f"{flag} {path}: it holds an adapter beside the model (adapter_config.json, "
@@ -231,10 +229,6 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
                 f"{flag} {path}: it brings code of its own ({code}), which was not run; "
                 "give --trust_remote_code True if you trust it, or another model"
             )
-    elif folder.exists():
-        raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
 
 
 def own_code(folder: Path) -> str | None:

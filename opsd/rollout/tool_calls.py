@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 
@@ -14,6 +15,8 @@ from opsd.utils.errors import UserError
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HOW = 'Write <tool_call>{"name": TOOL, "arguments": {…}}</tool_call>.'
 _MARK = "∎turn∎"
+_TAG = re.compile(rf"<think>|</think>|{OPEN}\s*")
+_CLOSED = re.compile(rf"\s*{CLOSE}")
 
 
 @dataclass(frozen=True)
@@ -29,24 +32,40 @@ def read_calls(text: str) -> list[Call]:
     """The calls of one turn, in order; [] where it makes none and so is the last.
 
     Hermes form: JSON between <tool_call> tags, any number of them. Plain form: a turn that is nothing but one JSON call
-    or a list of them, fenced or not. What stands in a thought calls nothing. Never raises.
+    or a list of them, fenced or not. What stands in a thought calls nothing; a tag inside a JSON text is text. Never
+    raises.
     """
-    if "<think>" in text and "</think>" not in text:
-        return []
-    said = text.rpartition("</think>")[2]
-    if OPEN not in said:
-        return _plain_calls(said)
-    calls = []
-    for part in said.split(OPEN)[1:]:
-        body, closed, _ = part.partition(CLOSE)
-        value = _json(body)
-        if not closed:
-            calls.append(Call(error=f"A tool call was not closed. {HOW}"))
-        elif not _is_call(value):
-            calls.append(Call(error=f"A tool call is not a JSON object with a name and arguments. {HOW}"))
+    if whole := _plain_calls(text):
+        return whole
+    calls: list[Call] = []
+    place = behind_thoughts = 0
+    while tag := _TAG.search(text, place):
+        place = tag.end()
+        if tag[0].startswith(OPEN):
+            call, place = _hermes_call(text, place)
+            calls.append(call)
+        elif tag[0] == "<think>":
+            place = text.find("</think>", place)
+            if place < 0:
+                return []
         else:
-            calls.append(_call(value))
-    return calls
+            calls, behind_thoughts = [], place
+    return _plain_calls(text[behind_thoughts:]) or calls
+
+
+def _hermes_call(text: str, start: int) -> tuple[Call, int]:
+    """The call whose JSON begins at `start`, and where to read on."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        value, end = None, start
+    closed = _CLOSED.match(text, end)
+    if closed and _is_call(value):
+        return _call(value), closed.end()
+    following = text.find(OPEN, end)
+    if text.find(CLOSE, end, len(text) if following < 0 else following) >= 0:
+        return Call(error=f"A tool call is not a JSON object with a name and arguments. {HOW}"), end
+    return Call(error=f"A tool call was not closed. {HOW}"), end
 
 
 def _plain_calls(said: str) -> list[Call]:
@@ -64,7 +83,7 @@ def _call(value: dict[str, Any]) -> Call:
     return Call(value["name"], value.get("arguments", value.get("parameters")))
 
 
-def _is_call(value: Any) -> bool:
+def _is_call(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and "name" in value and ("arguments" in value or "parameters" in value)
 
 

@@ -29,6 +29,7 @@ from opsd.rollout.vllm import rollouts_of, sampler_settings, trying
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
 from opsd.utils.errors import RunStopped
+from opsd.utils.going_on import advice
 
 Value = TypeVar("Value")
 # Weights that are sent at once: the trainer never holds more than this beside its own.
@@ -247,7 +248,7 @@ class VLLMProcessRollout:
         value, problem = self._ranks.broadcast((value, problem))
         if problem is not None:
             self._close()
-            raise RunStopped(f"{problem}; the run goes on from its newest checkpoint with opsd train --resume")
+            raise RunStopped(f"{problem}; {advice()}")
         return value  # pyright: ignore[reportReturnType]
 
     def _close(self) -> None:

@@ -11,59 +11,54 @@ from typing import Any
 import pandas as pd
 
 from opsd.config import TrackConfig, TrainConfig, from_json, to_json
+from opsd.run.began import Began
 from opsd.run.disk import append, replace, replacing, writing
 from opsd.types import Rollout
 from opsd.utils.errors import UserError
+from opsd.utils.going_on import can_go_on
+from opsd.utils.paths import check_new_run, check_old_run
 
 _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
 
 class RunFolder:
-    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled."""
+    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled.
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
-        self.path, self.config = path, config
+    began: what the run asked when it began; None where a folder of an earlier version does not say it.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, began: Began | None = None) -> None:
+        self.path, self.config, self.began = path, config, began
+        can_go_on(f"--resume {path}")
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def check_new(cls, path: Path) -> None:
-        """Raises UserError where no new run can be put: a run is there already, or something else is."""
-        try:
-            if (path / "config.json").exists():
-                raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
-            if path.exists() and not path.is_dir():
-                raise UserError(f"--out {path} is a file; give a new folder")
-            if path.exists() and any(path.iterdir()):
-                raise UserError(f"--out {path} is not empty; give a new folder")
-        except OSError as error:
-            raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
-
-    @classmethod
-    def create(cls, config: TrainConfig) -> RunFolder:
+    def create(cls, config: TrainConfig, began: Began | None = None) -> RunFolder:
         """A new run's folder. Raises UserError where it cannot be made or holds something already."""
         path = Path(config.out)
-        cls.check_new(path)
+        check_new_run(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            replace(path / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+            values = to_json(config) | ({} if began is None else {"began": began.to_json()})
+            replace(path / "config.json", json.dumps(values, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
-        return cls(path, config)
+        return cls(path, config, began)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run's folder. Raises UserError where there is none."""
         file = path / "config.json"
-        if not file.is_file():
-            raise UserError(f"--resume {path}: no run there (config.json is missing); give a run folder")
+        check_old_run(path)
         try:
             values = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
+        began = Began.from_json(values.pop("began", None)) if isinstance(values, dict) else None
         if isinstance(values, dict) and isinstance(select := values.get("select"), dict):
             select.setdefault("normalise_over", "micro_batch")  # the default before folders stated it
         try:
-            return cls(path, from_json(values))
+            return cls(path, from_json(values), began)
         except UserError as error:
             raise UserError(f"--resume {path}: {error}") from error
 

@@ -23,6 +23,7 @@ from opsd.model.checks import Reach, check_plain_head, check_positions, rope_swi
 from opsd.model.loading import load_ends, running
 from opsd.types import MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
+from opsd.utils.going_on import advice
 
 # Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
 SEQUENCES_PER_REQUEST = 64
@@ -113,7 +114,7 @@ class VLLMTeacher:
         assert last is not None
         raise RunStopped(
             f"the teacher does not answer: {self._config.retries + 1} tries over {', '.join(urls)}, the last ended "
-            f"with {self._reason(last)}; restart it, then go on with --resume"
+            f"with {self._reason(last)}; restart it, then {advice()}"
         ) from last
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from opsd.utils.errors import UserError
+from opsd.utils.going_on import advice
 
 Value = TypeVar("Value")
 # Where ranks meet before anything else, and where the first of them to fail says so.
@@ -163,7 +164,7 @@ def contact_lost(error: Exception) -> str | None:
         return None
     late = "imed out" in text or "imeout" in text
     what = f"did not come within {_wait_s:g} s (--engine.wait_s)" if late else "has ended"
-    return f"another process of the run {what}: look for a message of its own, then go on with --resume"
+    return f"another process of the run {what}: look for a message of its own, then {advice()}"
 
 
 def local_device(name: str, flag: str = "--engine.device") -> torch.device:

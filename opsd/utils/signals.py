@@ -16,11 +16,17 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+from opsd.utils.going_on import advice
+
 # Launchers send two signals in a row (deepspeed's within 0.1 s), and a terminal's Ctrl-C reaches a process both from
 # the terminal and from its launcher: only what comes later is a second wish.
 REPEAT_S = 1.0
 _HEARD = (signal.SIGTERM, signal.SIGINT)
-ANYTHING = "interrupted; go on with: opsd train --resume RUN (an evaluation: the same command again)"
+
+
+def interrupted() -> str:
+    """What to say of a signal that nothing has prepared for."""
+    return f"interrupted; {advice()}"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -55,7 +61,7 @@ class _Ears:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread. Where nothing looks for the wish, it ends what runs."""
         if not self.heeding:
-            raise Interrupted(number, ANYTHING)
+            raise Interrupted(number, interrupted())
 
     def _listen(self) -> None:
         while heard := os.read(self._read, 1):
@@ -70,7 +76,7 @@ class _Ears:
             if self.heeding:
                 _say(f"{name}: saves and stops after this part of the step; a second signal ends it at once")
         elif time.monotonic() - self._first_s >= REPEAT_S:
-            _say(f"{name}, the second signal: ended at once; go on from the newest checkpoint with --resume")
+            _say(f"{name}, the second signal: ended at once; {advice()}")
             os._exit(128 + number)
 
 

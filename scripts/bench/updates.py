@@ -32,6 +32,7 @@ def trainer_of(
     nothing: Any = None
     parts = Parts(
         ranks=engine.ranks,
+        began=nothing,
         tokenizer=nothing,
         prompts=nothing,
         dropped_prompts=0,

@@ -1,8 +1,11 @@
 """Prompt files to ids: both formats alike, every fault named with its place, and an order that needs no memory."""
 
+import hashlib
 import json
 import math
+import random
 from collections import Counter
+from datetime import datetime
 
 import pandas as pd
 import pytest
@@ -10,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from opsd.data.prompts import PromptFormat, PromptStream, load_prompts, read_records
+from opsd.data.prompts import PromptFormat, PromptStream, digest, load_prompts, read_records
+from opsd.data.template import Clock, steady
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
 
@@ -228,6 +232,90 @@ def test_messages_that_the_template_refuses_are_named(write, make_tokenizer):
     assert "record 1 does not fit the student's chat template (System role not supported)" in message
 
 
+DAILY = "{{ strftime_now('%d') }}" + "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
+DICE = "{{ ['a', 'b', 'c', 'd', 'e', 'f'] | random }}" + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_a_template_sees_the_time_of_its_clock_and_a_clock_knows_that_it_was_asked(write, make_tokenizer):
+    path, tokenizer, clock = write([{"prompt": "a"}]), make_tokenizer(), Clock(datetime(2024, 2, 29, 23, 59))
+    steady(tokenizer, clock)
+    load_prompts(path, tokenizer, CHAT)
+    assert not clock.asked
+    tokenizer.chat_template = DAILY
+    ((prompt,), _) = load_prompts(path, tokenizer, CHAT)
+    assert prompt.ids == [8, 15, 3, 16, 4] and clock.asked  # 2 9 <user> a <assistant>
+
+
+def test_a_templates_random_choices_hang_on_the_messages_alone(write, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = DICE
+    steady(tokenizer, Clock())
+    path = write([{"prompt": "a" * n} for n in range(1, 21)])
+    random.seed(0)
+    first, _ = load_prompts(path, tokenizer, CHAT)
+    then = random.random()
+    random.seed(0)
+    assert random.random() == then  # whoever else draws is not disturbed
+    assert load_prompts(path, tokenizer, CHAT)[0] == first
+    assert len({prompt.ids[0] for prompt in first}) > 1
+
+
+@pytest.mark.parametrize("text", ["ab", "<bos>ab", "<bos><bos>ab", "ab<eos>", "<bos>ab<eos>"])
+@pytest.mark.parametrize("frame", ["<bos> $A", "<bos> $A <eos>", "$A <eos>", "$A"])
+def test_a_raw_prompt_begins_once_and_does_not_end(write, make_tokenizer, text, frame):
+    # a b, behind one <bos> where either the text or the tokenizer has it
+    ((prompt,), _) = load_prompts(write([{"prompt": text}]), framed(make_tokenizer(), frame), RAW)
+    assert prompt.ids == ([49] if "<bos>" in text + frame else []) + [16, 17]
+
+
+def test_a_token_that_is_begin_and_end_stays_where_the_text_has_it(write, make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    prompts, _ = load_prompts(write([{"prompt": "<eos>"}, {"prompt": "ab<eos>"}]), tokenizer, RAW)
+    assert [prompt.ids for prompt in prompts] == [[1], [16, 17, 1]]
+
+
+def framed(tokenizer, frame):
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>") if token in frame]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=frame, special_tokens=special)
+    return tokenizer
+
+
+def turns(*roles):
+    return [{"role": role, "content": "abc"[place]} for place, role in enumerate(roles)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        (turns("user", "assistant"), "ends with a message of role 'assistant': no answer is due behind it"),
+        (turns("user", "model"), "ends with a message of role 'model'"),
+        (turns("user", "assistant", "system"), "ends with a message of role 'system'"),
+        (turns("system"), "ends with a message of role 'system'"),
+        ([{"role": "user", "content": " \n"}], "ends with a blank message of the user"),
+        (" \n", "ends with a blank message of the user"),
+        ([], "'prompt' is []"),
+        (turns("user", "assistant", "tool"), "leaves out the last message, of role 'tool'"),
+    ],
+)
+def test_a_prompt_that_asks_nothing_is_refused(write, make_tokenizer, messages, said):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}<user>{{ m.content }}{% endif %}{% endfor %}<assistant>"
+    )
+    assert said in error_of(write([{"prompt": messages}]), tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("shown", ["m.content", "m.content | trim", "m.content | tojson"])
+def test_a_tools_answer_may_come_last_where_the_template_shows_it(write, make_tokenizer, shown):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ " + shown + " }}{% endfor %}<assistant>"
+    messages = [*turns("user", "assistant"), {"role": "tool", "content": ' {"a": "1"}\n'}]
+    ((prompt,), _) = load_prompts(write([{"prompt": messages}]), tokenizer, CHAT)
+    assert prompt.ids[-1] == 4
+
+
 # ---- length
 
 
@@ -286,3 +374,10 @@ def test_epochs_and_seeds_are_shuffled_differently():
     in_file_order = [str(number) for number in range(50)]
     orders = [[prompt.id for prompt in s.take(step)] for s in (stream, other) for step in (1, 2)]
     assert len({tuple(order) for order in [*orders, in_file_order]}) == 5
+
+
+def test_a_digest_is_of_ids_tokens_and_answers_in_order():
+    # the first 16 digits of sha256 over the JSON list of [id, ids, answer]
+    prompts = [Prompt("0", "a", [16], "1"), Prompt("1", "b", [17, 18], None)]
+    whole = hashlib.sha256(b'[["0", [16], "1"], ["1", [17, 18], null]]').hexdigest()[:16]
+    assert digest(prompts) == whole != digest(prompts[::-1])

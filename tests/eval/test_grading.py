@@ -322,7 +322,7 @@ def gone_within(seconds: float, pid: int) -> bool:
 
 
 LAST_ANSWER = (
-    "from opsd import grading; assert grading.grade(r'\\boxed{1/2}', '0.5'); print(grading._WORKER._process.pid)"
+    "from opsd.eval import grading; assert grading.grade(r'\\boxed{1/2}', '0.5'); print(grading._WORKER._process.pid)"
 )
 
 
@@ -384,12 +384,14 @@ def test_a_forks_child_has_a_process_of_its_own():
 
 def test_a_library_that_prints_does_not_spoil_the_replies(tmp_path):
     (tmp_path / "math_verify.py").write_text(
-        "def parse(text):\n    print('parsing')\n    return [text]\n"
+        "from types import SimpleNamespace\n"
+        "LatexExtractionConfig, grader = object, SimpleNamespace(sympy_numeric_eq=None)\n"
+        "def parse(text, *ways):\n    print('parsing')\n    return [text]\n"
         "def verify(gold, answer):\n    print('{\"equal\": false}')\n    return True\n"
     )
     done = grading_elsewhere(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from opsd import grading\n"
+        "from opsd.eval import grading\n"
         "assert all(grading.grade(r'\\boxed{1/2}', '0.5') for _ in range(3))\n",
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )

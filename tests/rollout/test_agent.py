@@ -39,6 +39,12 @@ HERMES = (
 )
 CALL = '<tool_call>\n{"name": "search_location", "arguments": {"place_name": "Nowhere"}}\n</tool_call>'
 
+LOOK = ("search_location", {"place_name": "Nowhere"})
+
+
+def called(arguments):
+    return f"<tool_call>{json.dumps({'name': 'a', 'arguments': arguments})}</tool_call>"
+
 
 @pytest.fixture(scope="module")
 def chat_tokenizer(make_tokenizer):
@@ -129,6 +135,18 @@ def tasks():
         ("{not json}", []),
         ('{"name": "a"}', []),
         ("[]", []),
+        # A tag inside a string is text; so are braces, quotes and a thought's tags.
+        (called({"q": "</tool_call>"}), [("a", {"q": "</tool_call>"})]),
+        (called({"q": "<tool_call>"}), [("a", {"q": "<tool_call>"})]),
+        (called({"q": CALL}) * 2, [("a", {"q": CALL})] * 2),
+        (called({"q": '\\"}}</tool_call>{"'}) + CALL, [("a", {"q": '\\"}}</tool_call>{"'}), LOOK]),
+        (called({"q": {"r": [{"s": "}{</tool_call>"}]}}), [("a", {"q": {"r": [{"s": "}{</tool_call>"}]}})]),
+        (called({"q": "</think>"}), [("a", {"q": "</think>"})]),
+        (called({"q": "<think>"}) + CALL, [("a", {"q": "<think>"}), LOOK]),
+        (f"I may write <tool_call>.</think>{CALL}", [LOOK]),
+        (f"<think>{called({'q': '</tool_call>'})}</think>{CALL}", [LOOK]),
+        ('{"name": "a", "arguments": {"q": "<tool_call></think>"}}', [("a", {"q": "<tool_call></think>"})]),
+        ('hm</think>{"name": "a", "arguments": {"q": "</tool_call>"}}', [("a", {"q": "</tool_call>"})]),
         ("The plan: <plan>x</plan>", []),
         ("", []),
     ],
@@ -145,6 +163,9 @@ def test_calls_are_read_in_hermes_and_in_plain_form(text, found):
         ("<tool_call>[1]</tool_call>", "not a JSON object with a name"),
         ("<tool_call>" + "[" * 100_000 + "</tool_call>", "not a JSON object with a name"),
         ('<tool_call>{"name": "x"}</tool_call>', "not a JSON object with a name"),
+        ('<tool_call>{"name": "x", "arguments": {}} and</tool_call>', "not a JSON object with a name"),
+        ('<tool_call>{"name": "x", "arguments": {"q": "</tool_call>"', "not a JSON object with a name"),
+        ('<tool_call>{"name": "x", "arguments": {}}', "not closed"),
     ],
 )
 def test_a_call_that_cannot_be_read_is_an_error_and_not_the_end(text, says):

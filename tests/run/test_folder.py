@@ -7,6 +7,7 @@ import pytest
 
 from opsd.config import SelectConfig, TeacherConfig, TrainConfig
 from opsd.run.folder import RunFolder
+from opsd.utils import going_on, signals
 from opsd.utils.errors import UserError
 
 
@@ -47,6 +48,13 @@ def fill(run, make_rollout, last):
 class FakeTokenizer:
     def decode(self, ids):
         return "".join(chr(ord("a") + number) for number in ids)
+
+
+def test_a_command_can_be_gone_on_with_once_there_is_a_run_folder(config, monkeypatch):
+    monkeypatch.setattr(going_on, "_from", None)
+    assert signals.interrupted() == "interrupted; start again, nothing was saved yet"
+    run = RunFolder.create(config)
+    assert signals.interrupted() == f"interrupted; go on with --resume {run.path}"
 
 
 def test_a_new_run_writes_its_resolved_configuration_and_opens_again(run, config):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json, to_json
 from opsd.data import packing as batch
+from opsd.eval.command import EvalCommand, evaluate
 from opsd.eval.evaluator import Evaluator
 from opsd.model import scorer as student
 from opsd.run import checkpoint
@@ -252,6 +254,105 @@ def test_a_run_that_ended_in_an_evaluation_repeats_the_evaluation_alone(finished
     monkeypatch.setattr(Trainer, "update", lambda *args: steps.append(args))
     resume(run)
     assert not steps
+    assert_same_run(run, finished)
+
+
+class Noon(datetime):
+    """The time of day, on a day that tests choose."""
+
+    day = 1
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2024, 1, cls.day, 12)
+
+
+@pytest.fixture
+def daily(settings, make_folder, make_model, make_tokenizer, monkeypatch):
+    """Settings of a run whose student's template tells the day, and what makes another day of it."""
+    monkeypatch.setattr("opsd.data.template.datetime", Noon)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Noon)
+    monkeypatch.setattr(Noon, "day", 1)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}<assistant>"
+    student = make_folder(make_model(seed=0), tokenizer)
+    options = {"student": str(student), "prompt_format": "chat", "checkpoint__every": 2}
+    return lambda out, **others: settings(out, **options, **others), lambda day: setattr(Noon, "day", day)
+
+
+def stopped_at_step_3(monkeypatch, config):
+    """The folder of a run that was killed with step 3 done and step 2 saved."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        whole = checkpoint.save
+
+        def save(folder, model, tokenizer, state, *rest):
+            if state.step == 4:
+                raise KeyboardInterrupt
+            return whole(folder, model, tokenizer, state, *rest)
+
+        patch.setattr(checkpoint, "save", save)
+        start(config)
+    return Path(config.out)
+
+
+def test_a_run_goes_on_another_day_with_the_prompts_that_it_began_with(daily, tmp_path, monkeypatch):
+    settings, set_day = daily
+    start(settings(tmp_path / "whole"))
+    run = stopped_at_step_3(monkeypatch, settings(tmp_path / "broken"))
+    set_day(2)
+    resume(run)
+    assert_same_run(run, tmp_path / "whole")
+    # The same run of the next day asks something else: 0 1 … and 0 2 ….
+    start(settings(tmp_path / "next"))
+    assert metrics_of(tmp_path / "next") != metrics_of(run)
+
+
+def test_a_checkpoint_is_evaluated_with_the_prompts_of_its_run(daily, tmp_path, monkeypatch):
+    settings, set_day = daily
+    config = settings(tmp_path / "run")
+    start(config)
+    set_day(2)
+
+    def digests(name, model):
+        out = tmp_path / f"{name}.json"
+        evaluate(EvalCommand(str(model), config.eval.suite, str(out), samples=1, max_new_tokens=4, device="cpu"))
+        return json.loads(out.read_text())["settings"]["suite"]
+
+    ours, others = digests("ours", tmp_path / "run" / "checkpoints" / "step_4"), digests("others", config.student)
+    assert ours != others
+    set_day(3)
+    assert digests("others", config.student) == others  # a finished evaluation is found again, whatever the day
+
+
+@pytest.mark.parametrize("part", ["prompts", "eval.suite sums"])
+def test_a_run_whose_prompt_file_was_changed_does_not_go_on(settings, tmp_path, monkeypatch, part):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("prompts", "eval.suite sums")}
+    for file in files.values():
+        file.write_text("".join(json.dumps(record) + "\n" for record in SUM_TASKS))
+    options = {"prompts": str(files["prompts"]), "eval__suite": [f"sums={files['eval.suite sums']}"]}
+    run = stopped_at_step_3(monkeypatch, settings(tmp_path / "run", **options, checkpoint__every=2))
+    files[part].write_text("".join(json.dumps(record) + "\n" for record in reversed(SUM_TASKS)))
+    before = (run / "metrics.jsonl").read_text()
+    said = rf"^--resume {run}: {files[part]} gives other prompts [^\n]+digest of {part}: \w{{16}}, not \w{{16}}\)"
+    with pytest.raises(UserError, match=said):
+        resume(run)
+    assert (run / "metrics.jsonl").read_text() == before
+    # The same records from another place, written otherwise, are the same prompts.
+    values = json.loads((run / "config.json").read_text())
+    assert values["began"]["digests"].keys() == files.keys()
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("".join(json.dumps(record, indent=None, separators=(",", ":")) + "\n\n" for record in SUM_TASKS))
+    values["prompts"], values["eval"]["suite"] = str(moved), [f"sums={moved}"]
+    (run / "config.json").write_text(json.dumps(values))
+    resume(run)
+
+
+def test_a_run_folder_of_a_version_without_digests_still_resumes(finished, settings, tmp_path, monkeypatch):
+    run = stopped_at_step_3(monkeypatch, settings(tmp_path / "old", checkpoint__every=2))
+    values = json.loads((run / "config.json").read_text())
+    del values["began"]
+    (run / "config.json").write_text(json.dumps(values))
+    resume(run)
     assert_same_run(run, finished)
 
 

@@ -1,0 +1,135 @@
+"""Two LaTeX answers in one form: intervals for inequalities, radians for degrees, where the other one has them."""
+
+from __future__ import annotations
+
+import re
+
+from opsd.eval.answer_text import closing
+
+_LAYOUT = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:! ]|\\q?quad|\$|~")
+
+_NAMES = {
+    "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", "<=": "≤", ">=": "≥", r"\le": "≤", r"\ge": "≥", r"\leq": "≤",
+    r"\geq": "≥", r"\leqslant": "≤", r"\geqslant": "≥", r"\leqq": "≤", r"\geqq": "≥", r"\ne": "≠", r"\neq": "≠",
+    "!=": "≠",
+}  # fmt: skip
+_RELATION = re.compile(r"\\(?:leqslant|leqq|leq|le|geqslant|geqq|geq|ge|lt|gt|neq|ne)(?![a-zA-Z])|[<>!]=|[<>]")
+_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
+_OR = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s*or\s*\}|\\(?:lor|vee|cup)(?![a-zA-Z])|(?<![a-zA-Z\\])or(?![a-zA-Z])")
+_AND = re.compile(r"\\(?:text|mbox)\s*\{\s*and\s*\}|\\(?:land|wedge)(?![a-zA-Z])|(?<![a-zA-Z\\])and(?![a-zA-Z])")
+_BUILDER = re.compile(
+    r"\\?\{\s*(\S{1,20})(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid(?![a-zA-Z])|\\vert|:|\|)(.*?)\\?\}"
+)
+_VARIABLE = re.compile(r"(?:[a-zA-Z]|\\(?!pi|infty)[a-z]{2,8})(?:_\{?\w{1,8}\}?)?")
+_CONSTANT_COMMAND = re.compile(r"\\(?:[dt]?frac|sqrt|pi|infty|cdot|times|log|ln)(?![a-zA-Z])")
+_CONSTANT = re.compile(r"[\d\s.+\-*/^(){}\[\]!e]+")
+_SET = re.compile(
+    r"(?:(?:[a-zA-Z]|\\[a-z]+)\s*\\in\b)?\s*(?:\\left\s*)?[(\[\]]|.*\\(?:cup|infty|mathbb|setminus|backslash)"
+)
+
+_DEGREE = re.compile(r"\s*\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})")
+_TURN = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])|\\pi(?![a-zA-Z])")
+_ATOM = re.compile(r"(?:\d[\d.]*|\\[a-zA-Z]+|[a-zA-Z])$")
+
+
+def in_one_form(answer: str, gold: str) -> tuple[str, str]:
+    """Both answers so that they can be compared; what needs no change has none.
+
+    Inequalities become intervals where the other answer is a set, or an inequality in the same variable. Degrees become
+    radians where either has degrees, and either a trigonometric function or π; else math-verify leaves the sign out.
+    """
+    if _DEGREE.search(answer + " " + gold) and _TURN.search(answer + " " + gold):
+        answer, gold = _in_radians(answer), _in_radians(gold)
+    ours, theirs = _solutions(answer), _solutions(gold)
+    if ours is not None and theirs is not None:
+        return (ours[1], theirs[1]) if ours[0] == theirs[0] else (answer, gold)
+    if ours is not None and _SET.match(gold.strip()):
+        return ours[1], gold
+    if theirs is not None and _SET.match(answer.strip()):
+        return answer, theirs[1]
+    return answer, gold
+
+
+def _solutions(text: str) -> tuple[str, str] | None:
+    """The variable of an inequality (or of several, joined by "or") and its solutions as intervals; None for others."""
+    text = _LAYOUT.sub(" ", text).strip()
+    if not _RELATION.search(text):
+        return None
+    if (builder := _BUILDER.fullmatch(text)) is not None:
+        text = builder[2]
+    found = [interval for clause in _OR.split(text) if (interval := _interval(clause)) is not None]
+    variables = {variable for variable, _ in found}
+    if len(found) < len(_OR.split(text)) or len(variables) != 1:
+        return None
+    return variables.pop(), r" \cup ".join(interval for _, interval in found)
+
+
+def _interval(clause: str) -> tuple[str, str] | None:
+    """The variable and the solutions of a < x, a < x ≤ b, or of two bounds joined by "and"."""
+    parts = [_bounds(part) for part in _AND.split(clause)]
+    bounds = [bound for part in parts for bound in part]
+    if not all(parts) or len({variable for variable, _, _ in bounds}) != 1:
+        return None
+    variable, relation, limit = bounds[0]
+    if relation == "≠":
+        return (variable, rf"(-\infty,{limit}) \cup ({limit},\infty)") if len(bounds) == 1 else None
+    lower = [bound for bound in bounds if bound[1] in ">≥"] or [(variable, ">", r"-\infty")]
+    upper = [bound for bound in bounds if bound[1] in "<≤"] or [(variable, "<", r"\infty")]
+    if len(lower) > 1 or len(upper) > 1 or any(sign == "≠" for _, sign, _ in bounds):
+        return None
+    (_, left, start), (_, right, end) = *lower, *upper
+    opens = "[" if left == "≥" and "infty" not in start else "("
+    closes = "]" if right == "≤" and "infty" not in end else ")"
+    return variable, f"{opens}{start},{end}{closes}"
+
+
+def _bounds(part: str) -> list[tuple[str, str, str]]:
+    """(variable, relation, limit) of x < b, a < x, or both of a < x < b; [] for anything else."""
+    signs = [_NAMES[sign] for sign in _RELATION.findall(part)]
+    sides = [side.strip() for side in _RELATION.split(part)]
+    if len(signs) == 1 and _is_constant(sides[0]):
+        sides, signs = sides[::-1], [_FLIPPED[signs[0]]]
+    if len(signs) == 1 and _VARIABLE.fullmatch(sides[0]) and _is_constant(sides[1]):
+        return [(sides[0], signs[0], sides[1])]
+    same_way = len(signs) == 2 and (set(signs) <= set("<≤") or set(signs) <= set(">≥"))
+    if same_way and _VARIABLE.fullmatch(sides[1]) and _is_constant(sides[0]) and _is_constant(sides[2]):
+        return [(sides[1], _FLIPPED[signs[0]], sides[0]), (sides[1], signs[1], sides[2])]
+    return []
+
+
+def _is_constant(text: str) -> bool:
+    return _CONSTANT.fullmatch(_CONSTANT_COMMAND.sub("1", text)) is not None
+
+
+def _in_radians(text: str) -> str:
+    """Each degree sign as π/180 times what it stands behind."""
+    text = _LAYOUT.sub(" ", text)
+    done, place = "", 0
+    for sign in _DEGREE.finditer(text):
+        done += text[place : sign.start()]
+        start = _atom_start(done)
+        done = rf"{done[:start]}({done[start:]}\cdot\frac{{\pi}}{{180}})"
+        place = sign.end()
+    return done + text[place:]
+
+
+def _atom_start(text: str) -> int:
+    """Where the number, letter or bracket that ends `text` begins, with the command that takes the brackets."""
+    text = text.rstrip()
+    start = len(text)
+    while start and text[start - 1] in ")}]" and (opened := _opening(text, start - 1)) is not None:
+        start = opened
+        if text[start] == "(":
+            return start
+    if start == len(text):
+        atom = _ATOM.search(text)
+        return start if atom is None else atom.start()
+    command = re.search(r"\\[a-zA-Z]+$", text[:start])
+    return start if command is None else command.start()
+
+
+def _opening(text: str, end: int) -> int | None:
+    """The place of the bracket that the one at `end` closes."""
+    mirrored = text[: end + 1][::-1].translate(str.maketrans("(){}[]", ")(}{]["))
+    place = closing(mirrored, 0)
+    return None if place is None else end - place

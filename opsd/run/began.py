@@ -1,0 +1,76 @@
+"""What a run asks and is evaluated on, as it was when it began: a resumed run goes on with the same, or not at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from opsd.config import TrainConfig
+from opsd.data.prompts import digest
+from opsd.data.template import Clock
+from opsd.types import Prompt
+from opsd.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Began:
+    """Part of config.json. digests: of "prompts" and of each "eval.suite NAME"; they do not hang on a file's place.
+
+    time: what the chat template saw; None where it did not look.
+    """
+
+    digests: dict[str, str]
+    time: datetime | None = None
+
+    @classmethod
+    def of(cls, asked: dict[str, list[Prompt]], clock: Clock) -> Began:
+        """What these prompts are, rendered under `clock`."""
+        return cls({name: digest(own) for name, own in asked.items()}, clock.time if clock.asked else None)
+
+    def check(self, now: Began, config: TrainConfig) -> None:
+        """Raises UserError where `now` asks something else."""
+        files = {f"eval.suite {pair.partition('=')[0]}": pair.partition("=")[2] for pair in config.eval.suite}
+        files["prompts"] = config.prompts
+        for name, began in self.digests.items():
+            if now.digests.get(name) != began:
+                raise UserError(
+                    f"--resume {config.out}: {files.get(name, name)} gives other prompts than those that the run began "
+                    f"with (digest of {name}: {now.digests.get(name)}, not {began}); put the old file back, or start a "
+                    "new run"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"digests": self.digests, "time": None if self.time is None else self.time.isoformat()}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Began | None:
+        """The inverse; None where there are no values: folders of earlier versions lack them."""
+        if values is None:
+            return None
+        try:
+            digests, time = dict(values["digests"]), values["time"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"config.json: 'began' is damaged ({error!r}); put it back, or start a new run") from error
+        return cls(digests, None if time is None else parse_time(time, "config.json"))
+
+
+def parse_time(text: Any, where: str) -> datetime:
+    """An ISO time. Raises UserError for anything else; where: the file that holds it."""
+    try:
+        return datetime.fromisoformat(text)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: the time {text!r} is damaged ({error}); put it back, or begin anew") from error
+
+
+def time_of_run(model: Path) -> datetime | None:
+    """Where `model` is a run's checkpoint, the time that the run's templates saw, if they looked."""
+    try:
+        began = json.loads((model.resolve().parents[1] / "config.json").read_text()).get("began")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    began = Began.from_json(began)
+    return began and began.time

@@ -1,0 +1,16 @@
+"""What a message that ends a command may promise: to go on only where something on the disk can be gone on from."""
+
+from __future__ import annotations
+
+_from: str | None = None
+
+
+def can_go_on(how: str) -> None:
+    """From now on the command can be gone on with, e.g. by "--resume RUN"."""
+    global _from
+    _from = how
+
+
+def advice() -> str:
+    """What to do after a stop, as the end of a sentence."""
+    return "start again, nothing was saved yet" if _from is None else f"go on with {_from}"
