@@ -9,7 +9,7 @@ Only saving needs the network; --dry_run prints the workspace as JSON.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from typing import Any
 
@@ -17,10 +17,12 @@ import tyro
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 
-INSTALLED = importlib.util.find_spec("wandb_workspaces") is not None
-if INSTALLED:
-    import wandb_workspaces.reports.v2 as panels
-    import wandb_workspaces.workspaces as ws
+panels: Any
+ws: Any
+try:
+    panels, ws = (importlib.import_module(f"wandb_workspaces.{name}") for name in ("reports.v2", "workspaces"))
+except ImportError:
+    panels = ws = None
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")
@@ -129,7 +131,7 @@ def main(
         samples: Responses per problem (the k of mean@k).
         dry_run: Print the workspace as JSON instead; needs no network and no account.
     """
-    if not INSTALLED:
+    if ws is None:
         raise UserError("wandb-workspaces is not installed; pip install wandb-workspaces")
     built = workspace(entity, project, name, suites, samples)
     if dry_run:
