@@ -9,6 +9,7 @@ Only saving needs the network; --dry_run prints the workspace as JSON.
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -16,12 +17,12 @@ import tyro
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 
+panels: Any
+ws: Any
 try:
-    import wandb_workspaces.reports.v2 as panels
-    import wandb_workspaces.workspaces as ws
+    panels, ws = (importlib.import_module(f"wandb_workspaces.{name}") for name in ("reports.v2", "workspaces"))
 except ImportError:
-    panels: Any = None
-    ws: Any = None
+    panels = ws = None
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")

@@ -201,6 +201,6 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
 
 
 def test_without_its_library_the_dashboard_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(wandb_dashboard, "INSTALLED", False)
+    monkeypatch.setattr(wandb_dashboard, "ws", None)
     with pytest.raises(UserError, match="pip install wandb-workspaces"):
         wandb_dashboard.main("team", dry_run=True)
