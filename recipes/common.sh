@@ -12,7 +12,9 @@
 #   LANES                how many cells run at a time (default: at pocket scale the number of cores; at paper scale 1)
 # Flags after the recipe's name go to every `opsd train` as they are.
 #
-# SCALE=paper also reads the base repository's variables and the paths of models and data (README, "Environment variables").
+# SCALE=paper also reads the base repository's variables (README, "Environment variables") and the models' paths:
+#   QWEN3_STUDENT QWEN3_TEACHER LLAMA_STUDENT LLAMA_TEACHER QWEN25_STUDENT QWEN25_TEACHER
+#   (or MODEL_PATH and TEACHER_MODEL_PATH where PAIRS names one pair)
 # DATA_DIR holds what scripts/prepare_data.py makes. CUDA_VISIBLE_DEVICES, MASTER_PORT: which GPUs, e.g. 4,5,6,7 (default: the
 # first NUM_GPUS), and where ranks meet (default 29500), so that two recipes can share a machine.
 

@@ -29,8 +29,8 @@ from gpu.check import ROOT, Row
 from gpu.document import document
 from gpu.stage import STAGES
 from opsd.config.cli import parse
-from opsd.config.settings import PositiveFloat, Settings
-from opsd.utils.errors import UserError
+from opsd.config.settings import Settings
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options(Settings):
     """cpu: for a dry run."""
     small: bool = False
     """Tiny sizes, to see whether it runs at all."""
-    seconds: PositiveFloat = 480.0
+    seconds: float = 480.0
     """For all stages together; what is left when they are over is not run."""
     docs: Path | None = None
     """Put gpu.md and gpu.json into this folder too."""
@@ -123,8 +123,5 @@ def read(out: Path) -> list[Row]:
 
 
 if __name__ == "__main__":
-    try:
+    with exits_on_bad_input("gpu_check"):
         sys.exit(main(parse(Options, sys.argv[1:], "gpu_check", bare_switches=True)))
-    except UserError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -126,7 +126,7 @@ def test_a_dry_run_prints_a_command_that_the_script_takes(project, scale):
 def test_paper_scale_says_in_one_line_what_the_teacher_lacks(project):
     done = project.run(recipe="grpo_teacher.sh")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "missing: QWEN3_TEACHER_BASE, DATA_DIR, 8 GPUs (found 0" in done.stderr
+    assert "missing: 8 GPUs (found 0; NUM_GPUS=N takes fewer), QWEN3_TEACHER_BASE, DATA_DIR" in done.stderr
 
 
 # Trains as the script does, and writes down what each call of the reward was given and gave.
