@@ -183,6 +183,8 @@ def run_vllm(line: Line, settings: dict[str, Any]) -> None:
     llm = vllm.LLM(
         model=settings["student"],
         dtype="float32",
+        load_format="safetensors",
+        trust_remote_code=False,
         max_model_len=settings["prompt_tokens"] + settings["new_tokens"],
         max_num_seqs=len(settings["prompts"]),
         enforce_eager=True,

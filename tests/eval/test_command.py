@@ -291,7 +291,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(groups, run, asked, stop_
     out = tmp_path / "scores.json"
     again = stop_after(groups)
     code, _, error = run(*arguments(out))
-    assert code == 130 and "the same command again" in error and not out.exists()
+    assert code == 130 and "go on with the same command" in error and not out.exists()
     kept = records_of(out)
     assert [line["id"] for line in kept] == GROUPED[: 2 * groups]
     again()

@@ -62,7 +62,7 @@ def saved(run: Path) -> list[str]:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full: Linux")
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    run = RunFolder(tmp_path, TrainConfig("student", TeacherConfig("teacher"), "prompts", str(tmp_path)))
+    run = RunFolder(tmp_path, TrainConfig(student="s", teacher=TeacherConfig("t"), prompts="p", out=str(tmp_path)))
     with pytest.raises(RunStopped, match=r"metrics.jsonl cannot be written \(No space left on device\)[^\n]*--resume$"):
         run.write_metrics({"step": 1})
 

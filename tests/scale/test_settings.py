@@ -15,28 +15,31 @@ def settings(teacher=None, **parts):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"engine": EngineConfig(offload_optimizer=True)}, "offload_optimizer True needs --engine.kind deepspeed"),
         (
-            {"engine": EngineConfig(kind="deepspeed", zero_stage=0, offload_optimizer=True)},
+            lambda: {"engine": EngineConfig(offload_optimizer=True)},
+            "offload_optimizer True needs --engine.kind deepspeed",
+        ),
+        (
+            lambda: {"engine": EngineConfig(kind="deepspeed", zero_stage=0, offload_optimizer=True)},
             "offload_optimizer True needs .* --engine.zero_stage 1 to 3",
         ),
         (
-            {"engine": EngineConfig(kind="deepspeed", zero_stage=2, offload_parameters=True)},
+            lambda: {"engine": EngineConfig(kind="deepspeed", zero_stage=2, offload_parameters=True)},
             "offload_parameters True needs .* --engine.zero_stage 3",
         ),
-        ({"teacher": {"shard": True}}, "shard True needs .* --engine.kind deepspeed"),
-        ({"teacher": {"kind": "vllm", "urls": ()}}, "names no server"),
-        ({"teacher": {"kind": "vllm"}, "eval": EvalConfig(suite=("a=b",))}, "give --eval.teacher False"),
-        ({"teacher": {"timeout_s": 0.0}}, "--teacher.timeout_s 0.0: give a number above 0"),
-        ({"teacher": {"retries": -1}}, "--teacher.retries -1: give 0 or more"),
-        ({"rollout": RolloutConfig(gpu_memory_share=1.0)}, "gpu_memory_share 1.0: give a fraction between"),
-        ({"rollout": RolloutConfig(probe_tolerance=0.0)}, "probe_tolerance 0.0: give a number above 0"),
-        ({"rollout": RolloutConfig(tensor_parallel=0)}, "tensor_parallel 0: give a number above 0"),
+        (lambda: {"teacher": {"shard": True}}, "shard True needs .* --engine.kind deepspeed"),
+        (lambda: {"teacher": {"kind": "vllm", "urls": ()}}, "names no server"),
+        (lambda: {"teacher": {"kind": "vllm"}, "eval": EvalConfig(suite=("a=b",))}, "give --eval.teacher False"),
+        (lambda: {"teacher": {"timeout_s": 0.0}}, "--teacher.timeout_s 0.0: give a number above 0"),
+        (lambda: {"teacher": {"retries": -1}}, "--teacher.retries -1: give 0 or more"),
+        (lambda: {"rollout": RolloutConfig(gpu_memory_share=1.0)}, "gpu_memory_share 1.0: give a fraction between"),
+        (lambda: {"rollout": RolloutConfig(probe_tolerance=0.0)}, "probe_tolerance 0.0: give a number above 0"),
+        (lambda: {"rollout": RolloutConfig(tensor_parallel=0)}, "tensor_parallel 0: give a number above 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
-        settings(**wrong)
+        settings(**wrong())
 
 
 def test_a_served_teacher_and_a_sharded_one_are_accepted():

@@ -315,7 +315,8 @@ def test_a_checkpoint_is_evaluated_with_the_prompts_of_its_run(daily, tmp_path, 
 
     def digests(name, model):
         out = tmp_path / f"{name}.json"
-        evaluate(EvalCommand(str(model), config.eval.suite, str(out), samples=1, max_new_tokens=4, device="cpu"))
+        settings = {"model": str(model), "suite": config.eval.suite, "out": str(out), "samples": 1, "max_new_tokens": 4}
+        evaluate(EvalCommand(**settings, device="cpu"))
         return json.loads(out.read_text())["settings"]["suite"]
 
     ours, others = digests("ours", tmp_path / "run" / "checkpoints" / "step_4"), digests("others", config.student)
