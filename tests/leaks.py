@@ -12,15 +12,16 @@ import torch
 from transformers.utils import logging as of_transformers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-# What libraries set for this process as they are imported or first used, whichever test comes to it first.
-OF_LIBRARIES = ("PYTEST_", "VLLM_", "DS_", "KMP_", "TORCHINDUCTOR_", "TRITON_", "TOKENIZERS_", "WANDB_SERVICE", "CUDA_")
+# Libraries set variables of their own as they are imported, whichever test comes to it first. These decide how a run goes.
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+VARIABLES += ("HOME", "PATH", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "DEEPPLANNING_ROOT")
+LINEAR = torch.nn.functional.linear
 
 
 def now() -> dict[str, Any]:
     """What a test could change for those after it, by name."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LIBRARIES)}
     return {
-        **{f"environment variable {name}": value for name, value in environment.items()},
+        **{f"environment variable {name}": os.environ.get(name) for name in VARIABLES},
         **{f"the handler of {number.name}": signal.getsignal(number) for number in SIGNALS},
         "the working directory": os.getcwd(),
         "sys.argv": list(sys.argv),
@@ -36,14 +37,13 @@ def now() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
-    before, linear, verbosity = now(), torch.nn.functional.linear, of_transformers.get_verbosity()
+    before, verbosity = now(), of_transformers.get_verbosity()
     yield
     # DeepSpeed's ZeRO-3 replaces it and leaves it so; the command line quiets transformers for its whole process.
-    torch.nn.functional.linear = linear
+    torch.nn.functional.linear = LINEAR
     of_transformers.set_verbosity(verbosity)
     if request.node.get_closest_marker("e2e"):
         return  # whole runs meet process groups and engines, which set what launchers set
     after = now()
-    leaks = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    changes = [f"{name}: {before.get(name)!r} became {after.get(name)!r}" for name in sorted(leaks)]
+    changes = [f"{name}: {old!r} became {after[name]!r}" for name, old in before.items() if after[name] != old]
     assert not changes, "left behind by this test: " + "; ".join(changes)
