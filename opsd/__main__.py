@@ -82,7 +82,9 @@ def _train(args: list[str]) -> None:
 
     if "--resume" in args:
         if len(args) != 2 or args[0] != "--resume":
-            raise UserError("--resume RUN goes alone: a resumed run keeps its settings; start a new one to change them")
+            raise UserError(
+                "--resume RUN takes no other flag: a resumed run keeps its settings; start a new one to change them"
+            )
         check_old_run(Path(args[1]))
         _quiet()
         from opsd.train import resume

@@ -182,7 +182,7 @@ class _Found:
         return f"sequences are {self._scorer.layout} and do not change each other{past}"
 
     def one_row(self) -> str:
-        """The same in one row, as ZeRO-3 needs it: what fails here is no fault of the model."""
+        """The same in one row, as ZeRO-3 needs it: what fails here is not a fault of the model."""
         whole = Scorer(self._model, packed=True)
         try:
             with running(self._name):

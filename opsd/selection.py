@@ -112,7 +112,7 @@ class TokenSelector(Protocol):
     are scored after the choice (NaN, or 0 in integer and bool fields, outside the kept rows) and handed to
     `weigh`, which is called only when needs_kept is not empty.
     normalise_over: "micro_batch" | "rollout" | "batch" | "running"; a rule that normalises nothing says
-    "micro_batch" whatever it was asked. Under "batch" the trainer calls `prepare` once a step with the
+    "micro_batch" whatever it was asked. Under "batch" the trainer calls `prepare` once per step with the
     statistics of every micro-batch and rank, before any call.
     fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
     `weigh` and `end_step` have defaults: a rule may leave them out.
@@ -246,12 +246,12 @@ def _takes(factory: Any, option: str) -> bool:
 
 
 def _check_selector(selector: Any, name: str) -> None:
-    """Raises UserError for what is no TokenSelector, or reads statistics that nobody computes."""
+    """Raises UserError for what is not a TokenSelector, or reads statistics that nobody computes."""
     wanted = [*inspect.get_annotations(TokenSelector), "budget", "prepare", "state_dict", "load_state_dict", "__call__"]
     lacking = [attribute for attribute in wanted if not hasattr(selector, attribute)]
     if lacking:
         raise UserError(
-            f"selector {name!r} is no TokenSelector: it has no {lacking[0]}; opsd/selection.py says what one must have"
+            f"selector {name!r} is not a TokenSelector: it has no {lacking[0]}; opsd.hooks.TokenSelector says what it needs"
         )
     known = {field.name for field in dataclasses.fields(TokenStats)}
     for field in (*selector.needs, *selector.needs_kept):

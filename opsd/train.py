@@ -278,7 +278,7 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
         )
     if newest is None:
         return None, ["no checkpoint was saved yet: starts from the first step"]
-    return newest, [*notes, f"goes on from {newest}"]
+    return newest, [*notes, f"continues from {newest}"]
 
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:

@@ -307,7 +307,7 @@ run_in_reach() {
 }
 
 # plan_of PAIR FLAGS…: what `opsd plan` says of the pair's first chosen cell, as comments. Models that are not set have their
-# published shapes. A plan is no condition: one that cannot be made says why and stops nothing.
+# published shapes. A plan is not a condition: one that cannot be made says why and stops nothing.
 plan_of() {
     local pair=$1 student teacher
     shift

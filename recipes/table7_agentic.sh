@@ -3,7 +3,7 @@
 #
 # The paper (Qwen3-14B → Qwen3-1.7B, DeepPlanning travel, Avg@16): all tokens 11.7 ± 0.07, Q3 20 % 12.6 ± 0.07,
 # entropy 50 % 12.1 ± 0.06; all its numbers: assets/paper/tables.csv.
-# Hardware: 8×H200 a pair; hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, about 2 minutes a cell.
+# Hardware: 8×H200 a pair; hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, about 2 minutes per cell.
 # Try it:      SCALE=pocket SEEDS=0 recipes/table7_agentic.sh
 # Look first:  DRY_RUN=1 recipes/table7_agentic.sh
 #

@@ -1,6 +1,6 @@
 """Time and memory of the distillation loss, against the usual ways to write it.
 
-    python scripts/bench_loss.py                     all cases, reckoned at an hour on two quiet cores
+    python scripts/bench_loss.py                     all cases, estimated at an hour on two quiet cores
     python scripts/bench_loss.py --quick             a few small ones, two minutes
     python scripts/bench_loss.py --tokens 1024 --widths 1024 --dtypes bfloat16
 

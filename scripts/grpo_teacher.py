@@ -131,7 +131,7 @@ def trainer_settings(config: GrpoConfig, processes: int, cuda: bool) -> dict[str
     total, at_once = config.prompts_per_step * config.samples_per_prompt, config.micro_batch * processes
     if total % at_once:
         raise UserError(
-            f"{total} completions a step do not divide over {processes} processes times --micro_batch "
+            f"{total} completions per step do not divide over {processes} processes times --micro_batch "
             f"{config.micro_batch}; change one of them"
         )
     bfloat16 = config.dtype == "bfloat16"

@@ -34,7 +34,7 @@ def load() -> tuple[Any, Any]:
 
 
 def thin(model: Any, every: int) -> None:
-    """Keep every so-manieth layer, in place."""
+    """Keep every n-th layer, in place."""
     model.model.layers = model.model.layers[::every]
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
@@ -48,7 +48,7 @@ def main(out: Annotated[Path, tyro.conf.Positional], every: int = 1) -> None:
 
     Args:
         out: Folder to write.
-        every: Keep every so-manieth layer; 1 keeps all.
+        every: Keep every n-th layer; 1 keeps all.
     """
     if every < 1:
         raise UserError(f"--every {every}: give 1 or more")

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as of_transformers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-# Libraries set variables of their own as they are imported, whichever test comes to it first. These decide how a run goes.
+# These decide how a run goes. (Libraries set variables of their own as they are imported, by whichever test.)
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 VARIABLES += ("HOME", "PATH", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "DEEPPLANNING_ROOT")
 LINEAR = torch.nn.functional.linear

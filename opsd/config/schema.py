@@ -94,7 +94,7 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     """vllm: give the GPU's memory back while the student is trained."""
     probe_tolerance: PositiveFloat | None = None
     """vllm: after each sync, how far the sampler's log-probabilities may be from the trainer's on a probe, in mean
-    nats a token; None: 1e-3 for float32, 0.1 for bfloat16."""
+    nats per token; None: 1e-3 for float32, 0.1 for bfloat16."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
 
@@ -177,7 +177,7 @@ class OptimConfig(Settings, part="optim"):
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm is clipped here; 0 is off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is no finite number, or that has no token to train on: stop the run, or leave the
+    """A step whose loss or gradient is not finite, or that has no token to train on: stop the run, or leave the
     step out (optim/skipped is then 1, its rollouts are kept)."""
     max_skipped_steps: NonNegativeInt = 10
     """skip: most steps in a row that are left out; one more stops the run."""

@@ -109,7 +109,7 @@ def empty() -> MicroBatch:
 
 
 def _input_tokens(rollout: Rollout) -> int:
-    """The last token is predicted, never read: it is no input."""
+    """The last token is predicted, never read: it is not an input."""
     return len(rollout.prompt.ids) + len(rollout.response_ids) - 1
 
 

@@ -94,7 +94,7 @@ def may_hold(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor
 
 
 def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
-    """Rows per chunk: at most `chunk_tokens`. On a CPU evened out, so that the last chunk is no stub; on CUDA a
+    """Rows per chunk: at most `chunk_tokens`. On a CPU evened out, so that the last chunk is not a stub; on CUDA a
     multiple of 128 where the bound allows it, which may be more than there are rows.
 
     "auto" asks the free memory of `like`'s device. Raises UserError for a bound below 1.

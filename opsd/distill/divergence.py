@@ -1,6 +1,6 @@
 """The divergences and the token statistics as plain maths on two blocks of logits.
 
-Every function works in place on buffers it is handed, one row a token, so that nothing here allocates in
+Every function works in place on buffers it is handed, one row per token, so that nothing here allocates in
 proportion to the vocabulary. Rows are independent: a caller may cut a chunk into any blocks.
 
 Legend: B rows of a block, V shared vocabulary. P_S student, P_T teacher; p = P_S, q = P_T; natural logarithms.

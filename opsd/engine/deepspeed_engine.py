@@ -107,7 +107,7 @@ class DeepSpeedEngine:
         """See Engine.discard.
 
         ZeRO keeps gradients in buffers of its own, which a step empties. So one is taken that DeepSpeed refuses by
-        itself: a gradient that is no number joins the others.
+        itself: a gradient that is not finite joins the others.
         """
 
         def spoil(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> DistillResult:
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
         one_row = dataclasses.replace(empty(), rows_N=torch.zeros(1, dtype=torch.int64))
         self.backward(self.forward(one_row, spoil).loss_sum, 1.0)
         if math.isfinite(self.step(0.0)):
-            raise RuntimeError("DeepSpeed took a step with a gradient that is no number")
+            raise RuntimeError("DeepSpeed took a step with a gradient that is not finite")
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """See Engine.weights."""
@@ -190,7 +190,7 @@ class DeepSpeedEngine:
         return contextlib.nullcontext()
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """ZeRO-0, on reduced gradients just before the update: measure, clip, drop them where they are no numbers."""
+        """ZeRO-0, on reduced gradients just before the update: measure, clip, drop them where they are not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm)
         self._norm = float(norm)
         if not math.isfinite(self._norm):

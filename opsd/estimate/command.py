@@ -15,7 +15,7 @@ from tyro.conf import arg
 
 from opsd.config import TeacherConfig, TrainConfig
 from opsd.config.settings import PositiveFloat, PositiveInt, Settings
-from opsd.estimate.memory import Hardware, Reckoning
+from opsd.estimate.memory import Hardware, MemoryEstimate
 from opsd.estimate.shapes import find_shape
 from opsd.utils.errors import UserError, first_line
 
@@ -46,7 +46,7 @@ _ANY_RUN = TrainConfig(student=MISSING, teacher=TeacherConfig(model=MISSING), pr
 
 @dataclass(frozen=True)
 class PlanConfig(Settings):
-    """Reckon a training run's memory and time; takes the flags of `opsd train` and these. Loads no weights."""
+    """Estimate a training run's memory and time; takes the flags of `opsd train` and these. Loads no weights."""
 
     run: Annotated[TrainConfig, arg(name="")] = _ANY_RUN
     gpus: PositiveInt = 1
@@ -95,8 +95,8 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
     except UserError as error:
         raise UserError("; ".join([str(error), *adapters])) from error
-    reckoning = Reckoning(run, *shapes, hardware)
-    phases = reckoning.phases()
+    estimate = MemoryEstimate(run, *shapes, hardware)
+    phases = estimate.phases()
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
     peak = max(totals, key=lambda phase: totals[phase])
     # The process itself has no knob.
@@ -112,9 +112,9 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         "decides": decides,
         "knob": KNOBS[decides],
         "fits": totals[peak] <= config.gpu_gib,
-        "tokens_per_step": reckoning.step_tokens,
-        "micro_batch_tokens": reckoning.micro_tokens,
-        "rough_seconds": reckoning.seconds(),
+        "tokens_per_step": estimate.step_tokens,
+        "micro_batch_tokens": estimate.micro_tokens,
+        "rough_seconds": estimate.seconds(),
         "adapters": adapters,
     }
 
@@ -141,7 +141,7 @@ def _show(found: dict[str, Any]) -> None:
     console, phases = Console(width=110), found["phases_gib"]
     # As Text: a bracket in a folder's name is a bracket.
     title = Text(f"{found['student']} ← {found['teacher']}, {found['gpus']} GPUs")
-    table = Table("GiB a GPU", *phases, title=title)
+    table = Table("GiB per GPU", *phases, title=title)
     parts = list(dict.fromkeys(part for of_phase in phases.values() for part in of_phase))
     for part in parts:
         cells = (f"{phases[phase][part]:.2f}" if part in phases[phase] else "" for phase in phases)
@@ -162,8 +162,8 @@ def in_short(found: dict[str, Any]) -> str:
     adapters = "".join(f"{line}\n" for line in found["adapters"])
     knob = f"; with {found['knob']} it takes less" if not found["fits"] else ""
     return (
-        f"GiB a GPU: {sums}\n"
-        f"at most {found['tokens_per_step']:,} tokens a step; very roughly {seconds}\n"
+        f"GiB per GPU: {sums}\n"
+        f"at most {found['tokens_per_step']:,} tokens per step; very roughly {seconds}\n"
         f"{adapters}"
         f"{fits}: peak {found['peak_gib']:.1f} of {found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase; "
         f"{found['decides']} decides{knob}"

@@ -1,4 +1,4 @@
-"""The peak memory of a GPU by phase and part, reckoned from the settings as the code spends it; and a rough time."""
+"""The peak memory of a GPU by phase and part, estimated from the settings as the code spends it; and a rough time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Reckoning:
+class MemoryEstimate:
     """What one rank does with one pair of models. All lengths are the longest that the settings allow."""
 
     config: TrainConfig

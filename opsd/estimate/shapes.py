@@ -115,7 +115,7 @@ def find_shape(name: str, flag: str) -> ModelShape:
 def shape_of(config: dict[str, Any], name: str, flag: str) -> ModelShape:
     """The shape that a config.json describes.
 
-    Raises UserError for an unknown family, KeyError for a missing size, ValueError for one that is no count.
+    Raises UserError for an unknown family, KeyError for a missing size, ValueError for one that is not a count.
     """
     family = str(config.get("model_type"))
     if family not in FAMILIES:

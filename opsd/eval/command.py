@@ -127,7 +127,7 @@ class Group:
 
 
 def _groups(suites: list[Suite], config: EvalCommand, ranks: Ranks) -> list[Group]:
-    """All problems in order, as many together as go side by side. A group's draws hang on its place alone."""
+    """All problems in order, as many together as go side by side. A group's draws depend on its place alone."""
     size = max(1, _side_by_side(config, ranks) // config.samples)
     return [
         Group(suite.name, suite.problems[first : first + size], derive_seed(config.seed, "eval", suite.name, first))
@@ -189,7 +189,7 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
 def _weights_digest(folder: Path) -> str | None:
     """Of each weight file's name, size and last MiB: enough to tell a checkpoint from another, without reading it all.
 
-    None for a model that is no folder here.
+    None for a model that is not a folder here.
     """
     if not folder.is_dir():
         return None

@@ -164,7 +164,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Sampling: temperature {sampling['temperature']}, top-p {sampling['top_p']}, top-k {limit}, at most "
-        f"{sampling['max_new_tokens']} new tokens, {samples} samples a problem, seed {sampling['seed']}. "
+        f"{sampling['max_new_tokens']} new tokens, {samples} samples per problem, seed {sampling['seed']}. "
         "A truncated response is wrong.",
         f"Prompts: {settings['prompt_format']}, thinking {settings['thinking']}. Grader: {settings['grader']}. "
         f"Engine: {settings['engine']}, {settings['dtype']}, on {settings['device']}.",

@@ -126,7 +126,7 @@ def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
         inspect.signature(function).bind("response", "gold")
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{flag} {name!r} is no function(response, gold) ({error}); give math, suffix or module:function"
+            f"{flag} {name!r} is not a function(response, gold) ({error}); give math, suffix or module:function"
         ) from error
     return FunctionGrader(function)
 
@@ -230,7 +230,7 @@ class _MathVerifyProcess:
             return False
         question = json.dumps({"answer": answer, "gold": gold, "boxed": boxed})
         with self._lock:
-            # A process that has died since the last question is no verdict on this one; one that dies twice is.
+            # A process that has died since the last question is not a verdict on this one; one that dies twice is.
             verdict = self._ask(question)
             return bool(self._ask(question) if verdict is None else verdict)
 

@@ -69,7 +69,7 @@ def main() -> None:
     # Without math-verify's second way, which takes a stray number out of what it cannot read: 1 of "1 @ 2".
     latex = [LatexExtractionConfig()]
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no reply
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is not a reply
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, most))
     print(json.dumps({"ready": True}), file=replies, flush=True)

@@ -56,7 +56,7 @@ class Probe:
             gap = max(self._engine.ranks.gather(own if own == own else float("inf")))
             if gap > self._allowed_nats:
                 raise RunStopped(
-                    f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats a token on a probe "
+                    f"the sampler's log-probabilities differ from the trainer's by {gap:.2g} nats per token on a probe "
                     f"(allowed: {self._allowed_nats:g}, --rollout.probe_tolerance): its weights are not the trained "
                     "ones"
                 )

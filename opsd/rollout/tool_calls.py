@@ -88,7 +88,7 @@ def _is_call(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def _json(text: str) -> Any:
-    """The value, or None for what is no JSON."""
+    """The value, or None for what is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

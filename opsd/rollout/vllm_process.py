@@ -107,7 +107,7 @@ class Sampler:
         """The answer where `count` rollouts were asked for: token ids below `vocab_size`."""
         found = self._list(count, list, "rollouts")
         if not all(isinstance(token, int) and 0 <= token < vocab_size for ids in found for token in ids):
-            self._refuse(f"a token that is none of 0 to {vocab_size - 1}")
+            self._refuse(f"a token that is not one of 0 to {vocab_size - 1}")
         return found
 
     def nats(self, count: int) -> list[float]:
@@ -122,10 +122,10 @@ class Sampler:
 
     def _refuse(self, why: str) -> NoReturn:
         self.close()
-        raise RunStopped(f"the sampler process gave what is no answer ({why})")
+        raise RunStopped(f"the sampler process gave what is not an answer ({why})")
 
     def close(self) -> None:
-        """End the process; there is no answer left that anybody waits for."""
+        """End the process; there is not an answer left that anybody waits for."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()

@@ -81,7 +81,7 @@ def write_checksums(folder: Path, file: Path) -> None:
 def damage(folder: Path, file: Path) -> str | None:
     """What is wrong with `folder` by the checksums in `file`, in a few words; None where it is whole.
 
-    Reads every file once. Files that the checksums do not name are no damage.
+    Reads every file once. Files that the checksums do not name are not damage.
     """
     try:
         stored = json.loads(file.read_text())
@@ -89,7 +89,7 @@ def damage(folder: Path, file: Path) -> str | None:
     except OSError as error:
         return f"{file.relative_to(folder)}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
-        return f"{file.relative_to(folder)} is no list of checksums"
+        return f"{file.relative_to(folder)} is not a list of checksums"
     if kind != _KIND:
         return f"{file.relative_to(folder)} holds {kind} checksums, this version reads {_KIND}"
     missing = [name for name in known if not (folder / name).is_file()]

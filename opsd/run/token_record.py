@@ -38,7 +38,7 @@ def token_table(
     labels: dict[str, Tensor],
     top: tuple[ModelTop, ModelTop] | None,
 ) -> pd.DataFrame:
-    """The step's record, one row a token, in the order of rollouts and positions.
+    """The step's record, one row per token, in the order of rollouts and positions.
 
     Only `recorded` rollouts are in it; `top` holds their rows alone, in the order that they have in `stats`.
     """

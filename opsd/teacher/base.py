@@ -15,7 +15,7 @@ class Teacher(Protocol):
     def hidden(self, batches: list[MicroBatch]) -> list[torch.Tensor]:
         """For each micro-batch the teacher's hidden states [N, E] at its rows, without gradient.
 
-        E numbers a token instead of V: the whole step's states fit where one sequence's logits would not.
+        E numbers per token instead of V: the whole step's states fit where one sequence's logits would not.
         """
         ...
 

@@ -71,7 +71,7 @@ class VLLMTeacher:
                 )
             if states.shape[1] != self._head_VE.shape[1]:
                 raise UserError(
-                    f"--teacher.urls {url}: it gives {states.shape[1]} numbers a token, the head of --teacher "
+                    f"--teacher.urls {url}: it gives {states.shape[1]} numbers per token, the head of --teacher "
                     f"{self._config.model} takes {self._head_VE.shape[1]}; serve that model"
                 )
 

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run cannot go on (its numbers are no numbers, its parts disagree). The message is one line.
+    """A run cannot go on (its numbers are not finite, its parts disagree). The message is one line.
 
     The command line prints it on stderr and exits with code 1; the run folder can be looked at, and resumed from its
     newest checkpoint.
@@ -21,7 +21,7 @@ class RunStopped(Exception):
 
 
 class StepUnusable(RunStopped):
-    """A step cannot be trained on: its numbers are no numbers, or it has no token. The message is one line.
+    """A step cannot be trained on: its numbers are not finite, or it has no token. The message is one line.
 
     Every rank raises it, with the weights, the optimiser and the selector as they were before the step: the run can
     stop, or leave the step out (--optim.on_nonfinite).

@@ -19,7 +19,7 @@ from typing import NoReturn
 from opsd.utils.going_on import advice
 
 # Launchers send two signals in a row (deepspeed's within 0.1 s), and a terminal's Ctrl-C reaches a process both from
-# the terminal and from its launcher: only what comes later is a second wish.
+# the terminal and from its launcher: only what comes later is a second request.
 REPEAT_S = 1.0
 _HEARD = (signal.SIGTERM, signal.SIGINT)
 
@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code, self.orderly = 128 + number, orderly
 
 
-class _Ears:
+class _Listener:
     """What has been heard. heeding: the run looks at `asked` itself, so the first signal raises nothing."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class _Ears:
         os.close(self._write)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread. Where nothing looks for the wish, it ends what runs."""
+        """In the main thread. Where nothing looks for the request, it ends what runs."""
         if not self.heeding:
             raise Interrupted(number, interrupted())
 
@@ -80,41 +80,41 @@ class _Ears:
             os._exit(128 + number)
 
 
-_ears: _Ears | None = None
+_listener: _Listener | None = None
 
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
     """Within it SIGTERM and SIGINT raise Interrupted, or are `heeded`. Elsewhere than in the main thread: nothing."""
-    global _ears
+    global _listener
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _ears = ears = _Ears()
-    ears.open()
+    _listener = listener = _Listener()
+    listener.open()
     try:
         yield
     finally:
-        ears.close()
-        _ears = None
+        listener.close()
+        _listener = None
 
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
     """Within it the first signal only sets `asked`: the caller looks there, saves, and stops."""
-    if _ears is None:
+    if _listener is None:
         yield
         return
-    _ears.heeding = True
+    _listener.heeding = True
     try:
         yield
     finally:
-        _ears.heeding = False
+        _listener.heeding = False
 
 
 def asked() -> int:
     """The signal that asked to stop; 0 for none, and where nobody listens."""
-    return 0 if _ears is None else _ears.asked
+    return 0 if _listener is None else _listener.asked
 
 
 def end(code: int) -> NoReturn:

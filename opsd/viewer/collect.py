@@ -28,7 +28,7 @@ NUMBERS = {
 
 
 def recorded_steps(run: Path) -> list[int]:
-    """The steps with a token record, ascending. Raises UserError where `run` is no run or holds none."""
+    """The steps with a token record, ascending. Raises UserError where `run` is not a run or holds none."""
     if not (run / "config.json").is_file():
         raise UserError(f"{run}: no run there (config.json is missing); give a run folder")
     found = [re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "tokens").glob("step_*.parquet")]
@@ -147,7 +147,7 @@ def _config(run: Path) -> dict[str, Any]:
     file = run / "config.json"
     config = _json(file.read_text(), file)
     if not {"student", "teacher", "select", "steps"} <= set(config):
-        raise UserError(f"{file} is no run's configuration; give a run folder")
+        raise UserError(f"{file} is not a run's configuration; give a run folder")
     return config
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from opsd.selection import TokenStats, load_telemetry
 
-# Integers of a record that are no labels.
+# Integers of a record that are not labels.
 _NUMBERS = {"step", "position", "token_id", *(f.name.removesuffix("_N") for f in dataclasses.fields(TokenStats))}
 # For the values of a column that no installed telemetry knows.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")

@@ -7,7 +7,7 @@ from typing import Any
 
 from opsd.model.loading import load_tokenizer
 
-# Stands for bytes that are no whole character.
+# Stands for bytes that are not a whole character.
 BROKEN = "�"
 
 

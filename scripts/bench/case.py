@@ -129,7 +129,7 @@ def find_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 
 def measure_rate(case: Case) -> dict[str, Any]:
-    """Floating-point operations a second of this machine's matrix products at the loss's own shapes.
+    """Floating-point operations per second of this machine's matrix products at the loss's own shapes.
 
     mm: torch's product of the case's type, the mean over the four products of the loss. best: the highest of those
     and of a square one, by whichever library; this is what the machine can do.

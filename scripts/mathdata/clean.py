@@ -85,7 +85,7 @@ def without(problems: list[Problem], taken: set[str]) -> list[Problem]:
 def split(problems: list[Problem], held_out_fraction: float) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, each in the order of their hashes.
 
-    A problem's side hangs on its own key and the fraction alone: it stays when rows come, go or move, and copies of
+    A problem's side depends on its own key and the fraction alone: it stays when rows come, go or move, and copies of
     one problem are never on both sides. In hash order the first n problems are a random sample.
     """
     ordered = sorted(problems, key=lambda problem: problem.digest)

@@ -101,7 +101,7 @@ class Row:
 
 
 def read_answer(value: Any, kind: str, where: str) -> str | None:
-    """A gold answer as text, None where it is blank. Raises UserError for what is no answer.
+    """A gold answer as text, None where it is blank. Raises UserError for what is not an answer.
 
     kind "gsm8k": what stands behind the last ####, without thousands commas. "aime": an integer from 0 to 999, written
     without leading zeros (graders that compare text would take "025" and "25" for different). Else the text as it is.

@@ -45,7 +45,7 @@ def _shares(suite: dict[str, Any]) -> Shares:
 
 
 def rows_of(runs: list[Run], suite: str) -> dict[str, list[Shares]]:
-    """Row heads to one Shares a seed: before training, the teacher, then the cells in the order of their folders."""
+    """Row heads to one Shares per seed: before training, the teacher, then the cells in the order of their folders."""
     rows: dict[str, list[Shares]] = {}
     for head, name in (("before training", "step_0"), ("teacher", "teacher")):
         found = [shares_of(run.evaluation(name)).get(suite) for run in runs]

@@ -25,7 +25,7 @@ def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def our_rows(models: str, suites: list[tuple[str, list[CellStats]]], costs: list[CellCost]) -> Iterator[dict[str, Any]]:
-    """One row a cell and quantity that was measured."""
+    """One row per cell and quantity that was measured."""
     ours = {"source": "ours", "models": models}
     for suite, stats in suites:
         for row in stats:

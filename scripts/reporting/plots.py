@@ -238,7 +238,7 @@ def curve_names(group: list[Run]) -> list[tuple[str, str]]:
 
 
 def curves(group: list[Run]) -> Figure:
-    """Training curves: a line a cell, the mean over its seeds, smoothed."""
+    """Training curves: a line per cell, the mean over its seeds, smoothed."""
     names = curve_names(group)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)

@@ -100,12 +100,12 @@ class Run:
 def read_runs(folder: Path, axes: tuple[str, ...] = ()) -> list[Run]:
     """The run folders directly under `folder`, by name; rows may differ along `axes`. UserError where there is none."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the folder that holds the run folders")
+        raise UserError(f"{folder} is not a folder; give the folder that holds the run folders")
     runs = []
     for file in sorted(folder.glob("*/config.json")):
         config = _json(file.read_text(), str(file))
         if "select" not in config or "steps" not in config:
-            raise UserError(f"{file} is no run's configuration; move its folder out of {folder}")
+            raise UserError(f"{file} is not a run's configuration; move its folder out of {folder}")
         runs.append(Run(file.parent, config, (file.parent / "DONE").exists(), axes))
     if not runs:
         raise UserError(f"{folder} holds no run folder (with a config.json); run a recipe first")

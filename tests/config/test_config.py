@@ -78,7 +78,7 @@ def test_keys_of_another_version_are_refused_in_one_line(damage):
 
 
 def test_the_papers_settings_are_the_defaults():
-    # Table 9: 16 rollouts a prompt, 8192 new tokens, temperature 1, lr 1e-6, cosine, reverse KL
+    # Table 9: 16 rollouts per prompt, 8192 new tokens, temperature 1, lr 1e-6, cosine, reverse KL
     config = config_of()
     assert (config.rollout.samples_per_prompt, config.rollout.max_new_tokens, config.rollout.temperature) == (
         16,

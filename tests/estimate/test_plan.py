@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from opsd.__main__ import main
 from opsd.config.cli import parse
 from opsd.estimate.command import PlanConfig, planned
-from opsd.estimate.memory import GIB, Hardware, Reckoning
+from opsd.estimate.memory import GIB, Hardware, MemoryEstimate
 from opsd.estimate.shapes import BUILT_IN, find_shape, shape_of
 
 FAMILIES = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
@@ -20,10 +20,10 @@ PAIR = ("--student", "qwen3-4b", "--teacher", "qwen3-8b")
 SHARDED = ("--engine.kind", "deepspeed", "--engine.dtype", "bfloat16", "--gpus", "8", "--rollout.engine", "vllm")
 
 
-def reckoning(*flags: str, student=None, flash: bool = False, kind: str = "cuda") -> Reckoning:
+def estimate(*flags: str, student=None, flash: bool = False, kind: str = "cuda") -> MemoryEstimate:
     config = parse(PlanConfig, [*PAIR, *flags], "opsd plan")
     hardware = Hardware(config.gpus, config.gpu_gib, 400.0, 2900.0, flash=flash, kind=kind)
-    return Reckoning(config.run, student or BUILT_IN["qwen3-4b"], BUILT_IN["qwen3-8b"], hardware)
+    return MemoryEstimate(config.run, student or BUILT_IN["qwen3-4b"], BUILT_IN["qwen3-8b"], hardware)
 
 
 def stated(name: str):
@@ -108,7 +108,7 @@ def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, a
     shape = shape_of(config.to_dict(), family, "--student")
     stage = "3" if packed else "2"
     engine = () if autocast else ("--engine.kind", "deepspeed", "--engine.zero_stage", stage)
-    plans = reckoning(*engine, "--engine.dtype", dtype, student=shape, kind="cpu")
+    plans = estimate(*engine, "--engine.dtype", dtype, student=shape, kind="cpu")
     casts = 2 * shape.layer_matrices if autocast else 0
     mask = L * L * plans.itemsize if plans.masked else 0
     assert kept[2] - kept[1] == L * plans.layer_bytes() + mask + casts
@@ -117,18 +117,18 @@ def test_a_layers_activations_are_the_bytes_that_autograd_keeps(family, dtype, a
 
 @pytest.mark.parametrize(("stage", "a_parameter"), [(0, 16.0), (1, 2 + 4 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)])
 def test_model_states_of_a_zero_stage_by_hand(stage, a_parameter):
-    states = reckoning(*SHARDED, "--engine.zero_stage", str(stage)).states()
+    states = estimate(*SHARDED, "--engine.zero_stage", str(stage)).states()
     assert sum(states.values()) == pytest.approx(a_parameter * BUILT_IN["qwen3-4b"].parameters)
 
 
 def test_plain_torch_holds_sixteen_bytes_a_parameter_and_sgd_eight():
     million = BUILT_IN["qwen3-4b"].parameters
-    assert sum(reckoning().states().values()) == 16 * million
-    assert sum(reckoning("--optim.kind", "sgd").states().values()) == 8 * million
+    assert sum(estimate().states().values()) == 16 * million
+    assert sum(estimate("--optim.kind", "sgd").states().values()) == 8 * million
 
 
 def test_lora_trains_its_adapters_alone():
-    plans = reckoning("--lora.rank", "8", "--lora.target_modules", "q_proj", "v_proj")
+    plans = estimate("--lora.rank", "8", "--lora.target_modules", "q_proj", "v_proj")
     assert plans.trained == 8 * 36 * ((2560 + 4096) + (2560 + 1024))
 
 
@@ -140,20 +140,18 @@ def test_deepspeeds_own_estimator_agrees_on_model_states(capsys, monkeypatch):
     _, theirs, largest = estimate_zero3_model_states_mem_needs(
         shape.parameters, shape.largest_matrix, num_gpus_per_node=8, cpu_offload=False, cpu_offload_params=False
     )
-    ours = sum(reckoning(*SHARDED).states().values())
+    ours = sum(estimate(*SHARDED).states().values())
     assert ours == theirs - largest
 
 
 def test_the_fused_loss_does_not_grow_with_tokens_but_by_their_own_gradients():
-    small, large = (
-        reckoning("--engine.micro_batch_tokens", n, "--loss.chunk_tokens", "64") for n in ("10240", "20480")
-    )
+    small, large = (estimate("--engine.micro_batch_tokens", n, "--loss.chunk_tokens", "64") for n in ("10240", "20480"))
     assert large.loss() - small.loss() == 10240 * 2560 * 4
 
 
 def test_the_whole_loss_grows_with_kept_tokens_times_vocabulary():
     flags = ("--loss.memory", "whole", "--select.by", "soft_or", "--select.retention")
-    half, fifth = reckoning(*flags, "0.5"), reckoning(*flags, "0.2")
+    half, fifth = estimate(*flags, "0.5"), estimate(*flags, "0.2")
     # Whole rows are kept: one of 16 384 more or less.
     assert half.loss() - fifth.loss() == pytest.approx(5 * 0.3 * half.micro_tokens * 151_936 * 4, rel=1e-4)
 
@@ -163,16 +161,16 @@ WHOLE_ROWS = 151_936  # a multiple of 64: rows of logits have no tail
 
 def test_on_cuda_the_loss_holds_logits_and_their_gradient_in_the_products_type_and_no_scratch():
     chunk, flags = 2048 * WHOLE_ROWS, ("--engine.kind", "deepspeed", "--engine.zero_stage", "2")
-    plans = reckoning(*flags, "--engine.dtype", "bfloat16")
+    plans = estimate(*flags, "--engine.dtype", "bfloat16")
     assert plans.loss() == chunk * (4 + 4 + 2) + 4 * 2560 * WHOLE_ROWS + plans.micro_tokens * 2560 * 2
     # fp32 gradients lie over the student's logits.
-    assert reckoning(*flags).loss() == chunk * (4 + 4) + 4 * 2560 * WHOLE_ROWS + plans.micro_tokens * 2560 * 4
+    assert estimate(*flags).loss() == chunk * (4 + 4) + 4 * 2560 * WHOLE_ROWS + plans.micro_tokens * 2560 * 4
 
 
 def test_a_row_of_logits_is_as_wide_as_the_device_wants_it():
     odd = dataclasses.replace(BUILT_IN["qwen3-4b"], vocab=151_669)
     flags = ("--loss.memory", "whole")
-    wide, narrow = (reckoning(*flags, student=odd, kind=kind) for kind in ("cuda", "cpu"))
+    wide, narrow = (estimate(*flags, student=odd, kind=kind) for kind in ("cuda", "cpu"))
     rows = 5 * wide.micro_tokens + 2 * 2048
     assert wide.loss() == rows * 151_680 * 4 + odd.head_parameters * 4
     assert narrow.loss() == (5 * narrow.micro_tokens + 2 * 256) * 151_669 * 4 + odd.head_parameters * 4
@@ -181,24 +179,22 @@ def test_a_row_of_logits_is_as_wide_as_the_device_wants_it():
 def test_autocast_holds_copies_of_all_layers_until_the_loss_and_of_the_head_too_while_sampling():
     s, flags = BUILT_IN["qwen3-4b"], ("--engine.dtype", "bfloat16", "--engine.micro_batch_tokens", "64")
     short = ("--rollout.max_prompt_tokens", "32", "--rollout.max_new_tokens", "32", "--loss.chunk_tokens", "16")
-    checkpointed = reckoning(*flags, *short, "--engine.gradient_checkpointing", "True").phases()
+    checkpointed = estimate(*flags, *short, "--engine.gradient_checkpointing", "True").phases()
     copies = "autocast's copies"
     assert checkpointed["rollout"][copies] * GIB == 2 * (36 * s.layer_matrices + s.head_parameters)
     # A short micro-batch's loss is less than they are: then the end of the layers is the peak.
     assert checkpointed["student"][copies] * GIB == 2 * 36 * s.layer_matrices
     assert "loss stage" not in checkpointed["student"]
-    long = reckoning("--engine.dtype", "bfloat16", "--engine.gradient_checkpointing", "True", "--loss.memory", "whole")
+    long = estimate("--engine.dtype", "bfloat16", "--engine.gradient_checkpointing", "True", "--loss.memory", "whole")
     assert long.phases()["student"][copies] * GIB == 2 * s.layer_matrices and "loss stage" in long.phases()["student"]
     for none in (("--engine.dtype", "float32"), ("--engine.dtype", "bfloat16", *SHARDED)):
-        assert not any(copies in parts for parts in reckoning(*none).phases().values())
+        assert not any(copies in parts for parts in estimate(*none).phases().values())
 
 
 def test_under_a_mask_every_token_meets_the_whole_row():
-    masked, apart = (
-        reckoning(*SHARDED, "--engine.micro_batch_tokens", "16384", flash=flash) for flash in (False, True)
-    )
+    masked, apart = (estimate(*SHARDED, "--engine.micro_batch_tokens", "16384", flash=flash) for flash in (False, True))
     s, each = BUILT_IN["qwen3-4b"], 3 * masked.rank_tokens / 400e12
-    # Per token 2 operations a parameter, and 4 a query entry and layer for every token that it meets.
+    # Per token 2 operations per parameter, and 4 a query entry and layer for every token that it meets.
     for plans, met in ((masked, 16_384), (apart, 10_240 / 2)):
         attention = 4 * met * s.query_width * 36
         assert plans.seconds()["student"] == pytest.approx(each * (2 * s.parameters + attention))
@@ -220,14 +216,14 @@ def test_a_packed_row_has_masks_where_attention_is_not_of_variable_length():
 
 
 def test_a_sharded_teacher_is_spread_and_its_head_whole():
-    plans = reckoning(*SHARDED, "--teacher.shard", "True")
+    plans = estimate(*SHARDED, "--teacher.shard", "True")
     teacher = BUILT_IN["qwen3-8b"]
     assert plans.teacher_weights(working=False) == 2 * (teacher.parameters / 8 + teacher.head_parameters)
 
 
 def test_sleep_leaves_the_samplers_share_to_the_rollout_phase():
     share = "sampler (vLLM's share)"
-    asleep, awake = (reckoning(*SHARDED, "--rollout.sleep", sleep).phases() for sleep in ("True", "False"))
+    asleep, awake = (estimate(*SHARDED, "--rollout.sleep", sleep).phases() for sleep in ("True", "False"))
     assert [share in parts for parts in asleep.values()] == [True, False, False, False]
     assert awake["student"][share] == pytest.approx(0.4 * 131.3) and GIB == 2**30
 
@@ -235,11 +231,11 @@ def test_sleep_leaves_the_samplers_share_to_the_rollout_phase():
 def test_samplers_in_processes_of_their_own_take_the_trainers_gpu_unless_they_have_others():
     share, two = "sampler (vLLM's share)", ("--rollout.engine", "vllm_process", "--rollout.samplers", "2")
     sharded = [flag for flag in SHARDED if flag not in ("--rollout.engine", "vllm")]
-    beside = reckoning(*sharded, *two).phases()
+    beside = estimate(*sharded, *two).phases()
     assert [parts[share] for parts in beside.values()] == pytest.approx([2 * 0.4 * 131.3] * len(beside))
     for elsewhere in (
-        reckoning(*sharded, *two, "--rollout.sampler_gpus", "6,7"),
-        reckoning(*sharded, *two, kind="cpu"),
+        estimate(*sharded, *two, "--rollout.sampler_gpus", "6,7"),
+        estimate(*sharded, *two, kind="cpu"),
     ):
         assert not any(share in parts for parts in elsewhere.phases().values())
 
@@ -290,14 +286,14 @@ def test_json_is_asked_for_with_or_without_a_value(words, monkeypatch, capsys):
 
 def test_a_teacher_that_transformers_lets_answer_holds_the_cache_of_its_batch():
     evaluated = (*SHARDED, "--eval.suite", "a=file", "--eval.generate_batch", "32")
-    phases = reckoning(*evaluated).phases()
-    # Qwen3-8B: 36 layers × 8 heads × 128 × (keys, values) × 2 bytes a token; 2048 + 8192 tokens an answer
+    phases = estimate(*evaluated).phases()
+    # Qwen3-8B: 36 layers × 8 heads × 128 × (keys, values) × 2 bytes per token; 2048 + 8192 tokens an answer
     cache = 32 * 10240 * 36 * 8 * 128 * 2 * 2 / GIB
     assert phases["teacher's evaluation"]["evaluation's key-value cache"] == pytest.approx(cache)
     assert "evaluation" not in phases  # the student answers by vLLM, within its share
-    assert "evaluation" in reckoning(*evaluated, "--rollout.engine", "hf").phases()
+    assert "evaluation" in estimate(*evaluated, "--rollout.engine", "hf").phases()
     for none in (("--eval.teacher", "False"), ("--teacher.shard", "True", "--eval.teacher", "False")):
-        assert "teacher's evaluation" not in reckoning(*evaluated, *none).phases()
+        assert "teacher's evaluation" not in estimate(*evaluated, *none).phases()
 
 
 def test_the_recipes_old_batch_of_256_answers_would_not_fit():

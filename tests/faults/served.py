@@ -56,7 +56,7 @@ class Server:
                 body = torch.full((max(rows for rows, _ in shapes) * width,), server.value).numpy().tobytes()
                 metadata = {
                     "its answer has no metadata": None,
-                    "its metadata is no JSON": "nonsense",
+                    "its metadata is not JSON": "nonsense",
                     "its metadata is a list": "[1]",
                 }.get(fault, json.dumps({"data": parts}))
                 missing = len(body) // 2 if fault == "it dies in the middle of an answer" else 0

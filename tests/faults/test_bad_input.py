@@ -167,7 +167,7 @@ def place(tmp_path_factory) -> Path:
 HUGE = "9" * 20
 # What is damaged, the flags that stand in for those of a command that would run, and what the line must say.
 MODELS = [
-    ("config.json is no JSON", ["config-text"], "JSON"),
+    ("config.json is not JSON", ["config-text"], "JSON"),
     ("config.json is a list", ["config-list"], "cannot be loaded"),
     ("config.json is empty", ["config-empty"], "cannot be loaded"),
     ("config.json is binary", ["config-bytes"], "cannot be loaded"),
@@ -180,7 +180,7 @@ MODELS = [
     ("weights that are a folder", ["weights-folder"], "cannot be loaded"),
     ("a missing shard", ["shard-gone"], "cannot be loaded"),
     ("a pickle in place of safetensors", ["pickle"], "safetensors"),
-    ("a tokenizer that is no JSON", ["tokenizer-text"], "tokenizer cannot be loaded"),
+    ("a tokenizer that is not JSON", ["tokenizer-text"], "tokenizer cannot be loaded"),
     ("a tokenizer of another kind", ["tokenizer-other"], "tokenizer cannot be loaded"),
     ("no tokenizer", ["tokenizer-gone"], "tokenizer cannot be loaded"),
     ("code of its own", ["code"], "--trust_remote_code True"),
@@ -192,7 +192,7 @@ TRAIN = [
     ("thinking without a template", ["--thinking", "on"], "--prompt_format chat"),
     ("a run below a file", ["--out", "prompts.jsonl/run"], "another folder"),
     ("a name of 300 letters", ["--out", "r" * 300], "another folder"),
-    ("a seed that is no number", ["--seed", "nan"], "--seed"),
+    ("a seed that is not a number", ["--seed", "nan"], "--seed"),
     ("a learning rate of 1e400", ["--optim.lr", "1e400"], "--optim.lr inf"),
     ("an epsilon of inf", ["--optim.eps", "inf"], "--optim.eps inf"),
     ("a weight decay of inf", ["--optim.weight_decay", "inf"], "--optim.weight_decay inf"),
@@ -202,7 +202,7 @@ TRAIN = [
     ("10^20 new tokens", ["--rollout.max_new_tokens", HUGE], f"--rollout.max_new_tokens {HUGE}"),
     ("a negative bound on skips", ["--optim.max_skipped_steps", "-1"], "--optim.max_skipped_steps -1"),
     ("a selector that raises", ["--select.by", "rules:Raises"], "ValueError: not today"),
-    ("a selector without a budget", ["--select.by", "rules:Hollow"], "is no TokenSelector"),
+    ("a selector without a budget", ["--select.by", "rules:Hollow"], "is not a TokenSelector"),
     ("a selector that needs what is not", ["--select.by", "rules:Unknown"], "needs the statistic 'colour'"),
     ("a selector that is a number", ["--select.by", "rules:number"], "is a int"),
     ("a selector in a broken module", ["--select.by", "broken:Rule"], "SyntaxError"),
@@ -210,10 +210,14 @@ TRAIN = [
     ("a selector in a module that exits", ["--select.by", "leaves:Rule"], "cannot be loaded"),
     ("a selector without a module", ["--select.by", ":Rule"], "cannot be loaded"),
     ("a selector that is a function", ["--select.by", "json:loads"], "json:loads"),
-    ("an option that is no number", ["--select.by", "soft_or", "--select.options", "running_decay", "zork"], "zork"),
+    ("an option that is not a number", ["--select.by", "soft_or", "--select.options", "running_decay", "zork"], "zork"),
     ("an option without a value", ["--select.options", "ranks"], "--select.options"),
     ("a grader in a broken module", ["--eval.suite", "s=prompts.jsonl", "--eval.grader", "broken:f"], "SyntaxError"),
-    ("a grader of one argument", ["--eval.suite", "s=prompts.jsonl", "--eval.grader", "os:system"], "is no function"),
+    (
+        "a grader of one argument",
+        ["--eval.suite", "s=prompts.jsonl", "--eval.grader", "os:system"],
+        "is not a function",
+    ),
     ("a suite with a path for a name", ["--eval.suite", "../s=prompts.jsonl"], "the name '../s'"),
     ("a suite named twice", ["--eval.suite", "s=prompts.jsonl", "s=prompts.jsonl"], "twice"),
     ("a teacher's address that is a file", ["--teacher.kind", "vllm", "--teacher.urls", "file:///etc/hosts"], "urls"),
@@ -223,7 +227,11 @@ TRAIN = [
         "api_key_env",
     ),
     ("a teacher's address that is broken", ["--teacher.kind", "vllm", "--teacher.urls", "http://[::1"], "urls"),
-    ("a task without fields", ["--prompts", "task-fields.jsonl", "--environment.kind", "travel"], "is no travel task"),
+    (
+        "a task without fields",
+        ["--prompts", "task-fields.jsonl", "--environment.kind", "travel"],
+        "is not a travel task",
+    ),
     ("a task file in bytes", ["--prompts", "task-bytes.jsonl", "--environment.kind", "travel"], "cannot be read"),
     ("a task whose meta is a number", ["--prompts", "task-meta.jsonl", "--environment.kind", "travel"], "meta must be"),
     ("a task in verse", ["--prompts", "task-form.jsonl", "--environment.kind", "travel"], "form one of"),
@@ -264,7 +272,7 @@ EVAL = [
     ("thinking without a template", ["--thinking", "on"], "--prompt_format chat"),
 ]
 PLAN = [
-    ("config.json is no JSON", ["--student", "config-text"], "config.json lacks a size"),
+    ("config.json is not JSON", ["--student", "config-text"], "config.json lacks a size"),
     ("config.json is a list", ["--student", "config-list"], "config.json lacks a size"),
     ("config.json is empty", ["--student", "config-empty"], "cannot be planned"),
     ("config.json is binary", ["--teacher", "config-bytes"], "config.json lacks a size"),
@@ -276,12 +284,12 @@ PLAN = [
     ("a size below 0", ["--student", "size-minus"], "hidden_size is -4"),
     ("10^30 layers", ["--student", "size-huge"], "num_hidden_layers is 1000"),
     ("no attention heads", ["--student", "config-heads"], "num_attention_heads is 0"),
-    ("a folder that is no model", ["--student", "nothing"], "no config.json there"),
+    ("a folder that is not a model", ["--student", "nothing"], "no config.json there"),
     ("a shape that is not known", ["--student", "qwen3-99b"], "no built-in shape"),
     ("no GPU", ["--gpus", "0"], "--gpus 0"),
     ("a GPU that is a word", ["--gpus", "x"], "--gpus"),
     ("10^20 GPUs", ["--gpus", HUGE], f"--gpus {HUGE}"),
-    ("memory that is no number", ["--gpu_gib", "nan"], "--gpu_gib nan"),
+    ("memory that is not a number", ["--gpu_gib", "nan"], "--gpu_gib nan"),
     ("memory without end", ["--gpu_gib", "inf"], "--gpu_gib inf"),
     ("a speed of 1e400", ["--tflops", "1e400"], "--tflops inf"),
     ("a bandwidth below 0", ["--bandwidth_gbs", "-1"], "--bandwidth_gbs -1"),
@@ -306,7 +314,7 @@ WHOLE = [
         "run-choice: --engine.kind zork: give one of: torch",
     ),
     ("resume with a student that is gone", ["train", "--resume", "run-moved"], "no such folder"),
-    ("a record that is no parquet", ["inspect", "record"], "record"),
+    ("a record that is not parquet", ["inspect", "record"], "record"),
     ("a run without a record", ["inspect", "nothing"], "nothing"),
     ("a run that is not there", ["inspect", "nowhere"], "nowhere"),
 ]
@@ -415,7 +423,7 @@ VARIABLES = [
     ({**POCKET, "STEPS": "0"}, "STEPS=0: give a whole number above 0"),
     ({"NUM_GPUS": "x"}, "NUM_GPUS=x: give a whole number above 0"),
     ({"DRY_RUN": "1", "TRAIN_BATCH_SIZE": "0"}, "TRAIN_BATCH_SIZE=0: give"),
-    # What bash would run, were it to reckon with it.
+    # What bash would run, were it to evaluate it.
     ({"DRY_RUN": "1", "TOTAL_EPOCHS": "a[$(touch ran)]"}, "TOTAL_EPOCHS=a[$(touch ran)]: give"),
     ({}, "missing: "),
 ]

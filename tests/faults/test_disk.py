@@ -221,7 +221,7 @@ def cut_in_half(file: Path) -> None:
 def check_that_the_one_before_is_taken(run: Path, whole: Path, said: str, told: str) -> None:
     """A resume names what was damaged, puts it aside, and ends like the undisturbed run."""
     line = f"checkpoint {run / 'checkpoints' / 'step_2'} is damaged ({said}); renamed to damaged-step_2"
-    assert line in told and f"goes on from {run / 'checkpoints' / 'step_1'}" in told
+    assert line in told and f"continues from {run / 'checkpoints' / 'step_1'}" in told
     assert saved(run) == ["damaged-step_2", "step_1", "step_2"]
     assert_same(run, whole)
 
@@ -257,9 +257,9 @@ def test_a_damaged_checkpoint(whole, unfinished, capsys, damage, file):
     ("content", "said"),
     [
         (None, "No such file or directory"),
-        (b'{"kind": "xxh3_128", "fi', "is no list of checksums"),
+        (b'{"kind": "xxh3_128", "fi', "is not a list of checksums"),
         (b'{"kind": "md5", "files": {}}', "holds md5 checksums, this version reads xxh3_128"),
-        (b"\xff", "is no list of checksums"),
+        (b"\xff", "is not a list of checksums"),
     ],
 )
 def test_damaged_checksums(whole, unfinished, capsys, content, said):

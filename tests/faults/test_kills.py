@@ -146,5 +146,5 @@ def test_terminate_saves_a_step_that_was_not_due(tmp_path):
     assert last % 2, "checkpoints are due at even steps only: take another moment"
     assert (
         f"step_{last} is saved" in life["said"]
-        and f"goes on from {tmp_path}/0/checkpoints/step_{last}" in life["resumed said"]
+        and f"continues from {tmp_path}/0/checkpoints/step_{last}" in life["resumed said"]
     )

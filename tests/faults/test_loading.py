@@ -232,7 +232,7 @@ def test_the_flag_lets_a_folders_code_run(pair, tmp_path, monkeypatch):
 @pytest.mark.fault(
     "pickles planted in a checkpoint: optimizer.pt, rng_state.pth, scheduler.pt, pytorch_model.bin, training_args.bin; "
     "then `--resume`",
-    "the run goes on from safetensors and JSON; the pickles are never read",
+    "the run continues from safetensors and JSON; the pickles are never read",
 )
 def test_no_pickle_in_a_checkpoint_is_read(pair, tmp_path):
     start(from_json({**pair, "steps": 1, "checkpoint": {"every": 1}, "out": str(tmp_path / "run")}))

@@ -1,4 +1,4 @@
-"""Numbers that are none, and steps without a token: nothing moves, nothing is silent, every rank decides alike."""
+"""Numbers that are not finite, steps without a token: nothing moves, nothing is silent, every rank decides alike."""
 
 import json
 import math
@@ -180,8 +180,8 @@ def of_two_ranks(tmp_path_factory) -> dict:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "two ranks under DeepSpeed; the loss, the gradient or the teacher is no number on the second alone, or no rank has "
-    "a token: before each of two good steps",
+    "two ranks under DeepSpeed; the loss, the gradient or the teacher is not finite on the second alone, or no rank "
+    "has a token: before each of two good steps",
     "both ranks skip; weights and optimiser state equal to the bit those of a run without the bad steps",
 )
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero2, offloaded", "zero3, bfloat16"])

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 
 TIMEOUT_S, PATIENT_S = 2, 600
 LATE = rf"the sampler process gave no answer in {TIMEOUT_S} s \(--rollout.timeout_s\) and was ended"
-NO_ANSWER = "the sampler process gave what is no answer"
+NO_ANSWER = "the sampler process gave what is not an answer"
 HALF = "line.sendall(struct.pack('!i', 100) + b'only this')"  # the header of a message of 100 bytes
 FAULTS = {
     "half an answer, then silence": (f"{HALF}; time.sleep(60)", LATE),
@@ -72,7 +72,7 @@ def begin(monkeypatch):
     whole = Sampler.answer
 
     def answer(self):
-        # Time begins to count when the process is frozen: one that is slow on a busy machine is no fault.
+        # Time begins to count when the process is frozen: one that is slow on a busy machine is not a fault.
         while self._sent and self._process.poll() is None and not self._line.poll(0.05):
             if psutil.Process(self._process.pid).status() == psutil.STATUS_STOPPED:
                 break
@@ -117,7 +117,7 @@ def whole(tmp_path_factory) -> Path:
         ("die sample", "the sampler process ended with exit code -9"),
         ("die load", "the sampler process ended with exit code -9"),
         ("freeze sample", LATE),
-        ("no-token sample", rf"{NO_ANSWER} \(a token that is none of 0 to \d+\)"),
+        ("no-token sample", rf"{NO_ANSWER} \(a token that is not one of 0 to \d+\)"),
         ("too-few score", rf"{NO_ANSWER} \(\d+ log-probabilities were asked for\)"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -128,7 +128,7 @@ def whole(tmp_path_factory) -> Path:
                 ("list sample", rf"{NO_ANSWER} \(neither an answer nor an error\)"),
                 ("no-list sample", rf"{NO_ANSWER} \(4 rollouts were asked for\)"),
                 ("too-few sample", rf"{NO_ANSWER} \(4 rollouts were asked for\)"),
-                ("words sample", rf"{NO_ANSWER} \(a token that is none of 0 to \d+\)"),
+                ("words sample", rf"{NO_ANSWER} \(a token that is not one of 0 to \d+\)"),
                 ("no-numbers score", rf"{NO_ANSWER} \(\d+ log-probabilities were asked for\)"),
                 ("error load", r"the sampler process failed \(RuntimeError: no kernel\)"),
             )
@@ -230,7 +230,7 @@ def test_vllm_that_is_killed_and_vllm_whose_trainer_is_killed(models):
     sampler_of(run, metrics, 2).kill()
     said = run.communicate(timeout=600)[1].strip().splitlines()
     assert run.returncode == 1
-    assert said[-1].startswith("opsd: the sampler process ended with exit code -9; the run goes on from its newest")
+    assert said[-1].startswith("opsd: the sampler process ended with exit code -9; the run continues from its newest")
     assert not any("Traceback" in line for line in said)
     done = len(metrics.read_text().splitlines())
 

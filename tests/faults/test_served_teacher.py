@@ -33,7 +33,7 @@ FAULTS = {
     "it dies in the middle of an answer": "IncompleteRead",
     "it speaks no HTTP": "garbage",
     "its answer has no metadata": "NoneType",
-    "its metadata is no JSON": "Expecting value",
+    "its metadata is not JSON": "Expecting value",
     "its metadata is a list": "list indices",
     "its answer is shorter than it says": "buffer",
     "its states are of another width": "another width",

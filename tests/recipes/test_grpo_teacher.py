@@ -103,7 +103,7 @@ def test_completions_of_a_step_are_shared_out_evenly_or_refused():
     config = GrpoConfig(model="m", prompts="p", out="o", prompts_per_step=8, samples_per_prompt=16, micro_batch=2)
     # 8 · 16 = 128 completions over 8 processes of 2 each: 8 passes
     assert trainer_settings(config, 8, cuda=True)["gradient_accumulation_steps"] == 8
-    with pytest.raises(UserError, match="128 completions a step do not divide over 3 processes"):
+    with pytest.raises(UserError, match="128 completions per step do not divide over 3 processes"):
         trainer_settings(config, 3, cuda=True)
 
 

@@ -229,7 +229,7 @@ def test_nothing_is_picked_where_nothing_was_recorded_or_left_out():
     [
         (lambda run: (run / "config.json").unlink(), {}, "no run there (config.json is missing)"),
         (lambda run: (run / "config.json").write_text("{"), {}, "config.json is not JSON"),
-        (lambda run: (run / "config.json").write_text("{}"), {}, "is no run's configuration"),
+        (lambda run: (run / "config.json").write_text("{}"), {}, "is not a run's configuration"),
         (lambda run: (run / "tokens" / "step_20.parquet").unlink(), {}, "--telemetry.save_tokens True"),
         (lambda run: (run / "tokens" / "step_20.parquet").write_text("x"), {}, "step_20.parquet cannot be read"),
         (lambda run: (run / "rollouts" / "step_20.jsonl").write_text("x"), {}, "step_20.jsonl is not JSON"),

@@ -97,7 +97,7 @@ def test_a_folder_with_unfinished_runs_only_names_them(make_run, report):
     ("break_it", "message"),
     [
         (lambda f: (f / "all-1.0-2-seed0" / "metrics.jsonl").write_text("{"), "metrics.jsonl line 1 is not JSON"),
-        (lambda f: (f / "all-1.0-2-seed0" / "config.json").write_text("{}"), "is no run's configuration"),
+        (lambda f: (f / "all-1.0-2-seed0" / "config.json").write_text("{}"), "is not a run's configuration"),
         (lambda f: (f / "all-1.0-2-seed0" / "config.json").unlink(), "holds no run folder"),
     ],
 )

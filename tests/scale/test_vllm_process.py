@@ -76,7 +76,7 @@ def test_one_that_missed_the_new_weights_is_caught(engine, vllm, monkeypatch):
     disturb(engine, 2)
     with monkeypatch.context() as stale:
         stale.setattr(vllm, "_load_weights", lambda: None)
-        with pytest.raises(RunStopped, match=r"differ from the trainer's by .* nats a token on a probe"):
+        with pytest.raises(RunStopped, match=r"differ from the trainer's by .* nats per token on a probe"):
             vllm.sync()
     vllm.sync()
 

@@ -106,7 +106,7 @@ def test_a_stale_sampler_is_caught(engine, vllm, prompts, monkeypatch):
     vllm.sync()
     disturb(engine, 2)
     monkeypatch.setattr(vllm, "_load_weights", lambda: None)
-    with pytest.raises(RunStopped, match=r"differ from the trainer's by .* nats a token on a probe") as stop:
+    with pytest.raises(RunStopped, match=r"differ from the trainer's by .* nats per token on a probe") as stop:
         vllm.sync()
     assert "\n" not in str(stop.value)
     monkeypatch.undo()

@@ -274,7 +274,7 @@ def carry_over(ranks) -> dict[str, dict]:
 
 
 def not_finite(ranks) -> dict[str, list]:
-    """A gradient that is no number on the last rank only: [the norm, whether any weight moved], by stage."""
+    """A gradient that is not finite on the last rank only: [the norm, whether any weight moved], by stage."""
     results = {}
     for stage in (0, 1, 2, 3):
         case = Case("", EngineConfig(kind="deepspeed", zero_stage=stage))

@@ -143,7 +143,7 @@ def test_three_steps_an_evaluation_a_checkpoint_that_loads_and_one_more_step(
     assert list(whole) == [1, 2, 3, 4]
     for line in whole.values():
         assert math.isfinite(line["loss/nats"]) and line["loss/nats"] > 0 and line["optim/grad_norm"] > 0
-        # ⌊0.5 m⌋ of each of 4 rollouts: at most half a token a rollout is lost
+        # ⌊0.5 m⌋ of each of 4 rollouts: at most half a token per rollout is lost
         assert 0.5 - 2 / line["rollout/tokens"] <= line["select/kept_frac"] <= 0.5
         assert sum(line[f"quadrant/q{n}_frac"] for n in range(1, 5)) == pytest.approx(1)
     # 15 layers taken out leave a student far from its teacher; a rate of 1e-4 brings it nearer at once.

@@ -89,7 +89,7 @@ class TravelTask:
 
 
 def from_json(values: dict[str, Any], where: str) -> TravelTask:
-    """The inverse of `TravelTask.to_json`. Raises UserError for a line that is no task."""
+    """The inverse of `TravelTask.to_json`. Raises UserError for a line that is not a task."""
     try:
         folder, tables = values.get("db_dir"), values.get("tables")
         texts = [values[name] for name in ("lang", "query", "form", "source")]
@@ -113,7 +113,7 @@ def from_json(values: dict[str, Any], where: str) -> TravelTask:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{where} is no travel task ({error!r}); write it with python -m opsd.environments.travel"
+            f"{where} is not a travel task ({error!r}); write it with python -m opsd.environments.travel"
         ) from error
 
 
