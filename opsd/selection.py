@@ -251,7 +251,7 @@ def _check_selector(selector: Any, name: str) -> None:
     lacking = [attribute for attribute in wanted if not hasattr(selector, attribute)]
     if lacking:
         raise UserError(
-            f"selector {name!r} is not a TokenSelector: it has no {lacking[0]}; opsd.hooks.TokenSelector says what it needs"
+            f"selector {name!r} is not a TokenSelector: it has no {lacking[0]}; see opsd.hooks.TokenSelector"
         )
     known = {field.name for field in dataclasses.fields(TokenStats)}
     for field in (*selector.needs, *selector.needs_kept):
