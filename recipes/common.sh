@@ -225,10 +225,12 @@ launch_of() {
 }
 
 # evaluate_teacher PAIR FLAGS…: has the teacher answer by vLLM on all GPUs, once for all cells, under the settings that a
-# cell evaluates with. By transformers, as `opsd train` would have it, MATH-500 alone takes hours. The report finds it.
+# cell evaluates with, unless the recipe is given --eval.teacher False. By transformers, as `opsd train` would have it,
+# MATH-500 alone takes hours. The report finds it.
 evaluate_teacher() {
     local pair=$1 flags=() words i file
     shift
+    [[ " $* " != *" --eval.teacher False "* ]] || return 0
     command_of "$pair" "${CELL_LIST[0]}" "${SEED_LIST[0]}" "$@"
     words=("${FLAGS[@]}" "$@")
     for i in "${!words[@]}"; do

@@ -197,7 +197,7 @@ def values(tmp_path_factory) -> dict:
     [
         (decode, "_decode_batch", 3, "rollout", "--rollout.generate_batch"),
         (LocalTeacher, "hidden", 2, "teacher", "--teacher.offload True"),
-        (Scorer, "hidden", 4, "student's forward and backward", "--engine.gradient_checkpointing True"),
+        (Scorer, "forward", 2, "student's forward and backward", "--engine.gradient_checkpointing True"),
         (TorchEngine, "backward", 2, "student's forward and backward", "--engine.micro_batch_tokens"),
         (TorchEngine, "step", 2, "optimiser", "--engine.offload_optimizer True"),
         (TorchEngine, "optimizer_state", 2, "checkpoint", "host memory"),
