@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from opsd.config import TrainConfig
-from opsd.run import wandb_run as wandbrun
+from opsd.run import wandb_run
 from opsd.run.folder import RunFolder
 from opsd.utils.durations import in_words
 from opsd.utils.errors import UserError
@@ -92,7 +92,7 @@ class Tracker:
         self._run, self._config = run, run.config
         self._console = Console(stderr=True)
         mode = run.config.track.wandb
-        self._wandb = None if mode == "off" else wandbrun.start(run.config, run.path, mode)
+        self._wandb = None if mode == "off" else wandb_run.start(run.config, run.path, mode)
         self._latest_eval = ""
         self._lines = _PlainLines(self._console, run, first_step)
         shown = run.config.track.progress and self._console.is_terminal
@@ -108,7 +108,7 @@ class Tracker:
         self._bar.stop()
         self._lines.stop()
         if self._wandb is not None:
-            self._wandb.summary.update(wandbrun.summary(self._run.path / "metrics.jsonl"))
+            self._wandb.summary.update(wandb_run.summary(self._run.path / "metrics.jsonl"))
             self._wandb.finish(exit_code=0 if problem[0] is None else 1)
 
     def say(self, text: str) -> None:
@@ -125,7 +125,7 @@ class Tracker:
         self._run.write_metrics(metrics)
         if self._wandb is not None:
             step = int(metrics["step"])
-            table = wandbrun.sample_table(self._run.path / "rollouts" / f"step_{step}.jsonl", step)
+            table = wandb_run.sample_table(self._run.path / "rollouts" / f"step_{step}.jsonl", step)
             self._wandb.log(metrics if table is None else {**metrics, "rollout/samples": table}, step=step)
         self._latest_eval = _eval_text(metrics) or self._latest_eval
         numbers = _numbers(metrics, self._latest_eval)

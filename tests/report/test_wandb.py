@@ -11,7 +11,7 @@ from forked import python
 
 import wandb_dashboard
 from opsd.config import from_json
-from opsd.run import wandb_run as wandbrun
+from opsd.run import wandb_run
 from opsd.run.folder import RunFolder
 from opsd.utils.errors import UserError
 
@@ -41,9 +41,9 @@ def write_rollouts(file, count):
 
 def test_a_run_is_labelled_by_recipe_pair_selector_and_seed(tmp_path):
     folder = tmp_path / "table5" / "qwen3-soft_or-20-seed3"
-    found = wandbrun.labels(config_of(folder, by="soft_or", retention=0.2), folder)
+    found = wandb_run.labels(config_of(folder, by="soft_or", retention=0.2), folder)
     assert found == {"recipe": "table5", "pair": "Qwen3-8B to Qwen3-4B", "selector": "soft_or-20", "seed": "seed-3"}
-    assert wandbrun.labels(config_of(folder, by="all"), folder)["selector"] == "all"
+    assert wandb_run.labels(config_of(folder, by="all"), folder)["selector"] == "all"
 
 
 def test_the_seeds_of_a_cell_share_a_group_and_cells_do_not(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_the_seeds_of_a_cell_share_a_group_and_cells_do_not(tmp_path, monkeypatc
 
     monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings))
     for name, kept in (("a", 0.2), ("b", 0.2), ("c", 0.5)):
-        wandbrun.start(config_of(tmp_path / name, by="soft_or", retention=kept), tmp_path / "table5" / name, "offline")
+        wandb_run.start(config_of(tmp_path / name, by="soft_or", retention=kept), tmp_path / "table5" / name, "offline")
     first, second, other = started
     assert first["group"] == second["group"] == "table5 · Qwen3-8B to Qwen3-4B · soft_or-20" != other["group"]
     assert first["id"] != second["id"]
@@ -68,7 +68,7 @@ def test_names_are_cut_to_what_wandb_takes(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(wandb, "init", lambda **settings: started.append(settings))
     folder = tmp_path / ("r" * 100) / "run"
-    wandbrun.start(config_of(folder, by="my:" + "s" * 100), folder, "online")
+    wandb_run.start(config_of(folder, by="my:" + "s" * 100), folder, "online")
     assert max(map(len, started[0]["tags"])) == 64 and len(started[0]["group"]) == 128
 
 
@@ -80,7 +80,7 @@ def test_a_summary_is_what_a_run_comes_to(tmp_path):
         {"step": 3, "eval/aime24/mean@16": 0.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert wandbrun.summary(tmp_path / "metrics.jsonl") == {
+    assert wandb_run.summary(tmp_path / "metrics.jsonl") == {
         "summary/peak_gib": 4.0,
         "summary/mean_step_s": 2.0,
         "summary/tokens": 150,
@@ -90,19 +90,19 @@ def test_a_summary_is_what_a_run_comes_to(tmp_path):
         "summary/aime24/gain": 0.25,
     }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[3]) + "\n")  # not evaluated before training: no gain
-    assert set(wandbrun.summary(tmp_path / "metrics.jsonl")) == {"summary/aime24/final", "summary/aime24/best"}
-    assert wandbrun.summary(tmp_path / "absent.jsonl") == {}
+    assert set(wandb_run.summary(tmp_path / "metrics.jsonl")) == {"summary/aime24/final", "summary/aime24/best"}
+    assert wandb_run.summary(tmp_path / "absent.jsonl") == {}
 
 
 def test_the_table_holds_a_few_rollouts_spread_evenly(tmp_path):
     write_rollouts(tmp_path / "step_2.jsonl", 64)
-    table = wandbrun.sample_table(tmp_path / "step_2.jsonl", 2)
+    table = wandb_run.sample_table(tmp_path / "step_2.jsonl", 2)
     assert table.columns == ["step", "id", "prompt", "answer", "text", "reward", "truncated", "tokens"]
     assert [row[1] for row in table.data] == list(range(0, 64, 4))
     assert table.data[0] == [2, 0, "p", None, "<b>4</b>", None, False, 2]
     write_rollouts(tmp_path / "few.jsonl", 3)
-    assert len(wandbrun.sample_table(tmp_path / "few.jsonl", 2).data) == 3
-    assert wandbrun.sample_table(tmp_path / "absent.jsonl", 2) is None
+    assert len(wandb_run.sample_table(tmp_path / "few.jsonl", 2).data) == 3
+    assert wandb_run.sample_table(tmp_path / "absent.jsonl", 2) is None
 
 
 # A process of its own: wandb reads its settings once and leaves a service behind.
@@ -191,7 +191,7 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
             if isinstance(panel, LinePlot):
                 shown |= {metric for metric in panel.y if isinstance(metric, str)}
     assert len(shown) > 20
-    root = Path(wandbrun.__file__).parents[2]
+    root = Path(wandb_run.__file__).parents[2]
     source = "".join(file.read_text() for part in ("opsd", "tip_patch") for file in (root / part).rglob("*.py"))
     for name in shown:
         prefix, _, rest = name.partition("/")
