@@ -109,7 +109,7 @@ class StepLog:
         return metrics
 
     def _due(self, step: int) -> list[TokenTelemetry]:
-        """The telemetry of this step: all or nothing."""
+        """All installed telemetry where it is due in this step, else none."""
         every = self._config.telemetry.every
         return self._parts.telemetry if every and step % every == 0 else []
 

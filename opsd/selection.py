@@ -59,9 +59,9 @@ class TokenStats:
 class Statistic(NamedTuple):
     """A statistic that is computed from logits: its type, and what it costs.
 
-    teacher: the teacher's logits are read too. required: in every token record, and in `token_stats` unless other
-    fields are named. metric: the name of its mean among a step's metrics. divergence: the loss that it is, per token:
-    where every token is kept, it comes with the loss at no cost.
+    teacher: also needs the teacher's logits. required: in every token record, and in `token_stats` unless other fields
+    are named. metric: the name of its mean among a step's metrics. divergence: the divergence that it equals, per
+    token: where every token is kept, it comes with the loss at no cost.
     """
 
     dtype: torch.dtype = torch.float32

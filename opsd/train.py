@@ -44,7 +44,7 @@ def start(config: TrainConfig) -> None:
 
 
 def resume(path: Path) -> None:
-    """Go on from a run's newest whole checkpoint, to the numbers that the uninterrupted run would have had.
+    """Go on from a run's newest whole checkpoint, with the numbers that the uninterrupted run would have had.
 
     Raises UserError where every checkpoint is lost: a run never starts again unasked.
     """
@@ -146,7 +146,10 @@ class Trainer:
             raise
 
     def run(self, notes: Sequence[str] = (), pending: dict[str, Any] | None = None) -> None:
-        """All of it. notes: told first. pending: metrics of the last step that is done, where they lack a line yet."""
+        """Evaluation, training and the end. notes: printed first.
+
+        pending: metrics of the last step that is done, where they lack a line yet.
+        """
         # Loading takes copies of its own, which no step needs.
         forget_peak(self.engine.device)
         with Tracker(self.folder, self.done_steps) as tracker:
@@ -189,10 +192,11 @@ class Trainer:
             if leave_out:
                 return
             many = f" ({skipped} steps before it were skipped, --optim.max_skipped_steps)" if skips else ""
-            raise RunStopped(
-                f"step {step}: {problem}{many}; its rollouts are in {folder.path / 'rollouts' / name}.jsonl, "
-                f"the weights of the newest checkpoint in {folder.checkpoints} are sound"
-            ) from problem
+            saved = f"the weights of the newest checkpoint in {folder.checkpoints} are sound"
+            if not any(folder.checkpoints.glob("step_*")):
+                saved = "no checkpoint was saved yet"
+            where = folder.path / "rollouts" / f"{name}.jsonl"
+            raise RunStopped(f"step {step}: {problem}{many}; its rollouts are in {where}, {saved}") from problem
 
     def evaluate_before(self, tracker: Tracker) -> None:
         """The teacher and the student as they start; the metrics of step 0."""

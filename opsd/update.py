@@ -17,7 +17,7 @@ from opsd.config import LossConfig, TrainConfig
 from opsd.distill import DistillResult, concatenate_stats
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.select import Choice, weigh
+from opsd.distill.select import Choice, pick, weigh
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
@@ -86,7 +86,7 @@ class StepPlanner:
         scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
         if selector.normalise_over == "batch":
             selector.prepare(self._of_all_ranks(scored))
-        selections = [weigh(selector, stats, selector(stats, seed)) for stats in scored]
+        selections = [weigh(selector, stats, pick(selector, stats, seed)) for stats in scored]
         kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))
         return StepPlan([Choice(selection=selection) for selection in selections], scored, kept)
 
@@ -139,7 +139,7 @@ class StepPlanner:
         return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings)
 
     def forget_step(self) -> None:
-        """The selector as it was before the step: within one its state stands still, so loading it drops the rest."""
+        """The selector as it was: state does not change within a step, so loading it undoes `prepare`."""
         if self._selector is not None:
             self._selector.load_state_dict(self._selector.state_dict())
 

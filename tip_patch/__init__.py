@@ -1,4 +1,4 @@
-"""Token selection for on-policy distillation, plugged into a trainer through `opsd.selection` and nothing else.
+"""Token selection for on-policy distillation, plugged into a trainer by entry points.
 
 The rules are those of "TIP: Token Importance in On-Policy Distillation" (arXiv 2604.14084) and their rivals.
 Start at `selectors.py`.

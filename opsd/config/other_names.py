@@ -28,7 +28,7 @@ _NAMES = """
 --select.by: selector token_selection
 --select.retention: retention keep_ratio token_ratio retention_ratio
 --loss.divergence: loss_type opd_loss_type kl_type divergence_type
---loss.beta: beta lmbda kl_beta alpha_jsd
+--loss.beta: beta kl_beta alpha_jsd
 --loss.reward_beta: opd_reward_beta
 --loss.chunk_tokens: opd_chunk_size chunk_size
 --loss.temperature: distillation_temperature kd_temperature

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from opsd.utils.paths import check_hub_cache, check_model_path, check_new_run, check_records_path, hub_answers
 
 if TYPE_CHECKING:
-    from opsd.config.train import TrainConfig
+    from opsd.config.schema import TrainConfig
 
 
 def check_paths(config: TrainConfig) -> None:

@@ -168,9 +168,7 @@ def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None
 def _check_template(tokenizer: Any, how: PromptFormat) -> None:
     """Raises UserError where there is no template, or where its thinking mode would not be the one that is stated."""
     if not tokenizer.chat_template:
-        raise UserError(
-            "the student's tokenizer has no chat template; give --prompt_format raw, or a model with a template"
-        )
+        raise UserError("the tokenizer has no chat template; give --prompt_format raw, or a model with a template")
     ask: list[Any] = [{"role": "user", "content": "?"}]
     try:
         on, off = (

@@ -1,5 +1,7 @@
 """Loss and both gradients, formed chunk by chunk in the forward pass, so that no logits outlive their chunk.
 
+Where the logits of a whole micro-batch are few enough, they are held for both readings instead (`held.py`).
+
 Legend: N tokens, K trained rows, C rows of a chunk, V shared vocabulary, D and E hidden sizes.
 """
 

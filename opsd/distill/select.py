@@ -50,8 +50,17 @@ def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, 
         return stats, choice.selection or Selection(_all_rows(inputs)), held
     if choice.whole_step and selector.normalise_over == "batch":
         selector.prepare(stats)
-    selection = selector(stats, choice.seed)
+    selection = pick(selector, stats, choice.seed)
     return *_weigh(inputs, selector, stats, selection, spec), held
+
+
+def pick(selector: TokenSelector, stats: TokenStats, seed: int) -> Selection:
+    """The selector's choice. Raises UserError where it is something else than a Selection."""
+    selection: object = selector(stats, seed)
+    if not isinstance(selection, Selection):
+        name, kind = type(selector).__name__, type(selection).__name__
+        raise UserError(f"selector {name} returned {kind}; its __call__ must return a Selection")
+    return selection
 
 
 def weigh(selector: TokenSelector, stats: TokenStats, selection: Selection) -> Selection:

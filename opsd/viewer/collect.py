@@ -135,7 +135,7 @@ def _selector(select: dict[str, Any]) -> str:
 def _splits(run: Path, step: int, column: str) -> dict[str, float]:
     """What the step's line in metrics.jsonl says of COLUMN/AXIS_split_nats, by axis."""
     file = run / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in _text(file).splitlines() if file.is_file() else []:
         values = _json(line, file)
         if values.get("step") == step:
             axes = {key: re.fullmatch(rf"{re.escape(column)}/(\w+)_split_nats", key) for key in values}
@@ -145,7 +145,7 @@ def _splits(run: Path, step: int, column: str) -> dict[str, float]:
 
 def _config(run: Path) -> dict[str, Any]:
     file = run / "config.json"
-    config = _json(file.read_text(), file)
+    config = _json(_text(file), file)
     if not {"student", "teacher", "select", "steps"} <= set(config):
         raise UserError(f"{file} is not a run's configuration; give a run folder")
     return config
@@ -162,7 +162,14 @@ def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
     """The step's rollouts by id; empty where they were not saved (the page then lacks prompts and rewards)."""
     if not file.is_file():
         return {}
-    return {record["id"]: record for record in (_json(line, file) for line in file.read_text().splitlines())}
+    return {record["id"]: record for record in (_json(line, file) for line in _text(file).splitlines())}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}); give a whole run folder") from error
 
 
 def _json(text: str, file: Path) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opsd.distill.divergence import GRADIENTS, check_divergence, token_fields_
-from opsd.distill.select import weigh
+from opsd.distill.select import pick, weigh
 from opsd.selection import STATISTICS, Selection, TokenSelector, TokenStats, with_defaults
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
@@ -107,7 +107,7 @@ class _Calls:
             return None
         self._number += 1
         stats = _stats(selector.needs | selector.needs_kept, teacher_NV, student_NV, chunk)
-        return weigh(selector, stats, selector(stats, derive_seed(self._seed, self._number)))
+        return weigh(selector, stats, pick(selector, stats, derive_seed(self._seed, self._number)))
 
 
 def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk: int) -> TokenStats:
