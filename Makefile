@@ -84,7 +84,7 @@ test-slow: setup ## the tests that take minutes each
 faults: setup ## the fault suite: kills, full disks, damaged files, hostile input; its table in docs/reliability.md (10 minutes)
 	@$(PY) scripts/faults.py
 
-check: setup ## lint, format, types and the fast tests, under 90 seconds
+check: setup ## lint, format, types and the fast tests, about two minutes
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet . || { echo 'run: $(PY) -m ruff format .' >&2; exit 1; }
 	@.venv/bin/basedpyright --level error & types=$$!; failed=0; \
