@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl"
     return name, path
 
 
-class SuiteRunner:
+class SuiteRunner(ABC):
     """Runs the same suites with the same sampling on whatever engine it is given. max_new_tokens: unless config's."""
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int) -> None:
@@ -87,13 +88,13 @@ class SuiteRunner:
         sampling = {**dataclasses.asdict(self._sampling), "samples": self._config.samples, "seed": self._config.seed}
         return {"model": model, "step": step, "sampling": sampling, "suites": results}
 
+    @abstractmethod
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
         """What `run` finds of one suite's samples·problems rollouts, problem by problem."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
         """What training logs as the reward of each rollout; None where there is none."""
-        raise NotImplementedError
 
 
 class Evaluator(SuiteRunner):
@@ -121,7 +122,7 @@ def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> l
 
 @dataclasses.dataclass(frozen=True)
 class ProblemRecord:
-    """One problem's samples, graded. correct, answers, tokens and truncated have one entry a sample.
+    """One problem's samples, graded. correct, answers, tokens and truncated have one entry per sample.
 
     answers: what each sample votes for in majority@k; None where none is named, or the response was cut off.
     """
