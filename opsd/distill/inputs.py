@@ -9,7 +9,8 @@ from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
 from opsd.distill.divergence import check_divergence
-from opsd.distill.matmul import Head, product_dtype
+from opsd.distill.matmul import Head, Joined, product_dtype
+from opsd.types import NO_STOPS, Stops
 from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
@@ -42,6 +43,7 @@ class Inputs:
     vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
     wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
     to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
+    stops: the tokens that end a turn; joined: these, where both models' distributions take them for one token.
     """
 
     student_ND: Tensor
@@ -55,6 +57,8 @@ class Inputs:
     rollout_N: Tensor
     token_ids_N: Tensor | None
     weight_N: Tensor | None
+    stops: Stops = NO_STOPS
+    joined: Joined | None = None
 
     @property
     def rows(self) -> int:
@@ -62,11 +66,25 @@ class Inputs:
 
     def student_head(self) -> Head:
         """The student's projection, cut to the shared vocabulary, outside autograd."""
-        return Head(self.student_head_VD.detach()[: self.vocab_size], self.student_type, self.wide)
+        return Head(self.student_head_VD.detach()[: self.vocab_size], self.student_type, self.wide, self.joined)
 
     def teacher_head(self) -> Head:
         """The teacher's projection, cut to the shared vocabulary, outside autograd."""
-        return Head(self.teacher_head_VE.detach()[: self.vocab_size], self.teacher_type, self.wide)
+        return Head(self.teacher_head_VE.detach()[: self.vocab_size], self.teacher_type, self.wide, self.joined)
+
+    @property
+    def stop_N(self) -> Tensor | None:
+        """Which of the sampled tokens end a turn, bool [N]; None where tokens or stops are not known."""
+        if self.token_ids_N is None or not self.stops.ids:
+            return None
+        return _any_of(self.token_ids_N, self.stops.ids)
+
+    @property
+    def scored_ids_N(self) -> Tensor | None:
+        """The sampled tokens as the distributions know them: joined ones by the column that stands for them."""
+        if self.joined is None or self.token_ids_N is None:
+            return self.token_ids_N
+        return self.token_ids_N.masked_fill(_any_of(self.token_ids_N, self.joined.ids), self.joined.ids[0])
 
 
 def check_inputs(
@@ -79,8 +97,13 @@ def check_inputs(
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
     weight_N: Tensor | None = None,
+    stops: Stops = NO_STOPS,
+    temperature: float = 1.0,
 ) -> Inputs:
-    """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit."""
+    """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit.
+
+    temperature: the loss's, which joined stops are joined at.
+    """
     for name, hidden, head in (
         ("student", student_ND, student_head_VD),
         ("teacher", teacher_NE, teacher_head_VE),
@@ -123,6 +146,8 @@ def check_inputs(
         rollout_N.to(torch.int64),
         per_row("token_ids_N", token_ids_N),
         per_row("weight_N", weight_N),
+        stops,
+        Joined(stops.ids, temperature) if stops.joined else None,
     )
 
 
@@ -134,3 +159,11 @@ def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | Non
     if tuple(values_N.shape) != (rows,):
         raise UserError(f"{name} has shape {tuple(values_N.shape)} for {rows} tokens: give one value per token")
     return values_N.to(like_ND.device)
+
+
+def _any_of(token_ids_N: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Which of the ids are among `tokens`; the device is not waited for."""
+    found_N = torch.zeros_like(token_ids_N, dtype=torch.bool)
+    for token in tokens:
+        found_N |= token_ids_N == token
+    return found_N

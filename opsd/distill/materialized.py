@@ -64,6 +64,9 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_KD, head_VD = ctx.saved_tensors
         head = ctx.inputs.student_head()
+        if head.joined is not None:
+            grad_KV = grad_KV.clone()  # autograd's own
+            head.part_(grad_KV, hidden_KD)
         grad_VD = total_VD = None
         if ctx.needs_input_grad[1]:
             grad_VD = torch.zeros_like(head_VD, dtype=ctx.inputs.wide)

@@ -12,8 +12,11 @@ from opsd.distill.chunks import ChunkTokens, Workspace, attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import score_
-from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, STATISTICS, TEACHER_FIELDS, TokenStats
+from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, STATISTICS, STOP_FIELDS, TEACHER_FIELDS, TokenStats
 from opsd.utils.errors import UserError
+
+# Rows whose exponentials exist at once where the mass of a row of logits is summed up.
+STOP_ROWS = 64
 
 
 @torch.no_grad()
@@ -57,6 +60,8 @@ def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
             raise UserError("teacher_rank_N needs the sampled tokens: give token_ids_N")
         if ids_N.numel() and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab_size:
             raise UserError(f"token_ids_N reach beyond the shared vocabulary of {vocab_size}: check the tokenizers")
+    if needs & STOP_FIELDS and not inputs.stops.ids:
+        raise UserError(f"{min(needs & STOP_FIELDS)} needs to know which tokens end a turn: give stops")
     return needs - GIVEN_FIELDS
 
 
@@ -86,7 +91,10 @@ def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: Hel
     """The named fields [N] of all rows, from logits that are left as they are."""
     work = held.work
     teacher_NW = work.teacher_CV if needs & TEACHER_FIELDS else None
-    return score_(needs, work, work.student_CV, teacher_NW, spec.temperature, inputs.token_ids_N, held=True)
+    stops = _stop_fields(needs, inputs, work.student_CV, teacher_NW, spec.temperature)
+    return stops | score_(
+        needs - STOP_FIELDS, work, work.student_CV, teacher_NW, spec.temperature, inputs.scored_ids_N, held=True
+    )
 
 
 def _scored_chunks(
@@ -96,6 +104,7 @@ def _scored_chunks(
     rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
     work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide, teacher)
     student_head, teacher_head = inputs.student_head(), inputs.teacher_head() if teacher else None
+    ids_N = inputs.scored_ids_N
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
         for part in slices(rows, chunk):
             where = part if kept_K is None else kept_K[part]
@@ -104,8 +113,25 @@ def _scored_chunks(
             teacher_CV = None
             if teacher_head is not None:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-            ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
-            yield where, score_(needs, work, student_CV, teacher_CV, temperature, ids_C)
+            ids_C = None if ids_N is None else ids_N[where]
+            stops = _stop_fields(needs, inputs, student_CV, teacher_CV, temperature)
+            # From here the logits are used up.
+            yield where, stops | score_(needs - STOP_FIELDS, work, student_CV, teacher_CV, temperature, ids_C)
+
+
+def _stop_fields(
+    needs: frozenset[str], inputs: Inputs, student_CW: Tensor, teacher_CW: Tensor | None, temperature: float
+) -> dict[str, Tensor]:
+    """Those of `STOP_FIELDS` that are named [C], from logits that are left as they are."""
+    logits = {"stop_log_prob_N": student_CW, "teacher_stop_log_prob_N": teacher_CW}
+    found = {}
+    for name in needs & STOP_FIELDS:
+        logits_CV = logits[name]
+        assert logits_CV is not None
+        ends_CE = torch.stack([logits_CV[:, token] for token in inputs.stops.ids], -1)
+        mass_C = torch.cat([(part / temperature).logsumexp(-1) for part in logits_CV.split(STOP_ROWS)])
+        found[name] = (ends_CE / temperature).logsumexp(-1) - mass_C
+    return found
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:
@@ -117,9 +143,8 @@ def _blank(name: str, inputs: Inputs) -> Tensor:
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
     """TokenStats from what is known; fields nobody asked for are None."""
     values = {name: fields.get(name) for name in STATISTICS}
-    return TokenStats(
-        rollout_N=inputs.rollout_N, token_ids_N=inputs.token_ids_N, vocab_size=inputs.vocab_size, **values
-    )
+    known = {"token_ids_N": inputs.token_ids_N, "stop_N": inputs.stop_N}
+    return TokenStats(rollout_N=inputs.rollout_N, vocab_size=inputs.vocab_size, **known, **values)
 
 
 def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
