@@ -219,8 +219,8 @@ def compare_templates(
     written, own = (tokenizer.decode(ids[-40:]) for ids in (first.ids, ours[first.id]))
     return [
         f"chat templates differ on {len(others)} of {len(ours)} prompts, both models are asked by the student's: "
-        f"prompt {first.id} ends with {own!r}, the teacher's own would end with {written!r}; where the teacher needs its own, "
-        "put its template into the student's folder"
+        f"prompt {first.id} ends with {own!r}, the teacher's own would end with {written!r}; where the "
+        "teacher needs its own, put its template into the student's folder"
     ]
 
 

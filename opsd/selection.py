@@ -86,15 +86,18 @@ STATISTICS = {
     "top1_agree_N": Statistic(torch.bool),
     "teacher_rank_N": Statistic(torch.int64, required=False),
     "grad_norm_N": Statistic(required=False),
+}
+# Only where the run says which tokens end a turn.
+STOP_STATISTICS = {
     "stop_log_prob_N": Statistic(teacher=False, required=False),
     "teacher_stop_log_prob_N": Statistic(required=False),
 }
-TEACHER_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.teacher)
+ALL_STATISTICS = STATISTICS | STOP_STATISTICS
+STOP_FIELDS = frozenset(STOP_STATISTICS)
+TEACHER_FIELDS = frozenset(name for name, of in ALL_STATISTICS.items() if of.teacher)
 REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
 # Known without looking at a logit: a selector may list them in `needs`.
 GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "stop_N", "vocab_size"})
-# Known only where the run says which tokens end a turn.
-STOP_FIELDS = frozenset({"stop_log_prob_N", "teacher_stop_log_prob_N"})
 
 
 def field_of(divergence: str) -> str | None:

@@ -234,10 +234,9 @@ class Trainer:
             tracker.say(f"step {step}: {warning.text}")
         if self.config.health == "stop" and self.ranks.broadcast(bool(warnings)):
             self.save_unless_there(step, metrics)
-            raise RunStopped(
-                f"step {step}: stopped by --health stop, {checkpoint.place(self.folder.checkpoints, step)} is saved; go "
-                f"on with: opsd train --resume {self.folder.path}"
-            )
+            saved = f"{checkpoint.place(self.folder.checkpoints, step)} is saved"
+            resume = f"go on with: opsd train --resume {self.folder.path}"
+            raise RunStopped(f"step {step}: stopped by --health stop, {saved}; {resume}")
 
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
         """A checkpoint, where one is due. It comes before the step's evaluation, which may be long."""

@@ -12,7 +12,7 @@ from opsd.distill.chunks import ChunkTokens, Workspace, attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import score_
-from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, STATISTICS, STOP_FIELDS, TEACHER_FIELDS, TokenStats
+from opsd.selection import ALL_STATISTICS, GIVEN_FIELDS, REQUIRED_FIELDS, STOP_FIELDS, TEACHER_FIELDS, TokenStats
 from opsd.utils.errors import UserError
 
 # Rows whose exponentials exist at once where the mass of a row of logits is summed up.
@@ -50,9 +50,9 @@ def token_stats(
 
 def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
     """The fields of `needs` that must be computed. Raises UserError for one that cannot be."""
-    unknown = needs - STATISTICS.keys() - GIVEN_FIELDS
+    unknown = needs - ALL_STATISTICS.keys() - GIVEN_FIELDS
     if unknown:
-        known = ", ".join(sorted(STATISTICS))
+        known = ", ".join(sorted(ALL_STATISTICS))
         raise UserError(f"unknown statistic {sorted(unknown)[0]!r}: ask for {known}")
     if "teacher_rank_N" in needs:
         ids_N, vocab_size = inputs.token_ids_N, inputs.vocab_size
@@ -135,14 +135,14 @@ def _stop_fields(
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:
-    dtype = STATISTICS[name].dtype
+    dtype = ALL_STATISTICS[name].dtype
     fill = float("nan") if dtype.is_floating_point else 0
     return torch.full((inputs.rows,), fill, dtype=dtype, device=inputs.student_ND.device)
 
 
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
     """TokenStats from what is known; fields nobody asked for are None."""
-    values = {name: fields.get(name) for name in STATISTICS}
+    values = {name: fields.get(name) for name in ALL_STATISTICS}
     known = {"token_ids_N": inputs.token_ids_N, "stop_N": inputs.stop_N}
     return TokenStats(rollout_N=inputs.rollout_N, vocab_size=inputs.vocab_size, **known, **values)
 

@@ -31,7 +31,7 @@ REWARD_FALL, STANDARD_ERRORS = 0.15, 4.0
 
 
 @dataclass(frozen=True)
-class Warning:
+class Finding:
     """Something that goes wrong. name: its metric is health/NAME. text: one line for the user."""
 
     name: str
@@ -56,7 +56,7 @@ class Health:
         chance = STANDARD_ERRORS * 0.5 * (2 / (config.prompts_per_step * REWARD_WINDOW)) ** 0.5
         self._reward_fall = max(REWARD_FALL, chance)
 
-    def see(self, metrics: dict[str, float]) -> list[Warning]:
+    def see(self, metrics: dict[str, float]) -> list[Finding]:
         """What this step's line shows for the first time."""
         if not self._on:
             return []
@@ -65,8 +65,8 @@ class Health:
         checks: tuple[Callable[[], str | None], ...] = (
             self._truncation, self._length, self._stop, self._repetition, self._entropy, self._reward
         )  # fmt: skip
-        new = [Warning(name, text) for check in checks for name, text in self._found(check)]
-        self._told |= {warning.name for warning in new}
+        new = [Finding(name, text) for check in checks for name, text in self._found(check)]
+        self._told |= {finding.name for finding in new}
         return new
 
     def _found(self, check: Callable[[], str | None]) -> Iterator[tuple[str, str]]:
@@ -99,8 +99,8 @@ class Health:
         before = "" if recent is None else f" ({recent.least:.0%} at best before)"
         return (
             f"{now:.0%} of the rollouts are cut off at --rollout.max_new_tokens{before}: answers do not end, or are "
-            "longer than that; compare the line of stops at the start (--rollout.stop_tokens), raise the limit, or give "
-            "--rollout.truncated mask_tail"
+            "longer than that; compare the line of stops at the start (--rollout.stop_tokens), raise the limit, or "
+            "give --rollout.truncated mask_tail"
         )
 
     def _length(self) -> str | None:
