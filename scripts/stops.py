@@ -70,7 +70,8 @@ def make_pair(folder: Path) -> None:
 
 def train(runs: Path, arm: str, steps: int, problems: int) -> None:
     """The recipe's cells of one arm. Raises UserError where it fails."""
-    models = ["--student", str(runs / "pair" / "student"), "--teacher", str(runs / "pair" / "teacher")]
+    pair = Path(os.path.relpath(runs / "pair", ROOT))
+    models = ["--student", str(pair / "student"), "--teacher", str(pair / "teacher")]
     command = [str(ROOT / "recipes" / "table5_soft_or.sh"), *models, "--eval.limit", str(problems), *ARMS[arm]]
     folder = runs / arm.replace(" ", "_").replace("'", "")
     settings = {"SCALE": "pocket", "STEPS": str(steps), "SEEDS": "0", "RUNS": str(folder)}
@@ -121,7 +122,7 @@ def _label(cell: CellName) -> str:
     return cell.selector if cell.selector == "all" else f"{cell.selector} {100 * cell.retention:g} %"
 
 
-def main(runs: Path, out: Path, figure: Path, steps: int = 120, problems: int = 128) -> None:
+def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 64) -> None:
     """Run both arms, and write their numbers and the figure.
 
     Args:
