@@ -13,6 +13,8 @@ from opsd.types import Stops
 from opsd.utils.errors import UserError
 
 _SAID = "∎said∎"
+# Stops that a line names; config.json has all.
+NAMED = 6
 
 
 def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
@@ -93,7 +95,8 @@ class PairStops:
         """What was found and chosen, for the user."""
 
         def names(ids: Sequence[int]) -> str:
-            return " ".join(tokenizer.convert_ids_to_tokens(list(ids))) or "nothing"
+            more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+            return " ".join(tokenizer.convert_ids_to_tokens(list(ids[:NAMED]))) + more or "nothing"
 
         if set(self.student) == set(self.teacher):
             found = f"both models end with {names(self.student)}"
