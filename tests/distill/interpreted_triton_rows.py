@@ -9,8 +9,11 @@ import os
 import pytest
 import torch
 
-from opsd.distill import chunks, triton_rows
-from opsd.distill.triton_rows import gradient_, token_fields
+from opsd.distill import triton_rows, workspace
+from opsd.distill.inputs import LossSpec
+from opsd.distill.rows import Logits
+from opsd.distill.workspace import Workspace
+from opsd.types import Transform
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -19,6 +22,7 @@ NATS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N")
 FIELDS = frozenset({*NATS, "grad_norm_N", "top1_agree_N", "teacher_rank_N"})
 BETA = 0.3
 INF = float("inf")
+PLAIN = (Transform(), Transform())
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,23 @@ def weights(rows):
 
 def plogp(p, log_p):
     return torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0)
+
+
+def rows_of(student_CV, teacher_CV, kept=(None, None), transforms=PLAIN, vocab=None):
+    """Products as the kernels take them, in a workspace; picked rows of the teacher's where they are the workspace's."""
+    teacher_work = teacher_CV if kept[0] is None or kept[1] is not None else torch.empty(0)
+    vocab = student_CV.shape[1] if vocab is None else vocab
+    work = Workspace(student_CV, teacher_work, torch.empty(0), transforms, vocab, kernels=True)
+    return Logits(work, student_CV, teacher_CV, held=True, kept_C=kept[0])
+
+
+def token_fields(needs, student_CV, teacher_CV, temperature, ids_C, **how):
+    return triton_rows.token_fields(needs, rows_of(student_CV, teacher_CV, **how), temperature, ids_C)
+
+
+def gradient_(divergence, temperature, student_CV, teacher_CV, scale_C, out_CV, **how):
+    spec = LossSpec(divergence, BETA, temperature)
+    return triton_rows.gradient_(rows_of(student_CV, teacher_CV, **how), spec, scale_C, out_CV)
 
 
 def exact(student_CV, teacher_CV, temperature, ids_C=None):
@@ -82,7 +103,7 @@ def loss_and_gradient(divergence, student_CV, teacher_CV, temperature=1.0, weigh
     """Of the kernels, into a buffer of its own."""
     out_CV = torch.full(student_CV.shape, 7.0, dtype=dtype)
     scale_C = (torch.ones(len(student_CV)) if weight_C is None else weight_C) / temperature
-    loss_C = gradient_(divergence, BETA, temperature, student_CV, teacher_CV, scale_C, out_CV)
+    loss_C = gradient_(divergence, temperature, student_CV, teacher_CV, scale_C, out_CV)
     return loss_C, out_CV
 
 
@@ -132,9 +153,9 @@ def test_a_gradient_over_the_students_logits_and_of_picked_rows_is_the_same(dive
     places_K, picked_KV = torch.tensor([1, 4]), torch.empty(2, 201)
     ones_K = torch.ones(2)
     for teacher, rows_K in ((teacher_CV, places_K), (teacher_CV[places_K], None)):
-        loss_K = gradient_(divergence, BETA, 1.0, student_CV, teacher, ones_K, picked_KV, places_K, rows_K)
+        loss_K = gradient_(divergence, 1.0, student_CV, teacher, ones_K, picked_KV, kept=(places_K, rows_K))
         assert torch.equal(loss_K, loss_C[places_K]) and torch.equal(picked_KV, out_CV[places_K])
-    gradient_(divergence, BETA, 1.0, student_CV, teacher_CV, torch.ones(5), student_CV)
+    gradient_(divergence, 1.0, student_CV, teacher_CV, torch.ones(5), student_CV)
     assert torch.equal(student_CV, out_CV)
 
 
@@ -231,7 +252,7 @@ def test_a_vocabulary_of_152_thousand_costs_no_digits(monkeypatch, assert_close)
 @pytest.fixture
 def as_on_cuda(monkeypatch, wide_rows, cuda_products):
     """The loss core as it runs on CUDA: wide rows, its products, the row kernels."""
-    monkeypatch.setattr(chunks, "has_row_kernels", lambda like, wide: wide == torch.float32)
+    monkeypatch.setattr(workspace, "has_row_kernels", lambda like, wide: wide == torch.float32)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
