@@ -6,6 +6,7 @@ head, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -106,13 +107,20 @@ class Transform:
         return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
 
 
+PLAIN = Transform()
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
     """A model's way from final hidden states to logits: weight_VD, bias_V (None: there is none), then the transform."""
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None = None
-    transform: Transform = Transform()
+    transform: Transform = PLAIN
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+        """The same on other tensors, such as `torch.Tensor.detach` gives."""
+        return Head(change(self.weight_VD), None if self.bias_V is None else change(self.bias_V), self.transform)
 
     def logits(self, hidden_ND: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         """The model's own logits [N, V] at once, differentiable. rows: the first ones of the vocabulary alone."""

@@ -71,10 +71,14 @@ class FusedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, ()
         # Scaled in place, the head's while still wide: a second [V, D] buffer would be the largest of all.
         leaves = ctx.trained.inputs.leaves
-        return *(
-            None if grad is None or leaf is None else grad.mul_(grad_loss).to(leaf.dtype)
-            for grad, leaf in zip(gradients, leaves, strict=True)
-        ), None, None
+        return (
+            *(
+                None if grad is None or leaf is None else grad.mul_(grad_loss).to(leaf.dtype)
+                for grad, leaf in zip(gradients, leaves, strict=True)
+            ),
+            None,
+            None,
+        )
 
 
 @torch.no_grad()

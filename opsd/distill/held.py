@@ -14,7 +14,7 @@ from opsd.utils.oom import is_out_of_memory
 
 
 class HeldLogits:
-    """The products of all rows in a workspace, as `Workspace` has them; the teacher's only where they were asked for."""
+    """The products of all rows, in a workspace; the teacher's only where they were asked for."""
 
     def __init__(self, work: Workspace) -> None:
         self._work: Workspace | None = work

@@ -16,7 +16,7 @@ from opsd.distill.chunks import chunk_rows, row_width
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.fused import Trained
 from opsd.distill.inputs import Inputs
-from opsd.types import Transform
+from opsd.types import PLAIN
 
 
 def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
     logits_KV = _Project.apply(student_KD, *inputs.leaves[1:], inputs)
     with torch.no_grad():
         teacher_KV = _project(inputs, teacher_KE, teacher=True)
-    if any(head.transform != Transform() for head in heads):
+    if any(head.transform != PLAIN for head in heads):
         # What is beyond the vocabulary must not be scaled or capped.
         logits_KV, teacher_KV = (
             head.transform(products_KW[:, : inputs.vocab_size])

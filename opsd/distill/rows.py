@@ -41,9 +41,7 @@ class Logits(NamedTuple):
         """Which rows of the teacher's are meant; None: all, in order."""
         return self.kept_C if self.teacher_CW is self.work.teacher_CV else None
 
-    def block(
-        self, rows: slice, temperature: float, tanh_BW: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def block(self, rows: slice, temperature: float, tanh_BW: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Both models' logits [B, W] over the temperature, of some of the C rows, to be overwritten.
 
         tanh_BW: as for `logits_`, of the student's soft cap.
@@ -118,9 +116,7 @@ def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_
     return Differentiated(out_CW, torch.cat(losses), (scale_C if weight_C is None else scale_C * weight_C)[:, None])
 
 
-def score_(
-    needs: frozenset[str], logits: Logits, temperature: float, token_ids_C: Tensor | None
-) -> dict[str, Tensor]:
+def score_(needs: frozenset[str], logits: Logits, temperature: float, token_ids_C: Tensor | None) -> dict[str, Tensor]:
     """The named fields of `TokenStats` [C]. The logits are used up, unless they are held."""
     if logits.work.kernels:
         from opsd.distill import triton_rows

@@ -47,7 +47,7 @@ def plogp(p, log_p):
 
 
 def rows_of(student_CV, teacher_CV, kept=(None, None), transforms=PLAIN, vocab=None):
-    """Products as the kernels take them, in a workspace; picked rows of the teacher's where they are the workspace's."""
+    """Products as the kernels take them. kept: rows that are picked of the student's and the teacher's."""
     teacher_work = teacher_CV if kept[0] is None or kept[1] is not None else torch.empty(0)
     vocab = student_CV.shape[1] if vocab is None else vocab
     work = Workspace(student_CV, teacher_work, torch.empty(0), transforms, vocab, kernels=True)

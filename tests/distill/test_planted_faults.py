@@ -51,14 +51,18 @@ def drop_last_tile(monkeypatch, name):
     """The last tile of the vocabulary has no logits, and no part in the gradients."""
     whole, project_ = Projection._tiles, Projection.project_
     monkeypatch.setattr(Projection, "_tiles", lambda self: iter(list(whole(self))[:-1]))
-    monkeypatch.setattr(Projection, "project_", lambda self, hidden_CD, out_CV: project_(self, hidden_CD, out_CV.zero_()))
+    monkeypatch.setattr(
+        Projection, "project_", lambda self, hidden_CD, out_CV: project_(self, hidden_CD, out_CV.zero_())
+    )
 
 
 def shift_a_row(monkeypatch, name):
     """Each token gets its neighbour's logits, of the student and the teacher alike."""
     project_ = Projection.project_
     monkeypatch.setattr(
-        Projection, "project_", lambda self, hidden_CD, out_CV: out_CV.copy_(project_(self, hidden_CD, out_CV).roll(1, 0))
+        Projection,
+        "project_",
+        lambda self, hidden_CD, out_CV: out_CV.copy_(project_(self, hidden_CD, out_CV).roll(1, 0)),
     )
 
 

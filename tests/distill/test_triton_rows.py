@@ -74,7 +74,9 @@ def test_a_kernel_compiles_for_an_h100_without_spills(name, constants, narrow, t
     from opsd.distill import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    values = {key: getattr(triton_kernels, value) if str(value).isupper() else value for key, value in constants.items()}
+    values = {
+        key: getattr(triton_kernels, value) if str(value).isupper() else value for key, value in constants.items()
+    }
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled(getattr(triton_kernels, name), values, narrow))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -21,9 +21,9 @@ from tolerance import close, rounding
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
 from opsd.distill.chunks import ChunkBound
-from opsd.distill.workspace import Workspace
 from opsd.distill.matmul import Projection
 from opsd.distill.topk import top_tokens
+from opsd.distill.workspace import Workspace
 from opsd.engine import TorchEngine
 from opsd.eval.evaluator import Evaluator
 from opsd.model.scorer import Scorer

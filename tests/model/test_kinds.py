@@ -302,14 +302,15 @@ def test_the_head_of_a_served_teacher_is_the_one_that_vllm_takes(folders, tmp_pa
     embeddings = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
     # Left over in the file: transformers would take it for the head.
     change_tensors(tied, add("lm_head.weight", torch.ones(52, 64)))
-    assert torch.equal(read_head(str(tied), FP32), embeddings)
+    assert torch.equal(read_head(str(tied), FP32).weight_VD, embeddings)
     untied = folders("Qwen3")
-    assert torch.equal(read_head(str(untied), FP32), load_file(untied / "model.safetensors")["lm_head.weight"])
+    weight = load_file(untied / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(read_head(str(untied), FP32).weight_VD, weight)
     quantised = write(tmp_path / "fp8", "Qwen3", vocab_size=64)
     plain = load_file(quantised / "model.safetensors")["lm_head.weight"]
     change_tensors(quantised, lambda tensors: quantise(tensors, "lm_head"))
     rewrite(quantised / "config.json", quantization_config={**FP8, "modules_to_not_convert": []})
-    head = read_head(str(quantised), FP32)
+    head = read_head(str(quantised), FP32).weight_VD
     assert float((head - plain).norm() / plain.norm()) < 0.05  # e4m3 has three bits after the point
 
 
