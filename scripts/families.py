@@ -94,6 +94,11 @@ FAMILIES = {
     "Phi-3": Family("Phi3Config", {"original_max_position_embeddings": 256}),
     "Cohere 2": Family("Cohere2Config", {"sliding_window": 16}),
     "Granite": Family("GraniteConfig", {"logits_scaling": 8.0}),
+    "MiniCPM 3": Family(
+        "MiniCPM3Config",
+        {"num_key_value_heads": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "q_lora_rank": 16,
+         "kv_lora_rank": 16, "v_head_dim": 32},
+    ),
     "OLMo 2": Family("Olmo2Config"),
     "SmolLM 3": Family("SmolLM3Config"),
     "Falcon-H1": Family(

@@ -28,11 +28,10 @@ class DistillHead(nn.Module):
     does to the layer's output.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None = None, transform: Transform = PLAIN
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, transform: Transform = PLAIN) -> None:
         super().__init__()
         self.weight, self.transform = weight, transform
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     @classmethod

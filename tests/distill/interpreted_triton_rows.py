@@ -5,6 +5,8 @@ numpy does: its exponentials are not a GPU's, and its bf16 is not rounded to nea
 """
 
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ FIELDS = frozenset({*NATS, "grad_norm_N", "top1_agree_N", "teacher_rank_N"})
 BETA = 0.3
 INF = float("inf")
 PLAIN = (Transform(), Transform())
+# The same claims as for torch's operations.
+HEADS = runpy.run_path(str(Path(__file__).with_name("test_heads.py")))
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +253,45 @@ def test_a_vocabulary_of_152_thousand_costs_no_digits(monkeypatch, assert_close)
         assert_close(found[name], fields[name], 151_936, said=name)
 
 
+SCALED, CAPPED, BOTH = Transform(0.3), Transform(1.0, 4.0), Transform(1.7, 4.0)
+
+
+@pytest.mark.parametrize("transforms", [(SCALED, PLAIN[0]), (CAPPED, SCALED), (PLAIN[0], CAPPED), (BOTH, BOTH)])
+@pytest.mark.parametrize("vocab", [1, 37, 256, 257])
+def test_scales_and_caps_are_taken_as_logits_are_read(transforms, vocab, assert_close):
+    temperature, weight_C = 0.6, weights(4)
+    # Rows are wider than the vocabulary; products of up to 10 and down to 1e-3, as caps bend them and leave them.
+    products = [of * torch.logspace(-4, 0.5, vocab) for of in logits(4, vocab)]
+    wide = [torch.cat([of, torch.full((4, 63), -1e30)], 1) for of in products]
+    ids_C = torch.tensor([0, vocab - 1, vocab // 2, vocab // 3])
+    leaf = products[0].double().requires_grad_()
+    own = transforms[0](leaf)
+    losses, gradients, fields = exact(own.detach(), transforms[1](products[1].double()), temperature, ids_C)
+    how = {"transforms": transforms, "vocab": vocab}
+    found = token_fields(FIELDS, *wide, temperature, ids_C, **how)
+    of_one = {"size": 1e-2, "cancels": True} if vocab == 1 else {}
+    for name in (*NATS, "grad_norm_N"):
+        assert_close(found[name], fields[name], vocab, 20, said=name, **of_one)
+    assert torch.equal(found["top1_agree_N"], fields["top1_agree_N"])
+    assert torch.equal(found["teacher_rank_N"], fields["teacher_rank_N"])
+    for divergence in DIVERGENCES:
+        out_CW = torch.full_like(wide[0], 7.0)
+        scale_C = weight_C * (transforms[0].scale / temperature)
+        loss_C = gradient_(divergence, temperature, *wide, scale_C, out_CW, **how)
+        assert_close(loss_C, losses[divergence], vocab, 20, said=divergence, **of_one)
+        (expected_CV,) = torch.autograd.grad(own, leaf, gradients[divergence] * weight_C[:, None], retain_graph=True)
+        assert_close(out_CW[:, :vocab], expected_CV, vocab, 20, said=divergence, **of_one)
+        assert not out_CW[:, vocab:].any()
+
+
+def test_a_cap_keeps_the_digits_of_small_products(assert_close):
+    # 1 - exp(-2x) of an x of 1e-4 has none of its last four.
+    student_CV, teacher_CV = (1e-3 * of for of in logits(3, 100))
+    found = token_fields(frozenset({"grad_norm_N"}), student_CV, teacher_CV, 1.0, None, transforms=(CAPPED, CAPPED))
+    expected = exact(CAPPED(student_CV.double()), CAPPED(teacher_CV.double()), 1.0)[2]
+    assert_close(found["grad_norm_N"], expected["grad_norm_N"], 100, size=1e-2, cancels=True)
+
+
 @pytest.fixture
 def as_on_cuda(monkeypatch, wide_rows, cuda_products):
     """The loss core as it runs on CUDA: wide rows, its products, the row kernels."""
@@ -290,3 +333,10 @@ def test_a_choice_by_kernels_trains_on_its_rows(dtype, needs, as_on_cuda, make_c
             assert_close(found, right, *case.sums)
         else:  # the interpreter cuts logit gradients to bf16
             assert (found.double() - right).norm() <= 2.0**-7 * right.norm()
+
+
+@pytest.mark.parametrize("pair", HEADS["PAIRS"])
+def test_heads_of_every_kind_by_kernels(pair, as_on_cuda, make_case, make_rule, naive):
+    for divergence in DIVERGENCES:
+        HEADS["test_loss_and_gradients_are_the_definition"](None, divergence, pair, make_case, make_rule, naive)
+    HEADS["test_statistics_and_likeliest_tokens_are_those_of_the_models_own_logits"](None, pair, make_case)

@@ -7,7 +7,7 @@ import torch
 from tolerance import close, transformer
 from torch import nn
 
-from families import FAMILIES, Family, write
+from families import FAMILIES, write
 from opsd.config import LoraConfig
 from opsd.data.packing import pack
 from opsd.distill import distill_loss, token_stats
@@ -37,11 +37,6 @@ TRANSFORMS = {
 PAIRS = list(zip(TRANSFORMS, [*list(TRANSFORMS)[3:], *list(TRANSFORMS)[:3]], strict=True))
 BIASED = ("Phi", "Phi-MoE")
 VOCABULARY = 49
-MINICPM = Family(
-    "MiniCPM3Config",
-    {"num_key_value_heads": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
-     "v_head_dim": 32},
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,7 +94,7 @@ def test_what_is_no_scale_and_no_soft_cap_is_refused_in_a_line(family, change):
 def test_a_model_that_changes_hidden_states_before_its_head_is_refused():
     # It divides them by its width over that of a smaller model.
     with pytest.raises(UserError, match="its logits are not hidden·head"):
-        find_transform(MINICPM.build(), "M")
+        find_transform(FAMILIES["MiniCPM 3"].build(), "M")
 
 
 def test_a_head_that_is_no_linear_layer_is_refused():
