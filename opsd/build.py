@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.config.settings import MOST
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.data.template import Clock, steady
+from opsd.distill.inputs import can_join
 from opsd.engine import Engine, build_engine
 from opsd.environments import load_environment
 from opsd.eval.cache import Models
@@ -34,7 +34,7 @@ from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, Teacher
-from opsd.types import NO_STOPS, Prompt, Sampling, Stops
+from opsd.types import NO_STOPS, Head, Prompt, Sampling, Stops
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -118,7 +118,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
-    pair, told = settle_stops(config, student, tokenizer, teacher_tokenizer, vocab_size, began)
+    joinable = can_join(student.head.as_head(), teacher.head())
+    pair, told = settle_stops(config, student, tokenizer, teacher_tokenizer, vocab_size, joinable, began)
     ends = pair.stops.ids
     if world is None and config.prompt_format == "chat":
         told += compare_templates(prompts, config.prompts, tokenizer, teacher_tokenizer, how, clock)
@@ -175,10 +176,12 @@ def settle_stops(
     tokenizer: Any,
     teacher_tokenizer: Any,
     vocab_size: int,
+    joinable: bool,
     began: Began | None = None,
 ) -> tuple[PairStops, list[str]]:
     """What ends the rollouts of this pair, and what to tell, a line each; a run that goes on keeps what it began with.
 
+    joinable: whether the loss can take several stops for one.
     Where that is more than the student's own folder names, its checkpoints name it: whatever samples from them stops.
     Raises UserError for stops that cannot be reconciled.
     """
@@ -191,7 +194,7 @@ def settle_stops(
         stated = stated_stops(config.rollout.stop_tokens, tokenizer, vocab_size, "--rollout.stop_tokens")
         ours = turn_ends(student.model.generation_config, tokenizer, chat)
         theirs = turn_ends(generation_of(config.teacher.model, trust), teacher_tokenizer, chat)
-        pair = reconcile(ours, theirs, stated, vocab_size)
+        pair = reconcile(ours, theirs, stated, vocab_size, joinable)
     if not set(pair.stops.ids) <= set(own) and student.model.generation_config is not None:
         student.model.generation_config.eos_token_id = list(pair.stops.ids)
     return pair, [pair.line(tokenizer)]
@@ -303,15 +306,15 @@ def build_teacher(
         return local, scorer, local.present
     from opsd.teacher.vllm import VLLMTeacher, read_head
 
-    head_VE = read_head(t.model, dtype, config.trust_remote_code, reach)
-    served = VLLMTeacher(t, head_VE, device, ranks.rank)
+    head = read_head(t.model, dtype, config.trust_remote_code, reach)
+    served = VLLMTeacher(t, head, device, ranks.rank)
     served.connect(reach.longest if reach else 0)
-    return served, as_model(head_VE), nullcontext
+    return served, as_model(head), nullcontext
 
 
-def as_model(head_VE: Tensor) -> Any:
+def as_model(head: Head) -> Any:
     """A head where a model's is looked for."""
-    return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
+    return SimpleNamespace(head=SimpleNamespace(weight=head.weight_VD))
 
 
 def build_rollout(

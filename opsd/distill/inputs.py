@@ -9,8 +9,8 @@ from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
 from opsd.distill.divergence import check_divergence
-from opsd.distill.matmul import Head, Joined, product_dtype
-from opsd.types import NO_STOPS, Stops
+from opsd.distill.matmul import Joined, Projection, product_dtype
+from opsd.types import NO_STOPS, Head, Stops
 from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
@@ -39,17 +39,17 @@ class LossSpec:
 class Inputs:
     """Both models' final hidden states and heads, checked, and the vocabulary they share.
 
-    student_ND, teacher_NE: hidden states. student_head_VD, teacher_head_VE: projections in full height.
+    student_ND, teacher_NE: hidden states. student_head, teacher_head: heads in full height.
     vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
     wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
     to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
-    stops: the tokens that end a turn; joined: these, where both models' distributions take them for one token.
+    stops: the tokens that end a turn. temperature: the one that stops are joined at.
     """
 
     student_ND: Tensor
-    student_head_VD: Tensor
+    student_head: Head
     teacher_NE: Tensor
-    teacher_head_VE: Tensor
+    teacher_head: Head
     vocab_size: int
     student_type: torch.dtype
     teacher_type: torch.dtype
@@ -58,19 +58,11 @@ class Inputs:
     token_ids_N: Tensor | None
     weight_N: Tensor | None
     stops: Stops = NO_STOPS
-    joined: Joined | None = None
+    temperature: float = 1.0
 
     @property
     def rows(self) -> int:
         return self.student_ND.shape[0]
-
-    def student_head(self) -> Head:
-        """The student's projection, cut to the shared vocabulary, outside autograd."""
-        return Head(self.student_head_VD.detach()[: self.vocab_size], self.student_type, self.wide, self.joined)
-
-    def teacher_head(self) -> Head:
-        """The teacher's projection, cut to the shared vocabulary, outside autograd."""
-        return Head(self.teacher_head_VE.detach()[: self.vocab_size], self.teacher_type, self.wide, self.joined)
 
     @property
     def stop_N(self) -> Tensor | None:
@@ -81,17 +73,36 @@ class Inputs:
 
     @property
     def scored_ids_N(self) -> Tensor | None:
-        """The sampled tokens as the distributions know them: joined ones by the column that stands for them."""
-        if self.joined is None or self.token_ids_N is None:
+        """The sampled tokens as the distributions know them: joined stops by the column that stands for them."""
+        if self.token_ids_N is None or not self.stops.joined:
             return self.token_ids_N
-        return self.token_ids_N.masked_fill(_any_of(self.token_ids_N, self.joined.ids), self.joined.ids[0])
+        return self.token_ids_N.masked_fill(_any_of(self.token_ids_N, self.stops.ids), self.stops.ids[0])
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What gradients flow to: the student's hidden states, its head's weight, its head's bias if there is one."""
+        return self.student_ND, self.student_head.weight_VD, self.student_head.bias_V
+
+    def student_projection(self) -> Projection:
+        """The student's products, cut to the shared vocabulary, outside autograd."""
+        return self._projection(self.student_head, self.student_type)
+
+    def teacher_projection(self) -> Projection:
+        """The teacher's products, cut to the shared vocabulary, outside autograd."""
+        return self._projection(self.teacher_head, self.teacher_type)
+
+    def _projection(self, head: Head, product: torch.dtype) -> Projection:
+        bias_V = None if head.bias_V is None else head.bias_V.detach()[: self.vocab_size]
+        # In products, which the head's scale still multiplies.
+        joined = Joined(self.stops.ids, self.temperature / head.transform.scale) if self.stops.joined else None
+        return Projection(head.weight_VD.detach()[: self.vocab_size], product, self.wide, bias_V, joined)
 
 
 def check_inputs(
     student_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head: Tensor | Head,
     teacher_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head: Tensor | Head,
     *,
     vocab_size: int | None = None,
     rollout_N: Tensor | None = None,
@@ -104,25 +115,20 @@ def check_inputs(
 
     temperature: the loss's, which joined stops are joined at.
     """
-    for name, hidden, head in (
-        ("student", student_ND, student_head_VD),
-        ("teacher", teacher_NE, teacher_head_VE),
-    ):
-        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-            raise UserError(
-                f"{name} hidden states {tuple(hidden.shape)} and head {tuple(head.shape)} do not fit: "
-                "give [tokens, hidden] and [vocabulary, hidden]"
-            )
+    student_head = _checked("student", student_ND, student_head)
+    teacher_head = _checked("teacher", teacher_NE, teacher_head)
+    if stops.joined and not can_join(student_head, teacher_head):
+        raise UserError("a head with a soft cap has no logit for joined stops: give stops that are not joined")
     if student_ND.shape[0] != teacher_NE.shape[0]:
         raise UserError(
             f"{student_ND.shape[0]} student tokens but {teacher_NE.shape[0]} teacher tokens: "
             "give both models' hidden states at the same positions"
         )
-    shared = min(student_head_VD.shape[0], teacher_head_VE.shape[0])
+    shared = min(student_head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
     if vocab_size is not None and not 1 <= vocab_size <= shared:
         raise UserError(f"vocab_size {vocab_size} but the smaller head has {shared} rows: give 1 to {shared}")
-    student_type = product_dtype(student_ND, student_head_VD)
-    teacher_type = product_dtype(teacher_NE, teacher_head_VE)
+    student_type = product_dtype(student_ND, student_head.weight_VD)
+    teacher_type = product_dtype(teacher_NE, teacher_head.weight_VD)
     wide = torch.float32
     if torch.float64 in (student_type, teacher_type):
         student_type = teacher_type = wide = torch.float64
@@ -136,9 +142,9 @@ def check_inputs(
     assert rollout_N is not None
     return Inputs(
         student_ND,
-        student_head_VD,
+        student_head,
         teacher_NE,
-        teacher_head_VE,
+        teacher_head,
         shared if vocab_size is None else vocab_size,
         student_type,
         teacher_type,
@@ -147,8 +153,29 @@ def check_inputs(
         per_row("token_ids_N", token_ids_N),
         per_row("weight_N", weight_N),
         stops,
-        Joined(stops.ids, temperature) if stops.joined else None,
+        temperature,
     )
+
+
+def can_join(*heads: Head) -> bool:
+    """Whether joined stops have a logit behind these heads: a capped one cannot rise above its cap."""
+    return all(head.transform.softcap is None for head in heads)
+
+
+def _checked(name: str, hidden: Tensor, given: Tensor | Head) -> Head:
+    """A model's head; a weight alone is a head without bias and transform. Raises UserError where it does not fit."""
+    head = given if isinstance(given, Head) else Head(given)
+    weight_VD, bias_V, transform = head.weight_VD, head.bias_V, head.transform
+    if hidden.dim() != 2 or weight_VD.dim() != 2 or hidden.shape[1] != weight_VD.shape[1]:
+        raise UserError(
+            f"{name} hidden states {tuple(hidden.shape)} and head {tuple(weight_VD.shape)} do not fit: "
+            "give [tokens, hidden] and [vocabulary, hidden]"
+        )
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise UserError(f"{name} head {tuple(weight_VD.shape)} and bias {tuple(bias_V.shape)} do not fit")
+    if not (0.0 < transform.scale < float("inf") and (transform.softcap is None or transform.softcap > 0.0)):
+        raise UserError(f"{name} head's scale {transform.scale} and softcap {transform.softcap}: give numbers above 0")
+    return head
 
 
 def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | None:

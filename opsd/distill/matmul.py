@@ -64,39 +64,45 @@ def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 class Joined:
     """Tokens that count as one: its chance is the sum of theirs. The first one's column stands for it.
 
-    temperature: the one that logits are divided by later.
+    temperature: what the products are divided by on their way to log-probabilities.
     """
 
     ids: tuple[int, ...]
     temperature: float = 1.0
 
-    def join_(self, logits_CW: Tensor) -> Tensor:
-        """The logits with T·ln Σ exp(logit/T) of these tokens in the first one's column, and no chance for the rest."""
+    def join_(self, products_CW: Tensor) -> Tensor:
+        """T·ln Σ exp(x/T) of these tokens in the first one's column, and no chance for the others."""
         first, *rest = self.ids
-        logits_EC = torch.stack([logits_CW[:, token] for token in self.ids])
-        logits_CW[:, first] = torch.logsumexp(logits_EC / self.temperature, 0) * self.temperature
+        own_EC = torch.stack([products_CW[:, token] for token in self.ids])
+        products_CW[:, first] = torch.logsumexp(own_EC / self.temperature, 0) * self.temperature
         for token in rest:
-            logits_CW[:, token] = BEYOND
-        return logits_CW
+            products_CW[:, token] = BEYOND
+        return products_CW
 
-    def part_(self, grad_CW: Tensor, logits_CE: Tensor) -> None:
-        """Spread the gradient of the one token over them all, by their own logits: the chain rule of `join_`."""
+    def part_(self, grad_CW: Tensor, products_CE: Tensor) -> None:
+        """Spread the gradient of the one token over them all, by their own products: the chain rule of `join_`."""
         whole_C = grad_CW[:, self.ids[0]].clone()
-        share_CE = torch.softmax(logits_CE / self.temperature, -1)
+        share_CE = torch.softmax(products_CE / self.temperature, -1)
         for place, token in enumerate(self.ids):
             grad_CW[:, token] = whole_C * share_CE[:, place]
 
 
-class Head:
-    """A vocabulary projection [V, D] read in `product` precision, with results in `wide` precision.
+class Projection:
+    """A head's weight [V, D] read in `product` precision, with results in `wide` precision, and its bias [V] if any.
 
     Holds no copy of the weight, except where CUDA needs it cast. joined: tokens whose logits come out as one.
     """
 
     def __init__(
-        self, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype, joined: Joined | None = None
+        self,
+        weight_VD: Tensor,
+        product: torch.dtype,
+        wide: torch.dtype,
+        bias_V: Tensor | None = None,
+        joined: Joined | None = None,
     ) -> None:
         self.product, self.wide, self.joined = product, wide, joined
+        self.bias_V = None if bias_V is None else bias_V.to(wide)
         self.on_cuda = weight_VD.is_cuda
         self.weight_VD = weight_VD.to(product) if self.on_cuda else weight_VD
         self.direct = self.weight_VD.dtype == product == wide
@@ -121,17 +127,20 @@ class Head:
                 yield span
 
     def project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
-        """out = hidden · headᵀ, in the wide type; `BEYOND` in what out has beyond the head's rows."""
+        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows."""
         self._project_(hidden_CD, out_CW)
         return out_CW if self.joined is None else self.joined.join_(out_CW)
 
     def part_(self, grad_CW: Tensor, hidden_CD: Tensor) -> None:
-        """Turn the gradient by what `project_` gave into that by the head's own logits; hidden_CD: as given there."""
+        """Turn the gradient by what `project_` gave into that by the head's own; hidden_CD: as given there."""
         if self.joined is None:
             return
-        own = Head(self.weight_VD[list(self.joined.ids)], self.product, self.wide)
-        logits_CE = torch.empty(hidden_CD.shape[0], len(self.joined.ids), dtype=self.wide, device=hidden_CD.device)
-        self.joined.part_(grad_CW, own.project_(hidden_CD, logits_CE))
+        ids = list(self.joined.ids)
+        own = Projection(
+            self.weight_VD[ids], self.product, self.wide, None if self.bias_V is None else self.bias_V[ids]
+        )
+        products_CE = torch.empty(hidden_CD.shape[0], len(ids), dtype=self.wide, device=hidden_CD.device)
+        self.joined.part_(grad_CW, own.project_(hidden_CD, products_CE))
 
     def _project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
         hidden_CD = hidden_CD.to(self.product)
@@ -141,6 +150,7 @@ class Head:
         if self.on_cuda:
             for span in self._spans():
                 self._product(hidden_CD, self.weight_VD[span].T, out=out_CW[:, span])
+                self._add_bias_(out_CW, span)
             return out_CW
         if not out_CW.numel():
             return out_CW
@@ -151,7 +161,13 @@ class Head:
                     out_CW[:, rows] = _onednn(hidden_CD, tile_TD)
                 else:
                     torch.mm(hidden_CD, tile_TD.T, out=out_CW[:, rows])
+                self._add_bias_(out_CW, rows)
         return out_CW
+
+    def _add_bias_(self, out_CW: Tensor, rows: slice) -> None:
+        """To the logits of some rows of the head."""
+        if self.bias_V is not None:
+            out_CW[:, rows].add_(self.bias_V[rows])
 
     def gradients_(
         self, grad_CW: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, Workspace, attempts, slices
+from opsd.distill.chunks import ChunkTokens, attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.rows import score_
+from opsd.distill.rows import Logits, score_
+from opsd.distill.workspace import Workspace
 from opsd.selection import ALL_STATISTICS, GIVEN_FIELDS, REQUIRED_FIELDS, STOP_FIELDS, TEACHER_FIELDS, TokenStats
+from opsd.types import Head
 from opsd.utils.errors import UserError
 
 # Rows whose exponentials exist at once where the mass of a row of logits is summed up.
@@ -22,9 +24,9 @@ STOP_ROWS = 64
 @torch.no_grad()
 def token_stats(
     student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head_VE: Tensor | Head,
     *,
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
@@ -91,10 +93,9 @@ def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: Hel
     """The named fields [N] of all rows, from logits that are left as they are."""
     work = held.work
     teacher_NW = work.teacher_CV if needs & TEACHER_FIELDS else None
-    stops = _stop_fields(needs, inputs, work.student_CV, teacher_NW, spec.temperature)
-    return stops | score_(
-        needs - STOP_FIELDS, work, work.student_CV, teacher_NW, spec.temperature, inputs.scored_ids_N, held=True
-    )
+    logits = Logits(work, work.student_CV, teacher_NW, held=True)
+    stops = _stop_fields(needs, inputs, logits, spec.temperature)
+    return stops | score_(needs - STOP_FIELDS, logits, spec.temperature, inputs.scored_ids_N)
 
 
 def _scored_chunks(
@@ -102,8 +103,8 @@ def _scored_chunks(
 ) -> Iterator[tuple[slice | Tensor, dict[str, Tensor]]]:
     """Which rows, and the named fields [C] of these, `chunk` rows at a time."""
     rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
-    work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide, teacher)
-    student_head, teacher_head = inputs.student_head(), inputs.teacher_head() if teacher else None
+    work = Workspace.allocate(inputs, chunk, teacher)
+    student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection() if teacher else None
     ids_N = inputs.scored_ids_N
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
         for part in slices(rows, chunk):
@@ -114,23 +115,28 @@ def _scored_chunks(
             if teacher_head is not None:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
             ids_C = None if ids_N is None else ids_N[where]
-            stops = _stop_fields(needs, inputs, student_CV, teacher_CV, temperature)
+            logits = Logits(work, student_CV, teacher_CV)
+            stops = _stop_fields(needs, inputs, logits, temperature)
             # From here the logits are used up.
-            yield where, stops | score_(needs - STOP_FIELDS, work, student_CV, teacher_CV, temperature, ids_C)
+            yield where, stops | score_(needs - STOP_FIELDS, logits, temperature, ids_C)
 
 
-def _stop_fields(
-    needs: frozenset[str], inputs: Inputs, student_CW: Tensor, teacher_CW: Tensor | None, temperature: float
-) -> dict[str, Tensor]:
+def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperature: float) -> dict[str, Tensor]:
     """Those of `STOP_FIELDS` that are named [C], from logits that are left as they are."""
-    logits = {"stop_log_prob_N": student_CW, "teacher_stop_log_prob_N": teacher_CW}
+    models = {
+        "stop_log_prob_N": (inputs.student_head, logits.student_CW),
+        "teacher_stop_log_prob_N": (inputs.teacher_head, logits.teacher_CW),
+    }
     found = {}
     for name in needs & STOP_FIELDS:
-        logits_CV = logits[name]
-        assert logits_CV is not None
-        ends_CE = torch.stack([logits_CV[:, token] for token in inputs.stops.ids], -1)
-        mass_C = torch.cat([(part / temperature).logsumexp(-1) for part in logits_CV.split(STOP_ROWS)])
-        found[name] = (ends_CE / temperature).logsumexp(-1) - mass_C
+        head, products_CW = models[name]
+        assert products_CW is not None
+        parts = []
+        for products_BW in products_CW.split(STOP_ROWS):
+            logits_BV = head.transform(products_BW[:, : inputs.vocab_size]) / temperature
+            ends_BE = torch.stack([logits_BV[:, token] for token in inputs.stops.ids], -1)
+            parts.append(ends_BE.logsumexp(-1) - logits_BV.logsumexp(-1))
+        found[name] = torch.cat(parts)
     return found
 
 

@@ -98,21 +98,26 @@ class PairStops:
             more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
             return " ".join(tokenizer.convert_ids_to_tokens(list(ids[:NAMED]))) + more or "nothing"
 
-        if set(self.student) == set(self.teacher):
+        same = set(self.student) == set(self.teacher)
+        if same:
             found = f"both models end with {names(self.student)}"
         else:
             found = f"the student ends with {names(self.student)}, the teacher with {names(self.teacher)}"
-        if not self.stated and not self.stops.joined:
+        if same and not self.stated:
             return f"stops: {found}"
         source = " (--rollout.stop_tokens)" if self.stated else ""
         one = ", which the loss takes for one token" if self.stops.joined else ""
+        if not same and not one and len(self.stops.ids) > 1:
+            one = ", which the loss takes apart: a head with a soft cap has no logit for both"
         return f"stops: {found}; rollouts end with {names(self.stops.ids)}{source}{one}"
 
 
-def reconcile(student: list[int], teacher: list[int], stated: list[int], vocab_size: int) -> PairStops:
+def reconcile(
+    student: list[int], teacher: list[int], stated: list[int], vocab_size: int, joinable: bool = True
+) -> PairStops:
     """Where the rollouts of a pair end: at the tokens that are stated, else at any that either model ends with.
 
-    The loss joins them where the two end with different ones. Raises UserError for a pair whose stops cannot be
+    The loss joins them where the two end with different ones, and where their heads let it (joinable). Raises UserError for a pair whose stops cannot be
     reconciled: one writes no token of its own, or a teacher that ends with nothing would train the student's stop away.
     """
     if not stated:
@@ -126,4 +131,4 @@ def reconcile(student: list[int], teacher: list[int], stated: list[int], vocab_s
     differ = set(student) != set(teacher)
     union = stated or [*student, *(token for token in teacher if token not in student)]
     ids = tuple(token for token in union if token < vocab_size)
-    return PairStops(student, teacher, Stops(ids, differ and len(ids) > 1), bool(stated))
+    return PairStops(student, teacher, Stops(ids, joinable and differ and len(ids) > 1), bool(stated))

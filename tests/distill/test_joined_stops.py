@@ -12,7 +12,7 @@ from opsd.distill.loss import distill
 from opsd.distill.select import Choice
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.selection import ALL_STATISTICS, load_selector
-from opsd.types import Stops
+from opsd.types import Head, Stops, Transform
 from opsd.utils.errors import UserError
 
 VOCAB, TOKENS, STOPS = 11, 7, Stops((3, 8, 0), joined=True)
@@ -69,6 +69,40 @@ def test_loss_and_gradients_are_those_of_the_vocabulary_with_one_stop(memory, di
         torch.autograd.grad(found, given[:2]), torch.autograd.grad(expected, given[:2]), strict=True
     ):
         close(ours, theirs, 5, VOCAB, TOKENS, dtype=torch.float64)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("memory", ["fused", "whole"])
+def test_a_head_with_bias_and_scale_is_joined_behind_both(memory):
+    student_ND, head_VD, teacher_NE, teacher_head_VE = models()
+    bias_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
+    heads = Head(head_VD, bias_V, Transform(0.4)), Head(teacher_head_VE, bias_V.detach() / 2, Transform(1.7))
+    inputs = check_inputs(student_ND, heads[0], teacher_NE, heads[1], stops=STOPS, temperature=0.8)
+    spec = LossSpec(temperature=0.8, memory=memory)
+    found = distill(inputs, Choice(), spec)
+    others = [token for token in range(VOCAB) if token not in STOPS.ids]
+    p_NC, q_NC = (
+        torch.cat([p_NV[:, others], p_NV[:, list(STOPS.ids)].sum(-1, keepdim=True)], -1)
+        for p_NV in (
+            (head.logits(x) / 0.8).softmax(-1) for head, x in zip(heads, (student_ND, teacher_NE), strict=True)
+        )
+    )
+    expected = (p_NC * (p_NC.log() - q_NC.log())).sum()
+    close(found.loss_sum.item(), expected.item(), 5, VOCAB, TOKENS, dtype=torch.float64)
+    leaves = student_ND, head_VD, bias_V
+    for ours, theirs in zip(
+        torch.autograd.grad(found.loss_sum, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        close(ours, theirs, 5, VOCAB, TOKENS, dtype=torch.float64)
+    scored = score_rows(inputs, frozenset({"stop_log_prob_N", "teacher_stop_log_prob_N"}), spec)
+    close(scored["stop_log_prob_N"], p_NC[:, -1].log().detach(), 5, VOCAB)
+    close(scored["teacher_stop_log_prob_N"], q_NC[:, -1].log().detach(), 5, VOCAB)
+
+
+def test_a_soft_cap_is_not_joined():
+    student_ND, head_VD, teacher_NE, teacher_head_VE = models()
+    with pytest.raises(UserError, match="a head with a soft cap has no logit for joined stops"):
+        check_inputs(student_ND, Head(head_VD, None, Transform(1.0, 5.0)), teacher_NE, teacher_head_VE, stops=STOPS)
 
 
 @pytest.mark.numeric

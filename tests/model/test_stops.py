@@ -96,11 +96,13 @@ def test_the_line_says_what_was_found_and_chosen_and_survives_json(tokenizer):
     both = reconcile([1], [1], [], 49)
     apart = reconcile([1], [3], [], 49)
     stated = reconcile([1], [3], [1], 49)
+    capped = reconcile([1], [3], [], 49, joinable=False)
     assert both.line(tokenizer) == "stops: both models end with <eos>"
     assert apart.line(tokenizer) == (
         "stops: the student ends with <eos>, the teacher with <user>; rollouts end with <eos> <user>, which the loss "
         "takes for one token"
     )
     assert stated.line(tokenizer).endswith("; rollouts end with <eos> (--rollout.stop_tokens)")
-    for pair in (both, apart, stated):
+    assert capped.line(tokenizer).endswith("which the loss takes apart: a head with a soft cap has no logit for both")
+    for pair in (both, apart, stated, capped):
         assert PairStops.from_json(json.loads(json.dumps(dataclasses.asdict(pair)))) == pair

@@ -168,9 +168,7 @@ def test_truncated_rollouts_are_left_out_or_cut_and_counted(settings):
 
 def test_health_stop_saves_and_ends_and_the_run_goes_on_from_there(settings, capsys):
     config = settings(ends=[1], steps=7, health="stop", checkpoint__every=0, rollout__max_new_tokens=3)
-    with pytest.raises(
-        RunStopped, match=r"step 5: stopped by --health stop, .*step_5 is saved; go on with: "
-    ):
+    with pytest.raises(RunStopped, match=r"step 5: stopped by --health stop, .*step_5 is saved; go on with: "):
         start(config)
     said = capsys.readouterr().err
     assert "step 5: health: " in said
