@@ -117,8 +117,9 @@ def reconcile(
 ) -> PairStops:
     """Where the rollouts of a pair end: at the tokens that are stated, else at any that either model ends with.
 
-    The loss joins them where the two end with different ones, and where their heads let it (joinable). Raises UserError for a pair whose stops cannot be
-    reconciled: one writes no token of its own, or a teacher that ends with nothing would train the student's stop away.
+    The loss joins them where the two end with different ones, and where their heads let it (joinable). Raises
+    UserError for a pair whose stops cannot be reconciled: one writes no token of its own, or a teacher that ends with
+    nothing would train the student's stop away.
     """
     if not stated:
         check_ends(student, vocab_size, "--student")
