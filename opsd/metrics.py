@@ -143,12 +143,14 @@ def stop_metrics(stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
         "stop/count": int(stop_N.sum()),
         "stop/kept_frac": float(kept_N.to(stop_N.device)[stop_N].float().mean()),
     }
-    models = (("student", stats.stop_log_prob_N), ("teacher", stats.teacher_stop_log_prob_N))
-    for name, log_prob_N in models:
-        metrics[f"stop/{name}_prob"] = float(log_prob_N[stop_N].exp().mean())
+    for log_prob_N, at, before in (
+        (stats.stop_log_prob_N, "stop/student_prob", "stop/student_prob_before"),
+        (stats.teacher_stop_log_prob_N, "stop/teacher_prob", "stop/teacher_prob_before"),
+    ):
+        metrics[at] = float(log_prob_N[stop_N].exp().mean())
         if not stop_N.all():
-            metrics[f"stop/{name}_prob_before"] = float(log_prob_N[~stop_N].exp().mean())
-    metrics["stop/delta_nats"] = float((models[1][1] - models[0][1])[stop_N].median())
+            metrics[before] = float(log_prob_N[~stop_N].exp().mean())
+    metrics["stop/delta_nats"] = float((stats.teacher_stop_log_prob_N - stats.stop_log_prob_N)[stop_N].median())
     return metrics
 
 

@@ -16,6 +16,7 @@ from opsd.types import Rollout
 
 # Tokens of an n-gram: text that goes on as it should rarely repeats one of this length.
 NGRAM = 8
+QUANTILES = {"length/p10_tokens": 0.1, "length/p50_tokens": 0.5, "length/p90_tokens": 0.9, "length/max_tokens": 1.0}
 # The least of a truncated rollout that counts as its tail.
 TAIL_SHARE = 0.1
 _BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -94,8 +95,8 @@ def length_metrics(rollouts: list[Rollout], rewards: list[float] | None) -> dict
         "repetition/compression": [compression_ratio(ids) for ids in own],
     }
     metrics = {name: float(np.mean(each)) for name, each in values.items()}
-    for name, q in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("max", 1.0)):
-        metrics[f"length/{name}_tokens"] = float(np.quantile(values["length/mean_tokens"], q))
+    for name, quantile in QUANTILES.items():
+        metrics[name] = float(np.quantile(values["length/mean_tokens"], quantile))
     if rewards is not None:
         for group, chosen in (("rewarded", True), ("unrewarded", False)):
             places = [place for place, reward in enumerate(rewards) if (reward > 0) == chosen]
