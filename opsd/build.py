@@ -119,7 +119,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
     joinable = can_join(student.head.as_head(), teacher.head())
-    pair, told = settle_stops(config, student, tokenizer, teacher_tokenizer, vocab_size, joinable, began)
+    goes_on = began or (None if checkpoint is None else Began({}))
+    pair, told = settle_stops(config, student, tokenizer, teacher_tokenizer, vocab_size, joinable, goes_on)
     ends = pair.stops.ids
     if world is None and config.prompt_format == "chat":
         told += compare_templates(prompts, config.prompts, tokenizer, teacher_tokenizer, how, clock)

@@ -83,7 +83,7 @@ class Health:
         last = series[-1][0]
         count = max(2, sum(step > last - window for step, _ in series))
         values = np.array([value for step, value in series if steps is None or step > last - steps])
-        if len(values) < 2 * count or 2 < count < window:
+        if len(values) < 2 * count:
             return None
         means = np.convolve(values, np.full(count, 1 / count), "valid")
         before = means[: len(means) - count]

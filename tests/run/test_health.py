@@ -72,7 +72,7 @@ def test_a_planted_failure_is_named_within_20_steps(name, seed):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("every", [1, 5, 10])
+@pytest.mark.parametrize("every", [1, 2, 5, 10])
 @pytest.mark.parametrize(
     "planted",
     [

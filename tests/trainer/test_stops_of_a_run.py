@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_pair
+from tiny_models import CHAT_TEMPLATE, build_tokenizer, tiny_pair
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from opsd.build import compare_templates
 from opsd.config import from_json
+from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.template import Clock
 from opsd.run.folder import RunFolder
 from opsd.train import resume, start
 from opsd.utils.errors import RunStopped, UserError
@@ -123,6 +126,28 @@ def test_a_teacher_that_names_no_end_is_refused_before_anything_is_written(setti
     with pytest.raises(UserError, match="--teacher: it names no end token, and would train the student's away"):
         start(settings())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHAT_TEMPLATE, None),
+        (
+            CHAT_TEMPLATE.replace("<assistant>", "<user>"),
+            "chat templates differ on 2 of 2 prompts, both models are asked",
+        ),
+        ("{{ messages[0]['content'] }}{{ raise_exception('no system message') }}", "(no system message)"),
+        (None, "the tokenizer has no chat template"),
+    ],
+)
+def test_the_teachers_template_is_rendered_on_the_prompts_and_compared(tmp_path, template, said):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    ours, theirs, how = build_tokenizer(), build_tokenizer(), PromptFormat()
+    theirs.chat_template = template
+    prompts, _ = load_prompts(file, ours, how)
+    found = compare_templates(prompts, str(file), ours, theirs, how, Clock())
+    assert (found == []) if said is None else (len(found) == 1 and said in found[0] and "\n" not in found[0])
 
 
 def test_stops_are_learnt_when_the_rule_says_so(settings):
