@@ -232,7 +232,8 @@ class Trainer:
         tracker.step(metrics | {f"health/{warning.name}": 1 for warning in warnings})
         for warning in warnings:
             tracker.say(f"step {step}: {warning.text}")
-        if self.config.health == "stop" and self.ranks.broadcast(bool(warnings)):
+        stops = self.config.health == "stop" and step < self.config.steps
+        if stops and self.ranks.broadcast(bool(warnings)):
             self.save_unless_there(step, metrics)
             saved = f"{checkpoint.place(self.folder.checkpoints, step)} is saved"
             resume = f"go on with: opsd train --resume {self.folder.path}"
