@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import NoReturn
 
 # Before torch is loaded: idle OpenMP threads that spin slow everything else on a CPU down.
@@ -76,27 +75,12 @@ def _command(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    from opsd.config import TrainConfig
-    from opsd.config.paths import check_paths
-    from opsd.utils.paths import check_old_run
+    if "--dump_config" in args:
+        from opsd.config.file import dumped
 
-    if "--resume" in args:
-        if len(args) != 2 or args[0] != "--resume":
-            raise UserError(
-                "--resume RUN takes no other flag: a resumed run keeps its settings; start a new one to change them"
-            )
-        check_old_run(Path(args[1]))
-        _quiet()
-        from opsd.train import resume
-
-        work = partial(resume, Path(args[1]))
-    else:
-        config = parse(TrainConfig, args, "opsd train")
-        check_paths(config)
-        _quiet()
-        from opsd.train import start
-
-        work = partial(start, config)
+        print(dumped(args), end="")
+        return
+    work = _resumed(args) if "--resume" in args else _started(args)
     from opsd.utils.distributed import leave
 
     try:
@@ -108,6 +92,32 @@ def _train(args: list[str]) -> None:
     leave()
     if _among_several():
         signals.end(0)
+
+
+def _started(args: list[str]) -> Callable[[], None]:
+    """A new run, once everything is checked that can be without loading a library that takes seconds."""
+    from opsd.config import TrainConfig
+    from opsd.config.file import with_file
+    from opsd.config.paths import check_paths
+
+    config = parse(TrainConfig, with_file(args), "opsd train")
+    check_paths(config)
+    _quiet()
+    from opsd.train import start
+
+    return partial(start, config)
+
+
+def _resumed(args: list[str]) -> Callable[[], None]:
+    """A run that goes on, checked likewise."""
+    from opsd.config.saved import check_resumable, parse_resume
+
+    asked = parse_resume(args)
+    check_resumable(asked.resume, asked.steps)
+    _quiet()
+    from opsd.train import resume
+
+    return partial(resume, asked.resume, asked.steps)
 
 
 def _eval(args: list[str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.data.template import Clock, steady
-from opsd.engine import Engine, build_engine
+from opsd.engine import Engine, build_engine, settled
 from opsd.environments import load_environment
 from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
@@ -191,7 +191,7 @@ def load_student(config: TrainConfig, path: str, device: torch.device, reach: Re
     # As DeepSpeedEngine will have it: what is checked here must be what is used.
     packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
-    compute = getattr(torch, config.engine.dtype)
+    compute = getattr(torch, settled(config.engine, device).dtype)
 
     def load(folder: str) -> Scorer:
         trust = config.trust_remote_code
@@ -228,7 +228,7 @@ def build_teacher(
     config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None
 ) -> tuple[Teacher, Any, Any]:
     """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
-    t, dtype = config.teacher, getattr(torch, config.engine.dtype)
+    t, dtype = config.teacher, getattr(torch, settled(config.engine, device).dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
+from opsd.config.saved import check_resumable
 from opsd.data.packing import pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
-from opsd.engine import check_engine, learning_rate
+from opsd.engine import check_engine, learning_rate, settled
+from opsd.estimate.opening import opening
 from opsd.eval.cache import check_cache, evaluate_before
 from opsd.eval.evaluator import summary
 from opsd.metrics import StepLog
@@ -37,22 +40,26 @@ def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
     check_new_run(Path(config.out))
     check_cache(config)
+    # What was chosen is what config.json says, and what the run goes on with.
+    config = dataclasses.replace(config, engine=settled(config.engine, local_device(config.engine.device)))
     ranks = _meet(config)
+    _open(config, ranks)
     parts = assemble(config, ranks)
     folder = RunFolder.create(config, parts.began) if ranks.is_main else Follower(Path(config.out), config)
     Trainer(config, parts, folder).run()
 
 
-def resume(path: Path) -> None:
+def resume(path: Path, steps: int | None = None) -> None:
     """Go on from a run's newest whole checkpoint, with the numbers that the uninterrupted run would have had.
 
-    Raises UserError where every checkpoint is lost: a run never starts again unasked.
+    steps: a later end than the run's own; its schedule then stretches to there. Raises UserError where the run is over
+    or every checkpoint is lost: a run never starts again unasked.
     """
+    check_resumable(path, steps)
     folder = RunFolder.open(path)
-    if folder.done:
-        raise UserError(f"--resume {path}: this run has finished; start a new one to train on")
-    config = folder.config
+    old, config = folder.config, dataclasses.replace(folder.config, steps=steps or folder.config.steps)
     ranks = _meet(config)
+    _open(config, ranks)
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(config, ranks, newest, folder.began)
@@ -61,8 +68,25 @@ def resume(path: Path) -> None:
     written = ranks.broadcast(folder.cut_after(None if state is None else state.step) if ranks.is_main else False)
     # Where the run ended between a step's checkpoint and its line of metrics, the line is still to come.
     pending = None if state is None or written else {"step": state.step, **state.metrics}
+    done_steps = 0 if state is None else state.step
+    if steps is not None:
+        notes = [*notes, extension(old, config, done_steps)]
+        if ranks.is_main:
+            folder.extend(steps)
     folder = folder if ranks.is_main else Follower(path, config)
-    Trainer(config, parts, folder, 0 if state is None else state.step).run(notes, pending)
+    Trainer(config, parts, folder, done_steps).run(notes, pending)
+
+
+def extension(old: TrainConfig, new: TrainConfig, done_steps: int) -> str:
+    """What a later end makes of the learning rate, in a line."""
+    before, after = (learning_rate(done_steps + 1, config.steps, config.optim) for config in (old, new))
+    said = f"extended from {old.steps} to {new.steps} steps"
+    if before == after:
+        return f"{said}; the learning rate is constant, so it is as if the run had begun with them"
+    return (
+        f"{said}; the schedule stretches with them: the learning rate of step {done_steps + 1} is {after:.2e} in place "
+        f"of {before:.2e}, and a run that began with {new.steps} steps would have had other rates before"
+    )
 
 
 class Trainer:
@@ -165,6 +189,7 @@ class Trainer:
             with signals.heeded():
                 self.train(tracker)
             self.folder.finish()
+        tracker.finished()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -258,6 +283,13 @@ class Trainer:
             f"stopped by {name} after step {step}, {saved}; go on with: opsd train --resume {self.folder.path}",
             orderly=True,
         )
+
+
+def _open(config: TrainConfig, ranks: Ranks) -> None:
+    """Say what begins, before models are loaded."""
+    if ranks.is_main and config.track.progress:
+        for line in opening(config, ranks.world_size):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _meet(config: TrainConfig) -> Ranks:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.utils.paths import check_hub_cache, check_model_path, check_new_run, check_records_path, hub_answers
+from opsd.utils.plugins import check_selector_name
 
 if TYPE_CHECKING:
     from opsd.config.schema import TrainConfig
 
 
 def check_paths(config: TrainConfig) -> None:
-    """The paths of a run that is to begin: its folder, both models, prompts, suites. Raises UserError."""
+    """What a run that is to begin names: its folder, selector, both models, prompts, suites. Raises UserError."""
     check_new_run(Path(config.out))
+    check_selector_name(config.select.by)
     models = {"--student": config.student, "--teacher": config.teacher.model}
     for flag, path in models.items():
         check_model_path(path, flag)

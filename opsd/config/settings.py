@@ -70,6 +70,23 @@ def is_part(kind: Any) -> TypeGuard[type[Settings]]:
     return isinstance(kind, type) and issubclass(kind, Settings)
 
 
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a field's type; whether it is within its bounds is another question."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return fits(args[0], value)
+    if origin in (Union, UnionType):
+        return any(fits(arg, value) for arg in args)
+    if origin is Literal:
+        # One that is none of the choices is said with what they are.
+        return type(value) in {type(choice) for choice in args}
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(args[0], one) for one in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (origin or kind)
+
+
 def _wanted(kind: Any, value: Any) -> str:
     """What to give in place of `value`; nothing where it is within the bounds and choices of its type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -111,9 +128,9 @@ class SamplingSettings(Settings):
 class EvaluationSettings(SamplingSettings):
     """How a suite is evaluated, during training and by `opsd eval`."""
 
-    samples: PositiveInt = 16
-    """Responses per problem (the k of mean@k)."""
-    generate_batch: PositiveInt = 256
+    samples: PositiveInt = 4
+    """Responses per problem (the k of mean@k); 16 in the paper."""
+    generate_batch: PositiveInt = 64
     """Responses generated side by side; `opsd eval` also grades and saves so many together."""
     limit: PositiveInt | None = None
     """Only the first so many problems of each suite."""
