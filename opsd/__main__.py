@@ -27,6 +27,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
   opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
   opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
   opsd check-model whether a model can be trained or teach, a line for each check: FOLDER [--tokens N]
+  opsd push        upload a run's newest checkpoint with its model card: RUN OWNER/NAME
   opsd selectors   list the rules that choose tokens
 
 `opsd train --help` and `opsd eval --help` list all flags; `opsd --version` says which version this is."""
@@ -62,6 +63,7 @@ def _command(args: list[str]) -> None:
         "plan": _plan,
         "check-model": _check_model,
         "selectors": _selectors,
+        "push": _push,
     }
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
@@ -151,6 +153,14 @@ def _plan(args: list[str]) -> None:
     # Not fitting is an answer, no error: the verdict is on stdout, and the exit code 1.
     if not plan(parse(PlanConfig, args, "opsd plan")):
         sys.exit(1)
+
+
+def _push(args: list[str]) -> None:
+    from opsd.run.push import PushConfig, push
+
+    config = parse(PushConfig, args, "opsd push")
+    _quiet()
+    print(push(config))
 
 
 def _check_model(args: list[str]) -> None:

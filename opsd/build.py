@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.data.template import Clock, steady
 from opsd.engine import Engine, build_engine, settled
 from opsd.environments import load_environment
+from opsd.estimate.opening import opening
 from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import Reach, Span, length_switches
@@ -107,6 +109,9 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     device, r = local_device(config.engine.device), config.rollout
     problems = [problem for suite in evaluator.suites for problem in suite.problems]
     reach = reach_of(config, prompts, problems)
+    if ranks.is_main and config.track.progress:
+        for line in opening(config, ranks.world_size, max(len(prompt.ids) for prompt in prompts)):
+            print(line, file=sys.stderr, flush=True)
     student = load_student(config, student_path, device, reach)
     notes = check_student(config, student, tokenizer, student_path)
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()

@@ -247,14 +247,22 @@ def _check_selector(selector: Any, name: str) -> None:
             raise UserError(f"selector {name!r} needs the statistic {field!r}; known: {', '.join(sorted(known))}")
 
 
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's options of telemetry that what is installed here takes: the run may come from elsewhere."""
+    known = set().union(*(inspect.signature(factory).parameters for factory in _telemetry()))
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _telemetry() -> list[Any]:
+    return [point.load() for point in sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)]
+
+
 def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:
     """All installed telemetry, in the order of their names; each is built with those of `options` that it takes.
 
     Errors: UserError for an option that none of them takes.
     """
-    options = options or {}
-    points = sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)
-    factories = [point.load() for point in points]
+    options, factories = options or {}, _telemetry()
     accepted = [set(inspect.signature(factory).parameters) for factory in factories]
     known = set().union(*accepted)
     for key in options:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from torch import Tensor
 from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
 from opsd.config.saved import check_resumable
+from opsd.data.hub import pin
 from opsd.data.packing import pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
 from opsd.engine import check_engine, learning_rate, settled
-from opsd.estimate.opening import opening
 from opsd.eval.cache import check_cache, evaluate_before
 from opsd.eval.evaluator import summary
 from opsd.metrics import StepLog
@@ -42,11 +41,18 @@ def start(config: TrainConfig) -> None:
     check_cache(config)
     # What was chosen is what config.json says, and what the run goes on with.
     config = dataclasses.replace(config, engine=settled(config.engine, local_device(config.engine.device)))
+    config = pinned(config)
     ranks = _meet(config)
-    _open(config, ranks)
     parts = assemble(config, ranks)
     folder = RunFolder.create(config, parts.began) if ranks.is_main else Follower(Path(config.out), config)
     Trainer(config, parts, folder).run()
+
+
+def pinned(config: TrainConfig) -> TrainConfig:
+    """With the commits of the data sets that lie on the hub: what they hold later is another run's."""
+    pairs = (pair.partition("=") for pair in config.eval.suite)
+    suites = tuple(f"{name}={pin(place)}" if place else name for name, _, place in pairs)
+    return dataclasses.replace(config, prompts=pin(config.prompts), eval=dataclasses.replace(config.eval, suite=suites))
 
 
 def resume(path: Path, steps: int | None = None) -> None:
@@ -59,7 +65,6 @@ def resume(path: Path, steps: int | None = None) -> None:
     folder = RunFolder.open(path)
     old, config = folder.config, dataclasses.replace(folder.config, steps=steps or folder.config.steps)
     ranks = _meet(config)
-    _open(config, ranks)
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(config, ranks, newest, folder.began)
@@ -242,6 +247,7 @@ class Trainer:
         with self.stage("evaluation"):
             result = evaluator.run(self.parts.sampler, self.config.student, step)
         self.folder.write_eval(f"step_{step}", result)
+        self.folder.write_card(step)
         return summary(result)
 
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
@@ -261,6 +267,7 @@ class Trainer:
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
                 checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
+                self.folder.write_card(step)
             self.ranks.gather(None)
 
     def stop_if_asked(self, step: int, metrics: dict[str, float] | None = None) -> None:
@@ -283,13 +290,6 @@ class Trainer:
             f"stopped by {name} after step {step}, {saved}; go on with: opsd train --resume {self.folder.path}",
             orderly=True,
         )
-
-
-def _open(config: TrainConfig, ranks: Ranks) -> None:
-    """Say what begins, before models are loaded."""
-    if ranks.is_main and config.track.progress:
-        for line in opening(config, ranks.world_size):
-            print(line, file=sys.stderr, flush=True)
 
 
 def _meet(config: TrainConfig) -> Ranks:

@@ -95,6 +95,7 @@ paper_flags() {
     setting --optim.weight_decay 0.1                                        # base repository
     setting --optim.max_grad_norm 1.0                                       # base repository
     setting --checkpoint.every 50 "${SAVE_FREQ:-}"                          # our choice
+    FLAGS+=(--telemetry.options entropy_split median divergence_split mean) # our choice: the paper gives no thresholds
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: mean@16
     setting --eval.generate_batch 256                                       # ours: by vLLM; it orders the draws

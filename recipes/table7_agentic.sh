@@ -64,6 +64,7 @@ paper_flags() {
     setting --optim.weight_decay 0.1                                        # base repository
     setting --optim.max_grad_norm 1.0                                       # base repository
     setting --checkpoint.every 15 "${SAVE_FREQ:-}"                          # our choice
+    FLAGS+=(--telemetry.options entropy_split median divergence_split mean) # our choice: the paper gives no thresholds
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: Avg@16
     # The teacher answers by transformers: an episode's cache takes 8 GiB of a GPU that already holds 61 (agentic32).

@@ -9,6 +9,7 @@ import io
 import itertools
 import re
 import typing
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -77,7 +78,7 @@ def asked_for(kind: Any) -> str:
         return f"{'one of: ' if len(args) > 1 else ''}{', '.join(map(str, args))}"
     if origin in (typing.Union, UnionType):
         return " or ".join(asked_for(arg) for arg in args)
-    words = {int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
+    words = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", type(None): "None"}
     return words.get(kind, "KEY VALUE pairs" if origin is dict else "a value")
 
 

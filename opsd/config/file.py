@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def dumped(args: list[str]) -> str:
     )
     # By way of JSON, tuples are lists.
     return yaml.safe_dump(json.loads(json.dumps(to_json(config))), sort_keys=False, allow_unicode=True)
+
+
+def as_command(config: TrainConfig) -> str:
+    """The command that starts such a run: the settings that differ from the defaults, as flags."""
+    unset = to_json(TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out=""))
+    plain, flags = _flags(unset), _flags(json.loads(json.dumps(to_json(config))))
+    words = [word for flag, own in flags.items() if own != plain.get(flag) for word in (flag, *own)]
+    return shlex.join(["opsd", "train", *words])
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -19,9 +19,11 @@ def check_paths(config: TrainConfig) -> None:
     models = {"--student": config.student, "--teacher": config.teacher.model}
     for flag, path in models.items():
         check_model_path(path, flag)
+    records = [config.prompts, *(pair.partition("=")[2] for pair in config.eval.suite if "=" in pair)]
     if config.environment.kind == "none":
-        for path in (config.prompts, *(pair.partition("=")[2] for pair in config.eval.suite if "=" in pair)):
-            check_records_path(Path(path))
+        for path in records:
+            if not path.startswith("hub:"):
+                check_records_path(Path(path))
     on_hub = {flag: path for flag, path in models.items() if not Path(path).is_dir()}
-    if on_hub and not hub_answers():
+    if (on_hub or any(path.startswith("hub:") for path in records)) and not hub_answers():
         check_hub_cache(on_hub)

@@ -263,7 +263,7 @@ class EvalConfig(EvaluationSettings, part="eval"):
     every: NonNegativeInt = 0
     """Steps between evaluations; 0 evaluates at the start and the end only. Needs a suite."""
     suite: tuple[str, ...] = ()
-    """NAME=FILE pairs, e.g. math500=data/math500.jsonl."""
+    """NAME=FILE pairs, e.g. math500=data/math500.jsonl; a place on the hub as for --prompts will do."""
     max_new_tokens: PositiveInt | None = None
     """Longest response in tokens; None takes rollout.max_new_tokens."""
     at_start: bool = True

@@ -164,7 +164,8 @@ class StepSettings(Settings):
     """What is trained on, and how long."""
 
     prompts: str
-    """Training prompts: .jsonl or .parquet."""
+    """Training prompts: a .jsonl or .parquet file, or a data set of the hub as hub:OWNER/NAME:SPLIT or
+    hub:OWNER/NAME:CONFIG:SPLIT; config.json then holds its commit."""
     out: str
     """Folder to write to; a run's must be new or empty."""
     steps: PositiveInt = 100

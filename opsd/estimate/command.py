@@ -208,8 +208,8 @@ def verdict(found: dict[str, Any]) -> str:
     step_s, steps = sum(found["rough_seconds"].values()), found["steps"]
     return (
         f"{'fits' if found['fits'] else 'does not fit'} on {_ranks(found)}: peak {found['peak_gib']:.1f} of "
-        f"{found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase, mostly {found['decides']}{knob}; with all answers "
-        f"at their longest very roughly {_span(step_s)} per step, {_span(step_s * steps)} for {steps} steps"
+        f"{found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase, mostly {found['decides']}{knob}; with all "
+        f"answers at their longest very roughly {_span(step_s)} per step, {_span(step_s * steps)} for {steps} steps"
     )
 
 

@@ -1,7 +1,8 @@
-"""What a run says before it loads anything: what it is, what it will need, and what it cannot do here."""
+"""What a run says before it loads models: what it is, what it will need, and what it cannot do here."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from opsd.config import TrainConfig
@@ -12,11 +13,12 @@ from opsd.utils.errors import UserError
 LONG_S = 24 * 3600.0
 
 
-def opening(run: TrainConfig, ranks: int) -> list[str]:
+def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
     """Which models, how much a step writes at most, the plan's verdict; then warnings, a line each.
 
-    A model whose family cannot be planned is trained all the same.
+    longest_prompt: in tokens. A model whose family cannot be planned is trained all the same.
     """
+    run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_prompt_tokens=longest_prompt))
     size = run.prompts_per_step * run.rollout.samples_per_prompt
     who = (
         f"{Path(run.out).name}: {_name(run.student)} learns from {_name(run.teacher.model)}, {run.engine.dtype}, "

@@ -14,6 +14,7 @@ import pandas as pd
 from opsd.config import TrackConfig, TrainConfig, to_json
 from opsd.config.saved import read_run
 from opsd.run.began import Began
+from opsd.run.card import model_card
 from opsd.run.disk import append, replace, replacing, writing
 from opsd.types import Rollout
 from opsd.utils.errors import UserError
@@ -130,6 +131,15 @@ class RunFolder:
         except (OSError, ValueError):
             return None
 
+    def write_card(self, step: int) -> None:
+        """README.md in the checkpoint of `step`, where there is one: it is no part of what checksums cover."""
+        place = self.checkpoints / f"step_{step}"
+        if place.is_dir():
+            names = ("step_0", f"step_{step}", "teacher")
+            found = {name: result for name in names if (result := self.read_eval(name)) is not None}
+            with writing(place / "README.md"):
+                replace(place / "README.md", model_card(self.config, step, found))
+
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
         """rollouts/NAME.jsonl: one object a rollout, with ids, text and (where graded) reward."""
         lines = []
@@ -189,6 +199,9 @@ class Follower(RunFolder):
         """See finish."""
 
     def read_eval(self, name: str) -> None:
+        """See finish."""
+
+    def write_card(self, step: int) -> None:
         """See finish."""
 
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
