@@ -1,8 +1,8 @@
 """The four kinds of token, and what each holds: a line in the log every few steps.
 
 Q1 uncertain and disputed (high h, high δ) · Q2 uncertain, agreed · Q3 overconfident (low h, high δ) · Q4 solved.
-The paper does not state its thresholds; ours are settings and are logged beside the shares. Words such as "sure" are for
-splits in nats: below a median of 3.5 nats a token is not sure.
+The paper does not state its thresholds; ours are settings and are logged beside the shares. Words such as "sure" are
+for splits in nats: below a median of 3.5 nats a token is not sure.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _is_nats(split: str, nats: float) -> bool:
 class QuadrantTelemetry:
     """Shares of the four quadrants, and their part of loss, gradient and kept tokens.
 
-    entropy_split, divergence_split: where h and δ are split: a number of nats, "median" or "mean" of the step's tokens, or
-    "q0.8" for a quantile of them.
+    entropy_split, divergence_split: where h and δ are split: a number of nats, "median" or "mean" of the step's tokens,
+    or "q0.8" for a quantile of them.
 
     Keys, for Q1 to Q4: quadrant/q1_frac (share of tokens), q1_loss_frac (of Σδ), q1_grad_frac (of Σ‖logit gradient‖),
     q1_kept_frac (which part of the quadrant was trained on; absent for an empty one); the two splits in nats; and the

@@ -47,8 +47,8 @@ def dumped(args: list[str]) -> str:
 
 def as_command(config: TrainConfig) -> str:
     """The command that starts such a run: the settings that differ from the defaults, as flags."""
-    unset = to_json(TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out=""))
-    plain, flags = _flags(unset), _flags(json.loads(json.dumps(to_json(config))))
+    unset = TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out="")
+    plain, flags = (_flags(json.loads(json.dumps(to_json(one)))) for one in (unset, config))
     words = [word for flag, own in flags.items() if own != plain.get(flag) for word in (flag, *own)]
     return shlex.join(["opsd", "train", *words])
 

@@ -71,7 +71,7 @@ def test_every_part_of_the_configuration_is_read_back_as_such():
         (lambda values: values.update(steps="two"), "steps is 'two'; put back"),
         (lambda values: values.update(steps=True), "steps is True; put back"),
         (lambda values: values["rollout"].update(sleep=None), "rollout.sleep is None; put back"),
-        (lambda values: values["lora"].update(target_modules=[3]), r"lora.target_modules is \(3,\); put back"),
+        (lambda values: values["lora"].update(target_modules=[3]), r"lora.target_modules is \[3\]; put back"),
     ],
 )
 def test_a_damaged_configuration_is_refused_with_the_setting_and_what_it_is(damage, said):
