@@ -15,21 +15,28 @@ from opsd.utils.durations import in_words
 # Where there is no terminal: each step has a line, but not sooner than this after the one before; and where a step or
 # an evaluation takes longer than that, a line says what is being done.
 LINES_APART_S, PLAIN_EVERY_S = 10.0, 30.0
+# Characters of hours, minutes and seconds.
+TIME_WIDTH = 7
 
 
 def progress_bar(console: Console, total: int, shown: bool) -> Progress:
-    """A bar whose tasks say their `numbers` behind the count."""
+    """A bar whose tasks say their `numbers` at the end; where the terminal is narrow they are cut, nothing else is."""
+    count, name, bar = 2 * len(str(total)) + 1, 24, 24 if console.width >= 110 else 6
+    numbers = max(10, console.width - name - bar - count - 2 * TIME_WIDTH - 6)
     return Progress(
-        TextColumn("{task.description}", style="bold", markup=False),
-        BarColumn(bar_width=24),
-        # In a narrow terminal the bar and the numbers give way, never the count or the time that is left.
-        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
-        TimeElapsedColumn(table_column=Column(min_width=7, no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(min_width=7, no_wrap=True)),
-        TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.description}", style="bold", markup=False, table_column=_column(max_width=name)),
+        BarColumn(bar_width=bar),
+        MofNCompleteColumn(table_column=_column(min_width=count)),
+        TimeElapsedColumn(table_column=_column(min_width=TIME_WIDTH)),
+        TimeRemainingColumn(table_column=_column(min_width=TIME_WIDTH)),
+        TextColumn("{task.fields[numbers]}", markup=False, table_column=_column(max_width=numbers)),
         console=console,
         disable=not shown,
     )
+
+
+def _column(**widths: int) -> Column:
+    return Column(no_wrap=True, overflow="ellipsis", **widths)
 
 
 class PlainLines:

@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """address: for HF_ENDPOINT. datasets: files by data set. uploaded: files by model. made: what repositories were made."""
+    """address: for HF_ENDPOINT. datasets, uploaded: files by repository. made: which repositories were made."""
 
     address: str = ""
     datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
