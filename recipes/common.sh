@@ -320,7 +320,7 @@ plan_of() {
     [[ $STUDENT != \$* ]] || student=${SHAPES[0]}
     [[ $TEACHER != \$* ]] || teacher=${SHAPES[1]}
     echo "# plan of $pair: $student <- $teacher on $GPUS GPUs"
-    { .venv/bin/opsd plan --student "$student" --teacher "$teacher" --gpus "$GPUS" --brief True "${FLAGS[@]}" "$@" 2>&1 || true; } |
+    { .venv/bin/opsd plan --student "$student" --teacher "$teacher" --gpus "$GPUS" --hardware h200 --brief True "${FLAGS[@]}" "$@" 2>&1 || true; } |
         sed 's/^/#   /'
 }
 
