@@ -111,7 +111,6 @@ class Fails:
 
 def test_a_rule_that_fails_is_named_with_its_step_and_its_line(settings, tmp_path):
     config = settings(tmp_path / "run", 1, select={"by": f"{__name__}:Fails"})
-    with pytest.raises(
-        RunStopped, match=r"^step 1: selector Fails failed \(KeyError: 'gone'; \S+test_extend.py line \d+\)"
-    ):
+    said = r"^step 1: selector Fails failed \(KeyError: 'gone'; \S+test_extend.py line \d+\)"
+    with pytest.raises(RunStopped, match=said):
         start(config)
