@@ -35,8 +35,8 @@ def progress_bar(console: Console, total: int, shown: bool) -> Progress:
     )
 
 
-def _column(**widths: int) -> Column:
-    return Column(no_wrap=True, overflow="ellipsis", **widths)
+def _column(min_width: int | None = None, max_width: int | None = None) -> Column:
+    return Column(no_wrap=True, overflow="ellipsis", min_width=min_width, max_width=max_width)
 
 
 class PlainLines:

@@ -11,7 +11,10 @@ from reporting.tables import TextTable
 from reporting.theme import Picture
 
 FOLDER = Path(__file__).parent
-BESIDE_THE_PAPER = '<p>Ours beside the paper’s, from finished run folders. <span class="key">Columns in this tone are the paper’s.</span></p>'
+BESIDE_THE_PAPER = (
+    "<p>Ours beside the paper’s, from finished run folders. "
+    '<span class="key">Columns in this tone are the paper’s.</span></p>'
+)
 
 
 @dataclass(frozen=True)
