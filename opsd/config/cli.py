@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import io
 import itertools
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 from opsd.config.other_names import flag_for, unit_for
-from opsd.config.settings import Settings, fields_of, is_part
+from opsd.config.settings import Settings, fields_of, is_part, required_of
 from opsd.utils.errors import UserError
 
 Config = TypeVar("Config", bound=Settings)
@@ -60,7 +59,7 @@ def one_line(box: str, config: type[Settings], args: list[str]) -> str:
     missing = re.search(r"Missing from [^:]+: (.*)", text)
     if missing:
         options = [flag for flag in _OPTION.findall(missing[1]) if flag in flags]
-        return f"missing: {', '.join(options or _required(config))}"
+        return f"missing: {', '.join(options or map(str.upper, required_of(config)))}"
     wrong = re.search(r"(?:Error parsing |argument '|Missing value for argument ')(--[\w.]+)", text)
     if wrong and wrong[1] in flags and wrong[1] in args:
         rest = args[args.index(wrong[1]) + 1 :]
@@ -80,12 +79,6 @@ def asked_for(kind: Any) -> str:
         return " or ".join(asked_for(arg) for arg in args)
     words = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", type(None): "None"}
     return words.get(kind, "KEY VALUE pairs" if origin is dict else "a value")
-
-
-def _required(config: type[Settings]) -> list[str]:
-    """Arguments without a flag that must be given."""
-    fields = dataclasses.fields(config)
-    return [f.name.upper() for f in fields if f.default is f.default_factory is dataclasses.MISSING]
 
 
 def flags_of(settings: type[Settings]) -> dict[str, Any]:

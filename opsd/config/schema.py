@@ -31,6 +31,7 @@ from opsd.config.settings import (
     fields_of,
     fits,
     is_part,
+    required_of,
 )
 from opsd.utils.errors import UserError
 
@@ -390,8 +391,7 @@ def _made(kind: type[Settings], values: Any, part: str) -> Any:
         raise UserError(
             f"config.json: {part}{unknown} is not a setting of this version of opsd; use the one that wrote it"
         )
-    required = {field.name for field in dataclasses.fields(kind) if not _has_default(field)}
-    if missing := sorted(required - set(values)):
+    if missing := [name for name in required_of(kind) if name not in values]:
         raise UserError(f"config.json: {part}{missing[0]} is missing; put it back, or start a new run")
     made = {}
     for name, value in values.items():
@@ -402,7 +402,3 @@ def _made(kind: type[Settings], values: Any, part: str) -> Any:
             if not fits(kinds[name], made[name]):
                 raise UserError(f"config.json: {part}{name} is {value!r}; put back what it was, or start a new run")
     return kind(**made)
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return not (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)

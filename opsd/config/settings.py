@@ -65,6 +65,12 @@ def fields_of(settings: type) -> dict[str, Any]:
     return {field.name: kinds[field.name] for field in dataclasses.fields(settings)}
 
 
+def required_of(settings: type) -> list[str]:
+    """The names of a dataclass's fields that have no default."""
+    fields, none = dataclasses.fields(settings), dataclasses.MISSING
+    return [field.name for field in fields if field.default is none and field.default_factory is none]
+
+
 def is_part(kind: Any) -> TypeGuard[type[Settings]]:
     """Whether a field of this type holds settings of its own."""
     return isinstance(kind, type) and issubclass(kind, Settings)
