@@ -19,6 +19,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from opsd.config.cli import parse
 from opsd.utils import signals
 from opsd.utils.errors import RunStopped, UserError
+from opsd.utils.paths import check_model_name
 
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
@@ -123,6 +124,8 @@ def _resumed(args: list[str]) -> Callable[[], None]:
 
 
 def _eval(args: list[str]) -> None:
+    if "--model" in args[:-1]:
+        check_model_name(args[args.index("--model") + 1], "--model")
     from opsd.eval.command import EvalCommand, evaluate
 
     config = parse(EvalCommand, args, "opsd eval")
@@ -164,8 +167,9 @@ def _push(args: list[str]) -> None:
 
 
 def _check_model(args: list[str]) -> None:
+    if args and not args[0].startswith("-"):
+        check_model_name(args[0], "model")
     from opsd.check_model import CheckModelConfig, check_model
-    from opsd.config.cli import parse
 
     config = parse(CheckModelConfig, args, "opsd check-model")
     _quiet()
