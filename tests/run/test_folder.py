@@ -109,7 +109,7 @@ def test_a_file_in_the_way_is_refused(config, tmp_path, place):
         (None, "no run there"),
         ('{"student"', "config.json is not JSON"),
         ("[]", "config.json holds no settings"),
-        X,
+        ('{"student": "s"}', "prompts is missing"),
         ('{"student": "s", "teacher": "t", "prompts": "p", "out": "o"}', "teacher is 't', not a group"),
     ],
 )
