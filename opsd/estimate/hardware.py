@@ -17,8 +17,8 @@ from opsd.utils.errors import UserError
 MEASURED_SHARE, SHEET_SHARE = (0.55, 0.6), (0.4, 0.6)
 # Seconds that a product, and reading memory, are measured.
 MEASURE_S = 0.1
-# Tokens of the product: as many as fill a processor's caches and still take no time.
-MEASURE_TOKENS = 256
+# Tokens and the longest side of a weight of that product: enough for the device to be busy, and soon done.
+MEASURE_SIZES = {"cpu": (256, 2048), "cuda": (4096, 8192)}
 
 
 class Sheet(NamedTuple):
@@ -79,8 +79,9 @@ def this_hardware(device: str, ranks: int, flash: bool, shape: tuple[int, int]) 
         threads = torch.get_num_threads()
         total, name = _memory() / ranks, f"this CPU ({threads} thread{'s' * (threads > 1)})"
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-    arithmetic, reading = MEASURED_SHARE
-    tflops = arithmetic * product_rate([shape], MEASURE_TOKENS, MEASURE_S, device=place, dtype=dtype) / 1000
+    (arithmetic, reading), (tokens, longest) = MEASURED_SHARE, MEASURE_SIZES[place.type]
+    sides = min(shape[0], longest), min(shape[1], longest)
+    tflops = arithmetic * product_rate([sides], tokens, MEASURE_S, device=place, dtype=dtype) / 1000
     gbs = reading * read_rate(MEASURE_S, device=place)
     spread = 1 if place.type == "cuda" else ranks
     return Hardware(
