@@ -97,6 +97,9 @@ def extension(old: TrainConfig, new: TrainConfig, done_steps: int) -> str:
 class Trainer:
     """A run: its settings, its parts, its folder, and the loop. done_steps: steps that were trained before."""
 
+    # Whom a stage is told to, while there is somebody.
+    tracker: Tracker | None = None
+
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder, done_steps: int = 0) -> None:
         self.config, self.parts, self.folder, self.done_steps = config, parts, folder, done_steps
         self.engine, self.ranks = parts.engine, parts.engine.ranks
@@ -182,6 +185,7 @@ class Trainer:
         # Loading takes copies of its own, which no step needs.
         forget_peak(self.engine.device)
         with Tracker(self.folder, self.done_steps) as tracker:
+            self.tracker = tracker
             for note in [*notes, *self.parts.notes] if self.ranks.is_main else ():
                 tracker.say(note)
             if self.parts.dropped_prompts and self.ranks.is_main:
@@ -199,6 +203,8 @@ class Trainer:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A stage of a step: its seconds are `time/NAME_s`; memory that runs out in it stops the run in one line."""
+        if self.tracker is not None:
+            self.tracker.stage(name)
         with memory_for(name), self.watch.stage(name):
             yield
 

@@ -45,7 +45,7 @@ class PlainLines:
     def __init__(self, console: Console, name: str, config: TrainConfig, first_step: int) -> None:
         self._console, self._name, self._steps = console, name, config.steps
         self._wanted = config.track.progress and not console.is_terminal
-        self._step, self._numbers = first_step, "starting"
+        self._step, self._numbers, self.stage = first_step, "starting", ""
         # Of the first step that was told: from there the pace is known, without what comes before the steps.
         self._clock: tuple[int, float] | None = None
         self._pace_s, self._said, self._said_s = 0.0, "", -LINES_APART_S
@@ -81,12 +81,12 @@ class PlainLines:
     def _tell(self) -> None:
         while not self._over.wait(PLAIN_EVERY_S):
             if time.monotonic() - self._said_s >= PLAIN_EVERY_S:
-                self._say()
+                self._say(at=f" · now: {self.stage}" if self.stage else "")
 
-    def _say(self, now: float | None = None) -> None:
+    def _say(self, now: float | None = None, at: str = "") -> None:
         left = self._steps - self._step
         ahead = f", {in_words(left * self._pace_s)} left" if left and self._pace_s else ""
-        text = f"{self._name}: step {self._step}/{self._steps}, {self._numbers}{ahead}"
+        text = f"{self._name}: step {self._step}/{self._steps}, {self._numbers}{at}{ahead}"
         with self._one_at_a_time:
             self._said_s = time.monotonic() if now is None else now
             # The end may have nothing new to say.

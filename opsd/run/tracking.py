@@ -106,6 +106,10 @@ class Tracker:
         self._bar.update(self._task, numbers=what)
         self._lines.doing(what)
 
+    def stage(self, name: str) -> None:
+        """What a step is at."""
+        self._lines.stage = name
+
     def step(self, metrics: dict[str, float]) -> None:
         """Record one step; metrics["step"] is its number."""
         self._run.write_metrics(metrics)

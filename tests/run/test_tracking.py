@@ -102,7 +102,8 @@ def test_what_takes_long_is_said_again_and_again(make_run, capsys, monkeypatch):
     said = ""
     with Tracker(make_run(), 0) as tracker:
         tracker.doing("evaluating the teacher")
-        while said.count("run: step 0/3, evaluating the teacher\n") < 2:
+        tracker.stage("evaluation")
+        while said.count("run: step 0/3, evaluating the teacher · now: evaluation\n") < 2:
             said += capsys.readouterr().err
 
 
