@@ -23,7 +23,8 @@ from opsd.utils.paths import check_model_name
 
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
-  opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --resume RUN
+  opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --config FILE.yaml,
+                   or --resume RUN [--steps N]; --dump_config prints such a file
   opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
   opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
   opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights

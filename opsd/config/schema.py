@@ -347,7 +347,11 @@ class TrackConfig(Settings, part="track"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PromptSettings, StepSettings):
-    """On-policy distillation of one student from one teacher."""
+    """On-policy distillation of one student from one teacher.
+
+    Beside the flags below: --config FILE.yaml reads settings from a file, over which flags stand; --dump_config prints
+    all settings as such a file and ends; --resume RUN goes on with a run, --resume RUN --steps N past its end.
+    """
 
     student: str
     """Folder (or hub name) of the student to start from."""
