@@ -152,7 +152,7 @@ function paint(block) {
 function arrange() {
   const order = byId("order").value, show = byId("show").value, find = byId("find").value.toLowerCase();
   const fits = ({ rollout }) => (show === "all" || (show === "cut" ? rollout.truncated : show === "right" ? rollout.reward > 0 : rollout.reward === 0))
-    && (!find || `${rollout.prompt || ""}${rollout.text}`.toLowerCase().includes(find));
+    && (!find || (rollout.lower ??= `${rollout.prompt || ""}${rollout.text}`.toLowerCase()).includes(find));
   const rank = { id: (r) => r.id, r: (r) => -mean(r.r), h: (r) => -mean(r.h), long: (r) => -r.ids.length }[order];
   state.blocks.sort((a, b) => rank(a.rollout) - rank(b.rollout) || a.index - b.index);
   for (const block of state.blocks) { block.node.hidden = !fits(block); byId("rollouts").append(block.node); }
