@@ -92,8 +92,9 @@ class StepLog:
             metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
-        every = config.telemetry.save_rollouts_every
-        if every and step % every == 0:
+        every, recorded = config.telemetry.save_rollouts_every, config.telemetry.save_tokens and self._due(step)
+        # A record of tokens is looked at with its prompts.
+        if every and (step % every == 0 or recorded):
             self._folder.write_rollouts(f"step_{step}", rollouts, self._parts.tokenizer, rewards)
         return metrics
 

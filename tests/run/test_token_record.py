@@ -41,6 +41,7 @@ def settings(make_folder, make_model, tmp_path_factory):
             "loss": {"temperature": 1.5},
             "engine": {"device": "cpu", "micro_batch_tokens": 24},
             "telemetry": {
+                "options": {"entropy_split": "median", "divergence_split": "mean"},
                 "every": 1,
                 "save_tokens": True,
                 "top_tokens": 3,
