@@ -17,7 +17,7 @@ from opsd.config import LossConfig, TrainConfig
 from opsd.distill import DistillResult, concatenate_stats
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.select import Choice, StopToken, pick, weigh
+from opsd.distill.select import Choice, StopToken, pick, prepare, weigh
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
@@ -96,7 +96,7 @@ class StepPlanner:
             return StepPlan(choices, None, self._announced(micros))
         scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
         if selector.normalise_over == "batch":
-            selector.prepare(self._of_all_ranks(scored))
+            prepare(selector, self._of_all_ranks(scored))
         picked = [(stats, pick(selector, stats, seed, self._stop_token)) for stats in scored]
         selections = [weigh(selector, stats, selection) for stats, selection in picked]
         kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
-from opsd.engine import Engine
+from opsd.engine import Engine, settled
 from opsd.model.files import in_pieces
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
@@ -148,6 +148,7 @@ class VLLMRollout(VLLMSampler):
         vocab_size: int | None = None,
         eos_ids: Sequence[int] | None = None,
     ) -> None:
+        compute = settled(compute, engine.device)
         how = (rollout, compute, max_model_tokens, trust, vocab_size, eos_ids)
         settings = sampler_settings(path, tokenizer, engine, *how)
         with trying(f"--rollout.engine vllm: it cannot load {path}"):
