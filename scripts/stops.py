@@ -95,7 +95,7 @@ def numbers_of(run: Run) -> dict[str, Any]:
 
 def draw(arms: dict[str, list[Run]]) -> Figure:
     """A column a number, a line a cell: as it comes, and dotted without the remedy."""
-    figure, axes = plt.subplots(1, len(SHOWN), figsize=(3.3 * len(SHOWN), 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(3.3 * len(SHOWN), 4.0), layout="constrained")
     colours = tones(list(dict.fromkeys(run.cell for runs in arms.values() for run in runs)))
     for ax, (key, title) in zip(axes, SHOWN, strict=True):
         ax.set_title(title)
@@ -109,7 +109,7 @@ def draw(arms: dict[str, list[Run]]) -> Figure:
                 name = f"{_label(run.cell)}, {arm}"
                 ax.plot(steps, values, style, color=colours[run.cell], lw=1.4 if style == "-" else 1.8, label=name)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
