@@ -13,6 +13,7 @@ from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import score_
 from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, STATISTICS, TEACHER_FIELDS, TokenStats
+from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
 
@@ -136,3 +137,12 @@ def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
         whole = field.name != "vocab_size" and all(value is not None for value in values)
         joined[field.name] = torch.cat([value.to(device) for value in values]) if whole else None
     return TokenStats(**{**joined, "vocab_size": parts[0].vocab_size})
+
+
+def join_ranks(parts: Sequence[TokenStats], ranks: Ranks) -> TokenStats:
+    """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
+    own = concatenate_stats(parts)
+    fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
+    common = set.intersection(*ranks.gather(set(fields)))
+    joined = {name: ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
+    return dataclasses.replace(own, **joined)
