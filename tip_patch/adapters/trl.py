@@ -35,7 +35,7 @@ from opsd.selection import TokenSelector, TokenStats, load_selector, with_defaul
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
-from tip_patch.adapters.trl_loss import CONTEXT, ENGINES, PARAMETERS, SAVED, Call, Returned, Selected, score
+from tip_patch.adapters.trl_loss import CONTEXT, ENGINES, SAVED, Call, Returned, Selected, score
 from tip_patch.adapters.trl_step import ROLLOUT, StepEnd
 
 # Every function that is hooked into or called, and its parameters in trl 1.16.
@@ -236,10 +236,12 @@ class Selecting(DistillationTrainer):
 
     def _train_on(self, call: Call) -> Returned:
         """The loss of the micro-batch whose turn it is."""
-        tip = self.tip
-        selected = tip.engine(call, tip.choices[self._step % self.args.gradient_accumulation_steps], self._spec())
+        tip, number = self.tip, self._step % self.args.gradient_accumulation_steps
+        selected = tip.engine(call, tip.choices[number], self._spec())
         tip.done.append(selected)
-        return selected.returned
+        loss, entropy, tokens = selected.returned
+        entropy_N = tip.scored[number].entropy_N if tip.scored else None
+        return loss, entropy if entropy_N is None else entropy_N.sum(), tokens
 
     def _spec(self) -> LossSpec:
         """TRL's beta: 0 is the forward KL, 1 the reverse KL, in between the JSD."""

@@ -18,7 +18,7 @@ KNOWN = SpecifierSet(">=1.16,<1.17")
 REFUSED = {
     "ServerDistillationTrainer": "its server sends a few log-probabilities per token, not the teacher's distribution",
     "AsyncDistillationTrainer": "its server sends a few log-probabilities per token, not the teacher's distribution",
-    "IWOPDTrainer": "it weighs each token by those in front of it, so leaving some out would change the others' weights",
+    "IWOPDTrainer": "it weighs each token by those in front of it: leaving some out would change other weights",
     "GKDTrainer": "it divides by the count of the data set's tokens, not of those it trains on; its on-policy half is "
     "what DistillationTrainer does",
     "GOLDTrainer": "it divides by the count of the data set's tokens, not of those it trains on; with equal tokenizers "
@@ -33,9 +33,7 @@ def check_installed() -> None:
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"selection inside TRL needs trl{KNOWN}, and there is none; pip install opsd-tip[trl]"
-        ) from None
+        raise UserError(f"selection inside TRL needs trl{KNOWN}: pip install opsd-tip[trl]") from None
     if not KNOWN.contains(version, prereleases=True):
         raise UserError(f"trl {version} is installed; selection inside TRL knows trl{KNOWN}: pip install opsd-tip[trl]")
 

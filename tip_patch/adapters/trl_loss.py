@@ -31,7 +31,6 @@ from opsd.utils.errors import UserError
 # What TRL's loss function returns: the loss, the sum of the student's entropies over all tokens, and their number.
 Returned = tuple[Tensor, Tensor, Tensor]
 SIGNATURE = inspect.signature(_chunked_divergence_loss)
-PARAMETERS = " ".join(SIGNATURE.parameters)
 CONTEXT = ("dtypes", "beta", "mode", "kernel_args", "needs_input_grad")
 SAVED = 9
 
@@ -135,9 +134,7 @@ class Call:
     def check_plain(self, what: str) -> None:
         """Raises UserError for heads that our core does not form logits by."""
         if not self.is_plain:
-            raise UserError(
-                f"{what}: the model's head has a bias or a soft cap; use engine='kernel' with a rule on h or δ"
-            )
+            raise UserError(f"{what} cannot take a head with a bias or a soft cap; give engine='kernel' and entropy")
 
     def divergence(self) -> tuple[Tensor, Tensor]:
         """Divergence and student entropy of each token [N], by TRL's kernel; the divergence is differentiable."""

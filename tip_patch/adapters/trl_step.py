@@ -70,7 +70,7 @@ class StepEnd(TrainerCallback):
         if self._is_due(step):
             stats = join_ranks(tip.scored or [part.stats for part in tip.done], ranks)
             kept_N = ranks.concatenate(torch.cat([part.kept_N for part in tip.done]))
-            rollouts = [] if self._record is None else sum(ranks.gather(self._rollouts()), [])
+            rollouts = [] if self._record is None else [one for part in ranks.gather(self._rollouts()) for one in part]
             if ranks.is_main:
                 metrics |= self._read(stats, kept_N)
                 self._write(step, rollouts, stats, kept_N, metrics)
@@ -149,9 +149,8 @@ class StepEnd(TrainerCallback):
         student, teacher = (_name(model) for model in (trainer.model, trainer.teacher_model))
         select = SelectConfig()
         if selector is not None:
-            select = SelectConfig(
-                getattr(selector, "name", type(selector).__name__), getattr(selector, "retention", 1.0)
-            )
+            name, retention = getattr(selector, "name", type(selector).__name__), getattr(selector, "retention", 1.0)
+            select = SelectConfig(name, retention)
         return TrainConfig(
             student=str(path / student),
             teacher=TeacherConfig(teacher),
