@@ -240,8 +240,9 @@ class Selecting(DistillationTrainer):
         selected = tip.engine(call, tip.choices[number], self._spec())
         tip.done.append(selected)
         loss, entropy, tokens = selected.returned
-        entropy_N = tip.scored[number].entropy_N if tip.scored else None
-        return loss, entropy if entropy_N is None else entropy_N.sum(), tokens
+        if tip.scored and selected.stats.entropy_N is None and (entropy_N := tip.scored[number].entropy_N) is not None:
+            entropy = entropy_N.sum()
+        return loss, entropy, tokens
 
     def _spec(self) -> LossSpec:
         """TRL's beta: 0 is the forward KL, 1 the reverse KL, in between the JSD."""

@@ -141,6 +141,7 @@ class StepEnd(TrainerCallback):
             raise UserError(f"token_record {path}: is not a new or empty folder; give another one")
         folder = RunFolder.create(self._config(path, state))
         self._trainer._tokenizer.save_pretrained(folder.config.student)
+        self._trainer.accelerator.unwrap_model(self._trainer.model).config.save_pretrained(folder.config.student)
         return folder
 
     def _config(self, path: Path, state: TrainerState) -> TrainConfig:
