@@ -19,11 +19,17 @@ def main(words: list[str]) -> None:
 
     from trl.scripts import distillation  # isort: skip
 
-    options = dict(_option(pair) for pair in ours.selector_option)
+    options: dict[str, Any] = dict(_option(pair) for pair in ours.selector_option)
     if ours.retention is not None:
         options["retention"] = ours.retention
-    settings = {"engine": ours.engine, "telemetry_every": ours.telemetry_every, "token_record": ours.token_record}
-    with selecting(ours.selector, seed=ours.selection_seed, **settings, **options):
+    with selecting(
+        ours.selector,
+        engine=ours.engine,
+        seed=ours.selection_seed,
+        telemetry_every=ours.telemetry_every,
+        token_record=ours.token_record,
+        **options,
+    ):
         parser: Any = distillation.make_parser(prog="python -m tip_patch.trl")
         try:
             parts = parser.parse_args_and_config(theirs)

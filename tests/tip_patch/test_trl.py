@@ -462,3 +462,49 @@ def test_a_changed_trl_is_told_at_import(adapter):
         check_context(ChunkedDivergenceFunction, ("dtypes", "grad_buffer"), 9)
     with pytest.raises(UserError, match="keeps other things"):
         check_context(ChunkedDivergenceFunction, ("dtypes",), 8)
+
+
+def biased_phi(pair, seed):
+    """A head with a bias that is not zero."""
+    from transformers import AutoModelForCausalLM, PhiConfig
+
+    sizes = {"vocab_size": 52, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = PhiConfig(**sizes, num_attention_heads=2, initializer_range=0.35, eos_token_id=1, pad_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model.lm_head.bias.data.normal_()
+    return model.eval()
+
+
+def capped_gemma(pair, seed):
+    """Logits within ±5, which bend there."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    sizes = {"vocab_size": 52, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    config = Gemma2Config(
+        **sizes,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.35,
+        final_logit_softcapping=5.0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", [biased_phi, capped_gemma])
+def test_heads_with_a_bias_or_a_soft_cap_are_trained_through(pair, tip, tmp_path, engine, family):
+    def models(pair):
+        return family(pair, 0), family(pair, 1)
+
+    loss, gradient, *_ = naive(pair, "q3", RULES["q3"], 1.0, 1.0, False, models)
+    how = {"selector": "q3", "selector_options": RULES["q3"], "engine": engine, "pair": models(pair)}
+    ours = pair.run(tip, tmp_path, settings={"max_steps": 1, "max_grad_norm": 0.0}, **how)
+    close(pair.logs(ours)[0]["loss"], loss, *ONE_STEP)
+    close(ours.gradients[0], gradient, *ONE_STEP)

@@ -151,7 +151,7 @@ class Selecting(DistillationTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Micro:
         """TRL's, with an id for each answer, unique over the step and all ranks; TRL shuffles them afterwards."""
         batch = super()._generate_and_score_completions(inputs)
-        if self.model.training:
+        if self._is_training:
             answers = batch["completion_ids"].shape[0]
             first = self.accelerator.process_index * answers
             batch[ROLLOUT] = torch.arange(first, first + answers, device=batch["completion_ids"].device)
@@ -160,9 +160,10 @@ class Selecting(DistillationTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> Micro:
         """TRL's; where it has written a step's answers, the step is planned."""
         inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not self._planned:
-            self._planned = self._buffered_inputs
-            self._plan(self._buffered_inputs[: self.current_gradient_accumulation_steps])
+        written: Any = self._buffered_inputs
+        if self._is_training and written is not self._planned:
+            self._planned = written
+            self._plan(written[: self.current_gradient_accumulation_steps])
         return inputs
 
     def _compute_loss(self, unwrapped_student: Any, inputs: Micro, num_items_in_batch: Any) -> Returned:
@@ -204,14 +205,16 @@ class Selecting(DistillationTrainer):
 
     def _announce(self, kept: int) -> None:
         """Have TRL divide by the count that all ranks keep."""
-        total = self.accelerator.gather(torch.tensor(kept, device=self.accelerator.device)).sum()
+        counts: Any = self.accelerator.gather(torch.tensor(kept, device=self.accelerator.device))
+        total = counts.sum()
         self.tip.kept = int(total)
         for micro in self.tip.micros:
             micro["num_items_in_batch"] = total
 
     def _score(self, needs: frozenset[str]) -> list[TokenStats]:
         """The named statistics of the step's micro-batches, by a forward pass without gradient and without dropout."""
-        model, student = self.model_wrapped, self.accelerator.unwrap_model(self.model_wrapped)
+        model: Any = self.model_wrapped
+        student: Any = self.accelerator.unwrap_model(model)
         found: list[TokenStats] = []
 
         def use(call: Call) -> Returned:
@@ -243,6 +246,11 @@ class Selecting(DistillationTrainer):
         if tip.scored and selected.stats.entropy_N is None and (entropy_N := tip.scored[number].entropy_N) is not None:
             entropy = entropy_N.sum()
         return loss, entropy, tokens
+
+    @property
+    def _is_training(self) -> bool:
+        model: Any = self.model
+        return model.training
 
     def _spec(self) -> LossSpec:
         """TRL's beta: 0 is the forward KL, 1 the reverse KL, in between the JSD."""

@@ -25,8 +25,8 @@ from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.loss import distill
 from opsd.distill.select import Choice, choose, mask_of
 from opsd.distill.stats import build_stats, check_needs, score_rows
-from opsd.selection import GIVEN_FIELDS, TokenStats, field_of
-from opsd.utils.errors import UserError
+from opsd.selection import TokenStats, field_of
+from opsd.types import Head, Transform
 
 # What TRL's loss function returns: the loss, the sum of the student's entropies over all tokens, and their number.
 Returned = tuple[Tensor, Tensor, Tensor]
@@ -103,7 +103,7 @@ class Call:
 
     def at_rows(self, values_BL: Tensor) -> Tensor:
         """What stands at the student's tokens [N, …]."""
-        return values_BL.flatten(0, 1)[self.rows_N]
+        return values_BL.flatten(0, 1).to(self.rows_N.device)[self.rows_N]
 
     @contextmanager
     def inputs(self) -> Iterator[Inputs]:
@@ -115,26 +115,19 @@ class Call:
             maybe_gather_lm_head_ctx(a.teacher_lm_head_weight, a.teacher_lm_head_bias),
         ):
             yield check_inputs(
-                self.at_rows(a.student_hidden_states) * a.student_logit_scale,
-                a.student_lm_head_weight,
-                self.at_rows(a.teacher_hidden_states) * a.teacher_logit_scale,
-                a.teacher_lm_head_weight,
+                self.at_rows(a.student_hidden_states),
+                self._head("student"),
+                self.at_rows(a.teacher_hidden_states),
+                self._head("teacher"),
                 rollout_N=self.at_rows(rollout_BL),
                 token_ids_N=self.at_rows(self.ids_BL),
             )
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether both heads are products alone, scaled perhaps: no bias, no soft cap."""
-        a = self.named
-        biases = (a.student_lm_head_bias, a.teacher_lm_head_bias)
-        caps = (a.student_final_logit_softcapping, a.teacher_final_logit_softcapping)
-        return all(part is None for part in (*biases, *caps))
-
-    def check_plain(self, what: str) -> None:
-        """Raises UserError for heads that our core does not form logits by."""
-        if not self.is_plain:
-            raise UserError(f"{what} cannot take a head with a bias or a soft cap; give engine='kernel' and entropy")
+    def _head(self, side: str) -> Head:
+        """A model's way to logits, as TRL read it from its configuration."""
+        a = vars(self.named)
+        transform = Transform(a[f"{side}_logit_scale"], a[f"{side}_final_logit_softcapping"])
+        return Head(a[f"{side}_lm_head_weight"], a[f"{side}_lm_head_bias"], transform)
 
     def divergence(self) -> tuple[Tensor, Tensor]:
         """Divergence and student entropy of each token [N], by TRL's kernel; the divergence is differentiable."""
@@ -176,28 +169,21 @@ class Selected:
 
 def score(call: Call, needs: frozenset[str], spec: LossSpec) -> TokenStats:
     """The named statistics of a call's tokens."""
-    if needs - GIVEN_FIELDS:
-        call.check_plain("scoring beforehand")
     with call.inputs() as inputs, _no_autocast(inputs):
         return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), spec))
 
 
 def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
     """By TRL's kernel: to the last bit what TRL computes where every token is kept."""
-    known: dict[str, Tensor] = {}
     with call.inputs() as inputs:
-        if chooses := choice.selector is not None or choice.selection is not None:
-            divergence_N, entropy_N = call.divergence()
-            known = _free(divergence_N, entropy_N, spec)
-        wanted = choice.watch if choice.selector is None else choice.watch | choice.selector.needs
-        if wanted - known.keys() - GIVEN_FIELDS:
-            call.check_plain("the statistics of this rule")
+        found = None if choice.selector is None and choice.selection is None else call.divergence()
+        known = {} if found is None else _free(*found, spec)
         with _no_autocast(inputs):
             stats, selection, _ = choose(inputs, choice, spec, known)
-        kept_N = mask_of(selection.kept_N, inputs)
-    weight_N = selection.weight_N
-    if not chooses or (weight_N is None and bool(kept_N.all())):
+        kept_N, weight_N = mask_of(selection.kept_N, inputs), selection.weight_N
+    if found is None or (weight_N is None and bool(kept_N.all())):
         return Selected(call.own(*call.arguments.args, **call.arguments.kwargs), kept_N, stats)
+    divergence_N, entropy_N = found
     # Indexed, not multiplied by the mask: what is not finite elsewhere must not come through.
     picked_K = divergence_N[kept_N] if weight_N is None else divergence_N[kept_N] * weight_N[kept_N]
     loss = call.divide(picked_K.sum(), _own_count(choice, kept_N))
@@ -206,7 +192,6 @@ def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
 
 def fused_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
     """By our core, which forms loss and gradients in one pass. The entropy is NaN where nothing reads it."""
-    call.check_plain("engine='fused'")
     with call.inputs() as inputs:
         result = distill(inputs, choice, spec)
     loss = call.divide(result.loss_sum, _own_count(choice, result.kept_N))

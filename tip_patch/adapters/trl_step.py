@@ -49,8 +49,8 @@ class StepEnd(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Of a resumed run: the selector as the checkpoint has it, the record cut off behind it."""
-        selector, saved = self._trainer.tip.selector, state.stateful_callbacks
-        if selector is not None and state.global_step and isinstance(saved, dict) and STATE in saved:
+        selector, saved = self._trainer.tip.selector, _values(state)
+        if selector is not None and state.global_step and STATE in saved:
             selector.load_state_dict(saved[STATE])
         if self._record is not None and self._trainer.accelerator.is_main_process:
             self._folder = self._open(state)
@@ -80,8 +80,8 @@ class StepEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The selector's state, for a checkpoint of this step."""
         selector = self._trainer.tip.selector
-        if selector is not None and isinstance(state.stateful_callbacks, dict):
-            state.stateful_callbacks[STATE] = selector.state_dict()
+        if selector is not None:
+            _values(state)[STATE] = selector.state_dict()
 
     def _is_due(self, step: int) -> bool:
         every = self._trainer.state.logging_steps if self._every is None else self._every
@@ -174,6 +174,12 @@ def rollouts_of(micro: dict[str, Any], eos_ids: list[int]) -> list[Rollout]:
         prompt = Prompt(str(number), "", prompt_ids, None)
         found.append(Rollout(number, prompt, ids, not ids or ids[-1] not in eos_ids, mask))
     return found
+
+
+def _values(state: TrainerState) -> dict[str, Any]:
+    """What callbacks keep in a checkpoint, by name."""
+    values: Any = state.stateful_callbacks
+    return values
 
 
 def _name(model: Any) -> str:
