@@ -32,7 +32,6 @@ from opsd.distill.inputs import LossSpec
 from opsd.distill.select import Choice, pick, weigh
 from opsd.distill.stats import join_ranks
 from opsd.selection import TokenSelector, TokenStats, load_selector, with_defaults
-from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
 from tip_patch.adapters.trl_loss import CONTEXT, ENGINES, SAVED, Call, Returned, Selected, score
@@ -92,7 +91,7 @@ class Tip:
     """
 
     selector: TokenSelector | None
-    engine: Callable[[Call, Choice, LossSpec], Selected]
+    engine: Callable[[Call, Choice, LossSpec], tuple[Returned, Selected]]
     first_seed: int
     chunks: ChunkBound = field(default_factory=lambda: ChunkBound("auto"))
     seed: int = 0
@@ -233,16 +232,15 @@ class Selecting(DistillationTrainer):
         selector, scored = self.tip.selector, self.tip.scored
         assert selector is not None
         if selector.normalise_over == "batch":
-            selector.prepare(join_ranks(scored, Ranks(self.accelerator.process_index, self.accelerator.num_processes)))
+            selector.prepare(join_ranks(scored, self._closes.ranks()))
         selections = [weigh(selector, stats, pick(selector, stats, self.tip.seed)) for stats in scored]
         return [Choice(selection=selection) for selection in selections]
 
     def _train_on(self, call: Call) -> Returned:
         """The loss of the micro-batch whose turn it is."""
         tip, number = self.tip, self._step % self.args.gradient_accumulation_steps
-        selected = tip.engine(call, tip.choices[number], self._spec())
+        (loss, entropy, tokens), selected = tip.engine(call, tip.choices[number], self._spec())
         tip.done.append(selected)
-        loss, entropy, tokens = selected.returned
         if tip.scored and selected.stats.entropy_N is None and (entropy_N := tip.scored[number].entropy_N) is not None:
             entropy = entropy_N.sum()
         return loss, entropy, tokens

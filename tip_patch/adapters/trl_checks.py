@@ -61,8 +61,9 @@ def check_context(divergence: Any, names: tuple[str, ...], saved: int) -> None:
 def check_trainer(trainer: Any, base: type) -> None:
     """Raises UserError for a class of trainers that selection does not fit into."""
     names = [one.__name__ for one in getattr(trainer, "__mro__", ())]
+    fits = isinstance(trainer, type) and issubclass(trainer, base)
     reason = next((REFUSED[name] for name in names if name in REFUSED), None)
-    if reason is None and base.__name__ not in names:
+    if reason is None and not fits:
         reason = "it is not one of TRL's distillation trainers"
     if reason is not None:
         raise UserError(f"{getattr(trainer, '__name__', trainer)}: {reason}; give trl.DistillationTrainer")

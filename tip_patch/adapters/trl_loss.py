@@ -160,9 +160,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Selected:
-    """What came of a call: what TRL's function returns, the mask [N], and what was computed on the way."""
+    """What came of a call: the mask [N], and what was computed on the way. It holds no graph."""
 
-    returned: Returned
     kept_N: Tensor
     stats: TokenStats
 
@@ -173,7 +172,7 @@ def score(call: Call, needs: frozenset[str], spec: LossSpec) -> TokenStats:
         return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), spec))
 
 
-def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
+def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> tuple[Returned, Selected]:
     """By TRL's kernel: to the last bit what TRL computes where every token is kept."""
     with call.inputs() as inputs:
         found = None if choice.selector is None and choice.selection is None else call.divergence()
@@ -182,15 +181,15 @@ def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
             stats, selection, _ = choose(inputs, choice, spec, known)
         kept_N, weight_N = mask_of(selection.kept_N, inputs), selection.weight_N
     if found is None or (weight_N is None and bool(kept_N.all())):
-        return Selected(call.own(*call.arguments.args, **call.arguments.kwargs), kept_N, stats)
+        return call.own(*call.arguments.args, **call.arguments.kwargs), Selected(kept_N, stats)
     divergence_N, entropy_N = found
     # Indexed, not multiplied by the mask: what is not finite elsewhere must not come through.
     picked_K = divergence_N[kept_N] if weight_N is None else divergence_N[kept_N] * weight_N[kept_N]
     loss = call.divide(picked_K.sum(), _own_count(choice, kept_N))
-    return Selected((loss, entropy_N.sum(), torch.tensor(inputs.rows, device=loss.device)), kept_N, stats)
+    return (loss, entropy_N.sum(), torch.tensor(inputs.rows, device=loss.device)), Selected(kept_N, stats)
 
 
-def fused_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
+def fused_loss(call: Call, choice: Choice, spec: LossSpec) -> tuple[Returned, Selected]:
     """By our core, which forms loss and gradients in one pass. The entropy is NaN where nothing reads it."""
     with call.inputs() as inputs:
         result = distill(inputs, choice, spec)
@@ -198,7 +197,7 @@ def fused_loss(call: Call, choice: Choice, spec: LossSpec) -> Selected:
     entropy_N = result.stats.entropy_N
     entropy = loss.new_tensor(torch.nan) if entropy_N is None else entropy_N.sum()
     returned = loss, entropy, torch.tensor(inputs.rows, device=loss.device)
-    return Selected(returned, result.kept_N, result.stats)
+    return returned, Selected(result.kept_N, result.stats)
 
 
 ENGINES = {"kernel": kernel_loss, "fused": fused_loss}

@@ -60,7 +60,7 @@ class StepEnd(TrainerCallback):
     ) -> None:
         """Metrics, and what the selector learns. Raises RunStopped where it kept another count than it announced."""
         tip, step = self._trainer.tip, state.global_step + 1
-        ranks, device = self._ranks(), self._trainer.accelerator.device
+        ranks, device = self.ranks(), self._trainer.accelerator.device
         kept, tokens = self._count()
         if tip.selector is not None and tip.kept is not None and tip.kept != kept:
             raise RunStopped(f"the selector kept {kept} tokens, its budget() says {tip.kept}: set fixed_budget False")
@@ -87,7 +87,8 @@ class StepEnd(TrainerCallback):
         every = self._trainer.state.logging_steps if self._every is None else self._every
         return bool(every) and step % every == 0
 
-    def _ranks(self) -> Ranks:
+    def ranks(self) -> Ranks:
+        """The trainer's processes."""
         return Ranks(self._trainer.accelerator.process_index, self._trainer.accelerator.num_processes)
 
     def _count(self) -> tuple[int, int]:
