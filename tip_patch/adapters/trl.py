@@ -29,7 +29,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import LossSpec
-from opsd.distill.select import Choice, pick, weigh
+from opsd.distill.select import Choice, pick, prepare, weigh
 from opsd.distill.stats import join_ranks
 from opsd.selection import TokenSelector, TokenStats, load_selector, with_defaults
 from opsd.utils.errors import UserError
@@ -232,7 +232,7 @@ class Selecting(DistillationTrainer):
         selector, scored = self.tip.selector, self.tip.scored
         assert selector is not None
         if selector.normalise_over == "batch":
-            selector.prepare(join_ranks(scored, self._closes.ranks()))
+            prepare(selector, join_ranks(scored, self._closes.ranks()))
         selections = [weigh(selector, stats, pick(selector, stats, self.tip.seed)) for stats in scored]
         return [Choice(selection=selection) for selection in selections]
 
