@@ -110,6 +110,7 @@ def differentiate(
             for part, logits, out_CW in chunks:
                 where = trained.where(part)
                 found = differentiate_(logits, trained.spec, None if weight_K is None else weight_K[part], out_CW)
+                head.part_(found.gradient_CW, inputs.student_ND[where])
                 loss_K[part], hidden_CD = found.loss_C, inputs.student_ND[where]
                 if found.scale_C1 is not None:
                     hidden_CD = hidden_CD * found.scale_C1
