@@ -5,7 +5,6 @@ Legend: N student tokens of a micro-batch, D and E hidden sizes, V shared vocabu
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from opsd.config import LossConfig, TrainConfig
-from opsd.distill import DistillResult, concatenate_stats
+from opsd.distill import DistillResult
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.select import Choice, StopToken, pick, prepare, weigh
-from opsd.distill.stats import build_stats, check_needs, score_rows
+from opsd.distill.stats import build_stats, check_needs, join_ranks, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
 from opsd.teacher import Teacher
@@ -96,7 +95,7 @@ class StepPlanner:
             return StepPlan(choices, None, self._announced(micros))
         scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
         if selector.normalise_over == "batch":
-            prepare(selector, self._of_all_ranks(scored))
+            prepare(selector, join_ranks(scored, self._ranks))
         picked = [(stats, pick(selector, stats, seed, self._stop_token)) for stats in scored]
         selections = [weigh(selector, stats, selection) for stats, selection in picked]
         kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))
@@ -145,7 +144,8 @@ class StepPlanner:
             raise StepUnusable(f"the gradient's norm is {grad_norm}")
         if self._selector is not None:
             self._selector.end_step(self._ranks.reduce)
-        stats = self._of_all_ranks([result.stats for result in results] if plan.scored is None else plan.scored)
+        scored = [result.stats for result in results] if plan.scored is None else plan.scored
+        stats = join_ranks(scored, self._ranks)
         kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
         told, self._halvings_told = self._halvings_told, self._chunks.halvings
         halvings = int(self._ranks.sum(self._halvings_told - told))
@@ -186,14 +186,6 @@ class StepPlanner:
             return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), self.loss))
 
         return self._engine.forward(micro, use)
-
-    def _of_all_ranks(self, parts: list[TokenStats]) -> TokenStats:
-        """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
-        own = concatenate_stats(parts)
-        fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
-        common = set.intersection(*self._ranks.gather(set(fields)))
-        joined = {name: self._ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
-        return dataclasses.replace(own, **joined)
 
     def _announced(self, micros: list[MicroBatch]) -> int:
         """The step's kept count, from its rollouts."""

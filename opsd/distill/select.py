@@ -41,15 +41,20 @@ class Choice:
     stop_token: StopToken = "as_scored"
 
 
-def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, Selection, HeldLogits | None]:
-    """The selection with its weights, the statistics it was made from, and the logits where they are held."""
-    selector = choice.selector
-    needs = frozenset() if selector is None else check_needs(selector.needs, inputs)
+def choose(
+    inputs: Inputs, choice: Choice, spec: LossSpec, known: dict[str, Tensor] | None = None
+) -> tuple[TokenStats, Selection, HeldLogits | None]:
+    """The selection with its weights, the statistics it was made from, and the logits where they are held.
+
+    known: statistics [N] that need not be computed any more.
+    """
+    selector, known = choice.selector, known or {}
+    needs = frozenset() if selector is None else check_needs(selector.needs, inputs) - known.keys()
     held = None
     if needs and spec.memory == "fused":
         held = hold_logits(inputs, spec, teacher=bool(needs & TEACHER_FIELDS))
-    fields = score_rows(inputs, needs, spec, held=held)
-    watched = check_needs(choice.watch, inputs) - needs
+    fields = known | score_rows(inputs, needs, spec, held=held)
+    watched = check_needs(choice.watch, inputs) - fields.keys()
     # What is watched must not change what is trained, to the last bit: it decides nothing about what is held.
     readable = held is not None and (held.has_teacher or not watched & TEACHER_FIELDS)
     fields |= score_rows(inputs, watched, spec, held=held if readable else None)
@@ -64,8 +69,7 @@ def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, 
 
 
 def pick(selector: TokenSelector, stats: TokenStats, seed: int, stop_token: StopToken = "as_scored") -> Selection:
-    """The selector's choice, `with_stops`. Raises UserError where it is not a Selection, RunStopped where the selector
-    fails."""
+    """The selector's choice, `with_stops`. Raises UserError where it is no Selection, RunStopped where it fails."""
     with _rule(selector):
         selection: object = selector(stats, seed)
     if not isinstance(selection, Selection):

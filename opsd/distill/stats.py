@@ -15,6 +15,7 @@ from opsd.distill.rows import Logits, score_
 from opsd.distill.workspace import Workspace
 from opsd.selection import ALL_STATISTICS, GIVEN_FIELDS, REQUIRED_FIELDS, STOP_FIELDS, TEACHER_FIELDS, TokenStats
 from opsd.types import Head
+from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
 # Rows whose exponentials exist at once where the mass of a row of logits is summed up.
@@ -167,3 +168,12 @@ def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
         whole = field.name != "vocab_size" and all(value is not None for value in values)
         joined[field.name] = torch.cat([value.to(device) for value in values]) if whole else None
     return TokenStats(**{**joined, "vocab_size": parts[0].vocab_size})
+
+
+def join_ranks(parts: Sequence[TokenStats], ranks: Ranks) -> TokenStats:
+    """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
+    own = concatenate_stats(parts)
+    fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
+    common = set.intersection(*ranks.gather(set(fields)))
+    joined = {name: ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
+    return dataclasses.replace(own, **joined)

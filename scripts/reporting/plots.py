@@ -240,7 +240,7 @@ def _mean_and_best(ax: Axes, means: dict[CellName, float], best: dict[CellName, 
     ax.set_xlabel("%")
 
 
-def curve_names(group: list[Run], asked: Sequence[tuple[str, str]] = CURVES) -> list[tuple[str, str]]:
+def curve_names(group: list[Run], asked: tuple[tuple[str, str], ...] = CURVES) -> list[tuple[str, str]]:
     """Those of the metrics that have a curve, each with its title; beside the training's, every evaluation's."""
     names = [(key, title) for key, title in asked if any(run.logged(key) for run in group)]
     if asked is not CURVES:
