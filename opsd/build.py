@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
+from opsd.data.context import TeacherContext, TeacherPrompts
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.data.template import Clock, steady
 from opsd.engine import Engine, build_engine
@@ -42,7 +44,8 @@ from opsd.utils.oom import memory_for
 class Parts:
     """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out.
 
-    source: the folder that the student was loaded from. notes: what to tell at the start, a line each.
+    source: the folder that the student was loaded from. notes: what to tell at the start, a line each. asking: how the
+    teacher is asked, where that is not as the student is.
     """
 
     ranks: Ranks
@@ -61,6 +64,7 @@ class Parts:
     telemetry: list[TokenTelemetry]
     source: Path | None = None
     notes: Sequence[str] = ()
+    asking: TeacherPrompts | None = None
 
     def models(self) -> Models:
         """What an evaluation reads of them."""
@@ -85,32 +89,35 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
     clock = Clock(ranks.broadcast(Clock(began.time if began else None).time))
     steady(tokenizer, clock)
+    steady(teacher_tokenizer, clock)
     how = prompt_format(config)
+    asking = teacher_prompts(config, teacher_tokenizer, how)
     world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
-        prompts, dropped = load_prompts(config.prompts, tokenizer, how)
+        prompts, dropped = load_prompts(config.prompts, tokenizer, how, asking and asking.of_record)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
         evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
     else:
         prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
+        prompts = prompts if asking is None else asking.of_episodes(prompts, world)
+    prompts, unfit = (prompts, 0) if asking is None else asking.fitting(prompts)
     suites = {f"eval.suite {suite.name}": suite.problems for suite in evaluator.suites}
     now = Began.of({"prompts": prompts, **suites}, clock)
     if began is not None:
         began.check(now, config)
-    unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if config.loss.reward_beta and world is None and unanswered:
-        raise UserError(
-            f"--loss.reward_beta {config.loss.reward_beta}: prompt {unanswered[0]} of {config.prompts} has no answer "
-            "to be rewarded for; give answers, or 0"
-        )
+    check_answers(config, prompts, asking)
 
     device, r = local_device(config.engine.device), config.rollout
     problems = [problem for suite in evaluator.suites for problem in suite.problems]
     reach = reach_of(config, prompts, problems)
+    farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens)]
+    teacher_reach = dataclasses.replace(reach, spans=(*reach.spans, *farther))
     student = load_student(config, student_path, device, reach)
     notes = check_student(config, student, tokenizer, student_path)
+    if unfit:
+        notes.append(f"prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them: {unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
-    teacher, teacher_model, context = build_teacher(config, ranks, device, reach)
+    teacher, teacher_model, context = build_teacher(config, ranks, device, teacher_reach)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
@@ -144,7 +151,34 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         telemetry=telemetry,
         source=Path(student_path),
         notes=notes,
+        asking=asking,
     )
+
+
+def teacher_prompts(config: TrainConfig, tokenizer: Any, how: PromptFormat) -> TeacherPrompts | None:
+    """How the teacher is asked by --teacher.context; None: as the student is. tokenizer: the teacher's."""
+    teacher = config.teacher
+    if teacher.context is None:
+        return None
+    context, samples = TeacherContext.read(teacher.context), config.rollout.samples_per_prompt
+    if context.takes_sample and samples < 2:
+        raise UserError(
+            f"--teacher.context {teacher.context} has {{rollout}}, another sample of the same prompt: give "
+            f"--rollout.samples_per_prompt 2 or more, not {samples}"
+        )
+    return TeacherPrompts(context, tokenizer, how, teacher.max_prompt_tokens)
+
+
+def check_answers(config: TrainConfig, prompts: list[Prompt], asking: TeacherPrompts | None) -> None:
+    """Raises UserError where a prompt has no answer and the run goes by rewards."""
+    missing = next((prompt.id for prompt in prompts if prompt.answer is None), None)
+    if missing is None or config.environment.kind != "none":
+        return
+    none = f"prompt {missing} of {config.prompts} has no answer to be rewarded for; give answers"
+    if config.loss.reward_beta:
+        raise UserError(f"--loss.reward_beta {config.loss.reward_beta}: {none}, or 0")
+    if asking is not None and asking.context.takes_sample:
+        raise UserError(f"--teacher.context {config.teacher.context} has {{rollout}}: {none}, or another context")
 
 
 def reach_of(config: TrainConfig, prompts: list[Prompt], problems: list[Prompt]) -> Reach:

@@ -68,6 +68,9 @@ class StepLog:
         }
         if batches:
             metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
+        if self._parts.asking is not None:
+            own = sum(rollout.prompt.teacher_ids is not None for rollout in rollouts)
+            metrics["teacher/context_frac"] = own / len(rollouts)
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
         every = config.telemetry.save_rollouts_every

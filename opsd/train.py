@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
-from opsd.data.packing import pack, share
+from opsd.data.packing import for_teacher, pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
 from opsd.engine import check_engine, learning_rate
@@ -85,14 +85,16 @@ class Trainer:
                 prompts, seed = parts.prompts.take(step), derive_seed(config.seed, "rollout", step)
                 rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, parts.sampling, seed)
             self.stop_if_asked(step - 1)
-            with self.stage("teacher"):
-                batches = pack(rollouts, config.engine.micro_batch_tokens)
-                micros = share(batches, ranks.rank, ranks.world_size)
-                teacher = parts.teacher.hidden(micros)
-            with self.stage("log"):
-                top = log.top_tokens(step, rollouts, micros, teacher)
             with self.stage("reward"):
                 rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
+            with self.stage("teacher"):
+                if parts.asking is not None:
+                    rollouts = parts.asking.with_samples(rollouts, rewards, config.rollout.samples_per_prompt)
+                batches = pack(rollouts, config.engine.micro_batch_tokens)
+                micros = share(batches, ranks.rank, ranks.world_size)
+                teacher = parts.teacher.hidden(for_teacher(micros, rollouts))
+            with self.stage("log"):
+                top = log.top_tokens(step, rollouts, micros, teacher)
             self.stop_if_asked(step - 1)
             update, weights, watched = None, rollout_weights(rollouts, rewards, config), log.watched(step)
             with self.kept_if_unusable(step, rollouts, rewards, skipped), self.stage("student"):

@@ -14,16 +14,27 @@ import torch
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None."""
+    """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None.
+
+    teacher_ids: what the teacher reads in place of ids; None: the same. teacher_asked: what they are rendered from once
+    a sample of the student is put in (`opsd.data.context`); None where they need none.
+    """
 
     id: str
     text: str
     ids: list[int]
     answer: str | None
+    teacher_ids: list[int] | None = field(default=None, kw_only=True)
+    teacher_asked: str | list[dict[str, Any]] | None = field(default=None, kw_only=True)
 
     def content(self) -> list[Any]:
         """All that decides how it is asked and graded, as JSON values."""
-        return [self.id, self.ids, self.answer]
+        own = [value for value in (self.teacher_ids, self.teacher_asked) if value is not None]
+        return [self.id, self.ids, self.answer, *own]
+
+    def tokens(self) -> int:
+        """Of the student's prompt or the teacher's, whichever is longer."""
+        return max(len(self.ids), len(self.teacher_ids or ()))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opsd.utils.errors import UserError
 from opsd.utils.paths import check_hub_cache, check_model_path, check_new_run, check_records_path, hub_answers
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ def check_paths(config: TrainConfig) -> None:
     models = {"--student": config.student, "--teacher": config.teacher.model}
     for flag, path in models.items():
         check_model_path(path, flag)
+    if config.teacher.context is not None and not Path(config.teacher.context).is_file():
+        raise UserError(f"--teacher.context {config.teacher.context}: no such file; give a text file")
     if config.environment.kind == "none":
         for path in (config.prompts, *(pair.partition("=")[2] for pair in config.eval.suite if "=" in pair)):
             check_records_path(Path(path))

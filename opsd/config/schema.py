@@ -39,6 +39,13 @@ class TeacherConfig(Settings, part="teacher"):
 
     model: Annotated[str, arg(name="")]
     """Folder (or hub name) of the teacher."""
+    context: str | None = None
+    """A text file: what the teacher is asked in place of a prompt's last message, where it is to see more than the
+    student. {prompt}, {answer} and {any column} stand for the record's values, {rollout} for another sample of the same
+    prompt and step that was rewarded (where there is none, the teacher reads the student's prompt)."""
+    max_prompt_tokens: PositiveInt = 8192
+    """With context: longest prompt of the teacher, in tokens. A prompt whose context is longer is dropped and counted;
+    a sample whose context would be is not shown."""
     kind: Literal["local", "vllm"] = "local"
     """local: in these processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both give hidden states, and the
     loss the exact divergence over the whole vocabulary."""

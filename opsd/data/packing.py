@@ -108,16 +108,31 @@ def empty() -> MicroBatch:
     return MicroBatch(one, one, none, none, none)
 
 
+def for_teacher(micros: list[MicroBatch], rollouts: list[Rollout]) -> list[MicroBatch]:
+    """The same student tokens in the same order, behind the prompts that the teacher reads.
+
+    rollouts: the step's. A micro-batch in which no prompt has `teacher_ids` is handed through as it is.
+    """
+    by_id = {rollout.id: rollout for rollout in rollouts}
+    found = []
+    for micro in micros:
+        members = [by_id[number] for number in micro.rollout_N.unique().tolist()]
+        own = any(rollout.prompt.teacher_ids is not None for rollout in members)
+        found.append(_join(members, of_teacher=True) if own else micro)
+    return found
+
+
 def _input_tokens(rollout: Rollout) -> int:
-    """The last token is predicted, never read: it is not an input."""
-    return len(rollout.prompt.ids) + len(rollout.response_ids) - 1
+    """Of the longer of student's and teacher's. The last token is predicted, never read: it is not an input."""
+    return rollout.prompt.tokens() + len(rollout.response_ids) - 1
 
 
-def _join(rollouts: list[Rollout]) -> MicroBatch:
+def _join(rollouts: list[Rollout], of_teacher: bool = False) -> MicroBatch:
     ids, positions, rows, tokens, owners = [], [], [], [], []
     for rollout in rollouts:
-        start, prompt_tokens = len(ids), len(rollout.prompt.ids)
-        sequence = rollout.prompt.ids + rollout.response_ids
+        prompt_ids = (of_teacher and rollout.prompt.teacher_ids) or rollout.prompt.ids
+        start, prompt_tokens = len(ids), len(prompt_ids)
+        sequence = prompt_ids + rollout.response_ids
         ids += sequence[:-1]
         positions += range(len(sequence) - 1)
         mask = rollout.student_mask or [True] * len(rollout.response_ids)

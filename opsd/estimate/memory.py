@@ -49,7 +49,9 @@ class MemoryEstimate:
 
     @property
     def longest(self) -> int:
-        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens
+        r, t = self.config.rollout, self.config.teacher
+        prompt = r.max_prompt_tokens if t.context is None else max(r.max_prompt_tokens, t.max_prompt_tokens)
+        return prompt + r.max_new_tokens
 
     @property
     def step_tokens(self) -> int:
