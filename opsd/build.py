@@ -33,7 +33,7 @@ from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
-from opsd.teacher import LocalTeacher, Teacher
+from opsd.teacher import LocalTeacher, SelfTeacher, Teacher
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
@@ -84,7 +84,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     selector = build_selector(config.select)
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
-    teacher_tokenizer = load_tokenizer(config.teacher.model, "--teacher", config.trust_remote_code)
+    teacher_tokenizer = load_tokenizer(config.teacher_path, "--teacher", config.trust_remote_code)
     check_tokenizers(tokenizer, teacher_tokenizer)
     telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
     clock = Clock(ranks.broadcast(Clock(began.time if began else None).time))
@@ -112,17 +112,21 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     reach = reach_of(config, prompts, problems)
     farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens)]
     teacher_reach = dataclasses.replace(reach, spans=(*reach.spans, *farther))
-    student = load_student(config, student_path, device, reach)
+    own = lies_in_student(config)
+    student = load_student(config, student_path, device, teacher_reach if own else reach)
     notes = check_student(config, student, tokenizer, student_path)
     if unfit:
         notes.append(f"prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them: {unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
-    teacher, teacher_model, context = build_teacher(config, ranks, device, teacher_reach)
+    teacher, teacher_model, context = None, student, nullcontext
+    if not own:
+        teacher, teacher_model, context = build_teacher(config, ranks, device, teacher_reach)
     vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
     check_ends(eos_token_ids(student.model.generation_config, tokenizer), vocab_size, f"--student {student_path}")
     engine = build_engine(config, ranks, student, device)
+    teacher = teacher or SelfTeacher(engine, config.teacher)
     rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
@@ -262,7 +266,8 @@ def build_teacher(
     config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None
 ) -> tuple[Teacher, Any, Any]:
     """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
-    t, dtype = config.teacher, getattr(torch, config.engine.dtype)
+    t = dataclasses.replace(config.teacher, model=config.teacher_path)
+    dtype = getattr(torch, config.engine.dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 
@@ -278,6 +283,13 @@ def build_teacher(
     served = VLLMTeacher(t, head_VE, device, ranks.rank)
     served.connect(reach.longest if reach else 0)
     return served, as_model(head_VE), nullcontext
+
+
+def lies_in_student(config: TrainConfig) -> bool:
+    """Whether the teacher is the student's own model at other weights, not a model of its own."""
+    t = config.teacher
+    here = t.kind == "local" and not t.shard and not t.offload
+    return t.follows or (t.is_student and config.lora.rank > 0 and here)
 
 
 def as_model(head_VE: Tensor) -> Any:

@@ -100,6 +100,7 @@ class Trainer:
             with self.kept_if_unusable(step, rollouts, rewards, skipped), self.stage("student"):
                 update = self.update(micros, teacher, step, watched, weights)
             skipped = 0 if update is not None else skipped + 1
+            parts.teacher.end_step(step)
             # Not needed until the next ones are there; at scale they are gigabytes.
             del teacher
             with self.stage("sync"):
@@ -231,10 +232,10 @@ class Trainer:
         """A checkpoint of the weights as they are, after `step`; a call of all ranks, which wait for its end."""
         with self.stage("checkpoint"):
             tensors, values = self.engine.optimizer_state()
-            weights, adapters = self.engine.weights(), self.engine.adapters()
+            weights, adapters, teacher = self.engine.weights(), self.engine.adapters(), self.parts.teacher.state()
             if self.ranks.is_main:
                 selector = {} if self.parts.selector is None else self.parts.selector.state_dict()
-                state = checkpoint.TrainerState(step, tensors, values, selector, metrics)
+                state = checkpoint.TrainerState(step, tensors, values, selector, metrics, teacher)
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
                 checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
@@ -288,8 +289,9 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:
-    """Optimiser and selector as a checkpoint has them. Raises UserError where it does not fit this run."""
+    """Optimiser, selector and teacher as a checkpoint has them. Raises UserError where it does not fit this run."""
     try:
+        parts.teacher.load_state(state.teacher)
         parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_paths(config: TrainConfig) -> None:
     """The paths of a run that is to begin: its folder, both models, prompts, suites. Raises UserError."""
     check_new_run(Path(config.out))
-    models = {"--student": config.student, "--teacher": config.teacher.model}
+    models = {"--student": config.student, "--teacher": config.teacher_path}
     for flag, path in models.items():
         check_model_path(path, flag)
     if config.teacher.context is not None and not Path(config.teacher.context).is_file():

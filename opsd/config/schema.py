@@ -38,7 +38,14 @@ class TeacherConfig(Settings, part="teacher"):
     """The frozen model that scores every token."""
 
     model: Annotated[str, arg(name="")]
-    """Folder (or hub name) of the teacher."""
+    """Folder (or hub name) of the teacher; self: the student."""
+    weights: Literal["initial", "ema", "current"] = "initial"
+    """self: the weights that the student started from (with adapters: the base, without them, at no memory), an average
+    of those that it had, in fp32, or those that it has."""
+    ema: FractionBelowOne = 0.99
+    """self, ema: at each refresh the average becomes ema times itself plus 1 - ema times the student."""
+    every: PositiveInt = 1
+    """self, ema or current: steps between refreshes."""
     context: str | None = None
     """A text file: what the teacher is asked in place of a prompt's last message, where it is to see more than the
     student. {prompt}, {answer} and {any column} stand for the record's values, {rollout} for another sample of the same
@@ -65,7 +72,26 @@ class TeacherConfig(Settings, part="teacher"):
     retries: NonNegativeInt = 3
     """vllm: further tries of a request that failed, each on the next replica, before the run stops."""
 
+    @property
+    def is_student(self) -> bool:
+        """Whether the student teaches itself."""
+        return self.model == "self"
+
+    @property
+    def follows(self) -> bool:
+        """Whether its weights change with the student's."""
+        return self.is_student and self.weights != "initial"
+
     def check(self) -> None:
+        if self.weights != "initial" and not self.is_student:
+            raise UserError(f"--teacher.weights {self.weights} needs --teacher self, not {self.model}")
+        if self.every > 1 and not self.follows:
+            raise UserError(f"--teacher.every {self.every} needs --teacher self with --teacher.weights ema or current")
+        if self.follows and (self.kind != "local" or self.shard or self.offload):
+            raise UserError(
+                f"--teacher.weights {self.weights}: this teacher lies in the student, sharded as it is; leave out "
+                "--teacher.kind, --teacher.shard and --teacher.offload"
+            )
         if self.kind == "vllm" and not self.urls:
             raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
         if any(sign in url for url in self.urls for sign in "@?#"):
@@ -269,7 +295,8 @@ class EvalConfig(EvaluationSettings, part="eval"):
     at_start: bool = True
     """Evaluate before the first step."""
     teacher: bool = True
-    """Evaluate the teacher once, so that the room for improvement is known."""
+    """Evaluate the teacher once, as the student is asked, so that the room for improvement is known. A student that
+    teaches itself is evaluated as it starts (at_start)."""
     cache: str | None = None
     """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): one
     that is there for the same models, problems, settings and versions is taken, not made again. None is off."""
@@ -366,6 +393,11 @@ class TrainConfig(PromptSettings, StepSettings):
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
+    @property
+    def teacher_path(self) -> str:
+        """Folder (or hub name) of the teacher's weights, or of those that it starts from."""
+        return self.student if self.teacher.is_student else self.teacher.model
+
     def check(self) -> None:
         """Parts against each other; each has checked itself."""
         super().check()
@@ -374,7 +406,8 @@ class TrainConfig(PromptSettings, StepSettings):
         sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
         if self.teacher.shard and (served or not sharded):
             raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
-        if (served or self.teacher.shard) and self.eval.suite and self.eval.teacher:
+        told = self.eval.suite and self.eval.teacher and not self.teacher.is_student
+        if (served or self.teacher.shard) and told:
             raise UserError(
                 "a teacher that is served or sharded gives no answers of its own: give --eval.teacher False"
             )

@@ -92,7 +92,7 @@ def planned(config: PlanConfig) -> dict[str, Any]:
     )
     adapters = _adapters(run)
     try:
-        shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
+        shapes = find_shape(run.student, "--student"), find_shape(run.teacher_path, "--teacher")
     except UserError as error:
         raise UserError("; ".join([str(error), *adapters])) from error
     estimate = MemoryEstimate(run, *shapes, hardware)

@@ -185,10 +185,18 @@ class MemoryEstimate:
         block = min(rows, max(1, BLOCK_BYTES[kind] // ((2 + SCRATCH_BUFFERS) * width * WIDE)))
         return logits + scratch * block * width * WIDE
 
+    @property
+    def in_student(self) -> bool:
+        """Whether the teacher is the student's own model, at other weights or with its adapters off."""
+        c = self.config.teacher
+        return c.follows or (c.is_student and self.config.lora.rank > 0 and c.kind == "local" and not c.shard)
+
     def teacher_weights(self, working: bool) -> float:
         """Bytes of the teacher's weights on a rank, while it computes or not; its head is always there."""
         t, i, c = self.teacher, self.itemsize, self.config.teacher
         head = t.head_parameters * i
+        if self.in_student:
+            return self.trained * WIDE / self.share(1) if c.weights == "ema" or c.every > 1 else 0.0
         if c.kind == "vllm":
             return head
         if c.shard:

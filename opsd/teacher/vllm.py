@@ -21,6 +21,7 @@ from torch import Tensor
 from opsd.config import TeacherConfig
 from opsd.model.checks import Reach, check_plain_head, check_positions, rope_switch
 from opsd.model.loading import load_ends, running
+from opsd.teacher.base import Teacher
 from opsd.types import MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.going_on import advice
@@ -32,7 +33,7 @@ BACKOFF_S = 0.5
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 
 
-class VLLMTeacher:
+class VLLMTeacher(Teacher):
     """Teacher on one or more replicas of a vLLM pooling server. head_VE: its projection, read from the model folder.
 
     Requests go round the replicas; one that fails is tried again on the next, config.retries times, then the run stops.

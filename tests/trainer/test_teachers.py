@@ -1,8 +1,11 @@
 """Whole runs of tiny models under every kind of teacher: what it is asked, who it is, and how a run goes on."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_pair
 
 from opsd.config import from_json
@@ -136,3 +139,85 @@ def test_a_context_that_cannot_be_shown_is_said_before_the_run(settings, tmp_pat
     context = written(tmp_path / "context.txt", "{rollout};{prompt}")
     with pytest.raises(UserError, match=said):
         start(settings("run", teacher__context=context, **options))
+
+
+def teacher_of(config, step):
+    """What a checkpoint holds of the teacher."""
+    return load_file(f"{config.out}/checkpoints/step_{step}/trainer/teacher.safetensors")
+
+
+def test_a_student_that_reads_what_it_wrote_behind_teaches_itself_nothing(settings):
+    metrics = run(settings("run", teacher={"model": "self", "weights": "current"}))
+    assert [(line["loss/nats"], line["optim/grad_norm"]) for line in metrics] == [(0.0, 0.0)] * 4
+
+
+def test_the_average_is_that_of_float64_at_every_refresh(settings, pair, tmp_path):
+    context = written(tmp_path / "context.txt", "{answer};{prompt}")
+    own = {"model": "self", "weights": "ema", "ema": 0.75, "every": 2, "context": context}
+    config = settings("run", teacher=own, checkpoint={"every": 1, "keep": 4})
+    run(config)
+    weights = [load_file(f"{pair['student']}/model.safetensors")]
+    weights += [load_file(f"{config.out}/checkpoints/step_{step}/model.safetensors") for step in (1, 2, 3, 4)]
+    average = {name: tensor.double() for name, tensor in weights[0].items()}
+    for step in (1, 2, 3, 4):
+        if step % 2 == 0:
+            average = {name: 0.75 * value + 0.25 * weights[step][name].double() for name, value in average.items()}
+        held = teacher_of(config, step)
+        assert held.keys() == average.keys() and {tensor.dtype for tensor in held.values()} == {torch.float32}
+        for name, value in average.items():
+            # Two roundings of a number at each refresh.
+            assert (held[name].double() - value).abs().max() <= 4 * 2.0**-24 * value.abs().max(), name
+    assert any(not torch.equal(weights[1][name], weights[0][name]) for name in average)
+
+
+@pytest.mark.parametrize("weights", ["ema", "current"])
+def test_a_teacher_that_follows_the_student_goes_on_with_the_same_bits(settings, tmp_path, monkeypatch, weights):
+    context = written(tmp_path / "context.txt", "{answer};{prompt}")
+    own = {"model": "self", "weights": weights, "every": 3, "context": context}
+    whole, broken = settings("whole", teacher=own), settings("broken", teacher=own)
+    metrics = run(whole)
+    assert stopped_then_resumed(broken, monkeypatch) == metrics
+    ours, theirs = teacher_of(broken, 4), teacher_of(whole, 4)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # A checkpoint whose teacher is gone does not go on with another one.
+    shutil.copytree(whole.out, tmp_path / "lost")
+    (tmp_path / "lost" / "DONE").unlink()
+    for step in (2, 4):
+        (tmp_path / "lost" / "checkpoints" / f"step_{step}" / "trainer" / "teacher.safetensors").unlink()
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        resume(tmp_path / "lost")
+
+
+def test_weights_that_are_refreshed_after_the_last_step_only_are_the_initial_ones(settings, pair, tmp_path):
+    context = written(tmp_path / "context.txt", "{answer};{prompt}")
+    named = run(settings("named", teacher={"model": pair["student"], "context": context}))
+    initial = run(settings("initial", teacher={"model": "self", "context": context}))
+    late = {"model": "self", "weights": "current", "every": 100, "context": context}
+    assert named == initial == run(settings("late", teacher=late))
+    soon = run(settings("soon", teacher={**late, "every": 2}))
+    assert soon[:2] == initial[:2] and soon[2]["loss/nats"] != initial[2]["loss/nats"]
+
+
+def test_under_adapters_the_initial_teacher_is_the_base_without_them_and_nothing_is_held(settings, pair, tmp_path):
+    context = written(tmp_path / "context.txt", "{answer};{prompt}")
+    lora, own = {"rank": 4}, {"model": "self", "context": context}
+    metrics = run(settings("off", teacher=own, lora=lora))
+    assert metrics == run(settings("named", teacher={**own, "model": pair["student"]}, lora=lora))
+    assert not (tmp_path / "off" / "checkpoints" / "step_4" / "trainer" / "teacher.safetensors").exists()
+    averaged = settings("ema", teacher={**own, "weights": "ema"}, lora=lora)
+    assert run(averaged)[:1] == metrics[:1]
+    assert all(".lora_" in name for name in teacher_of(averaged, 4))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"model": "m", "weights": "ema"}, "--teacher.weights ema needs --teacher self, not m"),
+        ({"model": "self", "every": 5}, "--teacher.every 5 needs --teacher self with --teacher.weights ema or current"),
+        ({"model": "self", "weights": "current", "shard": True}, "leave out --teacher.kind, --teacher.shard"),
+        ({"model": "self", "weights": "ema", "ema": 1.0}, "--teacher.ema 1.0: give a fraction in"),
+    ],
+)
+def test_what_a_self_teacher_cannot_be_is_one_line(settings, teacher, said):
+    with pytest.raises(UserError, match=said):
+        settings("run", teacher=teacher)
