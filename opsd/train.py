@@ -128,13 +128,14 @@ class Trainer:
         are not finite; RunStopped where a selector keeps another count than it announced.
         """
         lr, planner = learning_rate(step, self.config.steps, self.config.optim), self.planner
+        spec = planner.loss_at(step)
         try:
             plan = planner.plan(micros, teacher, derive_seed(self.config.seed, "select", step), watched)
             results = []
             for micro, teacher_NE, choice in zip(micros, teacher, plan.choices, strict=True):
 
                 def loss(student_ND: Tensor, head_VD: Tensor, m=micro, t=teacher_NE, c=choice) -> DistillResult:
-                    return distill(planner.inputs(student_ND, head_VD, m, t, weights), c, planner.loss)
+                    return distill(planner.inputs(student_ND, head_VD, m, t, weights), c, spec)
 
                 result = self.engine.forward(micro, loss)
                 self.engine.backward(result.loss_sum, planner.divisor(plan, result))

@@ -66,7 +66,14 @@ class StepPlanner:
         self._selector = None if selector is None else with_defaults(selector)
         self._vocab_size = vocab_size
         self._chunks, self._halvings_told = ChunkBound(loss.chunk_tokens), 0
-        self.loss = LossSpec(loss.divergence, loss.beta, loss.temperature, self._chunks, loss.memory)
+        self._config = loss
+        self.loss = self.loss_at(1)
+
+    def loss_at(self, step: int) -> LossSpec:
+        """The loss of 1-based `step`."""
+        c = self._config
+        how = (c.beta, c.temperature, self._chunks, c.memory, c.entropy_threshold)
+        return LossSpec(c.divergence_at(step), *how)
 
     def plan(self, micros: list[MicroBatch], teacher: list[Tensor], seed: int, watched: frozenset[str]) -> StepPlan:
         """The step's plan. seed: decides random selection. watched: statistics to take over all tokens as well.

@@ -167,8 +167,13 @@ class SelectConfig(Settings, part="select"):
 class LossConfig(Settings, part="loss"):
     """The divergence between student and teacher, per kept token."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
-    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "eopd", "forward_then_reverse"] = "reverse_kl"
+    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta. eopd: reverse_kl, and
+    forward_kl too where the teacher is unsure. forward_then_reverse: forward_kl for warmup_steps, then reverse_kl."""
+    entropy_threshold: NonNegativeFloat = 0.8
+    """eopd: nats of the teacher's entropy above which forward_kl joins; 0.8 is the paper's (arXiv 2603.07079)."""
+    warmup_steps: NonNegativeInt = 0
+    """forward_then_reverse: steps under forward_kl, before reverse_kl."""
     beta: float = 0.5
     """Teacher's share of the JSD mixture, in (0, 1)."""
     temperature: PositiveFloat = 1.0
@@ -180,7 +185,18 @@ class LossConfig(Settings, part="loss"):
     chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens whose logits exist at once; auto asks the free memory."""
 
+    def divergence_at(self, step: int) -> str:
+        """What is trained in 1-based `step`."""
+        if self.divergence != "forward_then_reverse":
+            return self.divergence
+        return "forward_kl" if step <= self.warmup_steps else "reverse_kl"
+
     def check(self) -> None:
+        if (self.divergence == "forward_then_reverse") != (self.warmup_steps > 0):
+            raise UserError(
+                f"--loss.divergence {self.divergence} with --loss.warmup_steps {self.warmup_steps}: "
+                "forward_then_reverse needs steps above 0, no other divergence has any"
+            )
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
             raise UserError(
                 f"--loss.beta {self.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"

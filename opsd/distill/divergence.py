@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opsd.utils.errors import UserError
 
-Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "eopd"]
 SCRATCH_BUFFERS = 2
 
 
@@ -102,22 +102,48 @@ def jsd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: floa
     return (mixing + beta * teacher_nats_B - (1.0 - beta) * student_nats_B).clamp_min_(0.0), student_B
 
 
-# In place: (student logits, teacher logits, scratch, beta) -> nats [B] and a mass [B]. In the student's logits is then
-# left the divergence's gradient with respect to them, times that mass.
+def eopd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """KL(P_S‖P_T) + 1[H(P_T) > τ]·KL(P_T‖P_S): the forward KL joins where the teacher is unsure (τ in nats).
+
+    Entropy-Aware On-Policy Distillation, arXiv 2603.07079: L = L_OPD + λ·1[H(p_T) > τ]·L_FKL with τ = 0.8. Its authors
+    estimate the reverse KL on the sampled token, clipped, and take the forward KL over the teacher's 16 likeliest
+    tokens. Both are exact here, over the whole vocabulary, with λ = 1: our reading. The gate hangs on the teacher
+    alone, so the gradient is p·(r − kl) + 1[…]·(p − q).
+    """
+    u_BV = torch.sub(centre_(student_BV), centre_(teacher_BV), out=scratch_SBV[0])
+    student_B, teacher_B = exp_(student_BV, student_BV), exp_(teacher_BV, scratch_SBV[1])
+    p_BV, q_BV = student_BV, scratch_SBV[1]
+    gate_B = (_entropy(teacher_BV, q_BV, teacher_B) > threshold).to(u_BV.dtype)
+    apart_B = (student_B / teacher_B).log_()
+    forward_B = (apart_B - torch.mul(u_BV, q_BV, out=teacher_BV).sum(-1) / teacher_B).clamp_min_(0.0)
+    weighted_BV = u_BV.mul_(p_BV)
+    mean_B = weighted_BV.sum(-1) / student_B
+    torch.addcmul(weighted_BV, p_BV, (gate_B - mean_B)[:, None], out=p_BV)
+    p_BV.addcmul_(q_BV, (gate_B * student_B / teacher_B)[:, None], value=-1.0)
+    return (mean_B - apart_B).clamp_min_(0.0) + gate_B * forward_B, student_B
+
+
+# In place: (student logits, teacher logits, scratch, parameter) -> nats [B] and a mass [B]. In the student's logits is
+# then left the divergence's gradient with respect to them, times that mass. parameter: jsd's β, eopd's τ.
 GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "reverse_kl": reverse_kl_,
     "forward_kl": forward_kl_,
     "jsd": jsd_,
+    "eopd": eopd_,
 }
 
 
-def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, beta: float) -> Tensor:
+def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, parameter: float) -> Tensor:
     """The same divergence in nats [B], written as its definition and differentiated by autograd."""
+    if divergence == "eopd":
+        unsure_B = -(log_q_BV.exp() * log_q_BV).sum(-1) > parameter
+        reverse_B, forward_B = (plain_divergence(f"{kl}_kl", log_p_BV, log_q_BV, 0.0) for kl in ("reverse", "forward"))
+        return reverse_B + unsure_B * forward_B
     if divergence == "reverse_kl":
         return (log_p_BV.exp() * (log_p_BV - log_q_BV)).sum(-1)
     if divergence == "forward_kl":
         return (log_q_BV.exp() * (log_q_BV - log_p_BV)).sum(-1)
-    p_BV, q_BV = log_p_BV.exp(), log_q_BV.exp()
+    p_BV, q_BV, beta = log_p_BV.exp(), log_q_BV.exp(), parameter
     log_m_BV = torch.lerp(p_BV, q_BV, beta).clamp_min(torch.finfo(p_BV.dtype).tiny).log()
     teacher_kl_B = (q_BV * (log_q_BV - log_m_BV)).sum(-1)
     return beta * teacher_kl_B + (1.0 - beta) * (p_BV * (log_p_BV - log_m_BV)).sum(-1)

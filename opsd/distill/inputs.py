@@ -13,11 +13,13 @@ from opsd.distill.matmul import Head, product_dtype
 from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
+ENTROPY_THRESHOLD = 0.8
+"""Nats; what arXiv 2603.07079 takes."""
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Which divergence, at which temperature, in chunks of at most how many tokens; memory: see `distill_loss`.
+    """Which divergence, at which temperature, in chunks of at most how many tokens; the rest: see `distill_loss`.
 
     Raises UserError for values that are not allowed.
     """
@@ -27,6 +29,12 @@ class LossSpec:
     temperature: float = 1.0
     chunk_tokens: ChunkTokens = "auto"
     memory: str = "fused"
+    entropy_threshold: float = ENTROPY_THRESHOLD
+
+    @property
+    def parameter(self) -> float:
+        """What the divergence reads beside the logits: jsd's β, eopd's τ."""
+        return self.entropy_threshold if self.divergence == "eopd" else self.beta
 
     def __post_init__(self) -> None:
         check_divergence(self.divergence, self.beta, self.temperature)

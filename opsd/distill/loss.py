@@ -15,7 +15,7 @@ from torch import Tensor
 from opsd.distill.chunks import ChunkTokens
 from opsd.distill.divergence import Divergence
 from opsd.distill.fused import FusedLoss, Trained
-from opsd.distill.inputs import Inputs, LossSpec, check_inputs, on_rows
+from opsd.distill.inputs import ENTROPY_THRESHOLD, Inputs, LossSpec, check_inputs, on_rows
 from opsd.distill.materialized import materialized_loss
 from opsd.distill.select import Choice, choose, mask_of
 from opsd.selection import Selection, TokenSelector, TokenStats, field_of, with_defaults
@@ -53,6 +53,7 @@ def distill_loss(
     temperature: float = 1.0,
     chunk_tokens: ChunkTokens = "auto",
     seed: int = 0,
+    entropy_threshold: float = ENTROPY_THRESHOLD,
 ) -> DistillResult:
     """Divergence between student and teacher, summed over the tokens a selector keeps (paper Eq. 1, 7/9).
 
@@ -60,12 +61,13 @@ def distill_loss(
     to logits. Gradients flow to the student's hidden states and head. Divide loss_sum once, by the kept count of
     the whole step. rollout_N: each token's rollout id (None: one rollout). selector, or kept_N instead: the mask as
     given, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.
-    divergence: reverse_kl = KL(P_S‖P_T), forward_kl, or jsd with `beta`. temperature divides both logits; gradients
+    divergence: reverse_kl = KL(P_S‖P_T), forward_kl, jsd with `beta`, or eopd: the reverse KL, and the forward KL too
+    where the teacher's entropy is above `entropy_threshold` nats. temperature divides both logits; gradients
     carry 1/T. memory: fused is flat in N, whole keeps K×V logits. vocab_size: rows of the heads that count (None:
     the lower head's). chunk_tokens bounds the rows worked on at once and does not change the result.
     Errors: UserError for arguments that do not fit, naming them.
     """
-    spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory)
+    spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory, entropy_threshold)
     if selector is not None and kept_N is not None:
         raise UserError("both a selector and kept_N were given: give one of them")
     models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)

@@ -35,7 +35,7 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
         for student_CV, teacher_CV in zip(logits_KV.split(chunk), teacher_KV.split(chunk), strict=True):
             log_p_CV = log_softmax(student_CV / spec.temperature, -1)
             log_q_CV = log_softmax(teacher_CV / spec.temperature, -1)
-            losses.append(plain_divergence(spec.divergence, log_p_CV, log_q_CV, spec.beta))
+            losses.append(plain_divergence(spec.divergence, log_p_CV, log_q_CV, spec.parameter))
         loss_K = torch.cat(losses)
         loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
     return loss_sum, loss_K.detach().clamp_min(0.0)

@@ -83,7 +83,7 @@ def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> D
     for block, scratch_SBW in work.blocks(out_CW.shape[0]):
         student_BW, teacher_BW = logits.block(block)
         temper_(spec.temperature, student_BW, teacher_BW)
-        loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.beta)
+        loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.parameter)
         losses.append(loss_B)
         masses.append(mass_B)
         if logits.held:
@@ -128,7 +128,7 @@ def _by_kernels(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> Diff
     scale_C = logits.student_CW.new_ones(out_CW.shape[0]) if weight_C is None else weight_C
     loss_C = triton_rows.gradient_(
         spec.divergence,
-        spec.beta,
+        spec.parameter,
         spec.temperature,
         logits.student_CW,
         logits.teacher_CW,

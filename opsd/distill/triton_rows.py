@@ -44,6 +44,7 @@ AGREE, RANK = (tl.constexpr(NAMES.index(name)) for name in ("top1_agree_N", "tea
 S_MAX, S_SUM, T_MAX, T_SUM, MEAN_U = (
     tl.constexpr(NAMES.index(name)) for name in ("student_max", "student_sum", "teacher_max", "teacher_sum", "mean_u")
 )
+EOPD_READS = ("reverse_kl", "forward_kl", "teacher_entropy")
 # Below every logit, and finite: FLOOR - max is not NaN.
 FLOOR = tl.constexpr(-3.0e38)
 
@@ -212,6 +213,9 @@ def gradient_kernel(
         g = tl.where(p > 0.0, p * ((s - t) - tl.load(ROW + MEAN_U * rows + row)), 0.0) * (scale / s_sum)
     elif DIVERGENCE == "forward_kl":
         g = (p / s_sum - tl.exp(t) / t_sum) * scale
+    elif DIVERGENCE == "eopd":  # JSD: 1 where the forward KL joins, else 0
+        g = tl.where(p > 0.0, p * ((s - t) - tl.load(ROW + MEAN_U * rows + row)), 0.0) / s_sum
+        g = (g + tl.load(JSD + row) * (p / s_sum - tl.exp(t) / t_sum)) * scale
     else:  # jsd, whose SCALE has the factor 1-beta
         shift = (tl.log(s_sum) - tl.log(t_sum)) + logit_beta
         soft, _ = _softplus((t - s) + shift)
@@ -245,7 +249,7 @@ def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> d
 
 def gradient_(
     divergence: str,
-    beta: float,
+    parameter: float,
     temperature: float,
     student_CW: Tensor,
     teacher_CW: Tensor,
@@ -261,20 +265,25 @@ def gradient_(
     """
     with torch.cuda.device_of(student_CW):
         pair = _Pair.of(student_CW, teacher_CW, temperature, student_rows_C, teacher_rows_C, out_CW.shape[0])
-        return _differentiate_(pair, divergence, beta, scale_C, out_CW)
+        return _differentiate_(pair, divergence, parameter, scale_C, out_CW)
 
 
-def _differentiate_(pair: _Pair, divergence: str, beta: float, scale_C: Tensor, out_CW: Tensor) -> Tensor:
+def _differentiate_(pair: _Pair, divergence: str, parameter: float, scale_C: Tensor, out_CW: Tensor) -> Tensor:
     row = pair.statistics(None)
     jsd = row
     if divergence == "jsd":
+        beta = parameter
         jsd = pair.jsd_sums(row, beta)
         mixing = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
         loss_C = (mixing - beta * jsd[1] - (1.0 - beta) * jsd[0]).clamp_min_(0.0)
         scale_C = scale_C * (1.0 - beta)
+    elif divergence == "eopd":
+        reverse_C, forward_C, teacher_C = (row[NAMES.index(f"{name}_N")] for name in EOPD_READS)
+        jsd = (teacher_C > parameter).to(row.dtype)
+        loss_C = reverse_C + jsd * forward_C
     else:
         loss_C = row[NAMES.index(f"{divergence}_N")]
-    pair.gradient(divergence, beta, row, jsd, scale_C, out_CW)
+    pair.gradient(divergence, parameter, row, jsd, scale_C, out_CW)
     return loss_C
 
 

@@ -15,7 +15,7 @@ GIB = 2**30
 WIDE = 4  # bytes of a logit, a master weight and a moment: all fp32
 # Whole [K, V] fp32 buffers alive at the worst moment of --loss.memory whole: both models' logits, and what autograd
 # keeps for backward.
-WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8}
+WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8, "eopd": 8, "forward_then_reverse": 5}
 # DeepSpeed's defaults, in numbers: gradients on their way, and weights gathered at once under ZeRO-3.
 REDUCE_BUCKET, LIVE_WEIGHTS = 500_000_000, 1_000_000_000
 # Assumed, not measured: CUDA's context, NCCL and the allocator's holes. On a CPU: Python with torch and transformers.

@@ -14,10 +14,13 @@ from opsd.distill.triton_rows import gradient_, token_fields
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "eopd")
 NATS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N")
 FIELDS = frozenset({*NATS, "grad_norm_N", "top1_agree_N", "teacher_rank_N"})
 BETA = 0.3
+# Nats, between the teachers' entropies of these tests.
+THRESHOLD = 1.5
+PARAMETERS = dict.fromkeys(DIVERGENCES, BETA) | {"eopd": THRESHOLD}
 INF = float("inf")
 
 
@@ -54,12 +57,15 @@ def exact(student_CV, teacher_CV, temperature, ids_C=None):
     student_nats = (p * against).sum(-1, keepdim=True)
     forward = (plogp(q, logq) - torch.where(q > 0, q * logp, 0.0)).sum(-1)
     teacher_nats = (plogp(q, logq) - torch.where(q > 0, q * torch.where(q > 0, logm, 0.0), 0.0)).sum(-1)
+    unsure = (-plogp(q, logq).sum(-1) > THRESHOLD).double()
     losses = {
+        "eopd": reverse[:, 0] + unsure * forward,
         "reverse_kl": reverse[:, 0],
         "forward_kl": forward,
         "jsd": BETA * teacher_nats + (1 - BETA) * student_nats[:, 0],
     }
     gradients = {
+        "eopd": (p * (ratio - reverse) + unsure[:, None] * (p - q)) / temperature,
         "reverse_kl": p * (ratio - reverse) / temperature,
         "forward_kl": (p - q) / temperature,
         "jsd": (1 - BETA) * p * (against - student_nats) / temperature,
@@ -82,7 +88,7 @@ def loss_and_gradient(divergence, student_CV, teacher_CV, temperature=1.0, weigh
     """Of the kernels, into a buffer of its own."""
     out_CV = torch.full(student_CV.shape, 7.0, dtype=dtype)
     scale_C = (torch.ones(len(student_CV)) if weight_C is None else weight_C) / temperature
-    loss_C = gradient_(divergence, BETA, temperature, student_CV, teacher_CV, scale_C, out_CV)
+    loss_C = gradient_(divergence, PARAMETERS[divergence], temperature, student_CV, teacher_CV, scale_C, out_CV)
     return loss_C, out_CV
 
 
@@ -132,9 +138,11 @@ def test_a_gradient_over_the_students_logits_and_of_picked_rows_is_the_same(dive
     places_K, picked_KV = torch.tensor([1, 4]), torch.empty(2, 201)
     ones_K = torch.ones(2)
     for teacher, rows_K in ((teacher_CV, places_K), (teacher_CV[places_K], None)):
-        loss_K = gradient_(divergence, BETA, 1.0, student_CV, teacher, ones_K, picked_KV, places_K, rows_K)
+        loss_K = gradient_(
+            divergence, PARAMETERS[divergence], 1.0, student_CV, teacher, ones_K, picked_KV, places_K, rows_K
+        )
         assert torch.equal(loss_K, loss_C[places_K]) and torch.equal(picked_KV, out_CV[places_K])
-    gradient_(divergence, BETA, 1.0, student_CV, teacher_CV, torch.ones(5), student_CV)
+    gradient_(divergence, PARAMETERS[divergence], 1.0, student_CV, teacher_CV, torch.ones(5), student_CV)
     assert torch.equal(student_CV, out_CV)
 
 

@@ -59,7 +59,7 @@ def variants():
         yield "statistics_kernel", {"TEACHER": teacher, "RANKED": ranked, **shared}, False
     yield "norm_kernel", shared, False
     yield "jsd_kernel", shared, False
-    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+    for divergence in ("reverse_kl", "forward_kl", "jsd", "eopd"):
         for narrow in (True, False):
             yield "gradient_kernel", {"DIVERGENCE": divergence, "BLOCK": "GRADIENT_BLOCK"}, narrow
 

@@ -221,3 +221,23 @@ def test_under_adapters_the_initial_teacher_is_the_base_without_them_and_nothing
 def test_what_a_self_teacher_cannot_be_is_one_line(settings, teacher, said):
     with pytest.raises(UserError, match=said):
         settings("run", teacher=teacher)
+
+
+def test_forward_then_reverse_is_the_one_and_then_the_other(settings, monkeypatch):
+    both = {"divergence": "forward_then_reverse", "warmup_steps": 2}
+    forward, reverse, turned = (
+        settings(name, loss=loss)
+        for name, loss in (("forward", {"divergence": "forward_kl"}), ("reverse", {}), ("turned", both))
+    )
+    found = run(turned)
+    assert found[:2] == run(forward)[:2] and found[0]["loss/nats"] != run(reverse)[0]["loss/nats"]
+    # From step 3 the loss is the reverse KL over all tokens, of which telemetry knows at step 4.
+    assert found[3]["loss/nats"] == pytest.approx(found[3]["student/reverse_kl_nats"], rel=1e-5)
+    assert found[1]["loss/nats"] != pytest.approx(found[1]["student/reverse_kl_nats"], rel=1e-2)
+    assert stopped_then_resumed(settings("broken", loss=both), monkeypatch) == found
+
+
+@pytest.mark.parametrize("loss", [{"divergence": "forward_then_reverse"}, {"warmup_steps": 3}])
+def test_warm_up_steps_and_forward_then_reverse_need_each_other(settings, loss):
+    with pytest.raises(UserError, match="forward_then_reverse needs steps above 0, no other divergence has any"):
+        settings("run", loss=loss)
