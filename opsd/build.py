@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.context import TeacherContext, TeacherPrompts
-from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
+from opsd.data.prompts import PromptFormat, PromptStream, checked_route, load_prompts, routed
 from opsd.data.template import Clock, steady
 from opsd.engine import Engine, build_engine
 from opsd.environments import load_environment
@@ -33,7 +33,7 @@ from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
-from opsd.teacher import LocalTeacher, SelfTeacher, Teacher
+from opsd.teacher import LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
@@ -84,22 +84,24 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     selector = build_selector(config.select)
     student_path = config.student if checkpoint is None else str(checkpoint)
     tokenizer = load_tokenizer(student_path, "--student", config.trust_remote_code)
-    teacher_tokenizer = load_tokenizer(config.teacher_path, "--teacher", config.trust_remote_code)
-    check_tokenizers(tokenizer, teacher_tokenizer)
+    tokenizers = load_teacher_tokenizers(config, tokenizer)
     telemetry = load_telemetry(config.telemetry.options) if config.telemetry.every else []
     clock = Clock(ranks.broadcast(Clock(began.time if began else None).time))
     steady(tokenizer, clock)
-    steady(teacher_tokenizer, clock)
+    for each in tokenizers:
+        steady(each, clock)
     how = prompt_format(config)
-    asking = teacher_prompts(config, teacher_tokenizer, how)
+    asking, names = teacher_prompts(config, tokenizers[0], how), config.teacher_paths()
     world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
-        prompts, dropped = load_prompts(config.prompts, tokenizer, how, asking and asking.of_record)
+        more = routed(config.teacher_field, names) if config.teachers else asking and asking.of_record
+        prompts, dropped = load_prompts(config.prompts, tokenizer, how, more)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
         evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
     else:
         prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
         prompts = prompts if asking is None else asking.of_episodes(prompts, world)
+        prompts = routed_episodes(config, prompts, world) if config.teachers else prompts
     prompts, unfit = (prompts, 0) if asking is None else asking.fitting(prompts)
     suites = {f"eval.suite {suite.name}": suite.problems for suite in evaluator.suites}
     now = Began.of({"prompts": prompts, **suites}, clock)
@@ -118,15 +120,19 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     if unfit:
         notes.append(f"prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them: {unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
-    teacher, teacher_model, context = None, student, nullcontext
-    if not own:
-        teacher, teacher_model, context = build_teacher(config, ranks, device, teacher_reach)
-    vocab_size = shared_vocabulary(tokenizer, teacher_tokenizer, student, teacher_model)
+    built = {} if own else {name: build_teacher(config, ranks, device, teacher_reach, name) for name in names}
+    heads = [model for _, model, _ in built.values()] or [student]
+    vocab_size = min(
+        shared_vocabulary(tokenizer, its, student, model) for its, model in zip(tokenizers, heads, strict=True)
+    )
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
     check_ends(eos_token_ids(student.model.generation_config, tokenizer), vocab_size, f"--student {student_path}")
     engine = build_engine(config, ranks, student, device)
-    teacher = teacher or SelfTeacher(engine, config.teacher)
+    teacher, teacher_model, context = built.get("", (None, student, nullcontext))
+    if teacher is None:
+        several = {name: each for name, (each, _, _) in built.items()}
+        teacher = SelfTeacher(engine, config.teacher) if own else RoutedTeacher(several)
     rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
@@ -262,12 +268,34 @@ def check_adapters(lora: LoraConfig) -> None:
         raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
 
 
+def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:
+    """Each teacher's own. Raises UserError where one maps other tokens than the student's, `tokenizer`."""
+    found = []
+    for name, path in config.teacher_paths().items():
+        found.append(load_tokenizer(path, f"--teachers {name}" if name else "--teacher", config.trust_remote_code))
+        check_tokenizers(tokenizer, found[-1])
+    return found
+
+
+def routed_episodes(config: TrainConfig, prompts: list[Any], world: Any) -> list[Any]:
+    """An environment's prompts, each with the name of its teacher."""
+    field, names = config.teacher_field, config.teacher_paths()
+    return [
+        dataclasses.replace(
+            prompt, teacher=checked_route(world.column(prompt, field), field, names, f"task {prompt.id}")
+        )
+        for prompt in prompts
+    ]
+
+
 def build_teacher(
-    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None
+    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None, name: str = ""
 ) -> tuple[Teacher, Any, Any]:
-    """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
-    t = dataclasses.replace(config.teacher, model=config.teacher_path)
-    dtype = getattr(torch, config.engine.dtype)
+    """The teacher that `config` names, what holds its head, and the context within which a local one generates.
+
+    name: which one of several.
+    """
+    t, dtype = config.teacher_of(name), getattr(torch, config.engine.dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 

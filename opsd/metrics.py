@@ -91,6 +91,8 @@ class StepLog:
             "select/kept_frac": update.kept / update.tokens,
             "optim/grad_norm": update.grad_norm,
         }
+        for name, (nats, kept) in update.teachers.items():
+            metrics |= {f"teacher/{name}/loss_nats": nats, f"teacher/{name}/kept": kept}
         if not self._parts.ranks.is_main:
             return metrics
         selector, due = self._parts.selector, self._due(step)
@@ -143,7 +145,7 @@ def score_top(
                 student_ND[row_R],
                 head_VD,
                 teacher_NE.to(student_ND.device)[row_R],
-                teacher.head(),
+                teacher.head_for(micro),
                 token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
                 k=k,
                 vocab_size=vocab_size,

@@ -144,7 +144,7 @@ class Trainer:
             planner.check(plan, results)
             with self.stage("optimiser"):
                 grad_norm = self.engine.step(lr)
-            return planner.finish(plan, results, grad_norm)
+            return planner.finish(plan, micros, results, grad_norm)
         except StepUnusable:
             planner.forget_step()
             raise

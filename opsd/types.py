@@ -5,7 +5,7 @@ Legend: L tokens of a packed row, N student tokens to train on (no prompt, no to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ class Prompt:
     """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None.
 
     teacher_ids: what the teacher reads in place of ids; None: the same. teacher_asked: what they are rendered from once
-    a sample of the student is put in (`opsd.data.context`); None where they need none.
+    a sample of the student is put in (`opsd.data.context`); None where they need none. teacher: which one scores it, by
+    name, where there are several.
     """
 
     id: str
@@ -26,10 +27,11 @@ class Prompt:
     answer: str | None
     teacher_ids: list[int] | None = field(default=None, kw_only=True)
     teacher_asked: str | list[dict[str, Any]] | None = field(default=None, kw_only=True)
+    teacher: str = field(default="", kw_only=True)
 
     def content(self) -> list[Any]:
         """All that decides how it is asked and graded, as JSON values."""
-        own = [value for value in (self.teacher_ids, self.teacher_asked) if value is not None]
+        own = [value for value in (self.teacher_ids, self.teacher_asked, self.teacher or None) if value is not None]
         return [self.id, self.ids, self.answer, *own]
 
     def tokens(self) -> int:
@@ -73,7 +75,8 @@ class MicroBatch:
 
     input_ids_1L, position_ids_1L: int64 [1, L]; positions restart at 0 with every rollout.
     rows_N: where in L the hidden state stands that predicts the n-th student token.
-    token_ids_N: that token. rollout_N: its rollout's id.
+    token_ids_N: that token. rollout_N: its rollout's id. teacher: the name of the one that scores all of them, where
+    there are several.
     """
 
     input_ids_1L: torch.Tensor
@@ -81,10 +84,12 @@ class MicroBatch:
     rows_N: torch.Tensor
     token_ids_N: torch.Tensor
     rollout_N: torch.Tensor
+    teacher: str = ""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        moved = MicroBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = replace(self, **tensors)
         vars(moved)["lengths"] = self.lengths
         return moved
 

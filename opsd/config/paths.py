@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 def check_paths(config: TrainConfig) -> None:
     """The paths of a run that is to begin: its folder, both models, prompts, suites. Raises UserError."""
     check_new_run(Path(config.out))
-    models = {"--student": config.student, "--teacher": config.teacher_path}
+    if not config.teachers and not config.teacher.model:
+        raise UserError("no --teacher: give a model folder, self, or several as --teachers NAME=FOLDER")
+    teachers = {f"--teachers {name}" if name else "--teacher": path for name, path in config.teacher_paths().items()}
+    models = {"--student": config.student, **teachers}
     for flag, path in models.items():
         check_model_path(path, flag)
     if config.teacher.context is not None and not Path(config.teacher.context).is_file():

@@ -37,8 +37,8 @@ from opsd.utils.errors import UserError
 class TeacherConfig(Settings, part="teacher"):
     """The frozen model that scores every token."""
 
-    model: Annotated[str, arg(name="")]
-    """Folder (or hub name) of the teacher; self: the student."""
+    model: Annotated[str, arg(name="")] = ""
+    """Folder (or hub name) of the teacher; self: the student. Several: --teachers."""
     weights: Literal["initial", "ema", "current"] = "initial"
     """self: the weights that the student started from (with adapters: the base, without them, at no memory), an average
     of those that it had, in fp32, or those that it has."""
@@ -64,7 +64,7 @@ class TeacherConfig(Settings, part="teacher"):
     cache: Literal["device", "host"] = "device"
     """Where its hidden states wait for the student's turn; host memory is pinned beside a GPU."""
     urls: tuple[str, ...] = ("http://127.0.0.1:8000",)
-    """vllm: one or more replicas."""
+    """vllm: one or more replicas; of several teachers NAME=URL."""
     api_key_env: str | None = None
     """vllm: the environment variable that holds the servers' key; the key itself is never written anywhere."""
     timeout_s: PositiveFloat = 300.0
@@ -393,7 +393,12 @@ class TrainConfig(PromptSettings, StepSettings):
 
     student: str
     """Folder (or hub name) of the student to start from."""
-    teacher: TeacherConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: tuple[str, ...] = ()
+    """Several teachers in place of --teacher, as NAME=FOLDER pairs, e.g. math=M code=C; each scores the prompts whose
+    record names it. What --teacher.* says holds for each."""
+    teacher_field: str = "domain"
+    """Column that names a prompt's teacher, where there are several."""
     trust_remote_code: bool = False
     """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
     """
@@ -409,23 +414,50 @@ class TrainConfig(PromptSettings, StepSettings):
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
-    @property
-    def teacher_path(self) -> str:
-        """Folder (or hub name) of the teacher's weights, or of those that it starts from."""
-        return self.student if self.teacher.is_student else self.teacher.model
+    def teacher_paths(self) -> dict[str, str]:
+        """By name, folder (or hub name) of each teacher's weights, or of those that it starts from; one has no name."""
+        if not self.teachers:
+            return {"": self.student if self.teacher.is_student else self.teacher.model}
+        return dict((name, path) for name, _, path in (pair.partition("=") for pair in self.teachers))
+
+    def teacher_of(self, name: str) -> TeacherConfig:
+        """What holds for the teacher of that name."""
+        urls = self.teacher.urls
+        if self.teachers and self.teacher.kind == "vllm":
+            urls = tuple(url.removeprefix(f"{name}=") for url in urls if url.startswith(f"{name}="))
+        return dataclasses.replace(self.teacher, model=self.teacher_paths()[name], urls=urls)
+
+    def _check_teachers(self) -> None:
+        for pair in self.teachers:
+            name, _, path = pair.partition("=")
+            if not (name and path):
+                raise UserError(f"--teachers {pair}: give NAME=FOLDER, e.g. math=models/math")
+        if len(self.teacher_paths()) < len(self.teachers):
+            raise UserError(f"--teachers {' '.join(self.teachers)}: names a teacher twice; give each a name of its own")
+        if self.teachers and self.teacher.model:
+            raise UserError(
+                f"--teacher {self.teacher.model} beside --teachers; name each among --teachers, or give one"
+            )
+        if self.teachers and self.teacher.context is not None:
+            raise UserError("--teacher.context goes with one teacher; give --teacher in place of --teachers")
+        if self.teachers and self.teacher.kind == "vllm":
+            for name in self.teacher_paths():
+                self.teacher_of(name)
 
     def check(self) -> None:
         """Parts against each other; each has checked itself."""
         super().check()
+        self._check_teachers()
         if self.optim.warmup_steps > self.steps:
             raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
         sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
         if self.teacher.shard and (served or not sharded):
             raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
         told = self.eval.suite and self.eval.teacher and not self.teacher.is_student
-        if (served or self.teacher.shard) and told:
+        if (served or self.teacher.shard or self.teachers) and told:
             raise UserError(
-                "a teacher that is served or sharded gives no answers of its own: give --eval.teacher False"
+                "a teacher that is served or sharded gives no answers of its own, several give none together: give "
+                "--eval.teacher False"
             )
         wait_s = self.rollout.timeout_s
         if self.rollout.engine == "vllm_process" and sharded and wait_s >= self.engine.wait_s:

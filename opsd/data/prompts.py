@@ -102,6 +102,22 @@ def load_prompts(
     return prompts, dropped
 
 
+def routed(field: str, names: Iterable[str]) -> Callable[[Any, str | None, dict[str, Any], str], dict[str, Any]]:
+    """For `load_prompts`: the teacher of a prompt, which its record names in a field. Raises UserError for no name."""
+
+    def more(content: Any, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
+        return {"teacher": checked_route(lookup(record, field, where), field, names, where)}
+
+    return more
+
+
+def checked_route(value: Any, field: str, names: Iterable[str], where: str) -> str:
+    """A teacher's name. Raises UserError for one that no teacher has."""
+    if value not in list(names):
+        raise UserError(f"{where}: {field!r} is {_short(value)}; --teachers has {', '.join(names)}")
+    return value
+
+
 def digest(prompts: Iterable[Prompt]) -> str:
     """Of the prompts as they are asked and graded, in their order: 16 hexadecimal digits."""
     # Of one JSON list, a prompt at a time: those of an environment may carry megabytes.

@@ -91,8 +91,11 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         config.gpus, config.gpu_gib, 0.4 * config.tflops, 0.6 * config.bandwidth_gbs, flash=flash, kind=kind
     )
     adapters = _adapters(run)
+    (teacher, *others) = run.teacher_paths().values()
+    if others:
+        raise UserError("a plan knows one teacher: give the largest of --teachers as --teacher")
     try:
-        shapes = find_shape(run.student, "--student"), find_shape(run.teacher_path, "--teacher")
+        shapes = find_shape(run.student, "--student"), find_shape(teacher, "--teacher")
     except UserError as error:
         raise UserError("; ".join([str(error), *adapters])) from error
     estimate = MemoryEstimate(run, *shapes, hardware)

@@ -3,5 +3,6 @@
 from opsd.teacher.base import Teacher
 from opsd.teacher.local import LocalTeacher
 from opsd.teacher.own import SelfTeacher
+from opsd.teacher.routed import RoutedTeacher
 
-__all__ = ["LocalTeacher", "SelfTeacher", "Teacher"]
+__all__ = ["LocalTeacher", "RoutedTeacher", "SelfTeacher", "Teacher"]

@@ -23,6 +23,10 @@ class Teacher(Protocol):
         """The teacher's vocabulary projection [V, E]."""
         ...
 
+    def head_for(self, micro: MicroBatch) -> torch.Tensor:
+        """The projection of the one that scores this micro-batch."""
+        return self.head()
+
     def end_step(self, step: int) -> None:
         """A step is done, whose update was taken or left out; a call of all ranks."""
 

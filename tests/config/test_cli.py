@@ -122,7 +122,7 @@ def test_bad_input_is_one_line_exit_2_and_writes_nothing(flags, said, folders, t
     ("args", "said"),
     [
         (["trian"], "unknown command 'trian'; give one of: train, eval, inspect, plan, check-model, selectors"),
-        (["train"], "missing: --prompts, --out, --student, --teacher"),
+        (["train"], "missing: --prompts, --out, --student"),
         (["train", "--resume"], "--resume RUN takes no other flag"),
         (["train", "--resume", "RUN", "--steps", "9"], "a resumed run keeps its settings"),
         (["train", "--resume", "nowhere"], "no run there"),

@@ -263,8 +263,8 @@ def test_a_two_token_vocabulary_by_hand(assert_close):
 @pytest.mark.parametrize("memory", ["fused", "whole"])
 def test_eopd_by_hand_forward_joins_where_the_teacher_is_unsure(memory, assert_close):
     # Two tokens of the same student, (½, ½). Teacher of the first (0.75, 0.25): 0.562 nats; of the second (0.99, 0.01):
-    # 0.056. Above 0.5 nats is the first alone: reverse ½·ln(4/3) plus forward ¾·ln(3/2) − ¼·ln 2; the second has its reverse,
-    # ½·ln(½/0.99) + ½·ln(½/0.01) = −½·ln(4·0.99·0.01).
+    # 0.056. Above 0.5 nats is the first alone: reverse ½·ln(4/3) plus forward ¾·ln(3/2) − ¼·ln 2; the second has its
+    # reverse, ½·ln(½/0.99) + ½·ln(½/0.01) = −½·ln(4·0.99·0.01).
     hidden = torch.ones(2, 1, requires_grad=True)
     teacher_head = torch.eye(2)
     teacher = torch.tensor([[0.75, 0.25], [0.99, 0.01]]).log()

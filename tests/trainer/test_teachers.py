@@ -6,12 +6,23 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_pair
+from tiny_models import build_model, plain_tokenizer, tiny_pair
+from tolerance import close, transformer
 
-from opsd.config import from_json
+from bench.updates import trainer_of
+from opsd.config import EngineConfig, OptimConfig, from_json
+from opsd.config.paths import check_paths
+from opsd.data.packing import pack
+from opsd.engine import TorchEngine
+from opsd.model.scorer import Scorer
 from opsd.run import checkpoint
+from opsd.teacher import LocalTeacher, RoutedTeacher
 from opsd.train import resume, start
+from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError
+
+CPU = torch.device("cpu")
+DOMAINS = ("low", "high")
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +252,81 @@ def test_forward_then_reverse_is_the_one_and_then_the_other(settings, monkeypatc
 def test_warm_up_steps_and_forward_then_reverse_need_each_other(settings, loss):
     with pytest.raises(UserError, match="forward_then_reverse needs steps above 0, no other divergence has any"):
         settings("run", loss=loss)
+
+
+@pytest.fixture(scope="module")
+def domains(pair, tmp_path_factory):
+    """Settings of the same sums under two teachers of different widths, by their first digit."""
+    folder = tmp_path_factory.mktemp("domains")
+    with open(pair["prompts"]) as lines:
+        records = [json.loads(line) for line in lines]
+    records = [{**record, "domain": "low" if record["prompt"][0] in "01" else "high"} for record in records]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name, width in (("low", 16), ("high", 24)):
+        build_model(hidden_size=width, seed=width).save_pretrained(folder / name)
+        plain_tokenizer().save_pretrained(folder / name)
+    teachers = [f"{name}={folder / name}" for name in ("low", "high")]
+    return {"teachers": teachers, "teacher": {"offload": True}, "prompts": str(folder / "sums.jsonl")}
+
+
+@pytest.mark.numeric
+def test_two_teachers_routed_are_two_runs_losses():
+    # Rollouts 0, 2, 4 are scored by one teacher, 1 and 3 by a wider one.
+    def rollouts(numbers, names):
+        return [
+            Rollout(n, Prompt(str(n), "", [6 + n, 7], None, teacher=names[n % 2]), [8 + n, 9, 10][: 1 + n % 3], False)
+            for n in numbers
+        ]
+
+    teachers = {
+        name: LocalTeacher(Scorer(build_model(hidden_size=w, seed=w)), CPU) for name, w in (("a", 16), ("b", 24))
+    }
+
+    def update(teacher, written):
+        engine = TorchEngine(Scorer(build_model(seed=0)), EngineConfig(), OptimConfig(), CPU)
+        batches = pack(written, 8)
+        return trainer_of(engine, teacher).update(batches, teacher.hidden(batches), 1)
+
+    both = update(RoutedTeacher(teachers), rollouts(range(5), ("a", "b")))
+    alone = {
+        name: update(teachers[name], rollouts(range(first, 5, 2), ("", ""))) for name, first in (("a", 0), ("b", 1))
+    }
+    assert both.teachers.keys() == alone.keys() and both.kept == sum(one.kept for one in alone.values())
+    for name, one in alone.items():
+        assert both.teachers[name][1] == one.kept
+        close(both.teachers[name][0], one.loss_nats, *transformer(2, 24))
+    total = sum(one.loss_nats * one.kept for one in alone.values()) / both.kept
+    close(both.loss_nats, total, *transformer(2, 24))
+
+
+def test_a_run_under_two_teachers_logs_each_and_goes_on_with_the_same_bits(settings, domains, monkeypatch):
+    metrics = run(settings("whole", **domains))
+    for line in metrics:
+        of = {name: (line.get(f"teacher/{name}/loss_nats", 0), line.get(f"teacher/{name}/kept", 0)) for name in DOMAINS}
+        kept = sum(kept for _, kept in of.values())
+        assert kept == line["rollout/tokens"]
+        assert sum(nats * kept for nats, kept in of.values()) / kept == pytest.approx(line["loss/nats"], rel=1e-5)
+    assert any(f"teacher/{name}/kept" in line for line in metrics for name in ("low",))
+    assert stopped_then_resumed(settings("broken", **domains), monkeypatch) == metrics
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"teachers": ["math"]}, "--teachers math: give NAME=FOLDER"),
+        ({"teachers": ["a=x", "a=y"]}, "names a teacher twice"),
+        ({"teacher": {"model": "m"}}, "--teacher m beside --teachers"),
+        ({"teacher": {"context": "c"}}, "--teacher.context goes with one teacher"),
+        ({"teacher": {"kind": "vllm"}}, "--teacher.urls names no server"),
+        ({"teacher_field": "subject"}, "record 1 has no field 'subject'"),
+        ({"teacher_field": "prompt"}, "'prompt' is '0.0='; --teachers has low, high"),
+    ],
+)
+def test_what_several_teachers_cannot_be_is_one_line(settings, domains, options, said):
+    with pytest.raises(UserError, match=said):
+        start(settings("run", **(domains | options)))
+
+
+def test_no_teacher_is_said(settings):
+    with pytest.raises(UserError, match="no --teacher: give a model folder, self, or several"):
+        check_paths(settings("run", teacher={}))
