@@ -66,7 +66,7 @@ def test_every_part_of_the_configuration_is_read_back_as_such():
         lambda values: values.update(learning_rate=1.0),
         lambda values: values["optim"].update(learning_rate=1.0),
         lambda values: values.pop("student"),
-        lambda values: values["teacher"].pop("model"),
+        lambda values: values["teacher"].update(path="m"),
         lambda values: values.update(optim=3),
     ],
 )
