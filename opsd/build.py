@@ -121,7 +121,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         notes.append(f"prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them: {unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
     built = {} if own else {name: build_teacher(config, ranks, device, teacher_reach, name) for name in names}
-    heads = [model for _, model, _ in built.values()] or [student]
+    # Of a teacher that gives log-probabilities no head is known; its tokenizer says what it can give.
+    heads = [model or student for _, model, _ in built.values()] or [student]
     vocab_size = min(
         shared_vocabulary(tokenizer, its, student, model) for its, model in zip(tokenizers, heads, strict=True)
     )
@@ -305,6 +306,12 @@ def build_teacher(
         scorer = load_scorer(t.model, "--teacher", dtype, device, config.trust_remote_code, reach=reach)
         local = LocalTeacher(scorer, device, t.offload, t.cache)
         return local, scorer, local.present
+    if t.kind == "logprobs":
+        from opsd.teacher.logprobs import LogprobsTeacher
+
+        logprobs = LogprobsTeacher(t, device, ranks.rank)
+        logprobs.connect(reach.longest if reach else 0)
+        return logprobs, None, nullcontext
     from opsd.teacher.vllm import VLLMTeacher, read_head
 
     head_VE = read_head(t.model, dtype, config.trust_remote_code, reach)

@@ -53,9 +53,14 @@ class TeacherConfig(Settings, part="teacher"):
     max_prompt_tokens: PositiveInt = 8192
     """With context: longest prompt of the teacher, in tokens. A prompt whose context is longer is dropped and counted;
     a sample whose context would be is not shown."""
-    kind: Literal["local", "vllm"] = "local"
+    kind: Literal["local", "vllm", "logprobs"] = "local"
     """local: in these processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both give hidden states, and the
-    loss the exact divergence over the whole vocabulary."""
+    loss the exact divergence over the whole vocabulary. logprobs: any server that answers /v1/completions with
+    prompt_logprobs (vLLM's), of whose model only the tokenizer is needed here: the likeliest tokens, and one
+    bucket for all others."""
+    top_logprobs: PositiveInt = 20
+    """logprobs: likeliest tokens asked for at each place; the sampled one comes besides. At most what the server allows
+    (vLLM: --max-logprobs)."""
     shard: bool = False
     """local: spread its weights over the processes (ZeRO-3), where one GPU cannot hold it; needs engine.kind
     deepspeed."""
@@ -64,13 +69,13 @@ class TeacherConfig(Settings, part="teacher"):
     cache: Literal["device", "host"] = "device"
     """Where its hidden states wait for the student's turn; host memory is pinned beside a GPU."""
     urls: tuple[str, ...] = ("http://127.0.0.1:8000",)
-    """vllm: one or more replicas; of several teachers NAME=URL."""
+    """vllm, logprobs: one or more replicas; of several teachers NAME=URL."""
     api_key_env: str | None = None
-    """vllm: the environment variable that holds the servers' key; the key itself is never written anywhere."""
+    """vllm, logprobs: the environment variable that holds the servers' key; the key is never written anywhere."""
     timeout_s: PositiveFloat = 300.0
-    """vllm: seconds that a request may take."""
+    """vllm, logprobs: seconds that a request may take."""
     retries: NonNegativeInt = 3
-    """vllm: further tries of a request that failed, each on the next replica, before the run stops."""
+    """vllm, logprobs: further tries of a request that failed, each on the next replica, before the run stops."""
 
     @property
     def is_student(self) -> bool:
@@ -92,7 +97,7 @@ class TeacherConfig(Settings, part="teacher"):
                 f"--teacher.weights {self.weights}: this teacher lies in the student, sharded as it is; leave out "
                 "--teacher.kind, --teacher.shard and --teacher.offload"
             )
-        if self.kind == "vllm" and not self.urls:
+        if self.kind != "local" and not self.urls:
             raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
         if any(sign in url for url in self.urls for sign in "@?#"):
             raise UserError(
@@ -167,9 +172,12 @@ class SelectConfig(Settings, part="select"):
 class LossConfig(Settings, part="loss"):
     """The divergence between student and teacher, per kept token."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd", "eopd", "forward_then_reverse"] = "reverse_kl"
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "eopd", "forward_then_reverse", "sampled_token"] = (
+        "reverse_kl"
+    )
     """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta. eopd: reverse_kl, and
-    forward_kl too where the teacher is unsure. forward_then_reverse: forward_kl for warmup_steps, then reverse_kl."""
+    forward_kl too where the teacher is unsure. forward_then_reverse: forward_kl for warmup_steps, then reverse_kl.
+    sampled_token: a policy gradient by the log-ratio at the sampled token, whose mean is that of reverse_kl."""
     entropy_threshold: NonNegativeFloat = 0.8
     """eopd: nats of the teacher's entropy above which forward_kl joins; 0.8 is the paper's (arXiv 2603.07079)."""
     warmup_steps: NonNegativeInt = 0
@@ -423,7 +431,7 @@ class TrainConfig(PromptSettings, StepSettings):
     def teacher_of(self, name: str) -> TeacherConfig:
         """What holds for the teacher of that name."""
         urls = self.teacher.urls
-        if self.teachers and self.teacher.kind == "vllm":
+        if self.teachers and self.teacher.kind != "local":
             urls = tuple(url.removeprefix(f"{name}=") for url in urls if url.startswith(f"{name}="))
         return dataclasses.replace(self.teacher, model=self.teacher_paths()[name], urls=urls)
 
@@ -440,9 +448,18 @@ class TrainConfig(PromptSettings, StepSettings):
             )
         if self.teachers and self.teacher.context is not None:
             raise UserError("--teacher.context goes with one teacher; give --teacher in place of --teachers")
-        if self.teachers and self.teacher.kind == "vllm":
+        if self.teachers and self.teacher.kind != "local":
             for name in self.teacher_paths():
                 self.teacher_of(name)
+
+    def _check_logprobs(self) -> None:
+        for flag, value, needed in (
+            ("loss.temperature", self.loss.temperature, 1.0),
+            ("loss.memory", self.loss.memory, "fused"),
+            ("telemetry.top_tokens", self.telemetry.top_tokens, 0),
+        ):
+            if value != needed:
+                raise UserError(f"--{flag} {value}: --teacher.kind logprobs knows too little; give {needed}")
 
     def check(self) -> None:
         """Parts against each other; each has checked itself."""
@@ -450,7 +467,7 @@ class TrainConfig(PromptSettings, StepSettings):
         self._check_teachers()
         if self.optim.warmup_steps > self.steps:
             raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
-        sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
+        sharded, served = self.engine.kind == "deepspeed", self.teacher.kind != "local"
         if self.teacher.shard and (served or not sharded):
             raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
         told = self.eval.suite and self.eval.teacher and not self.teacher.is_student
@@ -458,6 +475,14 @@ class TrainConfig(PromptSettings, StepSettings):
             raise UserError(
                 "a teacher that is served or sharded gives no answers of its own, several give none together: give "
                 "--eval.teacher False"
+            )
+        if self.teacher.kind == "logprobs":
+            self._check_logprobs()
+        r, loss = self.rollout, self.loss
+        if loss.divergence == "sampled_token" and (r.temperature, r.top_p, r.top_k) != (loss.temperature, 1.0, 0):
+            raise UserError(
+                "--loss.divergence sampled_token wants samples of what is trained: give --rollout.temperature "
+                f"{loss.temperature:g} (--loss.temperature), --rollout.top_p 1 and --rollout.top_k 0"
             )
         wait_s = self.rollout.timeout_s
         if self.rollout.engine == "vllm_process" and sharded and wait_s >= self.engine.wait_s:

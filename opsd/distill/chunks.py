@@ -184,10 +184,17 @@ class Workspace:
 
     @classmethod
     def allocate(
-        cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True, copies: bool = False
+        cls,
+        rows: int,
+        vocab_size: int,
+        like: Tensor,
+        wide: torch.dtype,
+        teacher: bool = True,
+        copies: bool = False,
+        kernels: bool = True,
     ) -> Workspace:
-        """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
-        kernels = has_row_kernels(like, wide)
+        """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty. kernels: if it may."""
+        kernels = kernels and has_row_kernels(like, wide)
         scratch = 0 if kernels else SCRATCH_BUFFERS + (2 if copies else 0)
         # Whole rows for each thread, and as many for one as for another.
         threads = 1 if like.is_cuda else torch.get_num_threads()

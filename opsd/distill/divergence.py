@@ -17,7 +17,8 @@ from torch import Tensor
 
 from opsd.utils.errors import UserError
 
-Divergence = Literal["reverse_kl", "forward_kl", "jsd", "eopd"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "eopd", "sampled_token"]
+SAMPLED: Divergence = "sampled_token"
 SCRATCH_BUFFERS = 2
 
 
@@ -133,6 +134,25 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Ten
 }
 
 
+def sampled_token_(
+    student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, token_ids_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a = log p_y − log q_y at the sampled token y, with the gradient a·(1_y − p) of a policy gradient.
+
+    In the form of tinker-cookbook, slime and prime-rl: −ratio·A with advantage A = −a, held fixed, and ratio = p_y over
+    what it was when y was sampled. A step here makes one update from its own samples, so the ratio is 1 and its
+    gradient that of log p_y. The mean over y drawn from p is the reverse KL's, of the value and of the gradient, since
+    E[1_y − p] = 0; a single draw is off by as much as a varies over the vocabulary. The value may be negative.
+    """
+    centre_(student_BV), centre_(teacher_BV)
+    place_B1 = token_ids_B[:, None]
+    apart_B = (student_BV.gather(1, place_B1) - teacher_BV.gather(1, place_B1)).squeeze(1)
+    student_B, teacher_B = exp_(student_BV, student_BV), exp_(teacher_BV, teacher_BV)
+    a_B = apart_B - (student_B / teacher_B).log_()
+    student_BV.mul_(-a_B[:, None]).scatter_add_(1, place_B1, (a_B * student_B)[:, None])
+    return a_B, student_B
+
+
 def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, parameter: float) -> Tensor:
     """The same divergence in nats [B], written as its definition and differentiated by autograd."""
     if divergence == "eopd":
@@ -151,8 +171,8 @@ def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, parame
 
 def check_divergence(divergence: str, beta: float, temperature: float) -> None:
     """Raises UserError for an unknown divergence, a β outside (0, 1) under jsd, or a temperature not above 0."""
-    if divergence not in GRADIENTS:
-        raise UserError(f"unknown divergence {divergence!r}: give one of {', '.join(GRADIENTS)}")
+    if divergence not in (*GRADIENTS, SAMPLED):
+        raise UserError(f"unknown divergence {divergence!r}: give one of {', '.join(GRADIENTS)}, {SAMPLED}")
     if divergence == "jsd" and not 0.0 < beta < 1.0:
         raise UserError(f"beta {beta} for jsd: give a share in (0, 1); its ends are reverse_kl and forward_kl")
     if not 0.0 < temperature < float("inf"):

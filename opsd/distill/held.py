@@ -38,11 +38,11 @@ def hold_logits(inputs: Inputs, spec: LossSpec, teacher: bool) -> HeldLogits | N
     if not rows or not may_hold(spec.chunk_tokens, rows, inputs.vocab_size, like, inputs.wide):
         return None
     try:
-        work = Workspace.allocate(rows, inputs.vocab_size, like, inputs.wide, teacher, copies=True)
+        work = Workspace.allocate(rows, inputs.vocab_size, like, inputs.wide, teacher, True, spec.has_kernels)
         with torch.autocast(like.device.type, enabled=False):
             inputs.student_head().project_(like, work.student_CV)
             if teacher:
-                inputs.teacher_head().project_(inputs.teacher_NE, work.teacher_CV)
+                inputs.teacher_head().project_(inputs.teacher_NE, work.teacher_CV, work.student_CV)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
-from opsd.distill.divergence import check_divergence
+from opsd.distill.divergence import SAMPLED, check_divergence
 from opsd.distill.matmul import Head, product_dtype
+from opsd.distill.top_log_probs import TopLogProbs
 from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
@@ -36,7 +37,14 @@ class LossSpec:
         """What the divergence reads beside the logits: jsd's β, eopd's τ."""
         return self.entropy_threshold if self.divergence == "eopd" else self.beta
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton's kernels know this divergence; else torch's operations take its rows on CUDA too."""
+        return self.divergence != SAMPLED
+
     def __post_init__(self) -> None:
+        if self.divergence == SAMPLED and self.memory != "fused":
+            raise UserError(f"memory {self.memory!r} with {SAMPLED}: give fused")
         check_divergence(self.divergence, self.beta, self.temperature)
         if self.memory not in MEMORIES:
             raise UserError(f"memory {self.memory!r}: give fused or whole")
@@ -46,7 +54,8 @@ class LossSpec:
 class Inputs:
     """Both models' final hidden states and heads, checked, and the vocabulary they share.
 
-    student_ND, teacher_NE: hidden states. student_head_VD, teacher_head_VE: projections in full height.
+    student_ND, teacher_NE: hidden states. student_head_VD, teacher_head_VE: projections in full height. Without a
+    teacher's head its "states" are some log-probabilities (`top_log_probs.packed`).
     vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
     wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
     to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
@@ -55,7 +64,7 @@ class Inputs:
     student_ND: Tensor
     student_head_VD: Tensor
     teacher_NE: Tensor
-    teacher_head_VE: Tensor
+    teacher_head_VE: Tensor | None
     vocab_size: int
     student_type: torch.dtype
     teacher_type: torch.dtype
@@ -72,8 +81,10 @@ class Inputs:
         """The student's projection, cut to the shared vocabulary, outside autograd."""
         return Head(self.student_head_VD.detach()[: self.vocab_size], self.student_type, self.wide)
 
-    def teacher_head(self) -> Head:
+    def teacher_head(self) -> Head | TopLogProbs:
         """The teacher's projection, cut to the shared vocabulary, outside autograd."""
+        if self.teacher_head_VE is None:
+            return TopLogProbs(self.vocab_size)
         return Head(self.teacher_head_VE.detach()[: self.vocab_size], self.teacher_type, self.wide)
 
 
@@ -81,7 +92,7 @@ def check_inputs(
     student_ND: Tensor,
     student_head_VD: Tensor,
     teacher_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head_VE: Tensor | None,
     *,
     vocab_size: int | None = None,
     rollout_N: Tensor | None = None,
@@ -93,6 +104,8 @@ def check_inputs(
         ("student", student_ND, student_head_VD),
         ("teacher", teacher_NE, teacher_head_VE),
     ):
+        if head is None:
+            continue
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise UserError(
                 f"{name} hidden states {tuple(hidden.shape)} and head {tuple(head.shape)} do not fit: "
@@ -103,11 +116,11 @@ def check_inputs(
             f"{student_ND.shape[0]} student tokens but {teacher_NE.shape[0]} teacher tokens: "
             "give both models' hidden states at the same positions"
         )
-    shared = min(student_head_VD.shape[0], teacher_head_VE.shape[0])
+    shared = min(head.shape[0] for head in (student_head_VD, teacher_head_VE) if head is not None)
     if vocab_size is not None and not 1 <= vocab_size <= shared:
         raise UserError(f"vocab_size {vocab_size} but the smaller head has {shared} rows: give 1 to {shared}")
     student_type = product_dtype(student_ND, student_head_VD)
-    teacher_type = product_dtype(teacher_NE, teacher_head_VE)
+    teacher_type = torch.float32 if teacher_head_VE is None else product_dtype(teacher_NE, teacher_head_VE)
     wide = torch.float32
     if torch.float64 in (student_type, teacher_type):
         student_type = teacher_type = wide = torch.float64

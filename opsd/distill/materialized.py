@@ -16,6 +16,7 @@ from opsd.distill.chunks import chunk_rows, row_width
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.fused import Trained
 from opsd.distill.inputs import Inputs
+from opsd.distill.matmul import Head
 
 
 def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
@@ -44,6 +45,7 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
 def _project(inputs: Inputs, hidden_KD: Tensor, teacher: bool) -> Tensor:
     """All rows' logits [K, W] over the shared vocabulary, in the wide type; rows may be wider than that."""
     head = inputs.teacher_head() if teacher else inputs.student_head()
+    assert isinstance(head, Head), "whole logits are formed from hidden states alone"
     width = row_width(hidden_KD.device.type, inputs.vocab_size)
     out_KW = torch.empty(hidden_KD.shape[0], width, dtype=inputs.wide, device=hidden_KD.device)
     with torch.autocast(hidden_KD.device.type, enabled=False):

@@ -90,8 +90,11 @@ class Head:
             if span.stop > span.start:
                 yield span
 
-    def project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
-        """out = hidden · headᵀ, in the wide type; `BEYOND` in what out has beyond the head's rows."""
+    def project_(self, hidden_CD: Tensor, out_CW: Tensor, student_CW: Tensor | None = None) -> Tensor:
+        """out = hidden · headᵀ, in the wide type; `BEYOND` in what out has beyond the head's rows.
+
+        student_CW: for a teacher of few log-probabilities alone, which stands in a head's place.
+        """
         hidden_CD = hidden_CD.to(self.product)
         height = self.weight_VD.shape[0]
         if out_CW.shape[1] > height:

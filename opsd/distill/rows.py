@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import Workspace
-from opsd.distill.divergence import GRADIENTS, temper_, token_fields_
+from opsd.distill.divergence import GRADIENTS, SAMPLED, sampled_token_, temper_, token_fields_
 from opsd.distill.inputs import LossSpec
 
 
@@ -70,8 +70,10 @@ def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bo
     return torch.empty_like(logits_CW, dtype=product)
 
 
-def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> Differentiated:
-    """Loss and gradient of the rows that are meant.
+def differentiate_(
+    logits: Logits, spec: LossSpec, weight_C: Tensor | None, token_ids_C: Tensor | None = None
+) -> Differentiated:
+    """Loss and gradient of the rows that are meant. token_ids_C: for the sampled-token objective.
 
     With torch's operations held gradients are gathered at the head of the student's buffer: the k-th kept row never
     stands before the k-th place, so a block overwrites nothing that a later one reads.
@@ -83,7 +85,11 @@ def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> D
     for block, scratch_SBW in work.blocks(out_CW.shape[0]):
         student_BW, teacher_BW = logits.block(block)
         temper_(spec.temperature, student_BW, teacher_BW)
-        loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.parameter)
+        if spec.divergence == SAMPLED:
+            assert token_ids_C is not None
+            loss_B, mass_B = sampled_token_(student_BW, teacher_BW, scratch_SBW, token_ids_C[block])
+        else:
+            loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.parameter)
         losses.append(loss_B)
         masses.append(mass_B)
         if logits.held:

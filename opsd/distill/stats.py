@@ -103,7 +103,7 @@ def _scored_chunks(
             student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
             teacher_CV = None
             if teacher_head is not None:
-                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CV)
             ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
             yield where, score_(needs, work, student_CV, teacher_CV, temperature, ids_C)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from opsd.distill.chunks import ChunkTokens, attempts, row_width, slices
 from opsd.distill.divergence import log_softmax_
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
+from opsd.distill.matmul import Head
 from opsd.utils.errors import UserError
 
 
@@ -73,7 +74,9 @@ def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, c
     """`chunk` rows at a time; one buffer serves both models in turn."""
     device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
     buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
-    models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
+    heads = inputs.student_head(), inputs.teacher_head()
+    assert all(isinstance(head, Head) for head in heads), "the likeliest tokens are taken from hidden states alone"
+    models = zip((inputs.student_ND, inputs.teacher_NE), heads, strict=True)
     with torch.autocast(device.type, enabled=False):
         for part in slices(inputs.rows, chunk):
             for (hidden, head), top in zip(models, tops, strict=True):

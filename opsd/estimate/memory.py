@@ -15,7 +15,7 @@ GIB = 2**30
 WIDE = 4  # bytes of a logit, a master weight and a moment: all fp32
 # Whole [K, V] fp32 buffers alive at the worst moment of --loss.memory whole: both models' logits, and what autograd
 # keeps for backward.
-WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8, "eopd": 8, "forward_then_reverse": 5}
+WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8, "eopd": 8, "forward_then_reverse": 5, "sampled_token": 5}
 # DeepSpeed's defaults, in numbers: gradients on their way, and weights gathered at once under ZeRO-3.
 REDUCE_BUCKET, LIVE_WEIGHTS = 500_000_000, 1_000_000_000
 # Assumed, not measured: CUDA's context, NCCL and the allocator's holes. On a CPU: Python with torch and transformers.
@@ -197,7 +197,7 @@ class MemoryEstimate:
         head = t.head_parameters * i
         if self.in_student:
             return self.trained * WIDE / self.share(1) if c.weights == "ema" or c.every > 1 else 0.0
-        if c.kind == "vllm":
+        if c.kind != "local":
             return head
         if c.shard:
             spread = 0 if c.offload else t.parameters * i / self.hardware.gpus
@@ -207,7 +207,7 @@ class MemoryEstimate:
     def teacher_layer(self) -> float:
         """Bytes of one of its layers at work, where it works here."""
         t, c, tokens = self.teacher, self.config.teacher, self.micro_tokens
-        if c.kind == "vllm":
+        if c.kind != "local":
             return 0.0
         mask = tokens if c.shard and not self.hardware.flash else 0
         return tokens * self.itemsize * (t.query_width * 2 + 3 * t.ffn + 4 * t.hidden + mask)
@@ -321,5 +321,5 @@ class MemoryEstimate:
         read = batches * r.max_new_tokens * (s.parameters * self.itemsize + cache)
         student = forward(s, self.masked) * (4 if self.config.engine.gradient_checkpointing else 3)
         sharded = self.config.teacher.shard and not h.flash
-        teacher = 0.0 if self.config.teacher.kind == "vllm" else forward(t, sharded)
+        teacher = 0.0 if self.config.teacher.kind != "local" else forward(t, sharded)
         return {"rollout": read / (h.bandwidth_gbs * 1e9), "teacher": teacher, "student": student}

@@ -23,8 +23,8 @@ class Teacher(Protocol):
         """The teacher's vocabulary projection [V, E]."""
         ...
 
-    def head_for(self, micro: MicroBatch) -> torch.Tensor:
-        """The projection of the one that scores this micro-batch."""
+    def head_for(self, micro: MicroBatch) -> torch.Tensor | None:
+        """The projection of the one that scores this micro-batch; None where it gives no states (`LogprobsTeacher`)."""
         return self.head()
 
     def end_step(self, step: int) -> None:

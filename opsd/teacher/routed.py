@@ -29,6 +29,6 @@ class RoutedTeacher(Teacher):
         """There is none for all: see head_for."""
         raise TypeError("several teachers have several heads")
 
-    def head_for(self, micro: MicroBatch) -> Tensor:
+    def head_for(self, micro: MicroBatch) -> Tensor | None:
         """See Teacher.head_for."""
-        return self._teachers[micro.teacher].head()
+        return self._teachers[micro.teacher].head_for(micro)

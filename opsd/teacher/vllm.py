@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,14 +33,20 @@ BACKOFF_S = 0.5
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 
 
-class VLLMTeacher(Teacher):
-    """Teacher on one or more replicas of a vLLM pooling server. head_VE: its projection, read from the model folder.
+class ServedTeacher(Teacher):
+    """Teacher on one or more replicas of a server: what asks, tries again and puts answers in their places.
 
-    Requests go round the replicas; one that fails is tried again on the next, config.retries times, then the run stops.
+    width, dtype: of what it gives per token. Requests go round the replicas; one that fails is tried again on the next,
+    config.retries times, then the run stops.
     """
 
-    def __init__(self, config: TeacherConfig, head_VE: Tensor, device: torch.device, rank: int = 0) -> None:
-        self._config, self._head_VE, self._rank = config, head_VE.to(device), rank
+    # What must answer, and how to start one.
+    wanted: ClassVar[tuple[str, str]]
+
+    def __init__(
+        self, config: TeacherConfig, width: int, dtype: torch.dtype, device: torch.device, rank: int = 0
+    ) -> None:
+        self._config, self._width, self._dtype, self._rank = config, width, dtype, rank
         # Where the states wait for the student's turn.
         self._waits = device if config.cache == "device" else torch.device("cpu")
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
@@ -61,37 +67,43 @@ class VLLMTeacher(Teacher):
                 (states,) = self._states(url, [[0]])
             except _NO_ANSWER as error:
                 raise UserError(
-                    f"--teacher.urls {url}: no pooling server answers there ({self._reason(error)}); start one with "
-                    "scripts/serve_teacher.sh"
+                    f"--teacher.urls {url}: no {self.wanted[0]} answers there ({self._reason(error)}); {self.wanted[1]}"
                 ) from error
-            # The last token is never read.
-            if isinstance(most, int) and longest - 1 > most:
+            if isinstance(most, int) and self._asked(longest) > most:
                 raise UserError(
                     f"--teacher.urls {url}: it takes {most} tokens, the run's longest sequence may have {longest}; "
                     "start it with a larger --max-model-len"
                 )
-            if states.shape[1] != self._head_VE.shape[1]:
+            if states.shape[1] != self._width:
                 raise UserError(
                     f"--teacher.urls {url}: it gives {states.shape[1]} numbers per token, the head of --teacher "
-                    f"{self._config.model} takes {self._head_VE.shape[1]}; serve that model"
+                    f"{self._config.model} takes {self._width}; serve that model"
                 )
 
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
         """See Teacher.hidden. Raises RunStopped where no replica answers."""
         return list(self._pool.map(self._of_batch, range(len(batches)), batches))
 
-    def head(self) -> Tensor:
-        """See Teacher.head."""
-        return self._head_VE
+    def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
+        """[L, width] of each sequence of L tokens, on the CPU."""
+        raise NotImplementedError
+
+    def _sequences(self, micro: MicroBatch) -> list[list[int]]:
+        """What is asked about a micro-batch; the states of its L tokens come back."""
+        return split(micro)
+
+    def _asked(self, longest: int) -> int:
+        """Tokens that a server must take for a sequence of so many: its last token is never read."""
+        return longest - 1
 
     def _of_batch(self, place: int, micro: MicroBatch) -> Tensor:
         if not micro.student_tokens():
-            return self._head_VE.new_zeros(0, self._head_VE.shape[1])
-        sequences = split(micro)
+            return torch.zeros(0, self._width, dtype=self._dtype, device=self._waits)
+        sequences = self._sequences(micro)
         rows = []
         for first in range(0, len(sequences), SEQUENCES_PER_REQUEST):
             rows += self._with_retries(place, sequences[first : first + SEQUENCES_PER_REQUEST])
-        return torch.cat(rows).index_select(0, micro.rows_N).to(self._waits, self._head_VE.dtype)
+        return torch.cat(rows).index_select(0, micro.rows_N).to(self._waits, self._dtype)
 
     def _with_retries(self, place: int, sequences: list[list[int]]) -> list[Tensor]:
         urls = self._config.urls
@@ -99,9 +111,9 @@ class VLLMTeacher(Teacher):
         for attempt in range(self._config.retries + 1):
             url = urls[(self._rank + place + attempt) % len(urls)]
             try:
-                states, width = self._states(url, sequences), self._head_VE.shape[1]
-                if any(state.shape[1] != width for state in states):
-                    raise ValueError(f"an answer of another width than {width}")
+                states = self._states(url, sequences)
+                if any(state.shape[1] != self._width for state in states):
+                    raise ValueError(f"an answer of another width than {self._width}")
                 return states
             except urllib.error.HTTPError as error:
                 if error.code < 500:
@@ -118,26 +130,6 @@ class VLLMTeacher(Teacher):
             f"with {self._reason(last)}; restart it, then {advice()}"
         ) from last
 
-    def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
-        """Final hidden states [L, E] of each sequence, on the CPU."""
-        kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._head_VE.dtype]
-        request = {
-            "model": self._names[url],
-            "input": sequences,
-            "task": "token_embed",
-            "encoding_format": "bytes",
-            "embed_dtype": kind,
-        }
-        header, body = self._call(url, "/pooling", json.dumps(request).encode())
-        whole = bytearray(body)
-        found = []
-        for part, sequence in zip(json.loads(header["metadata"])["data"], sequences, strict=True):
-            flat = torch.frombuffer(whole, dtype=self._head_VE.dtype, offset=part["start"], count=_count(part))
-            if part["shape"][0] != len(sequence):
-                raise ValueError(f"{part['shape'][0]} states for {len(sequence)} tokens")
-            found.append(flat.view(part["shape"]))
-        return found
-
     def _call(self, url: str, path: str, body: bytes | None) -> tuple[Any, bytes]:
         request = urllib.request.Request(url.rstrip("/") + path, body, {"Content-Type": "application/json"})
         if self._key:
@@ -153,6 +145,40 @@ class VLLMTeacher(Teacher):
                 said = said.replace(self._key, "(the key)")
             return " ".join(["status", str(error.code), *said[:300].split()])
         return first_line(error)
+
+
+class VLLMTeacher(ServedTeacher):
+    """A vLLM pooling server. head_VE: its projection, read from the model folder."""
+
+    wanted = ("pooling server", "start one with scripts/serve_teacher.sh")
+
+    def __init__(self, config: TeacherConfig, head_VE: Tensor, device: torch.device, rank: int = 0) -> None:
+        super().__init__(config, head_VE.shape[1], head_VE.dtype, device, rank)
+        self._head_VE = head_VE.to(device)
+
+    def head(self) -> Tensor:
+        """See Teacher.head."""
+        return self._head_VE
+
+    def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
+        """Final hidden states [L, E] of each sequence, on the CPU."""
+        kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._dtype]
+        request = {
+            "model": self._names[url],
+            "input": sequences,
+            "task": "token_embed",
+            "encoding_format": "bytes",
+            "embed_dtype": kind,
+        }
+        header, body = self._call(url, "/pooling", json.dumps(request).encode())
+        whole = bytearray(body)
+        found = []
+        for part, sequence in zip(json.loads(header["metadata"])["data"], sequences, strict=True):
+            flat = torch.frombuffer(whole, dtype=self._dtype, offset=part["start"], count=_count(part))
+            if part["shape"][0] != len(sequence):
+                raise ValueError(f"{part['shape'][0]} states for {len(sequence)} tokens")
+            found.append(flat.view(part["shape"]))
+        return found
 
 
 def split(micro: MicroBatch) -> list[list[int]]:
