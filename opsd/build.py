@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.context import TeacherContext, TeacherPrompts
@@ -34,7 +33,7 @@ from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
-from opsd.types import Prompt, Sampling
+from opsd.types import Head, Prompt, Sampling
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -314,10 +313,10 @@ def build_teacher(
         return logprobs, None, nullcontext
     from opsd.teacher.vllm import VLLMTeacher, read_head
 
-    head_VE = read_head(t.model, dtype, config.trust_remote_code, reach)
-    served = VLLMTeacher(t, head_VE, device, ranks.rank)
+    head = read_head(t.model, dtype, config.trust_remote_code, reach)
+    served = VLLMTeacher(t, head, device, ranks.rank)
     served.connect(reach.longest if reach else 0)
-    return served, as_model(head_VE), nullcontext
+    return served, as_model(head), nullcontext
 
 
 def lies_in_student(config: TrainConfig) -> bool:
@@ -327,9 +326,9 @@ def lies_in_student(config: TrainConfig) -> bool:
     return t.follows or (t.is_student and config.lora.rank > 0 and here)
 
 
-def as_model(head_VE: Tensor) -> Any:
+def as_model(head: Head) -> Any:
     """A head where a model's is looked for."""
-    return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
+    return SimpleNamespace(head=SimpleNamespace(weight=head.weight_VD))
 
 
 def build_rollout(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opsd.distill.divergence import logits_
 from opsd.distill.matmul import BEYOND
+from opsd.types import PLAIN, Transform
 
 # Most that the known entries may hold of a distribution: rounding must not leave less than nothing for the others.
 MOST = 1.0 - 1e-6
@@ -32,11 +34,11 @@ class TopLogProbs:
     some of its log-probabilities.
     """
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, student: Transform = PLAIN) -> None:
+        self._vocab_size, self._student = vocab_size, student
 
     def project_(self, known_C2K: Tensor, out_CW: Tensor, student_CW: Tensor) -> Tensor:
-        """The teacher's log-probabilities, `BEYOND` outside the vocabulary. student_CW: the student's logits there."""
+        """The teacher's log-probabilities, `BEYOND` outside the vocabulary. student_CW: the student's products."""
         ids_CK, log_prob_CK = known_C2K.to(out_CW.dtype).chunk(2, 1)
         # A model may have rows beyond the vocabulary, which its server names too: they belong to the others.
         empty_CK = (ids_CK < 0) | (ids_CK >= self._vocab_size)
@@ -45,7 +47,7 @@ class TopLogProbs:
         ids_CK = torch.where(empty_CK, ids_CK.gather(1, full_C1), ids_CK).to(torch.int64)
         log_prob_CK = torch.where(empty_CK, log_prob_CK.gather(1, full_C1), log_prob_CK)
         known_C1 = log_prob_CK.exp().masked_fill(empty_CK, 0.0).sum(1, keepdim=True).clamp_max(MOST)
-        out_CW.copy_(student_CW)
+        logits_(out_CW.copy_(student_CW), self._student, self._vocab_size, 1.0)
         out_CW[:, self._vocab_size :] = BEYOND
         out_CW.scatter_(1, ids_CK, BEYOND)
         out_CW.add_(torch.log1p(-known_C1) - out_CW.logsumexp(1, keepdim=True))

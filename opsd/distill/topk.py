@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens, attempts, row_width, slices
-from opsd.distill.divergence import log_softmax_
+from opsd.distill.divergence import logits_
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.matmul import Head
+from opsd.distill.matmul import Projection
+from opsd.types import Head
 from opsd.utils.errors import UserError
 
 
@@ -32,9 +33,9 @@ class ModelTop:
 @torch.no_grad()
 def top_tokens(
     student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head_VE: Tensor | Head,
     *,
     token_ids_N: Tensor,
     k: int,
@@ -74,14 +75,15 @@ def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, c
     """`chunk` rows at a time; one buffer serves both models in turn."""
     device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
     buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
-    heads = inputs.student_head(), inputs.teacher_head()
-    assert all(isinstance(head, Head) for head in heads), "the likeliest tokens are taken from hidden states alone"
-    models = zip((inputs.student_ND, inputs.teacher_NE), heads, strict=True)
+    projections = inputs.student_projection(), inputs.teacher_projection()
+    assert isinstance(projections[1], Projection), "the likeliest tokens are taken from hidden states alone"
+    models = tuple(zip((inputs.student_ND, inputs.teacher_NE), projections, inputs.transforms, strict=True))
     with torch.autocast(device.type, enabled=False):
         for part in slices(inputs.rows, chunk):
-            for (hidden, head), top in zip(models, tops, strict=True):
-                logits_CW = head.project_(hidden[part], buffer_CW[: part.stop - part.start])
-                log_p_CV = log_softmax_(logits_CW, temperature)[:, : inputs.vocab_size]
+            for (hidden, projection, transform), top in zip(models, tops, strict=True):
+                logits_CW = projection.project_(hidden[part], buffer_CW[: part.stop - part.start])
+                logits_(logits_CW, transform, inputs.vocab_size, temperature)
+                log_p_CV = torch.log_softmax(logits_CW, -1, out=logits_CW)[:, : inputs.vocab_size]
                 top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
                 top.sampled_N[part] = log_p_CV.gather(-1, ids_N1[part]).squeeze(-1)
 

@@ -29,6 +29,18 @@ _SET = re.compile(
 
 _DEGREE = re.compile(r"\s*\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})")
 _TURN = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])|\\pi(?![a-zA-Z])")
+_UNITS = (
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inche",
+    "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "oz ounce", "lb pound",
+    "ml milliliter millilitre", "l liter litre", "ms millisecond", "s sec second", "min minute", "h hr hour", "day",
+    "week", "month", "year", "cent", "dollar", "unit",
+)  # fmt: skip
+_UNIT_OF = {name: names.split()[0] for names in _UNITS for name in names.split()}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_TEXT = r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname)\s*\{[^{}]*\}"
+_UNIT = re.compile(rf"(?<=[\d.)\]}}])\s*(?:{_TEXT}|[a-zA-Z])(?:{_TEXT}|[a-zA-Z/. ]|\^\s*\{{?\s*\d\s*\}}?)*$")
+_COMMAND_AND_BRACES = r"\\[a-z]+\s*(?=\{)|[{}.]"
+_UNIT_WORD = re.compile(r"([a-z]+)((?:\s*\^?\s*\d)?)")
 _ATOM = re.compile(r"(?:\d[\d.]*|\\[a-zA-Z]+|[a-zA-Z])$")
 
 
@@ -48,6 +60,37 @@ def in_one_form(answer: str, gold: str) -> tuple[str, str]:
     if theirs is not None and _SET.match(answer.strip()):
         return answer, theirs[1]
     return answer, gold
+
+
+def units_differ(answer: str, gold: str) -> bool:
+    """Whether both end with units that are known here, and not the same ones: cm³ and cm², km and m.
+
+    Where either has none, or an unknown one, the numbers decide alone, as in math-verify, which reads no units.
+    """
+    ours, theirs = _units(answer), _units(gold)
+    return bool(ours and theirs) and ours != theirs
+
+
+def _units(text: str) -> list[tuple[str, int]]:
+    """The name and the power of each unit behind a number, "m/s" as two; [] where there is none or one is unknown."""
+    found = _UNIT.search(_LAYOUT.sub(" ", text).strip())
+    if found is None:
+        return []
+    words = re.sub(_COMMAND_AND_BRACES, " ", found[0]).lower()
+    units = [_unit(part) for part in re.split(r"/|(?<![a-z])per(?![a-z])", words)]
+    return [unit for unit in units if unit is not None] if None not in units else []
+
+
+def _unit(words: str) -> tuple[str, int] | None:
+    """ "square inches" or "in 2" as ("in", 2); None for anything else."""
+    power, names = 1, []
+    for word, raised in _UNIT_WORD.findall(words):
+        if word in _POWERS:
+            power = _POWERS[word]
+        else:
+            names.append(_UNIT_OF.get(word) or _UNIT_OF.get(word.removesuffix("s")))
+            power = int(raised.strip(" ^")) if raised else power
+    return (names[0], power) if len(names) == 1 and names[0] is not None else None
 
 
 def _solutions(text: str) -> tuple[str, str] | None:

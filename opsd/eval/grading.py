@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import inspect
-import json
-import os
 import re
-import selectors
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
-from opsd.eval.answer_forms import in_one_form
+from opsd.eval.answer_forms import in_one_form, units_differ
 from opsd.eval.answer_text import signs_to_latex, to_latex
+from opsd.eval.math_verify_process import MAX_ANSWER_CHARACTERS, MAX_GOLD_CHARACTERS, WORKER
 from opsd.utils.errors import UserError
 from opsd.utils.plugins import load_path
 
-TIMEOUT_SECONDS = 10.0
-_START_SECONDS = 60.0
-_MAX_ANSWER_CHARACTERS = 2000
 _TAIL_CHARACTERS = 2000
-# Each question then fits into the pipe, even where every character is escaped by six: writing never waits.
-_MAX_GOLD_CHARACTERS = 8000
 _MAX_BOXES = 50
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # Between boxes that are one answer together: "\boxed{1} \quad\text{and}\quad y = \boxed{2}".
@@ -137,7 +124,7 @@ def grade(response: str, gold: str) -> bool:
     The answer is the last balanced \\boxed{…} behind any </think> (or several, where they are joined by commas or
     "and"), else the last "Answer: …" line, else what math-verify finds in the last _TAIL_CHARACTERS. Integers compare
     as integers ("025" is 25). Never raises, whatever it is given (a RuntimeError says that math-verify itself cannot
-    be started); what takes math-verify more than TIMEOUT_SECONDS counts as wrong. Works in any thread or process:
+    be started); what takes math-verify more than its time limit counts as wrong. Works in any thread or process:
     symbolic work runs in a process of its own, which is restarted when it hangs or dies.
     """
     if not isinstance(response, str) or not isinstance(gold, str):
@@ -157,16 +144,18 @@ def grade(response: str, gold: str) -> bool:
 
 def _equal(answer: str, gold: str) -> bool:
     """Whether a bare answer equals the gold answer."""
-    if len(answer) > _MAX_ANSWER_CHARACTERS or len(gold) > _MAX_GOLD_CHARACTERS:
+    if len(answer) > MAX_ANSWER_CHARACTERS or len(gold) > MAX_GOLD_CHARACTERS:
         return False
     ours, theirs = to_latex(_unwrapped(answer)), _gold_latex(gold)
     if not _HOLDS_MATH.search(theirs):
+        if units_differ(ours, theirs):
+            return False
         ours, theirs = in_one_form(ours, theirs)
     # math-verify leaves bases out: 23_5 would be 23_7.
     bases = [base[1] for text in (ours, theirs) if (base := _BASE.fullmatch(text.strip()))]
     if len(set(bases)) > 1:
         return False
-    return _WORKER.equal(ours, theirs)
+    return WORKER.equal(ours, theirs)
 
 
 def _line_equal(line: str, gold: str) -> bool:
@@ -182,13 +171,13 @@ def _line_equal(line: str, gold: str) -> bool:
 
 def _in_text(text: str, gold: str) -> bool:
     """Whether the answer that math-verify finds in a text equals the gold answer."""
-    if len(gold) > _MAX_GOLD_CHARACTERS:
+    if len(gold) > MAX_GOLD_CHARACTERS:
         return False
     text = _MATH.sub(lambda part: to_latex(part[0]), signs_to_latex(text))
     if not re.search(r"\$|\\[(\[]", text):
         # A number in brackets is not the answer, the brackets are.
         text = _GROUP.sub(r"$\g<0>$", text)
-    return _WORKER.equal(text[-_MAX_ANSWER_CHARACTERS:], _gold_latex(gold), boxed=False)
+    return WORKER.equal(text[-MAX_ANSWER_CHARACTERS:], _gold_latex(gold), boxed=False)
 
 
 def _gold_latex(gold: str) -> str:
@@ -212,84 +201,6 @@ def extract_answer(response: str) -> str | None:
     text = _behind_thoughts(response)
     boxed = _boxed_answer(text)
     return boxed if boxed is not None else _answer_line(text)
-
-
-class _MathVerifyProcess:
-    """math-verify behind a pipe: JSON lines in and out, one question at a time, a time limit on each."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-
-    def equal(self, answer: str, gold: str, boxed: bool = True) -> bool:
-        """Whether both parse to equal values; False on a time-out or where the process dies.
-
-        boxed: `answer` is a bare answer; otherwise it is text to find one in. Both in LaTeX (see answer_text).
-        """
-        if len(answer) > _MAX_ANSWER_CHARACTERS or len(gold) > _MAX_GOLD_CHARACTERS:
-            return False
-        question = json.dumps({"answer": answer, "gold": gold, "boxed": boxed})
-        with self._lock:
-            # A process that has died since the last question is not a verdict on this one; one that dies twice is.
-            verdict = self._ask(question)
-            return bool(self._ask(question) if verdict is None else verdict)
-
-    def _ask(self, question: str) -> bool | None:
-        """The process's verdict, False after TIMEOUT_SECONDS; None where it died."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        process = self._process
-        assert process is not None and process.stdin is not None
-        try:
-            process.stdin.write(question + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            self.stop()
-            return None
-        reply = self._read_line(TIMEOUT_SECONDS)
-        if not reply:
-            self.stop()
-            return False if reply is None else None
-        return json.loads(reply)["equal"]
-
-    def _start(self) -> None:
-        # By its path, and without that path on the module search path: it starts from any working directory.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("grading_worker.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        if not self._read_line(_START_SECONDS):
-            self.stop()
-            raise RuntimeError("the grading process did not start; is math-verify installed?")
-
-    def stop(self) -> None:
-        """End the process, if there is one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
-            self._process = None
-
-    def _read_line(self, seconds: float) -> str | None:
-        """The next line; empty when the process has ended, None when time is up."""
-        assert self._process is not None and self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                return None
-        return self._process.stdout.readline()
-
-
-_WORKER = _MathVerifyProcess()
-atexit.register(_WORKER.stop)
-# A fork's child must not talk into its parent's pipes.
-os.register_at_fork(after_in_child=_WORKER.__init__)
 
 
 def _behind_thoughts(response: str) -> str:
@@ -321,12 +232,12 @@ def _answer_line(text: str) -> str | None:
     """What stands behind the last "Answer:" that begins a line."""
     lines = _ANSWER_LINE.findall(text)
     answer = lines[-1].strip().rstrip("*").rstrip() if lines else ""
-    return answer if 0 < len(answer) <= _MAX_ANSWER_CHARACTERS else None
+    return answer if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
 
 
 def _closing_brace(text: str, start: int) -> int | None:
     """The place of the brace that closes the one before `start`; \\{ and \\} are signs, not braces."""
-    depth, place, stop = 1, start, min(len(text), start + _MAX_ANSWER_CHARACTERS)
+    depth, place, stop = 1, start, min(len(text), start + MAX_ANSWER_CHARACTERS)
     while place < stop:
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:

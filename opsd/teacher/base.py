@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 
 Cache = Literal["device", "host"]
 
@@ -19,12 +19,12 @@ class Teacher(Protocol):
         """
         ...
 
-    def head(self) -> torch.Tensor:
-        """The teacher's vocabulary projection [V, E]."""
+    def head(self) -> Head:
+        """What makes logits of them: the teacher's vocabulary projection [V, E]."""
         ...
 
-    def head_for(self, micro: MicroBatch) -> torch.Tensor | None:
-        """The projection of the one that scores this micro-batch; None where it gives no states (`LogprobsTeacher`)."""
+    def head_for(self, micro: MicroBatch) -> Head | None:
+        """The head of the one that scores this micro-batch; None where it gives no states (`LogprobsTeacher`)."""
         return self.head()
 
     def end_step(self, step: int) -> None:

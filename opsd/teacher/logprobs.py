@@ -14,7 +14,7 @@ from torch import Tensor
 from opsd.config import TeacherConfig
 from opsd.distill.top_log_probs import packed
 from opsd.teacher.vllm import ServedTeacher, split
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 
 # Below it a probability is nothing in fp32; a server may say -inf, which no sum survives.
 LEAST = -1e4
@@ -31,7 +31,7 @@ class LogprobsTeacher(ServedTeacher):
     def __init__(self, config: TeacherConfig, device: torch.device, rank: int = 0) -> None:
         super().__init__(config, 2 * (config.top_logprobs + 1), torch.float32, device, rank)
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """There is none: see head_for."""
         raise TypeError("a teacher of log-probabilities has no head")
 

@@ -11,7 +11,7 @@ from opsd.config import TeacherConfig
 from opsd.engine import Engine
 from opsd.model.lora import without_adapters
 from opsd.teacher.base import Teacher, cached
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 
 
 class SelfTeacher(Teacher):
@@ -25,7 +25,7 @@ class SelfTeacher(Teacher):
 
     def __init__(self, engine: Engine, config: TeacherConfig) -> None:
         self._engine, self._config = engine, config
-        self._head_VD: Tensor | None = None
+        self._head: Head | None = None
         self._decay = config.ema if config.weights == "ema" else 0.0
         # A teacher that is the student itself needs no copy of it.
         holds = config.weights == "ema" or config.every > 1
@@ -37,10 +37,10 @@ class SelfTeacher(Teacher):
         with self._weights():
             return [cached(self._engine.forward(micro, self._states), self._config.cache) for micro in batches]
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """See Teacher.head: that of the last call of `hidden`."""
-        assert self._head_VD is not None
-        return self._head_VD
+        assert self._head is not None
+        return self._head
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:
@@ -63,7 +63,7 @@ class SelfTeacher(Teacher):
             return without_adapters(self._engine.student.model)
         return self._engine.lent(self._shares) if self._shares else contextlib.nullcontext()
 
-    def _states(self, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+    def _states(self, hidden_ND: Tensor, head: Head) -> Tensor:
         # What stands in the head's place now is let go by its parameter, not overwritten; but ZeRO-3 gathers it anew.
-        self._head_VD = head_VD.detach().clone() if hasattr(head_VD, "ds_id") else head_VD.detach()
+        self._head = head.changed(lambda part: part.detach().clone() if hasattr(part, "ds_id") else part.detach())
         return hidden_ND

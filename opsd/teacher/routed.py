@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from opsd.teacher.base import Teacher
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 
 
 class RoutedTeacher(Teacher):
@@ -25,10 +25,10 @@ class RoutedTeacher(Teacher):
             found |= zip(own, teacher.hidden([batches[place] for place in own]), strict=True)
         return [found[place] for place in range(len(batches))]
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """There is none for all: see head_for."""
         raise TypeError("several teachers have several heads")
 
-    def head_for(self, micro: MicroBatch) -> Tensor | None:
+    def head_for(self, micro: MicroBatch) -> Head | None:
         """See Teacher.head_for."""
         return self._teachers[micro.teacher].head_for(micro)

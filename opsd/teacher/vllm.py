@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from opsd.config import TeacherConfig
-from opsd.model.checks import Reach, check_plain_head, check_positions, rope_switch
+from opsd.model.checks import Reach, check_positions, find_transform, rope_switch
 from opsd.model.loading import load_ends, running
+from opsd.model.scorer import DistillHead
 from opsd.teacher.base import Teacher
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.going_on import advice
 
@@ -148,17 +149,17 @@ class ServedTeacher(Teacher):
 
 
 class VLLMTeacher(ServedTeacher):
-    """A vLLM pooling server. head_VE: its projection, read from the model folder."""
+    """A vLLM pooling server. head: its projection, read from the model folder."""
 
     wanted = ("pooling server", "start one with scripts/serve_teacher.sh")
 
-    def __init__(self, config: TeacherConfig, head_VE: Tensor, device: torch.device, rank: int = 0) -> None:
-        super().__init__(config, head_VE.shape[1], head_VE.dtype, device, rank)
-        self._head_VE = head_VE.to(device)
+    def __init__(self, config: TeacherConfig, head: Head, device: torch.device, rank: int = 0) -> None:
+        super().__init__(config, head.weight_VD.shape[1], head.weight_VD.dtype, device, rank)
+        self._head = head.changed(lambda part: part.to(device))
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """See Teacher.head."""
-        return self._head_VE
+        return self._head
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [L, E] of each sequence, on the CPU."""
@@ -188,8 +189,8 @@ def split(micro: MicroBatch) -> list[list[int]]:
     return [ids[first:last] for first, last in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
-def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Tensor:
-    """The vocabulary projection [V, E] of the model that is served, read without its layers.
+def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Head:
+    """The head of the model that is served, with what becomes of its output, read without its layers.
 
     It is the one that vLLM takes of the folder, in plain numbers: where head and embeddings are tied, these. Raises
     UserError where the folder is not whole, or where its model's logits are not hidden·head.
@@ -205,9 +206,8 @@ def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach |
             "--teacher.kind local"
         )
     with running(f"--teacher {path}"):
-        check_plain_head(model, f"--teacher {path}")
-    head: Any = model.get_output_embeddings()
-    return head.weight.detach()
+        transform = find_transform(model, f"--teacher {path}")
+    return DistillHead.of(model, transform).as_head().changed(Tensor.detach)
 
 
 def _count(part: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsd.eval import grading
+from opsd.eval import math_verify_process
 from opsd.eval.answer_text import to_latex
 from opsd.eval.grading import grade
 
@@ -10,12 +10,20 @@ from opsd.eval.grading import grade
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch):
     """On a busy machine an answer that is right may come late."""
-    monkeypatch.setattr(grading, "TIMEOUT_SECONDS", 300.0)
-    monkeypatch.setattr(grading, "_START_SECONDS", 600.0)
+    monkeypatch.setattr(math_verify_process, "TIMEOUT_SECONDS", 300.0)
+    monkeypatch.setattr(math_verify_process, "_START_SECONDS", 600.0)
 
 
 # Answer | gold.
 RIGHT = r"""
+12\text{ inches} | 12\text{ in}
+12\text{ sq in} | 12\text{ in}^2
+12\text{ cm}^2 | 12\text{ square centimeters}
+12\text{ cm$^2$} | 12\text{ cm}^2
+12\text{ cm}^2 | 12
+60 \text{ miles per hour} | 60 \text{ mi/h}
+17\text{ min} | 17\text{ minutes}
+12\text{ apples} | 12\text{ fruits}
 0.00000001 | 1 \times 10^{-8}
 1/2^{98} | \frac{1}{2^{98}}
 2^{-98} | 1/2^{98}
@@ -192,6 +200,16 @@ x ∈ (−∞, 3) | (-\infty,3)
 23_5 | 23_{5}
 """
 WRONG = r"""
+12\text{ inches}^4 | 12\text{ inches}^2
+12 \text{ cm}^3 | 12 \text{ cm}^2
+12 cm³ | 12 cm^2
+12 \mathrm{cm}^{3} | 12 \mathrm{cm}^{2}
+12 cubic inches | 12 square inches
+5 \text{ km} | 5 \text{ m}
+5 km | 5\text{ mi}
+5\text{ minutes} | 5\text{ hours}
+60 \text{ m/s} | 60 \text{ km/h}
+24\text{ units} | 24\text{ square units}
 0.00000001 | 0.00000002
 1/2^{98} | 1/2^{99}
 \frac{1}{2^{98}} | \frac{1}{2^{99}}

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from opsd.eval import grading
+from opsd.eval import grading, math_verify_process
 from opsd.eval.grading import MathGrader, SuffixGrader, extract_answer, grade, load_grader
 from opsd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
-WORKER = grading._WORKER
+WORKER = math_verify_process.WORKER
 
 
 def rows(name: str) -> list[dict]:
@@ -33,15 +33,15 @@ def rows(name: str) -> list[dict]:
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch):
     """On a busy machine an answer that is right may come late; the limit itself is tried in `haste`."""
-    monkeypatch.setattr(grading, "TIMEOUT_SECONDS", 300.0)
-    monkeypatch.setattr(grading, "_START_SECONDS", 600.0)
+    monkeypatch.setattr(math_verify_process, "TIMEOUT_SECONDS", 300.0)
+    monkeypatch.setattr(math_verify_process, "_START_SECONDS", 600.0)
 
 
 @contextlib.contextmanager
 def haste():
     """A time limit that a test can wait for; not for answers that must be judged right, which may take longer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grading, "TIMEOUT_SECONDS", 1.0)
+        patch.setattr(math_verify_process, "TIMEOUT_SECONDS", 1.0)
         yield
 
 
@@ -260,7 +260,7 @@ def test_a_process_that_dies_on_a_question_makes_it_wrong_and_the_next_is_judged
     read_line = WORKER._read_line
 
     def die(seconds):
-        if seconds == grading.TIMEOUT_SECONDS:  # a question, not the start
+        if seconds == math_verify_process.TIMEOUT_SECONDS:  # a question, not the start
             deaths.append(WORKER._process.pid)
             WORKER._process.kill()
             WORKER._process.wait()
@@ -269,7 +269,7 @@ def test_a_process_that_dies_on_a_question_makes_it_wrong_and_the_next_is_judged
     with monkeypatch.context() as broken:
         broken.setattr(WORKER, "_read_line", die)
         broken.setattr(WORKER, "_process", None)  # so that no reply is under way when it dies
-        broken.setattr(grading.json, "dumps", lambda _: "not json")
+        broken.setattr(math_verify_process.json, "dumps", lambda _: "not json")
         assert grade("\\boxed{\\frac{1}{2}}", "0.5") is False
     assert len(set(deaths)) == 2  # asked twice, of two processes
     assert grade("\\boxed{\\frac{1}{2}}", "0.5")
@@ -322,7 +322,8 @@ def gone_within(seconds: float, pid: int) -> bool:
 
 
 LAST_ANSWER = (
-    "from opsd.eval import grading; assert grading.grade(r'\\boxed{1/2}', '0.5'); print(grading._WORKER._process.pid)"
+    "from opsd.eval import grading, math_verify_process as process; "
+    "assert grading.grade(r'\\boxed{1/2}', '0.5'); print(process.WORKER._process.pid)"
 )
 
 
@@ -372,9 +373,9 @@ def test_a_forks_child_has_a_process_of_its_own():
         "import os\n"
         f"{LAST_ANSWER}\n"
         "if os.fork() == 0:\n"
-        "    assert grading._WORKER._process is None\n"
+        "    assert process.WORKER._process is None\n"
         "    assert grading.grade(r'\\boxed{1/3}', r'\\frac{2}{6}')\n"
-        "    grading._WORKER.stop()\n"
+        "    process.WORKER.stop()\n"
         "    os._exit(0)\n"
         "assert os.wait()[1] == 0\n"
         "assert grading.grade(r'\\boxed{1/4}', '0.25')\n"

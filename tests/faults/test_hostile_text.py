@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 import report as report_script
 from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks
 from opsd.environments.travel.plan import parse_plan
-from opsd.eval import grading
+from opsd.eval import grading, math_verify_process
 from opsd.eval.grading import MathGrader, grade
 from opsd.rollout.tool_calls import ChatTurns, read_calls
 from opsd.utils.markdown import markdown_text
@@ -83,9 +83,11 @@ def _nothing_ran():
 @pytest.fixture
 def asked(monkeypatch):
     """The questions that the grading process got, with a limit on each that a test can wait for."""
-    questions, ask = [], grading._WORKER._ask
-    monkeypatch.setattr(grading, "TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(grading._WORKER, "_ask", lambda question: questions.append(question) or ask(question))
+    questions, ask = [], math_verify_process.WORKER._ask
+    monkeypatch.setattr(math_verify_process, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(
+        math_verify_process.WORKER, "_ask", lambda question: questions.append(question) or ask(question)
+    )
     return questions
 
 
@@ -294,7 +296,7 @@ FILLINGS = [
     "each reader takes time in proportion to the text",
 )
 def test_no_pattern_takes_the_square_of_a_text(monkeypatch, seen):
-    monkeypatch.setattr(grading._WORKER, "equal", lambda *_, **__: False)
+    monkeypatch.setattr(math_verify_process.WORKER, "equal", lambda *_, **__: False)
     slowest = 0.0
     for head, filling, tail in product(HEADS, FILLINGS, ("", "x")):
         text = head + filling * (20_000 // len(filling)) + tail
