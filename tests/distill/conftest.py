@@ -128,7 +128,7 @@ class Naive:
     """Definitions in fp64; everything of size N×V is simply there."""
 
     @staticmethod
-    def divergence(name: str, logp: Tensor, logq: Tensor, beta: float, threshold: float) -> Tensor:
+    def divergence(name: str, logp: Tensor, logq: Tensor, beta: float, threshold: float = 0.4) -> Tensor:
         if name == "eopd":
             unsure = -(logq.exp() * logq).sum(-1) > threshold
             both = [Naive.divergence(kl, logp, logq, beta, threshold) for kl in ("reverse_kl", "forward_kl")]

@@ -342,6 +342,6 @@ def test_a_choice_by_kernels_trains_on_its_rows(dtype, needs, as_on_cuda, make_c
 
 @pytest.mark.parametrize("pair", HEADS["PAIRS"])
 def test_heads_of_every_kind_by_kernels(pair, as_on_cuda, make_case, make_rule, naive):
-    for divergence in DIVERGENCES:
+    for divergence in HEADS["DIVERGENCES"]:
         HEADS["test_loss_and_gradients_are_the_definition"](None, divergence, pair, make_case, make_rule, naive)
     HEADS["test_statistics_and_likeliest_tokens_are_those_of_the_models_own_logits"](None, pair, make_case)
