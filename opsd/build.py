@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,19 +89,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     steady(tokenizer, clock)
     for each in tokenizers:
         steady(each, clock)
-    how = prompt_format(config)
-    asking, names = teacher_prompts(config, tokenizers[0], how), config.teacher_paths()
-    world = load_environment(config.environment.kind, config, tokenizer)
-    if world is None:
-        more = routed(config.teacher_field, names) if config.teachers else asking and asking.of_record
-        prompts, dropped = load_prompts(config.prompts, tokenizer, how, more)
-        suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
-        evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
-    else:
-        prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
-        prompts = prompts if asking is None else asking.of_episodes(prompts, world)
-        prompts = routed_episodes(config, prompts, world) if config.teachers else prompts
-    prompts, unfit = (prompts, 0) if asking is None else asking.fitting(prompts)
+    asked = ask(config, tokenizer, tokenizers[0])
+    prompts, evaluator, world, asking = asked.prompts, asked.evaluator, asked.world, asked.asking
     suites = {f"eval.suite {suite.name}": suite.problems for suite in evaluator.suites}
     now = Began.of({"prompts": prompts, **suites}, clock)
     if began is not None:
@@ -116,14 +105,15 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     own = lies_in_student(config)
     student = load_student(config, student_path, device, teacher_reach if own else reach)
     notes = check_student(config, student, tokenizer, student_path)
-    if unfit:
-        notes.append(f"prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them: {unfit}")
+    if asked.unfit:
+        left_out = "prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them"
+        notes.append(f"{left_out}: {asked.unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
-    built = {} if own else {name: build_teacher(config, ranks, device, teacher_reach, name) for name in names}
+    built = {} if own else build_teachers(config, ranks, device, teacher_reach)
     # Of a teacher that gives log-probabilities no head is known; its tokenizer says what it can give.
     heads = [model or student for _, model, _ in built.values()] or [student]
     vocab_size = min(
-        shared_vocabulary(tokenizer, its, student, model) for its, model in zip(tokenizers, heads, strict=True)
+        shared_vocabulary(tokenizer, its, student, head) for its, head in zip(tokenizers, heads, strict=True)
     )
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
@@ -131,8 +121,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     engine = build_engine(config, ranks, student, device)
     teacher, teacher_model, context = built.get("", (None, student, nullcontext))
     if teacher is None:
-        several = {name: each for name, (each, _, _) in built.items()}
-        teacher = SelfTeacher(engine, config.teacher) if own else RoutedTeacher(several)
+        routed_to = {name: each for name, (each, _, _) in built.items()}
+        teacher = SelfTeacher(engine, config.teacher) if own else RoutedTeacher(routed_to)
     rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
@@ -149,7 +139,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         began=now,
         tokenizer=tokenizer,
         prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
-        dropped_prompts=dropped,
+        dropped_prompts=asked.dropped,
         sampler=rollout,
         sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=teacher,
@@ -163,6 +153,36 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         notes=notes,
         asking=asking,
     )
+
+
+class Asked(NamedTuple):
+    """What a run asks. world: its environment, if any. dropped, unfit: prompts that were too long for the student, for
+    the teacher. asking: how the teacher is asked, where that is not as the student is."""
+
+    world: Any
+    prompts: list[Any]
+    dropped: int
+    unfit: int
+    evaluator: Any
+    asking: TeacherPrompts | None
+
+
+def ask(config: TrainConfig, tokenizer: Any, teacher_tokenizer: Any) -> Asked:
+    """Prompts and suites, rendered by the student's tokenizer and, where it is asked otherwise, by the teacher's."""
+    how = prompt_format(config)
+    asking = teacher_prompts(config, teacher_tokenizer, how)
+    world = load_environment(config.environment.kind, config, tokenizer)
+    if world is None:
+        more = routed(config.teacher_field, config.teacher_paths()) if config.teachers else asking and asking.of_record
+        prompts, dropped = load_prompts(config.prompts, tokenizer, how, more)
+        suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
+        evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)
+    else:
+        prompts, dropped, evaluator = world.prompts, world.dropped, world.evaluator
+        prompts = prompts if asking is None else asking.of_episodes(prompts, world)
+        prompts = routed_episodes(config, prompts, world) if config.teachers else prompts
+    prompts, unfit = (prompts, 0) if asking is None else asking.fitting(prompts)
+    return Asked(world, prompts, dropped, unfit, evaluator, asking)
 
 
 def teacher_prompts(config: TrainConfig, tokenizer: Any, how: PromptFormat) -> TeacherPrompts | None:
@@ -286,6 +306,13 @@ def routed_episodes(config: TrainConfig, prompts: list[Any], world: Any) -> list
         )
         for prompt in prompts
     ]
+
+
+def build_teachers(
+    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach
+) -> dict[str, tuple[Teacher, Any, Any]]:
+    """Each teacher by name, as `build_teacher` gives it."""
+    return {name: build_teacher(config, ranks, device, reach, name) for name in config.teacher_paths()}
 
 
 def build_teacher(

@@ -140,12 +140,14 @@ def score_top(
     for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
 
         def use(student_ND: Tensor, head: Head, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
+            its_head = teacher.head_for(micro)
+            assert its_head is not None, "a teacher without states has no likeliest tokens here"
             row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
             return top_tokens(
                 student_ND[row_R],
                 head,
                 teacher_NE.to(student_ND.device)[row_R],
-                teacher.head_for(micro),
+                its_head,
                 token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
                 k=k,
                 vocab_size=vocab_size,

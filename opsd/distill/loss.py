@@ -41,7 +41,7 @@ def distill_loss(
     student_hidden_ND: Tensor,
     student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor | Head,
+    teacher_head_VE: Tensor | Head | None,
     *,
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
@@ -60,7 +60,8 @@ def distill_loss(
     """Divergence between student and teacher, summed over the tokens a selector keeps (paper Eq. 1, 7/9).
 
     student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens; the heads make logits of
-    them: weights [V, D] and [V, E], or a `Head` for a bias, a scale or a soft cap. Gradients flow to the student's
+    them: weights [V, D] and [V, E], or a `Head` for a bias, a scale or a soft cap; None for a teacher of which
+    teacher_hidden_NE holds some log-probabilities (`top_log_probs.packed`). Gradients flow to the student's
     hidden states, weight and bias. Divide loss_sum once, by the kept count of
     the whole step. rollout_N: each token's rollout id (None: one rollout). selector, or kept_N instead: the mask as
     given, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.

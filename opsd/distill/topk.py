@@ -75,9 +75,9 @@ def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, c
     """`chunk` rows at a time; one buffer serves both models in turn."""
     device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
     buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
-    projections = inputs.student_projection(), inputs.teacher_projection()
-    assert isinstance(projections[1], Projection), "the likeliest tokens are taken from hidden states alone"
-    models = tuple(zip((inputs.student_ND, inputs.teacher_NE), projections, inputs.transforms, strict=True))
+    teacher, (own, its) = inputs.teacher_projection(), inputs.transforms
+    assert isinstance(teacher, Projection), "the likeliest tokens are taken from hidden states alone"
+    models = ((inputs.student_ND, inputs.student_projection(), own), (inputs.teacher_NE, teacher, its))
     with torch.autocast(device.type, enabled=False):
         for part in slices(inputs.rows, chunk):
             for (hidden, projection, transform), top in zip(models, tops, strict=True):

@@ -61,7 +61,7 @@ def main(out: Path, seed: int = 0) -> None:
     """
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "student")
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "student")
+    model: Any = AutoModelForCausalLM.from_pretrained(ASSETS / "student")
     taken = {record["prompt"] for name in ("eval", "train") for record in read_records(ASSETS / f"{name}.jsonl")}
     for _ in train_shown(model, batches(tokenizer, seed, taken), READER):
         pass
