@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.context import TeacherContext, TeacherPrompts
 from opsd.data.prompts import PromptFormat, PromptStream, checked_route, load_prompts, routed
 from opsd.data.template import Clock, steady
-from opsd.engine import Engine, build_engine
+from opsd.engine import Engine, build_engine, settled
 from opsd.environments import load_environment
+from opsd.estimate.opening import opening
 from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import Reach, Span, length_switches
@@ -103,6 +105,9 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens)]
     teacher_reach = dataclasses.replace(reach, spans=(*reach.spans, *farther))
     own = lies_in_student(config)
+    if ranks.is_main and config.track.progress:
+        for line in opening(config, ranks.world_size, max(len(prompt.ids) for prompt in prompts)):
+            print(line, file=sys.stderr, flush=True)
     student = load_student(config, student_path, device, teacher_reach if own else reach)
     notes = check_student(config, student, tokenizer, student_path)
     if asked.unfit:
@@ -255,7 +260,7 @@ def load_student(config: TrainConfig, path: str, device: torch.device, reach: Re
     # As DeepSpeedEngine will have it: what is checked here must be what is used.
     packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
-    compute = getattr(torch, config.engine.dtype)
+    compute = getattr(torch, settled(config.engine, device).dtype)
 
     def load(folder: str) -> Scorer:
         trust = config.trust_remote_code
@@ -322,7 +327,7 @@ def build_teacher(
 
     name: which one of several.
     """
-    t, dtype = config.teacher_of(name), getattr(torch, config.engine.dtype)
+    t, dtype = config.teacher_of(name), getattr(torch, settled(config.engine, device).dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 
