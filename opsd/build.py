@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
+from opsd.config.settings import MOST
 from opsd.data.context import TeacherContext, TeacherPrompts
+from opsd.data.packing import empty
 from opsd.data.prompts import PromptFormat, PromptStream, checked_route, load_prompts, routed
 from opsd.data.template import Clock, steady
+from opsd.distill.inputs import can_join
 from opsd.engine import Engine, build_engine, settled
 from opsd.environments import load_environment
 from opsd.estimate.opening import opening
@@ -28,14 +31,14 @@ from opsd.model.files import check_sampled, make_savable
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapters
 from opsd.model.scorer import Scorer
-from opsd.model.vocabulary import check_ends, check_ids, check_tokenizers, shared_vocabulary
+from opsd.model.stops import PairStops, eos_token_ids, generation_of, reconcile, stated_stops, turn_ends
+from opsd.model.vocabulary import check_ids, check_tokenizers, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
-from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
-from opsd.types import Head, Prompt, Sampling
+from opsd.types import NO_STOPS, Head, Prompt, Sampling, Stops
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -63,13 +66,15 @@ class Parts:
     engine: Engine
     evaluator: Any
     telemetry: list[TokenTelemetry]
+    stops: Stops = NO_STOPS
     source: Path | None = None
     notes: Sequence[str] = ()
     asking: TeacherPrompts | None = None
 
     def models(self) -> Models:
         """What an evaluation reads of them."""
-        return Models(self.evaluator, self.sampler, self.teacher_sampler, self.ranks, self.engine.device)
+        how = (self.ranks, self.engine.device, self.stops)
+        return Models(self.evaluator, self.sampler, self.teacher_sampler, *how)
 
 
 @memory_for("loading", "then start again")
@@ -122,26 +127,33 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     )
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
-    check_ends(eos_token_ids(student.model.generation_config, tokenizer), vocab_size, f"--student {student_path}")
+    its_heads = [each.head_for(empty(name)) for name, (each, _, _) in built.items()]
+    joinable = None not in its_heads and can_join(student.head.as_head(), *filter(None, its_heads))
+    goes_on = began or (None if checkpoint is None else Began({}))
+    pair, told = settle_stops(config, student, tokenizer, tokenizers, vocab_size, joinable, goes_on)
+    ends = pair.stops.ids
+    if world is None and config.prompt_format == "chat" and asking is None:
+        for its in tokenizers:
+            told += compare_templates(prompts, config.prompts, tokenizer, its, prompt_format(config), clock)
     engine = build_engine(config, ranks, student, device)
     teacher, teacher_model, context = built.get("", (None, student, nullcontext))
     if teacher is None:
         routed_to = {name: each for name, (each, _, _) in built.items()}
         teacher = SelfTeacher(engine, config.teacher) if own else RoutedTeacher(routed_to)
-    rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer)
+    rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer, ends)
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
         model, batch = teacher_model.model, config.eval.generate_batch
         with context():
             switches = length_switches(model, reach.longest) if teacher_model.alone else frozenset[int]()
-        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size, switches)
+        teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size, switches, ends)
         if world is not None:
-            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks, vocab_size)
+            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks, vocab_size, ends)
     if world is not None:
-        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size)
+        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size, ends)
     return Parts(
         ranks=ranks,
-        began=now,
+        began=dataclasses.replace(now, stops=pair),
         tokenizer=tokenizer,
         prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=asked.dropped,
@@ -151,11 +163,12 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         teacher_sampler=teacher_rollout,
         selector=selector,
         vocab_size=vocab_size,
+        stops=pair.stops,
         engine=engine,
         evaluator=evaluator,
         telemetry=telemetry,
         source=Path(student_path),
-        notes=notes,
+        notes=[*told, *notes],
         asking=asking,
     )
 
@@ -228,6 +241,66 @@ def reach_of(config: TrainConfig, prompts: list[Prompt], problems: list[Prompt])
         flag = "--eval.max_new_tokens" if own else "--rollout.max_new_tokens"
         spans.append(Span(longest(problems), own or config.rollout.max_new_tokens, flag))
     return Reach(tuple(spans), config.engine.micro_batch_tokens)
+
+
+def settle_stops(
+    config: TrainConfig,
+    student: Scorer,
+    tokenizer: Any,
+    tokenizers: list[Any],
+    vocab_size: int,
+    joinable: bool,
+    began: Began | None = None,
+) -> tuple[PairStops, list[str]]:
+    """What ends the rollouts of this pair, and what to tell, a line each; a run that goes on keeps what it began with.
+
+    tokenizers: the teachers'. joinable: whether the loss can take several stops for one.
+    Where that is more than the student's own folder names, its checkpoints name it: whatever samples from them stops.
+    Raises UserError for stops that cannot be reconciled.
+    """
+    own = eos_token_ids(student.model.generation_config, tokenizer)
+    if began is not None:
+        # A folder of an earlier version: its rollouts end where the student does.
+        pair = began.stops or PairStops(own, own, Stops(tuple(own)))
+    else:
+        chat, trust = config.prompt_format == "chat", config.trust_remote_code
+        stated = stated_stops(config.rollout.stop_tokens, tokenizer, vocab_size, "--rollout.stop_tokens")
+        ours = turn_ends(student.model.generation_config, tokenizer, chat)
+        teachers = zip(config.teacher_paths().values(), tokenizers, strict=True)
+        theirs = [turn_ends(generation_of(path, trust), its, chat) for path, its in teachers]
+        pair, *others = [reconcile(ours, ends, stated, vocab_size, joinable) for ends in theirs]
+        if any(other.stops != pair.stops for other in others):
+            raise UserError("--teachers: their turns end with different tokens; give --rollout.stop_tokens")
+    if not set(pair.stops.ids) <= set(own) and student.model.generation_config is not None:
+        student.model.generation_config.eos_token_id = list(pair.stops.ids)
+    return pair, [pair.line(tokenizer)]
+
+
+def compare_templates(
+    prompts: list[Prompt], path: str, tokenizer: Any, teacher_tokenizer: Any, how: PromptFormat, clock: Clock
+) -> list[str]:
+    """A line where the teacher's chat template would ask the prompts otherwise than the student's, which asks both."""
+    if (tokenizer.chat_template, tokenizer.special_tokens_map) == (
+        teacher_tokenizer.chat_template,
+        teacher_tokenizer.special_tokens_map,
+    ):
+        return []
+    steady(teacher_tokenizer, Clock(clock.time))
+    ours = {prompt.id: prompt.ids for prompt in prompts}
+    try:
+        asked, _ = load_prompts(path, teacher_tokenizer, dataclasses.replace(how, max_tokens=MOST))
+    except UserError as problem:
+        return [f"the teacher's chat template would not ask these prompts ({problem}); both are asked by the student's"]
+    others = [prompt for prompt in asked if prompt.id in ours and prompt.ids != ours[prompt.id]]
+    if not others:
+        return []
+    first = others[0]
+    written, own = (tokenizer.decode(ids[-40:]) for ids in (first.ids, ours[first.id]))
+    return [
+        f"chat templates differ on {len(others)} of {len(ours)} prompts, both models are asked by the student's: "
+        f"prompt {first.id} ends with {own!r}, the teacher's own would end with {written!r}; where the "
+        "teacher needs its own, put its template into the student's folder"
+    ]
 
 
 def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: str) -> list[str]:
@@ -371,16 +444,18 @@ def build_rollout(
     vocab_size: int,
     longest: int,
     switches: frozenset[int] = frozenset(),
+    ends: Sequence[int] | None = None,
 ) -> RolloutEngine:
     """The sampler that `config` names; path: a folder with the plain weights of the engine's student.
 
     vocab_size: only ids below it are sampled. longest: tokens of the longest sequence. switches: see `decode`.
+    ends: the tokens that end a response; None: the student's own.
     """
     r = config.rollout
     if r.engine == "hf":
-        how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size, switches)
+        how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size, switches, ends)
         return HFRollout(engine.student.model, tokenizer, *how)
-    how = (config.engine, longest, config.trust_remote_code, vocab_size)
+    how = (config.engine, longest, config.trust_remote_code, vocab_size, ends)
     if r.engine == "vllm_process":
         from opsd.rollout.vllm_process import VLLMProcessRollout
 

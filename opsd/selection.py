@@ -39,6 +39,8 @@ class TokenStats:
     teacher_entropy_N: H(P_T). top1_agree_N: bool, both models' most likely token is the same.
     teacher_rank_N: int64, how many tokens the teacher finds more likely than the student's (0 = top).
     grad_norm_N: L2 norm of the logit gradient of the reverse KL. token_ids_N: int64, the sampled token.
+    stop_log_prob_N, teacher_stop_log_prob_N: natural logarithm of the chance that a turn ends here, by any stop token.
+    stop_N: bool, the sampled token ends a turn.
     vocab_size: |V| that the probabilities run over.
     """
 
@@ -51,6 +53,9 @@ class TokenStats:
     teacher_rank_N: torch.Tensor | None = None
     grad_norm_N: torch.Tensor | None = None
     token_ids_N: torch.Tensor | None = None
+    stop_log_prob_N: torch.Tensor | None = None
+    teacher_stop_log_prob_N: torch.Tensor | None = None
+    stop_N: torch.Tensor | None = None
     vocab_size: int | None = None
 
 
@@ -80,10 +85,17 @@ STATISTICS = {
     "teacher_rank_N": Statistic(torch.int64, required=False),
     "grad_norm_N": Statistic(required=False),
 }
-TEACHER_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.teacher)
+# Only where the run says which tokens end a turn.
+STOP_STATISTICS = {
+    "stop_log_prob_N": Statistic(teacher=False, required=False),
+    "teacher_stop_log_prob_N": Statistic(required=False),
+}
+ALL_STATISTICS = STATISTICS | STOP_STATISTICS
+STOP_FIELDS = frozenset(STOP_STATISTICS)
+TEACHER_FIELDS = frozenset(name for name, of in ALL_STATISTICS.items() if of.teacher)
 REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
 # Known without looking at a logit: a selector may list them in `needs`.
-GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "vocab_size"})
+GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "stop_N", "vocab_size"})
 
 
 def field_of(divergence: str) -> str | None:

@@ -22,8 +22,10 @@ from opsd.engine import check_engine, learning_rate, settled
 from opsd.eval.cache import check_cache, evaluate_before
 from opsd.eval.evaluator import summary
 from opsd.metrics import StepLog
+from opsd.rollout.lengths import trainable
 from opsd.run import checkpoint
 from opsd.run.folder import Follower, RunFolder
+from opsd.run.health import Health
 from opsd.run.tracking import Stopwatch, Tracker, forget_peak
 from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import StepPlanner, Update, rollout_weights
@@ -103,7 +105,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder, done_steps: int = 0) -> None:
         self.config, self.parts, self.folder, self.done_steps = config, parts, folder, done_steps
         self.engine, self.ranks = parts.engine, parts.engine.ranks
-        self.planner = StepPlanner(parts.engine, parts.teacher, parts.selector, config.loss, parts.vocab_size)
+        how = (config.loss, parts.vocab_size, parts.stops, config.select.stop_token)
+        self.planner = StepPlanner(parts.engine, parts.teacher, parts.selector, *how)
+        self.health = Health(config)
         self.log = StepLog(config, parts, folder)
         self.watch = Stopwatch(parts.engine.device)
 
@@ -122,11 +126,12 @@ class Trainer:
             with self.stage("teacher"):
                 if parts.asking is not None:
                     rollouts = parts.asking.with_samples(rollouts, rewards, config.rollout.samples_per_prompt)
-                batches = pack(rollouts, config.engine.micro_batch_tokens)
+                trained = trainable(rollouts, config.rollout.truncated)
+                batches = pack(trained, config.engine.micro_batch_tokens)
                 micros = share(batches, ranks.rank, ranks.world_size)
-                teacher = parts.teacher.hidden(for_teacher(micros, rollouts))
+                teacher = parts.teacher.hidden(for_teacher(micros, trained))
             with self.stage("log"):
-                top = log.top_tokens(step, rollouts, micros, teacher)
+                top = log.top_tokens(step, trained, micros, teacher)
             self.stop_if_asked(step - 1)
             update, weights, watched = None, rollout_weights(rollouts, rewards, config), log.watched(step)
             with self.kept_if_unusable(step, rollouts, rewards, skipped), self.stage("student"):
@@ -138,11 +143,11 @@ class Trainer:
             with self.stage("sync"):
                 parts.sampler.sync()
             with self.stage("log"):
-                metrics = log.of_step(step, rollouts, rewards, batches) | log.of_update(step, rollouts, update, top)
-            metrics |= self.watch.metrics()
+                metrics = log.of_step(step, rollouts, rewards, batches) | log.of_update(step, trained, update, top)
+                metrics |= log.of_cut(rollouts, trained) | self.watch.metrics()
             self.save_if_due(step, metrics)
             self.stop_if_asked(step, metrics)
-            tracker.step(metrics | self.evaluate_after(step, tracker))
+            self.record(step, metrics | self.evaluate_after(step, tracker), tracker)
 
     def update(
         self,
@@ -197,8 +202,10 @@ class Trainer:
                 tracker.say(f"prompts left out, longer than --rollout.max_prompt_tokens: {dropped}")
             if self.done_steps == 0:
                 self.evaluate_before(tracker)
+            for line in self.folder.history():
+                self.health.see(line)
             if pending is not None:
-                tracker.step(pending | self.evaluate_after(self.done_steps, tracker))
+                self.record(self.done_steps, pending | self.evaluate_after(self.done_steps, tracker), tracker)
             with signals.heeded():
                 self.train(tracker)
             self.folder.finish()
@@ -260,6 +267,19 @@ class Trainer:
         self.folder.write_card(step)
         return summary(result)
 
+    def record(self, step: int, metrics: dict[str, float], tracker: Tracker) -> None:
+        """Write a step's line, and say what goes wrong; under --health stop, save then and raise RunStopped."""
+        warnings = self.health.see(metrics) if self.ranks.is_main else []
+        tracker.step(metrics | {f"health/{warning.name}": 1 for warning in warnings})
+        for warning in warnings:
+            tracker.say(f"step {step}: {warning.text}")
+        stops = self.config.health == "stop" and step < self.config.steps
+        if stops and self.ranks.broadcast(bool(warnings)):
+            self.save_unless_there(step, metrics)
+            saved = f"{checkpoint.place(self.folder.checkpoints, step)} is saved"
+            resume = f"go on with: opsd train --resume {self.folder.path}"
+            raise RunStopped(f"step {step}: stopped by --health stop, {saved}; {resume}")
+
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
         """A checkpoint, where one is due. It comes before the step's evaluation, which may be long."""
         every = self.config.checkpoint.every
@@ -280,6 +300,11 @@ class Trainer:
                 self.folder.write_card(step)
             self.ranks.gather(None)
 
+    def save_unless_there(self, step: int, metrics: dict[str, float]) -> None:
+        """A checkpoint of `step`, where none is there; a call of all ranks."""
+        if not self.ranks.broadcast(checkpoint.place(self.folder.checkpoints, step).exists()):
+            self.save(step, metrics)
+
     def stop_if_asked(self, step: int, metrics: dict[str, float] | None = None) -> None:
         """Where a signal reached any rank: save what `step` made, unless that is done already, and raise Interrupted.
 
@@ -292,8 +317,8 @@ class Trainer:
         saved = f"{place} is saved"
         if step == 0:
             saved = "nothing was trained yet"
-        elif not self.ranks.broadcast(place.exists()):
-            self.save(step, metrics or {})
+        else:
+            self.save_unless_there(step, metrics or {})
         name = signal.Signals(number).name
         raise signals.Interrupted(
             number,

@@ -52,12 +52,27 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Stops:
+    """The tokens that end a response, or a turn of it.
+
+    joined: the loss takes them for one token, because the two models end with different ones.
+    """
+
+    ids: tuple[int, ...] = ()
+    joined: bool = False
+
+
+# Nothing is known to end a turn.
+NO_STOPS = Stops()
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One answer of the student, as token ids from the sampler (never re-tokenised).
 
-    id: unique over the step and all ranks. response_ids: end with EOS unless truncated.
+    id: unique over the step and all ranks. response_ids: end with a stop (see `Stops`) unless truncated.
     student_mask: for each response token, True where the student wrote it (False: tool output);
-    None means all True. truncated: the length limit came before EOS.
+    None means all True. truncated: the length limit came before a stop.
     """
 
     id: int

@@ -142,6 +142,10 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     nats per token; None: 1e-3 for float32, 0.1 for bfloat16."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
+    truncated: Literal["keep", "drop", "mask_tail"] = "keep"
+    """What is trained on of a response that reached max_new_tokens. keep: all of it. drop: nothing. mask_tail: all but
+    its tail: the loop that it ends in, from its second round on, and at least its last tenth. What is left out is
+    neither scored nor counted in what the loss is divided by; rollout/left_out_tokens says how much it is."""
 
     def check(self) -> None:
         gpus = self.sampler_gpus.split(",") if self.sampler_gpus else []
@@ -171,6 +175,11 @@ class SelectConfig(Settings, part="select"):
     depends on how rollouts were packed."""
     clip_quantile: Fraction = 0.98
     """Entropy is clipped at this quantile before min-max; 1.0 is off."""
+    stop_token: Literal["as_scored", "always", "never"] = "as_scored"
+    """The token that ends a response. as_scored: a token like others, which the rule keeps or not (the paper's).
+    always: it is trained on besides what the rule keeps, so when to end is learnt from every response. never: it is
+    left out, so when to end is learnt only where the response went on. What is trained on is what the loss is divided
+    by. A rule whose count follows from lengths then costs a forward pass more, unless it normalises over the batch."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the selector, as KEY VALUE pairs."""
 
@@ -433,6 +442,9 @@ class TrainConfig(PromptSettings, StepSettings):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    health: Literal["warn", "stop", "off"] = "warn"
+    """Watches lengths, truncation, stops, repetition, entropy, loss and reward, and says once, in a line, what goes
+    wrong and which flag helps (docs/stops.md has the bounds). stop: saves there and ends the run; it can be resumed."""
 
     def teacher_paths(self) -> dict[str, str]:
         """By name, folder (or hub name) of each teacher's weights, or of those that it starts from; one has no name."""

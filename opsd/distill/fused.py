@@ -110,8 +110,9 @@ def differentiate(
             for part, logits, out_CW in chunks:
                 where = trained.where(part)
                 weight_C = None if weight_K is None else weight_K[part]
-                ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
+                ids_C = None if inputs.scored_ids_N is None else inputs.scored_ids_N[where]
                 found = differentiate_(logits, trained.spec, weight_C, out_CW, ids_C)
+                head.part_(found.gradient_CW, inputs.student_ND[where])
                 loss_K[part], hidden_CD = found.loss_C, inputs.student_ND[where]
                 if found.scale_C1 is not None:
                     hidden_CD = hidden_CD * found.scale_C1

@@ -76,8 +76,9 @@ def distill_loss(
     if selector is not None and kept_N is not None:
         raise UserError("both a selector and kept_N were given: give one of them")
     models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
-    about = {"rollout_N": rollout_N, "token_ids_N": token_ids_N, "weight_N": weight_N}
-    inputs = check_inputs(*models, vocab_size=vocab_size, **about)
+    inputs = check_inputs(
+        *models, vocab_size=vocab_size, rollout_N=rollout_N, token_ids_N=token_ids_N, weight_N=weight_N
+    )
     selection = None if kept_N is None else Selection(kept_N)
     rule = None if selector is None else with_defaults(selector)
     return distill(inputs, Choice(rule, selection, seed), spec)

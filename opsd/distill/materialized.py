@@ -73,6 +73,9 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_KD, head_VD, bias_V = ctx.saved_tensors
         head, height = ctx.inputs.student_projection(), ctx.inputs.vocab_size
+        if head.joined is not None:
+            grad_KV = grad_KV.clone()  # autograd's own
+            head.part_(grad_KV, hidden_KD)
         grad_VD = total_VD = grad_V = None
         if ctx.needs_input_grad[1]:
             grad_VD = torch.zeros_like(head_VD, dtype=ctx.inputs.wide)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
 from opsd.data.prompts import PromptFormat, digest
@@ -22,9 +22,9 @@ from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.checks import Span, check_positions, length_switches
 from opsd.model.loading import load_model, load_tokenizer, running
+from opsd.model.stops import generation_of, stated_stops, turn_ends
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows
 from opsd.rollout import HFRollout, RolloutEngine
-from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import time_of_run
 from opsd.run.console import progress_bar
 from opsd.types import Prompt, Sampling
@@ -181,6 +181,8 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
         "weights": _weights_digest(Path(config.model)),
         "suite": {suite.name: digest(suite.problems) for suite in suites},
     }
+    if config.stop_tokens:
+        settings["stop_tokens"] = list(config.stop_tokens)
     if clock.asked:
         settings["time"] = clock.time.isoformat()
     return {"model": config.model, "step": None, "sampling": sampling, "settings": settings}
@@ -218,7 +220,16 @@ def _engine(
     with running(f"--model {config.model}"):
         _check_finite(model, config)
         switches = length_switches(model, longest + config.max_new_tokens)
-    return HFRollout(model, tokenizer, config.generate_batch, ranks=ranks, vocab_size=vocab_size, switches=switches)
+    ends = _ends(config, tokenizer, vocab_size)
+    how = {"ranks": ranks, "vocab_size": vocab_size, "switches": switches, "eos_ids": ends}
+    return HFRollout(model, tokenizer, config.generate_batch, **how)
+
+
+def _ends(config: EvalCommand, tokenizer: Any, vocab_size: int) -> list[int]:
+    """The tokens that end a response: those that are stated, else what the model's folder names."""
+    stated = stated_stops(config.stop_tokens, tokenizer, vocab_size, "--stop_tokens")
+    generation = generation_of(config.model, config.trust_remote_code)
+    return stated or turn_ends(generation, tokenizer, config.prompt_format == "chat")
 
 
 def _vllm_engine(
@@ -229,12 +240,10 @@ def _vllm_engine(
     try:
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         check_positions(model_config, _spans(config, longest_prompt), f"--model {config.model}")
-        generation = GenerationConfig.from_model_config(model_config)
-        if (Path(config.model) / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(config.model)
+        vocab_size = usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model")
         return VLLMSampler(
             config.model,
-            eos_token_ids(generation, tokenizer),
+            _ends(config, tokenizer, vocab_size),
             device,
             config.dtype,
             longest_prompt + config.max_new_tokens,
@@ -243,7 +252,7 @@ def _vllm_engine(
             config.tensor_parallel,
             ranks,
             trust=config.trust_remote_code,
-            vocab_size=usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model"),
+            vocab_size=vocab_size,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)

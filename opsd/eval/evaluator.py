@@ -224,4 +224,6 @@ def _majority_is_right(record: ProblemRecord) -> bool:
 
 
 def _text(rollout: Rollout, tokenizer: Any) -> str:
-    return tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    """What is graded: without the token that ended it, which need not be a special one."""
+    ids = rollout.response_ids
+    return tokenizer.decode(ids if rollout.truncated else ids[:-1], skip_special_tokens=True)

@@ -93,6 +93,7 @@ def _selection(select: dict[str, Any]) -> list[str]:
         words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
         quantile = float(select.get("clip_quantile", 0.98))
         words += [f"clip_quantile={quantile:g}"] if quantile != 0.98 else []
+    words += [f"stop_token={how}"] if (how := select.get("stop_token", "as_scored")) != "as_scored" else []
     return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
 
 

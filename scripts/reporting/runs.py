@@ -14,7 +14,7 @@ from opsd.utils.errors import UserError
 from reporting.cells import AXES, CellName, off_axes
 
 # What may differ between runs that one table compares; everything else is the protocol they share.
-NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "began"})
+NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "health", "began"})
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,12 @@ class TravelWorld:
         context: Any,
         ranks: Ranks,
         vocab_size: int | None = None,
+        ends: Sequence[int] | None = None,
     ) -> RolloutEngine:
         """Episodes over `engine`; in the word form, where transformers samples, over one cache on `model` instead."""
         turns = self._config.environment.max_turns
         if self._in_words and self._config.rollout.engine == "hf":
-            where = (batch_rollouts, context, ranks, vocab_size)
+            where = (batch_rollouts, context, ranks, vocab_size, ends)
             return CachedAgentRollout(model, self._tokenizer, self._talk, turns, *where)
         return AgentRollout(engine, self._talk, turns)
 
