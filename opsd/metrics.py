@@ -67,7 +67,7 @@ class StepLog:
                     student_ND[row_R],
                     head,
                     teacher_NE.to(student_ND.device)[row_R],
-                    parts.teacher.head(),
+                    parts.teacher.head_for(micro),
                     vocab_size=parts.vocab_size,
                     token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
                 )
@@ -92,6 +92,9 @@ class StepLog:
         }
         if batches:
             metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
+        if self._parts.asking is not None:
+            own = sum(rollout.prompt.teacher_ids is not None for rollout in rollouts)
+            metrics["teacher/context_frac"] = own / len(rollouts)
         metrics |= length_metrics(rollouts, rewards)
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
@@ -114,6 +117,8 @@ class StepLog:
             "select/kept_frac": update.kept / update.tokens,
             "optim/grad_norm": update.grad_norm,
         }
+        for name, (nats, kept) in update.teachers.items():
+            metrics |= {f"teacher/{name}/loss_nats": nats, f"teacher/{name}/kept": kept}
         if not self._parts.ranks.is_main:
             return metrics
         selector, due = self._parts.selector, self._due(step)

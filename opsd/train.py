@@ -15,7 +15,7 @@ from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
 from opsd.config.saved import check_resumable
 from opsd.data.hub import pin
-from opsd.data.packing import pack, share
+from opsd.data.packing import for_teacher, pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
 from opsd.engine import check_engine, learning_rate, settled
@@ -121,20 +121,23 @@ class Trainer:
                 prompts, seed = parts.prompts.take(step), derive_seed(config.seed, "rollout", step)
                 rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, parts.sampling, seed)
             self.stop_if_asked(step - 1)
+            with self.stage("reward"):
+                rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
             with self.stage("teacher"):
+                if parts.asking is not None:
+                    rollouts = parts.asking.with_samples(rollouts, rewards, config.rollout.samples_per_prompt)
                 trained = trainable(rollouts, config.rollout.truncated)
                 batches = pack(trained, config.engine.micro_batch_tokens)
                 micros = share(batches, ranks.rank, ranks.world_size)
-                teacher = parts.teacher.hidden(micros)
+                teacher = parts.teacher.hidden(for_teacher(micros, trained))
             with self.stage("log"):
                 top = log.top_tokens(step, trained, micros, teacher)
-            with self.stage("reward"):
-                rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
             self.stop_if_asked(step - 1)
             update, weights, watched = None, rollout_weights(rollouts, rewards, config), log.watched(step)
             with self.kept_if_unusable(step, rollouts, rewards, skipped), self.stage("student"):
                 update = self.update(micros, teacher, step, watched, weights)
             skipped = 0 if update is not None else skipped + 1
+            parts.teacher.end_step(step)
             # Not needed until the next ones are there; at scale they are gigabytes.
             del teacher
             with self.stage("sync"):
@@ -162,13 +165,14 @@ class Trainer:
         are not finite; RunStopped where a selector keeps another count than it announced.
         """
         lr, planner = learning_rate(step, self.config.steps, self.config.optim), self.planner
+        spec = planner.loss_at(step)
         try:
             plan = planner.plan(micros, teacher, derive_seed(self.config.seed, "select", step), watched)
             results = []
             for micro, teacher_NE, choice in zip(micros, teacher, plan.choices, strict=True):
 
                 def loss(student_ND: Tensor, head: Head, m=micro, t=teacher_NE, c=choice) -> DistillResult:
-                    return distill(planner.inputs(student_ND, head, m, t, weights), c, planner.loss)
+                    return distill(planner.inputs(student_ND, head, m, t, weights), c, spec)
 
                 result = self.engine.forward(micro, loss)
                 self.engine.backward(result.loss_sum, planner.divisor(plan, result))
@@ -177,7 +181,7 @@ class Trainer:
             planner.check(plan, results)
             with self.stage("optimiser"):
                 grad_norm = self.engine.step(lr)
-            return planner.finish(plan, results, grad_norm)
+            return planner.finish(plan, micros, results, grad_norm)
         except StepUnusable:
             planner.forget_step()
             raise
@@ -286,10 +290,10 @@ class Trainer:
         """A checkpoint of the weights as they are, after `step`; a call of all ranks, which wait for its end."""
         with self.stage("checkpoint"):
             tensors, values = self.engine.optimizer_state()
-            weights, adapters = self.engine.weights(), self.engine.adapters()
+            weights, adapters, teacher = self.engine.weights(), self.engine.adapters(), self.parts.teacher.state()
             if self.ranks.is_main:
                 selector = {} if self.parts.selector is None else self.parts.selector.state_dict()
-                state = checkpoint.TrainerState(step, tensors, values, selector, metrics)
+                state = checkpoint.TrainerState(step, tensors, values, selector, metrics, teacher)
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
                 checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
@@ -349,8 +353,9 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:
-    """Optimiser and selector as a checkpoint has them. Raises UserError where it does not fit this run."""
+    """Optimiser, selector and teacher as a checkpoint has them. Raises UserError where it does not fit this run."""
     try:
+        parts.teacher.load_state(state.teacher)
         parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)

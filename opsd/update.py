@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Update:
 
     grad_norm: before clipping. kept_N: the mask over all ranks' student tokens, rank by rank and there micro-batch by
     micro-batch. stats: their statistics; fields that nobody asked for are None. chunk_halvings: how often, since the
-    update before and over all ranks, the loss ran out of memory and went on with half of the rows in a chunk.
+    update before and over all ranks, the loss ran out of memory and went on with half of the rows in a chunk. teachers:
+    of several, by name, the divergence per kept token and the kept tokens that each scored.
     """
 
     loss_nats: float
@@ -41,6 +42,7 @@ class Update:
     kept_N: Tensor
     stats: TokenStats
     chunk_halvings: int
+    teachers: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +78,14 @@ class StepPlanner:
         self._vocab_size, self._stops = vocab_size, stops
         self._stop_token: StopToken = stop_token if stops.ids else "as_scored"
         self._chunks, self._halvings_told = ChunkBound(loss.chunk_tokens), 0
-        self.loss = LossSpec(loss.divergence, loss.beta, loss.temperature, self._chunks, loss.memory)
+        self._config = loss
+        self.loss = self.loss_at(1)
+
+    def loss_at(self, step: int) -> LossSpec:
+        """The loss of 1-based `step`."""
+        c = self._config
+        how = (c.beta, c.temperature, self._chunks, c.memory, c.entropy_threshold)
+        return LossSpec(c.divergence_at(step), *how)
 
     def plan(self, micros: list[MicroBatch], teacher: list[Tensor], seed: int, watched: frozenset[str]) -> StepPlan:
         """The step's plan. seed: decides random selection. watched: statistics to take over all tokens as well.
@@ -114,7 +123,7 @@ class StepPlanner:
             student_ND,
             head,
             teacher_NE.to(student_ND.device, non_blocking=True),
-            self._teacher.head(),
+            self._teacher.head_for(micro),
             vocab_size=self._vocab_size,
             rollout_N=micro.rollout_N,
             token_ids_N=micro.token_ids_N,
@@ -138,7 +147,9 @@ class StepPlanner:
         if (found := int(self._ranks.sum(sum(int(result.kept_N.sum()) for result in results)))) != plan.kept:
             raise RunStopped(f"the selector kept {found} tokens, its budget() says {plan.kept}: set fixed_budget False")
 
-    def finish(self, plan: StepPlan, results: list[DistillResult], grad_norm: float) -> Update:
+    def finish(
+        self, plan: StepPlan, micros: list[MicroBatch], results: list[DistillResult], grad_norm: float
+    ) -> Update:
         """What the update did. Raises StepUnusable for a gradient that is not finite: the engine took no step."""
         if not math.isfinite(grad_norm):
             raise StepUnusable(f"the gradient's norm is {grad_norm}")
@@ -149,8 +160,8 @@ class StepPlanner:
         kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
         told, self._halvings_told = self._halvings_told, self._chunks.halvings
         halvings = int(self._ranks.sum(self._halvings_told - told))
-        loss_nats = self._loss_nats(plan, results)
-        return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings)
+        loss_nats, teachers = self._loss_nats(plan, results), self._by_teacher(micros, results)
+        return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings, teachers)
 
     def forget_step(self) -> None:
         """The selector as it was: state does not change within a step, so loading it undoes `prepare`."""
@@ -159,6 +170,18 @@ class StepPlanner:
 
     def _loss_nats(self, plan: StepPlan, results: list[DistillResult]) -> float:
         return self._ranks.sum(sum(float(result.loss_sum) for result in results)) / plan.kept
+
+    def _by_teacher(self, micros: list[MicroBatch], results: list[DistillResult]) -> dict[str, tuple[float, int]]:
+        """See Update.teachers."""
+        own: dict[str, tuple[float, int]] = {}
+        for micro, result in zip(micros, results, strict=True):
+            nats, kept = own.get(micro.teacher, (0.0, 0))
+            own[micro.teacher] = nats + float(result.loss_sum), kept + int(result.kept_N.sum())
+        found: dict[str, tuple[float, int]] = {}
+        for name in sorted(own.keys() - {""}):
+            nats, kept = map(self._ranks.sum, own[name])
+            found[name] = nats / max(1, kept), int(kept)
+        return found
 
     def _check_usable(self, micros: list[MicroBatch], teacher: list[Tensor]) -> None:
         """Raises StepUnusable, on every rank, where none has a token, or where a teacher's states are not finite."""

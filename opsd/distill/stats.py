@@ -114,7 +114,7 @@ def _scored_chunks(
             student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
             teacher_CV = None
             if teacher_head is not None:
-                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CV)
             ids_C = None if ids_N is None else ids_N[where]
             logits = Logits(work, student_CV, teacher_CV)
             stops = _stop_fields(needs, inputs, logits, temperature)
@@ -124,17 +124,18 @@ def _scored_chunks(
 
 def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperature: float) -> dict[str, Tensor]:
     """Those of `STOP_FIELDS` that are named [C], from logits that are left as they are."""
+    student, teacher = inputs.transforms
     models = {
-        "stop_log_prob_N": (inputs.student_head, logits.student_CW),
-        "teacher_stop_log_prob_N": (inputs.teacher_head, logits.teacher_CW),
+        "stop_log_prob_N": (student, logits.student_CW),
+        "teacher_stop_log_prob_N": (teacher, logits.teacher_CW),
     }
     found = {}
     for name in needs & STOP_FIELDS:
-        head, products_CW = models[name]
+        transform, products_CW = models[name]
         assert products_CW is not None
         parts = []
         for products_BW in products_CW.split(STOP_ROWS):
-            logits_BV = head.transform(products_BW[:, : inputs.vocab_size]) / temperature
+            logits_BV = transform(products_BW[:, : inputs.vocab_size]) / temperature
             ends_BE = torch.stack([logits_BV[:, token] for token in inputs.stops.ids], -1)
             parts.append(ends_BE.logsumexp(-1) - logits_BV.logsumexp(-1))
         found[name] = torch.cat(parts)

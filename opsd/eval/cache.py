@@ -260,7 +260,7 @@ class _Shared:
 def jobs_of(models: Models, config: TrainConfig) -> list[Job]:
     """The teacher once, so that the room for improvement is known; the student as it starts."""
     jobs = []
-    if config.eval.teacher and models.evaluator.suites:
+    if config.eval.teacher and models.evaluator.suites and not config.teacher.is_student:
         assert models.teacher_sampler is not None
         jobs.append(Job("teacher", "teacher", config.teacher.model, None, models.teacher_sampler))
     if config.eval.at_start and models.evaluator.suites:

@@ -154,6 +154,7 @@ class RunFolder:
                         "id": rollout.id,
                         "prompt_id": rollout.prompt.id,
                         "prompt_ids": rollout.prompt.ids,
+                        **({} if (own := rollout.prompt.teacher_ids) is None else {"teacher_prompt_ids": own}),
                         "response_ids": rollout.response_ids,
                         "student_mask": rollout.student_mask,
                         "truncated": rollout.truncated,

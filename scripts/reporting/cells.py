@@ -9,13 +9,18 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 # Rules that scale by min and max, and a user's own, which may: for others, normalise_over and clip_quantile change
 # nothing. A test holds it against the rules themselves, which take seconds to import.
 NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})
 # What a table may compare beside rules: which settings each axis is made of.
-AXES = {"divergence": ("loss", ("divergence", "beta")), "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps"))}
+AXES = {
+    "divergence": ("loss", ("divergence", "beta", "entropy_threshold", "warmup_steps")),
+    "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps")),
+    "teacher": ("teacher", ("model", "weights", "ema", "every", "context", "max_prompt_tokens")),
+}
 _SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<variant>(?:-.+)?)")
 
 
@@ -62,14 +67,23 @@ class CellName:
 
 
 def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
-    """In words, where a run is not reverse KL under AdamW, the paper's choice on both axes."""
+    """In words, where a run is not reverse KL under AdamW and another model, the paper's choice on all axes."""
     loss, optim, words = config.get("loss", {}), config.get("optim", {}), []
     if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
         words.append(divergence)
         words += [f"beta={beta:g}"] if divergence == "jsd" and (beta := float(loss.get("beta", 0.5))) != 0.5 else []
     if "optim" in axes and (kind := optim.get("kind", "adamw")) != "adamw":
         words += [kind, f"lr={float(optim.get('lr', 1e-6)):g}"]
-    return words
+    return words + (_teacher(config.get("teacher", {})) if "teacher" in axes else [])
+
+
+def _teacher(teacher: dict[str, Any]) -> list[str]:
+    """In words, where a student teaches itself, or the teacher is asked something else."""
+    words = []
+    if teacher.get("model") == "self":
+        weights, every = teacher.get("weights", "initial"), int(teacher.get("every", 1))
+        words += ["self", *([weights] if weights != "initial" else []), *([f"every={every}"] if every > 1 else [])]
+    return words + ([f"context={PurePath(context).stem}"] if (context := teacher.get("context")) else [])
 
 
 def _selection(select: dict[str, Any]) -> list[str]:
@@ -88,7 +102,9 @@ def config_of(flags: str) -> dict[str, dict[str, Any]]:
     config: dict[str, dict[str, Any]] = {}
     for setting in re.split(r"(?:^| )--", flags)[1:]:
         flag, *values = setting.split()
-        part, name = flag.split(".")
+        # A flag without a dot is a part's main setting: --teacher is its model.
+        part, _, name = flag.partition(".")
+        name = name or "model"
         own = dict(zip(values[::2], values[1::2], strict=True)) if name == "options" else values[0]
         config.setdefault(part, {})[name] = own
     return config
