@@ -127,6 +127,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     goes_on = began or (None if checkpoint is None else Began({}))
     pair, told = settle_stops(config, student, tokenizer, teacher_tokenizer, vocab_size, joinable, goes_on)
     ends = pair.stops.ids
+    evaluator.ends = frozenset(ends)
     if world is None and config.prompt_format == "chat":
         told += compare_templates(prompts, config.prompts, tokenizer, teacher_tokenizer, how, clock)
     engine = build_engine(config, ranks, student, device)

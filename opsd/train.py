@@ -198,7 +198,7 @@ class Trainer:
                 tracker.say(f"prompts left out, longer than --rollout.max_prompt_tokens: {dropped}")
             if self.done_steps == 0:
                 self.evaluate_before(tracker)
-            for line in self.folder.history():
+            for line in self.folder.history() if self.done_steps else ():
                 self.health.see(line)
             if pending is not None:
                 self.record(self.done_steps, pending | self.evaluate_after(self.done_steps, tracker), tracker)

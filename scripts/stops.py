@@ -29,29 +29,19 @@ from reporting.theme import png, tones
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "assets" / "pocket"
 END = "<end>"
-# What the student's row of <end> is multiplied by: its mean chance of ending is 0.91 then, not 0.99999, at which the
-# gradient of the reverse KL vanishes.
-SURENESS = 0.5
 # What is given besides: nothing; or the student's own end alone, as if nobody had compared the two.
 ARMS = {"as it comes": (), "student's stop alone": ("--rollout.stop_tokens", END)}
 SHOWN = (
-    ("length/mean_tokens", "length of a rollout, tokens"),
+    ("length/mean_tokens", "mean length of a rollout, tokens"),
     ("rollout/truncated_frac", "rollouts cut off, fraction"),
-    ("rollout/reward", "reward"),
-    ("stop/delta_nats", "teacher's − student's log-probability\nof the end, nats"),
-    ("stop/score_percentile_soft_or", "where Soft-OR ranks the end, from 0 to 1"),
+    ("rollout/reward", "reward of the step's rollouts"),
 )
-NUMBERS = (
-    *(key for key, _ in SHOWN),
-    "stop/student_prob",
-    "stop/teacher_prob",
-    "stop/kept_frac",
-    "stop/score_percentile",
-)
+STOPS = ("student_prob", "teacher_prob", "delta_nats", "kept_frac", "score_percentile", "score_percentile_soft_or")
+NUMBERS = [*(key for key, _ in SHOWN), *(f"stop/{name}" for name in STOPS)]
 
 
 @torch.no_grad()
-def make_pair(folder: Path) -> None:
+def make_pair(folder: Path, sureness: float) -> None:
     """The pocket pair with one more token, <end>. The student ends with it: the rows of its end and of a token that it
     never writes are exchanged, so it says what the pocket student says. The teacher never writes it.
     """
@@ -66,7 +56,7 @@ def make_pair(folder: Path) -> None:
         rows_VD[end] = rows_VD[never]
         if name == "student":
             rows_VD[[end, eos]] = rows_VD[[eos, end]]
-            rows_VD[end] *= SURENESS
+            rows_VD[end] *= sureness
             tokenizer.eos_token = END
             model.config.eos_token_id = model.generation_config.eos_token_id = end
         model.save_pretrained(folder / name)
@@ -127,7 +117,7 @@ def _label(cell: CellName) -> str:
     return cell.selector if cell.selector == "all" else f"{cell.selector} {100 * cell.retention:g} %"
 
 
-def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 64) -> None:
+def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 64, sureness: float = 0.5) -> None:
     """Run both arms, and write their numbers and the figure.
 
     Args:
@@ -136,15 +126,18 @@ def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 6
         figure: PNG file for the curves.
         steps: Optimiser steps of a run.
         problems: Problems that each run is evaluated on, of 256.
+        sureness: What the student's row of <end> is multiplied by: at 0.5 its mean chance of ending is 0.91; at 1 it is
+            0.99999, where the gradient of the reverse KL nearly vanishes.
     """
     if not (runs / "pair" / "teacher").is_dir():
-        make_pair(runs / "pair")
+        make_pair(runs / "pair", sureness)
     arms: dict[str, list[Run]] = {}
     for arm in ARMS:
         train(runs.resolve(), arm, steps, problems)
         arms[arm] = read_runs(runs / arm.replace(" ", "_").replace("'", ""))
     found = {arm: {str(run.cell): numbers_of(run) for run in own} for arm, own in arms.items()}
-    out.write_text(json.dumps({"steps": steps, "problems": problems, "seed": 0, "arms": found}, indent=1) + "\n")
+    values = {"steps": steps, "problems": problems, "sureness": sureness, "seed": 0, "arms": found}
+    out.write_text(json.dumps(values, indent=1) + "\n")
     figure.write_bytes(png(lambda: draw(arms)))
 
 

@@ -126,8 +126,11 @@ class Projection:
             if span.stop > span.start:
                 yield span
 
-    def project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
-        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows."""
+    def project_(self, hidden_CD: Tensor, out_CW: Tensor, student_CW: Tensor | None = None) -> Tensor:
+        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows.
+
+        student_CW: for a teacher of few log-probabilities alone, which stands in a head's place.
+        """
         self._project_(hidden_CD, out_CW)
         return out_CW if self.joined is None else self.joined.join_(out_CW)
 

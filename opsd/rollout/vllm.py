@@ -148,7 +148,8 @@ class VLLMRollout(VLLMSampler):
         vocab_size: int | None = None,
         eos_ids: Sequence[int] | None = None,
     ) -> None:
-        how = (rollout, settled(compute, engine.device), max_model_tokens, trust, vocab_size, eos_ids)
+        compute = settled(compute, engine.device)
+        how = (rollout, compute, max_model_tokens, trust, vocab_size, eos_ids)
         settings = sampler_settings(path, tokenizer, engine, *how)
         with trying(f"--rollout.engine vllm: it cannot load {path}"):
             super().__init__(
