@@ -98,10 +98,10 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     if began is not None:
         began.check(now, config)
     unanswered = [prompt.id for prompt in prompts if prompt.answer is None]
-    if config.loss.reward_beta and world is None and unanswered:
+    if config.loss.reads_rewards and world is None and unanswered:
         raise UserError(
-            f"--loss.reward_beta {config.loss.reward_beta}: prompt {unanswered[0]} of {config.prompts} has no answer "
-            "to be rewarded for; give answers, or 0"
+            f"--loss.reward_beta {config.loss.reward_beta}, --loss.prompt_weights {config.loss.prompt_weights}: prompt "
+            f"{unanswered[0]} of {config.prompts} has no answer to be rewarded for; give answers, or 0 and none"
         )
 
     device, r = local_device(config.engine.device), config.rollout

@@ -68,6 +68,8 @@ class StepLog:
         }
         if batches:
             metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
+        if config.rollout.horizon < 1.0:
+            metrics["rollout/horizon_tokens"] = config.rollout.horizon_at(step)
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
         every = config.telemetry.save_rollouts_every

@@ -27,6 +27,8 @@ from opsd.utils.plugins import load_path
 SELECTOR_GROUP = "opsd.selectors"
 TELEMETRY_GROUP = "opsd.telemetry"
 ALL_TOKENS = "all"
+# How many of the student's likeliest tokens teacher_mass_N adds up (arXiv 2605.26844: K = 16).
+SUPPORT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,9 @@ class TokenStats:
     entropy_N: H(P_S). reverse_kl_N: KL(P_S‖P_T), the paper's δ. forward_kl_N: KL(P_T‖P_S).
     teacher_entropy_N: H(P_T). top1_agree_N: bool, both models' most likely token is the same.
     teacher_rank_N: int64, how many tokens the teacher finds more likely than the student's (0 = top).
-    grad_norm_N: L2 norm of the logit gradient of the reverse KL. token_ids_N: int64, the sampled token.
-    vocab_size: |V| that the probabilities run over.
+    grad_norm_N: L2 norm of the logit gradient of the reverse KL. teacher_mass_N: fp32, the teacher's probability of the
+    student's `SUPPORT_TOKENS` likeliest tokens. log_ratio_N: log P_T − log P_S of the sampled token, nats.
+    token_ids_N: int64, the sampled token. vocab_size: |V| that the probabilities run over.
     """
 
     rollout_N: torch.Tensor
@@ -52,6 +55,8 @@ class TokenStats:
     top1_agree_N: torch.Tensor | None
     teacher_rank_N: torch.Tensor | None = None
     grad_norm_N: torch.Tensor | None = None
+    teacher_mass_N: torch.Tensor | None = None
+    log_ratio_N: torch.Tensor | None = None
     token_ids_N: torch.Tensor | None = None
     vocab_size: int | None = None
 
@@ -67,6 +72,7 @@ class Statistic(NamedTuple):
     dtype: torch.dtype = torch.float32
     teacher: bool = True
     required: bool = True
+    sampled: bool = False
     metric: str | None = None
     divergence: str | None = None
 
@@ -79,10 +85,13 @@ STATISTICS = {
     "forward_kl_N": Statistic(divergence="forward_kl"),
     "teacher_entropy_N": Statistic(metric="teacher/entropy_nats"),
     "top1_agree_N": Statistic(torch.bool),
-    "teacher_rank_N": Statistic(torch.int64, required=False),
+    "teacher_rank_N": Statistic(torch.int64, required=False, sampled=True),
     "grad_norm_N": Statistic(required=False),
+    "teacher_mass_N": Statistic(required=False),
+    "log_ratio_N": Statistic(required=False, sampled=True),
 }
 TEACHER_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.teacher)
+SAMPLED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.sampled)
 REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
 # Known without looking at a logit: a selector may list them in `needs`.
 GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "vocab_size"})
