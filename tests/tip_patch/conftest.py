@@ -13,7 +13,8 @@ MakeStats = Callable[..., TokenStats]
 
 @pytest.fixture(scope="session")
 def make_stats() -> MakeStats:
-    """TokenStats from lists or arrays; `rollout` defaults to one rollout, `mass` to ones beside a δ, others to None."""
+    """TokenStats from lists or arrays; `rollout` defaults to one rollout, `mass` to ones and `ratio` to zeros
+    beside a δ, others to None."""
 
     def make(
         rollout=None,
@@ -31,7 +32,9 @@ def make_stats() -> MakeStats:
         named = (h, delta, forward, teacher, rank, ratio, ids, rollout)
         first = next(values for values in named if values is not None)
         rollout = [0] * len(first) if rollout is None else rollout
-        mass = [1.0] * len(delta) if mass is None and delta is not None else mass
+        if delta is not None:
+            mass = [1.0] * len(delta) if mass is None else mass
+            ratio = [0.0] * len(delta) if ratio is None else ratio
 
         def floats(values):
             return None if values is None else torch.as_tensor(values, dtype=torch.float32)
