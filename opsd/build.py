@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
@@ -32,7 +31,7 @@ from opsd.run.began import Began
 from opsd.run.tracking import check_wandb
 from opsd.selection import ALL_TOKENS, TokenSelector, TokenTelemetry, load_selector, load_telemetry, selector_takes
 from opsd.teacher import LocalTeacher, Teacher
-from opsd.types import Prompt, Sampling
+from opsd.types import Head, Prompt, Sampling
 from opsd.utils.distributed import Ranks, local_device, world_size
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -240,15 +239,15 @@ def build_teacher(
         return local, scorer, local.present
     from opsd.teacher.vllm import VLLMTeacher, read_head
 
-    head_VE = read_head(t.model, dtype, config.trust_remote_code, reach)
-    served = VLLMTeacher(t, head_VE, device, ranks.rank)
+    head = read_head(t.model, dtype, config.trust_remote_code, reach)
+    served = VLLMTeacher(t, head, device, ranks.rank)
     served.connect(reach.longest if reach else 0)
-    return served, as_model(head_VE), nullcontext
+    return served, as_model(head), nullcontext
 
 
-def as_model(head_VE: Tensor) -> Any:
+def as_model(head: Head) -> Any:
     """A head where a model's is looked for."""
-    return SimpleNamespace(head=SimpleNamespace(weight=head_VE))
+    return SimpleNamespace(head=SimpleNamespace(weight=head.weight_VD))
 
 
 def build_rollout(

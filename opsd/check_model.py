@@ -20,18 +20,19 @@ from opsd.model.checks import (
     Reach,
     Span,
     check_packing,
-    check_plain_head,
     check_positions,
     check_steady,
     difference,
+    find_transform,
     positions,
     switches,
 )
 from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
 from opsd.model.loading import disable_dropout, load_ends, load_model, load_tokenizer, running, settle_layout
-from opsd.model.scorer import Scorer
+from opsd.model.scorer import DistillHead, Scorer
 from opsd.model.vocabulary import check_ends, model_vocabulary
 from opsd.rollout.hf import eos_token_ids
+from opsd.types import PLAIN, Head
 from opsd.utils.distributed import local_device
 from opsd.utils.errors import UserError, first_line
 
@@ -112,6 +113,7 @@ class _Found:
         self._tokenizer: Any = None
         self._model: Any = None
         self._scorer: Any = None
+        self._transform = PLAIN
         self._reach = Reach((Span(0, config.tokens, "--tokens"),), config.tokens)
 
     def tokenizer(self) -> str:
@@ -159,22 +161,22 @@ class _Found:
         return f"{self._config.tokens:,} tokens, {'no limit is named' if known is None else f'of {known:,}'}"
 
     def head(self) -> str:
-        """Logits that are hidden·head."""
+        """Logits that are made in a known way."""
         with running(self._name):
-            check_plain_head(self._model, self._name)
-        return "logits are hidden·head"
+            self._transform = find_transform(self._model, self._name)
+        return f"logits are {_in_words(DistillHead.of(self._model, self._transform).as_head())}"
 
     def served_head(self) -> str:
         """The same for the folder as a served teacher's."""
         trust = self._config.trust_remote_code
         with running(self._name):
-            check_plain_head(load_ends(self._config.folder, "model", torch.float32, trust), self._name)
+            find_transform(load_ends(self._config.folder, "model", torch.float32, trust), self._name)
         return "can be read for --teacher.kind vllm"
 
     def rows(self) -> str:
         """Sequences that do not change each other."""
-        # Where the head is not plain this goes on all the same: the other lines are of use.
-        self._scorer = Scorer(self._model)
+        # Where the head is unknown this goes on all the same: the other lines are of use.
+        self._scorer = Scorer(self._model, transform=self._transform)
         with running(self._name):
             settle_layout(self._scorer, self._name, self._reach)
         tried = ", ".join(map(str, switches(self._model.config, self._reach.longest)))
@@ -183,7 +185,7 @@ class _Found:
 
     def one_row(self) -> str:
         """The same in one row, as ZeRO-3 needs it: what fails here is not a fault of the model."""
-        whole = Scorer(self._model, packed=True)
+        whole = Scorer(self._model, packed=True, transform=self._transform)
         try:
             with running(self._name):
                 check_packing(whole, self._name, self._reach)
@@ -255,6 +257,14 @@ class _Found:
         given = torch.tensor([ids], device=self._device)
         log_probs_LV = self._model.eval()(input_ids=given, use_cache=False).logits[0].float().log_softmax(-1)
         return log_probs_LV[:-1].gather(-1, given[0, 1:, None])[:, 0].cpu()
+
+
+def _in_words(head: Head) -> str:
+    """How logits are made of hidden states."""
+    scale, softcap = head.transform.scale, head.transform.softcap
+    said = "hidden·head" if head.bias_V is None else "hidden·head + bias"
+    said += "" if scale == 1.0 else f", times {scale:g}"
+    return said if softcap is None else f"{said}, soft cap {softcap:g}"
 
 
 def _mean_gap(ours: list[float], own: Tensor) -> float:

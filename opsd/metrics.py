@@ -19,7 +19,7 @@ from opsd.run.token_record import recorded_rollouts, token_table
 from opsd.run.tracking import peak_gib
 from opsd.selection import REQUIRED_FIELDS, STATISTICS, TokenTelemetry
 from opsd.teacher import Teacher
-from opsd.types import MicroBatch, Rollout
+from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import Update
 from opsd.utils.distributed import Ranks
 from opsd.utils.seeding import derive_seed
@@ -136,11 +136,11 @@ def score_top(
     found = []
     for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
 
-        def use(student_ND: Tensor, head_VD: Tensor, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
+        def use(student_ND: Tensor, head: Head, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
             row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
             return top_tokens(
                 student_ND[row_R],
-                head_VD,
+                head,
                 teacher_NE.to(student_ND.device)[row_R],
                 teacher.head(),
                 token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],

@@ -23,7 +23,7 @@ from opsd.metrics import StepLog
 from opsd.run import checkpoint
 from opsd.run.folder import Follower, RunFolder
 from opsd.run.tracking import Stopwatch, Tracker, forget_peak
-from opsd.types import MicroBatch, Rollout
+from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import StepPlanner, Update, rollout_weights
 from opsd.utils import signals
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
@@ -131,8 +131,8 @@ class Trainer:
             results = []
             for micro, teacher_NE, choice in zip(micros, teacher, plan.choices, strict=True):
 
-                def loss(student_ND: Tensor, head_VD: Tensor, m=micro, t=teacher_NE, c=choice) -> DistillResult:
-                    return distill(planner.inputs(student_ND, head_VD, m, t, weights), c, planner.loss)
+                def loss(student_ND: Tensor, head: Head, m=micro, t=teacher_NE, c=choice) -> DistillResult:
+                    return distill(planner.inputs(student_ND, head, m, t, weights), c, planner.loss)
 
                 result = self.engine.forward(micro, loss)
                 self.engine.backward(result.loss_sum, planner.divisor(plan, result))

@@ -1,10 +1,12 @@
-"""What travels through a step: prompts, how answers are sampled, rollouts, micro-batches.
+"""What travels through a step: prompts, how answers are sampled, rollouts, micro-batches, heads.
 
-Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding).
+Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding), V rows of a
+head, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -87,3 +89,40 @@ class MicroBatch:
     def student_tokens(self) -> int:
         """N."""
         return self.rows_N.numel()
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a model does to x = hidden·headᵀ + bias: logits = cap(scale·x), cap(y) = softcap·tanh(y / softcap).
+
+    softcap: None where there is none; else above 0, as scale is.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, products: torch.Tensor) -> torch.Tensor:
+        """Logits from x, of any shape; autograd differentiates it."""
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.softcap is None else torch.tanh(scaled / self.softcap) * self.softcap
+
+
+PLAIN = Transform()
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A model's way from final hidden states to logits: weight_VD, bias_V (None: there is none), then the transform."""
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    transform: Transform = PLAIN
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Head:
+        """The same on other tensors, such as `torch.Tensor.detach` gives."""
+        return Head(change(self.weight_VD), None if self.bias_V is None else change(self.bias_V), self.transform)
+
+    def logits(self, hidden_ND: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        """The model's own logits [N, V] at once, differentiable. rows: the first ones of the vocabulary alone."""
+        bias_V = None if self.bias_V is None else self.bias_V[:rows]
+        return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD[:rows], bias_V))

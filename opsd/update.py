@@ -22,7 +22,7 @@ from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
 from opsd.teacher import Teacher
-from opsd.types import MicroBatch, Rollout
+from opsd.types import Head, MicroBatch, Rollout
 from opsd.utils.errors import RunStopped, StepUnusable, UserError
 
 
@@ -93,7 +93,7 @@ class StepPlanner:
     def inputs(
         self,
         student_ND: Tensor,
-        head_VD: Tensor,
+        head: Head,
         micro: MicroBatch,
         teacher_NE: Tensor,
         rollout_weights: Tensor | None = None,
@@ -101,7 +101,7 @@ class StepPlanner:
         """What the loss core takes of one micro-batch, checked once. rollout_weights: by rollout id."""
         return check_inputs(
             student_ND,
-            head_VD,
+            head,
             teacher_NE.to(student_ND.device, non_blocking=True),
             self._teacher.head(),
             vocab_size=self._vocab_size,
@@ -167,8 +167,8 @@ class StepPlanner:
         assert self._selector is not None
         needs = watched | self._selector.needs | self._selector.needs_kept
 
-        def use(student_ND: Tensor, head_VD: Tensor) -> TokenStats:
-            inputs = self.inputs(student_ND, head_VD, micro, teacher_NE)
+        def use(student_ND: Tensor, head: Head) -> TokenStats:
+            inputs = self.inputs(student_ND, head, micro, teacher_NE)
             return build_stats(inputs, score_rows(inputs, check_needs(needs, inputs), self.loss))
 
         return self._engine.forward(micro, use)

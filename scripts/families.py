@@ -1,7 +1,7 @@
 """Tiny random models of the families that transformers builds from a configuration, as ordinary model folders.
 
-Matrices have a standard deviation of 0.35: with 0.02, transformers' default, a soft cap or a leak between sequences
-would be too small to be seen. The tokenizer has a token per character.
+Matrices, and a head's bias, have a standard deviation of 0.35: with 0.02, transformers' default, a soft cap or a leak
+between sequences would be too small to be seen. The tokenizer has a token per character.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+LAYERS = ["sliding_attention", "full_attention"]
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
@@ -58,8 +59,9 @@ class Family:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            bias = getattr(model.get_output_embeddings(), "bias", None)
             for parameter in model.parameters():
-                if parameter.dim() >= 2:
+                if parameter.dim() >= 2 or parameter is bias:
                     torch.nn.init.normal_(parameter, std=STD)
         return model.eval()
 
@@ -75,15 +77,33 @@ FAMILIES = {
     ),
     "Gemma 2": Family("Gemma2Config", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Gemma 3 (text)": Family("Gemma3TextConfig", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
+    "Gemma 3n (text)": Family(
+        "Gemma3nTextConfig",
+        {"sliding_window": 16, "layer_types": LAYERS, "laurel_rank": 8, "vocab_size_per_layer_input": 52,
+         "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+    ),
+    "Gemma 4 (text)": Family(
+        "Gemma4TextConfig",
+        {"sliding_window": 16, "layer_types": LAYERS, "global_head_dim": 32, "vocab_size_per_layer_input": 52,
+         "hidden_size_per_layer_input": 16, "final_logit_softcapping": 30.0},
+    ),
     "Mistral": Family("MistralConfig", {"sliding_window": 16}),
     "Mixtral": Family("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Phi": Family("PhiConfig", without=("head_dim",)),
+    "Phi-MoE": Family("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "lm_head_bias": True}),
     "Phi-3": Family("Phi3Config", {"original_max_position_embeddings": 256}),
     "Cohere 2": Family("Cohere2Config", {"sliding_window": 16}),
     "Granite": Family("GraniteConfig", {"logits_scaling": 8.0}),
+    "MiniCPM 3": Family(
+        "MiniCPM3Config",
+        {"num_key_value_heads": 2, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "q_lora_rank": 16,
+         "kv_lora_rank": 16, "v_head_dim": 32},
+    ),
     "OLMo 2": Family("Olmo2Config"),
     "SmolLM 3": Family("SmolLM3Config"),
     "Falcon-H1": Family(
-        "FalconH1Config", {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 16}
+        "FalconH1Config",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 16, "lm_head_multiplier": 0.5},
     ),
     "GPT-2": Family(
         "GPT2Config",

@@ -79,7 +79,7 @@ def write_rollouts(args: Args, scorer: Scorer, tokenizer: Any) -> tuple[list[Mic
 @torch.no_grad()
 def teacher_logs(teacher: Scorer, micros: list[MicroBatch], vocab_size: int) -> list[Tensor]:
     """The teacher's log-probabilities at each micro-batch's student tokens [N, V]."""
-    return [(teacher.hidden(m) @ teacher.head.weight[:vocab_size].T).log_softmax(-1) for m in micros]
+    return [teacher.head.as_head().logits(teacher.hidden(m), vocab_size).log_softmax(-1) for m in micros]
 
 
 def measure_pair(args: Args) -> TokenWorth:

@@ -31,7 +31,7 @@ def test_a_model_that_can_be_trained_has_a_line_for_each_check(tmp_path, capsys)
 
 
 def test_what_cannot_be_is_said_and_the_rest_is_checked_all_the_same(tmp_path):
-    folder = write(tmp_path / "model", "Gemma 2", max_position_embeddings=32)
+    folder = write(tmp_path / "model", "MiniCPM 3", max_position_embeddings=32)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "eos_token_id": 1}))
     fine, lines = checked(folder, tokens=33)
     assert not fine
@@ -54,7 +54,7 @@ def test_without_weights_nothing_more_is_checked(tmp_path):
         checked(folder, tokens=0)
 
 
-@pytest.mark.parametrize(("family", "code"), [("Qwen3", 0), ("Granite", 2)])
+@pytest.mark.parametrize(("family", "code"), [("Qwen3", 0), ("MiniCPM 3", 2)])
 def test_the_exit_code_says_it(family, code, tmp_path, monkeypatch, capsys):
     folder = write(tmp_path / "model", family)
     monkeypatch.setattr(sys, "argv", ["opsd", "check-model", str(folder), "--tokens", "20", "--vllm", "False"])

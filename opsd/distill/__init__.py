@@ -6,5 +6,6 @@ of student and teacher. Start at `loss.py`.
 
 from opsd.distill.loss import DistillResult, distill_loss
 from opsd.distill.stats import concatenate_stats, token_stats
+from opsd.types import Head, Transform
 
-__all__ = ["DistillResult", "concatenate_stats", "distill_loss", "token_stats"]
+__all__ = ["DistillResult", "Head", "Transform", "concatenate_stats", "distill_loss", "token_stats"]

@@ -1,4 +1,4 @@
-"""How many tokens are worked on at once, and the buffers they are worked on in."""
+"""How many tokens are worked on at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from opsd.distill.divergence import SCRATCH_BUFFERS
 from opsd.utils.errors import UserError
 from opsd.utils.oom import is_out_of_memory
 
@@ -167,47 +166,3 @@ def _free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """The buffers a call reuses over its chunks: both models' logits [C, V], scratch for a block of rows [S, B, V].
-
-    V is `row_width`, the vocabulary or more. Where copies were asked for, the last two scratch buffers hold a block of
-    both models' logits. kernels: `has_row_kernels`; these need no scratch.
-    """
-
-    student_CV: Tensor
-    teacher_CV: Tensor
-    scratch_SBV: Tensor
-    kernels: bool = False
-
-    @classmethod
-    def allocate(
-        cls, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype, teacher: bool = True, copies: bool = False
-    ) -> Workspace:
-        """Buffers for `rows` tokens on `like`'s device; without a teacher its buffer is empty."""
-        kernels = has_row_kernels(like, wide)
-        scratch = 0 if kernels else SCRATCH_BUFFERS + (2 if copies else 0)
-        # Whole rows for each thread, and as many for one as for another.
-        threads = 1 if like.is_cuda else torch.get_num_threads()
-        width = row_width(like.device.type, vocab_size)
-        per_step = threads * (2 + SCRATCH_BUFFERS) * width * wide.itemsize
-        block = min(rows, threads * max(1, BLOCK_BYTES["cuda" if like.is_cuda else "cpu"] // per_step))
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(*shape, width, dtype=wide, device=like.device)
-
-        return cls(empty(rows), empty(rows if teacher else 0), empty(scratch, block), kernels)
-
-    def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the first `rows` rows, each with scratch of its height."""
-        for block in slices(rows, self.scratch_SBV.shape[1]):
-            yield block, self.scratch_SBV[:SCRATCH_BUFFERS, : block.stop - block.start]
-
-    def copied(self, model: int, logits_CV: Tensor, rows: slice | Tensor) -> Tensor:
-        """A copy [B, V] of some rows of a model's logits (0: the student's, 1: the teacher's), to be overwritten."""
-        copy_BV = self.scratch_SBV[SCRATCH_BUFFERS + model]
-        if isinstance(rows, slice):
-            return copy_BV[: rows.stop - rows.start].copy_(logits_CV[rows])
-        return torch.index_select(logits_CV, 0, rows, out=copy_BV[: len(rows)])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opsd.selection import SUPPORT_TOKENS
+from opsd.types import Transform
 from opsd.utils.errors import UserError
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -24,18 +25,29 @@ SCRATCH_BUFFERS = 2
 _OF_BOTH_MASSES = frozenset({"reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "teacher_mass_N", "log_ratio_N"})
 
 
-def log_softmax_(logits_BV: Tensor, temperature: float) -> Tensor:
-    """Turn logits into log-probabilities at `temperature`, in place."""
-    if temperature != 1.0:
-        logits_BV.div_(temperature)
-    return torch.log_softmax(logits_BV, -1, out=logits_BV)
+def logits_(
+    products_BW: Tensor, transform: Transform, height: int, temperature: float, tanh_BW: Tensor | None = None
+) -> Tensor:
+    """Turn hidden·headᵀ + bias into a model's logits over the temperature, in place.
+
+    height: entries of a row that are of the vocabulary; what is beyond them stays as far below. tanh_BW: a buffer in
+    which the tanh of a soft cap is left, of which its derivative is made.
+    """
+    if transform.softcap is not None:
+        scaled_BV = products_BW[:, :height].mul_(transform.scale / transform.softcap)
+        tanh_BV = torch.tanh(scaled_BV, out=scaled_BV if tanh_BW is None else tanh_BW[:, :height])
+        torch.mul(tanh_BV, transform.softcap / temperature, out=scaled_BV)
+    elif transform.scale != 1.0:
+        products_BW[:, :height].mul_(transform.scale / temperature)
+    elif temperature != 1.0:
+        products_BW.div_(temperature)
+    return products_BW
 
 
-def temper_(temperature: float, *logits: Tensor | None) -> None:
-    """Divide each of the logits that are given by the temperature, in place."""
-    for logits_BV in logits if temperature != 1.0 else ():
-        if logits_BV is not None:
-            logits_BV.div_(temperature)
+def through_cap_(grad_BW: Tensor, tanh_BW: Tensor, height: int) -> None:
+    """Turn a gradient by capped logits into one by what was capped, in place; tanh_BW as `logits_` left it."""
+    grad_BV = grad_BW[:, :height]
+    torch.ops.aten.tanh_backward.grad_input(grad_BV, tanh_BW[:, :height], grad_input=grad_BV)
 
 
 def centre_(logits_BV: Tensor) -> Tensor:
@@ -151,7 +163,7 @@ def token_fields_(
     tokens keep their digits.
     """
     fields: dict[str, Tensor] = {}
-    exp_BV, u_BV = scratch_SBV
+    exp_BV, u_BV = scratch_SBV[0], scratch_SBV[1]
     support_BK = likeliest(student_BV) if "teacher_mass_N" in needs else None
     if teacher_BV is not None:
         if "top1_agree_N" in needs:

@@ -7,7 +7,7 @@ Legend: N tokens, K trained rows, C rows of a chunk, V shared vocabulary, D and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import Workspace, attempts, slices
+from opsd.distill.chunks import attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.rows import Logits, differentiate_, gradient_buffer
+from opsd.distill.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ class Trained:
 
 
 class FusedLoss(torch.autograd.Function):
-    """apply(student_ND, student_head_VD, trained, held) → Σ weight·divergence, differentiable, and the divergences [K].
+    """apply(*inputs.leaves, trained, held) → Σ weight·divergence, differentiable, and the divergences [K].
 
     held: the logits of all rows, where they are there already; they are used up.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student_ND: Tensor, student_head_VD: Tensor, trained: Trained, held: HeldLogits | None
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, trained: Trained, held: HeldLogits | None
     ) -> tuple[Tensor, Tensor]:
-        weight_K, wanted = trained.weight_K, ctx.needs_input_grad
-        loss_K, *ctx.gradients = differentiate(trained, wanted[0], wanted[1], held)
+        weight_K = trained.weight_K
+        loss_K, *ctx.gradients = differentiate(trained, ctx.needs_input_grad[:3], held)
         loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
         # Only a second backward reads what is saved; the inputs are alive until the first one anyway.
-        ctx.save_for_backward(student_ND, student_head_VD)
-        ctx.trained, ctx.head_type = trained, student_head_VD.dtype
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V)
+        ctx.trained = trained
         ctx.mark_non_differentiable(loss_K)
         return loss_sum, loss_K
 
@@ -66,71 +67,81 @@ class FusedLoss(torch.autograd.Function):
             # The first backward gave its buffers away. Under retain_graph they are formed anew; otherwise this
             # read raises autograd's own error for a graph already freed.
             _ = ctx.saved_tensors
-            _, *ctx.gradients = differentiate(ctx.trained, *ctx.needs_input_grad[:2])
-        grad_ND, grad_VD = ctx.gradients
-        ctx.gradients = ()
+            _, *ctx.gradients = differentiate(ctx.trained, ctx.needs_input_grad[:3])
+        gradients, ctx.gradients = ctx.gradients, ()
         # Scaled in place, the head's while still wide: a second [V, D] buffer would be the largest of all.
-        if grad_ND is not None:
-            grad_ND.mul_(grad_loss)
-        if grad_VD is not None:
-            grad_VD = grad_VD.mul_(grad_loss).to(ctx.head_type)
-        return grad_ND, grad_VD, None, None
+        leaves = ctx.trained.inputs.leaves
+        return (
+            *(
+                None if grad is None or leaf is None else grad.mul_(grad_loss).to(leaf.dtype)
+                for grad, leaf in zip(gradients, leaves, strict=True)
+            ),
+            None,
+            None,
+        )
 
 
 @torch.no_grad()
 def differentiate(
-    trained: Trained, hidden_wanted: bool, head_wanted: bool, held: HeldLogits | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Divergences [K] in nats; gradients of hidden states [N, D] (their own type) and full head [V, D] (wide type).
+    trained: Trained, wanted: Sequence[bool], held: HeldLogits | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Divergences [K] in nats; gradients of hidden states [N, D] (their own type), full head [V, D] and its bias [V]
+    (wide type).
 
-    Of the weighted sum, where they are wanted. Nothing in the loop waits for the device.
+    Of the weighted sum; of the three those that are wanted. Nothing in the loop waits for the device.
     """
     inputs, weight_K, rows = trained.inputs, trained.weight_K, trained.rows
     loss_K = torch.zeros(rows, dtype=inputs.wide, device=inputs.student_ND.device)
-    grad_ND = torch.zeros_like(inputs.student_ND) if hidden_wanted else None
-    grad_VD = torch.zeros_like(inputs.student_head_VD, dtype=inputs.wide) if head_wanted else None
+    types = (inputs.student_ND.dtype, inputs.wide, inputs.wide)
+    grad_ND, grad_VD, grad_V = (
+        torch.zeros_like(leaf, dtype=dtype) if leaf is not None and asked else None
+        for leaf, dtype, asked in zip(inputs.leaves, types, wanted, strict=True)
+    )
     if not rows:
-        return loss_K, grad_ND, grad_VD
-    head, chunk_tokens = inputs.student_head(), trained.spec.chunk_tokens
-    for attempt in attempts(chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide):
-        # What a try that ran out of memory left is dropped: its buffers, and the one sum over chunks.
-        logits = found = grad_CD = hidden_CD = None
-        total_VD = None if grad_VD is None else grad_VD.zero_()[: inputs.vocab_size]
+        return loss_K, grad_ND, grad_VD, grad_V
+    head, chunk_tokens, height = inputs.student_projection(), trained.spec.chunk_tokens, inputs.vocab_size
+    for attempt in attempts(chunk_tokens, rows, height, inputs.student_ND, inputs.wide):
+        # What a try that ran out of memory left is dropped: its buffers, and the sums over chunks.
+        logits = out_CW = found = grad_CD = hidden_CD = None
+        total_VD, total_V = (None if total is None else total.zero_()[:height] for total in (grad_VD, grad_V))
         with attempt as chunk, torch.autocast(inputs.student_ND.device.type, enabled=False):
             # The logits that are held serve the first try alone: it overwrites them.
             chunks, held = _projected(trained, chunk) if held is None else _held(trained, held), None
-            for part, logits in chunks:
+            for part, logits, out_CW in chunks:
                 where = trained.where(part)
-                found = differentiate_(logits, trained.spec, None if weight_K is None else weight_K[part])
+                found = differentiate_(logits, trained.spec, None if weight_K is None else weight_K[part], out_CW)
                 loss_K[part], hidden_CD = found.loss_C, inputs.student_ND[where]
                 if found.scale_C1 is not None:
                     hidden_CD = hidden_CD * found.scale_C1
-                grad_CD = head.gradients_(found.gradient_CW, hidden_wanted, hidden_CD, total_VD)
+                if total_V is not None:
+                    total_V.add_(found.of_bias(height))
+                grad_CD = head.gradients_(found.gradient_CW, grad_ND is not None, hidden_CD, total_VD)
                 if grad_ND is not None and grad_CD is not None:
                     grad_CD = grad_CD if found.scale_C1 is None else grad_CD.mul_(found.scale_C1)
                     grad_ND[where] = grad_CD.to(grad_ND.dtype)
-    return loss_K, grad_ND, grad_VD
+    return loss_K, grad_ND, grad_VD, grad_V
 
 
-def _projected(trained: Trained, chunk: int) -> Iterator[tuple[slice, Logits]]:
-    """Which of the K rows, and their logits, which are projected here, at most `chunk` rows at a time."""
+def _projected(trained: Trained, chunk: int) -> Iterator[tuple[slice, Logits, Tensor]]:
+    """Which of the K rows, their logits, which are projected here, at most `chunk` rows at a time, and where their
+    gradient goes."""
     inputs = trained.inputs
-    student_head, teacher_head = inputs.student_head(), inputs.teacher_head()
-    work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide)
+    student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection()
+    work = Workspace.allocate(inputs, chunk)
     gradient_CW = gradient_buffer(work, chunk, inputs.student_type)
     for part in slices(trained.rows, chunk):
         where, count = trained.where(part), part.stop - part.start
         student_CW = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
         teacher_CW = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-        yield part, Logits(work, student_CW, teacher_CW, gradient_CW[:count])
+        yield part, Logits(work, student_CW, teacher_CW), gradient_CW[:count]
 
 
-def _held(trained: Trained, held: HeldLogits) -> Iterator[tuple[slice, Logits]]:
-    """All K rows at once, from logits that are there already."""
+def _held(trained: Trained, held: HeldLogits) -> Iterator[tuple[slice, Logits, Tensor]]:
+    """As `_projected`: all K rows at once, from logits that are there already."""
     inputs, kept_K, work, everything = trained.inputs, trained.kept_K, held.take(), slice(0, trained.rows)
     teacher_CW = work.teacher_CV
     if not held.has_teacher:
         teacher_CW = work.student_CV.new_empty(trained.rows, work.student_CV.shape[1])
-        inputs.teacher_head().project_(inputs.teacher_NE[trained.where(everything)], teacher_CW)
+        inputs.teacher_projection().project_(inputs.teacher_NE[trained.where(everything)], teacher_CW)
     out_KW = gradient_buffer(work, trained.rows, inputs.student_type, picked=kept_K is not None)
-    yield everything, Logits(work, work.student_CV, teacher_CW, out_KW, held=True, kept_C=kept_K)
+    yield everything, Logits(work, work.student_CV, teacher_CW, held=True, kept_C=kept_K), out_KW

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from opsd.distill.chunks import Workspace, may_hold
+from opsd.distill.chunks import may_hold
 from opsd.distill.inputs import Inputs, LossSpec
+from opsd.distill.workspace import Workspace
 from opsd.utils.oom import is_out_of_memory
 
 
 class HeldLogits:
-    """The logits of all rows in a workspace, before the temperature; the teacher's only where they were asked for."""
+    """The products of all rows, in a workspace; the teacher's only where they were asked for."""
 
     def __init__(self, work: Workspace) -> None:
         self._work: Workspace | None = work
@@ -38,11 +39,11 @@ def hold_logits(inputs: Inputs, spec: LossSpec, teacher: bool) -> HeldLogits | N
     if not rows or not may_hold(spec.chunk_tokens, rows, inputs.vocab_size, like, inputs.wide):
         return None
     try:
-        work = Workspace.allocate(rows, inputs.vocab_size, like, inputs.wide, teacher, copies=True)
+        work = Workspace.allocate(inputs, rows, teacher, copies=True)
         with torch.autocast(like.device.type, enabled=False):
-            inputs.student_head().project_(like, work.student_CV)
+            inputs.student_projection().project_(like, work.student_CV)
             if teacher:
-                inputs.teacher_head().project_(inputs.teacher_NE, work.teacher_CV)
+                inputs.teacher_projection().project_(inputs.teacher_NE, work.teacher_CV)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

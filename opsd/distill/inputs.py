@@ -9,7 +9,8 @@ from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
 from opsd.distill.divergence import check_divergence
-from opsd.distill.matmul import Head, product_dtype
+from opsd.distill.matmul import Projection, product_dtype
+from opsd.types import Head
 from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
@@ -38,16 +39,16 @@ class LossSpec:
 class Inputs:
     """Both models' final hidden states and heads, checked, and the vocabulary they share.
 
-    student_ND, teacher_NE: hidden states. student_head_VD, teacher_head_VE: projections in full height.
+    student_ND, teacher_NE: hidden states. student_head, teacher_head: heads in full height.
     vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
     wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
     to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
     """
 
     student_ND: Tensor
-    student_head_VD: Tensor
+    student_head: Head
     teacher_NE: Tensor
-    teacher_head_VE: Tensor
+    teacher_head: Head
     vocab_size: int
     student_type: torch.dtype
     teacher_type: torch.dtype
@@ -60,20 +61,29 @@ class Inputs:
     def rows(self) -> int:
         return self.student_ND.shape[0]
 
-    def student_head(self) -> Head:
-        """The student's projection, cut to the shared vocabulary, outside autograd."""
-        return Head(self.student_head_VD.detach()[: self.vocab_size], self.student_type, self.wide)
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What gradients flow to: the student's hidden states, its head's weight, its head's bias if there is one."""
+        return self.student_ND, self.student_head.weight_VD, self.student_head.bias_V
 
-    def teacher_head(self) -> Head:
-        """The teacher's projection, cut to the shared vocabulary, outside autograd."""
-        return Head(self.teacher_head_VE.detach()[: self.vocab_size], self.teacher_type, self.wide)
+    def student_projection(self) -> Projection:
+        """The student's products, cut to the shared vocabulary, outside autograd."""
+        return self._projection(self.student_head, self.student_type)
+
+    def teacher_projection(self) -> Projection:
+        """The teacher's products, cut to the shared vocabulary, outside autograd."""
+        return self._projection(self.teacher_head, self.teacher_type)
+
+    def _projection(self, head: Head, product: torch.dtype) -> Projection:
+        bias_V = None if head.bias_V is None else head.bias_V.detach()[: self.vocab_size]
+        return Projection(head.weight_VD.detach()[: self.vocab_size], product, self.wide, bias_V)
 
 
 def check_inputs(
     student_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head: Tensor | Head,
     teacher_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head: Tensor | Head,
     *,
     vocab_size: int | None = None,
     rollout_N: Tensor | None = None,
@@ -81,25 +91,18 @@ def check_inputs(
     weight_N: Tensor | None = None,
 ) -> Inputs:
     """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit."""
-    for name, hidden, head in (
-        ("student", student_ND, student_head_VD),
-        ("teacher", teacher_NE, teacher_head_VE),
-    ):
-        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-            raise UserError(
-                f"{name} hidden states {tuple(hidden.shape)} and head {tuple(head.shape)} do not fit: "
-                "give [tokens, hidden] and [vocabulary, hidden]"
-            )
+    student_head = _checked("student", student_ND, student_head)
+    teacher_head = _checked("teacher", teacher_NE, teacher_head)
     if student_ND.shape[0] != teacher_NE.shape[0]:
         raise UserError(
             f"{student_ND.shape[0]} student tokens but {teacher_NE.shape[0]} teacher tokens: "
             "give both models' hidden states at the same positions"
         )
-    shared = min(student_head_VD.shape[0], teacher_head_VE.shape[0])
+    shared = min(student_head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
     if vocab_size is not None and not 1 <= vocab_size <= shared:
         raise UserError(f"vocab_size {vocab_size} but the smaller head has {shared} rows: give 1 to {shared}")
-    student_type = product_dtype(student_ND, student_head_VD)
-    teacher_type = product_dtype(teacher_NE, teacher_head_VE)
+    student_type = product_dtype(student_ND, student_head.weight_VD)
+    teacher_type = product_dtype(teacher_NE, teacher_head.weight_VD)
     wide = torch.float32
     if torch.float64 in (student_type, teacher_type):
         student_type = teacher_type = wide = torch.float64
@@ -113,9 +116,9 @@ def check_inputs(
     assert rollout_N is not None
     return Inputs(
         student_ND,
-        student_head_VD,
+        student_head,
         teacher_NE,
-        teacher_head_VE,
+        teacher_head,
         shared if vocab_size is None else vocab_size,
         student_type,
         teacher_type,
@@ -124,6 +127,22 @@ def check_inputs(
         per_row("token_ids_N", token_ids_N),
         per_row("weight_N", weight_N),
     )
+
+
+def _checked(name: str, hidden: Tensor, given: Tensor | Head) -> Head:
+    """A model's head; a weight alone is a head without bias and transform. Raises UserError where it does not fit."""
+    head = given if isinstance(given, Head) else Head(given)
+    weight_VD, bias_V, transform = head.weight_VD, head.bias_V, head.transform
+    if hidden.dim() != 2 or weight_VD.dim() != 2 or hidden.shape[1] != weight_VD.shape[1]:
+        raise UserError(
+            f"{name} hidden states {tuple(hidden.shape)} and head {tuple(weight_VD.shape)} do not fit: "
+            "give [tokens, hidden] and [vocabulary, hidden]"
+        )
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise UserError(f"{name} head {tuple(weight_VD.shape)} and bias {tuple(bias_V.shape)} do not fit")
+    if not (0.0 < transform.scale < float("inf") and (transform.softcap is None or transform.softcap > 0.0)):
+        raise UserError(f"{name} head's scale {transform.scale} and softcap {transform.softcap}: give numbers above 0")
+    return head
 
 
 def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | None:

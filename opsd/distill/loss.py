@@ -19,6 +19,7 @@ from opsd.distill.inputs import Inputs, LossSpec, check_inputs, on_rows
 from opsd.distill.materialized import materialized_loss
 from opsd.distill.select import Choice, choose, mask_of
 from opsd.selection import Selection, TokenSelector, TokenStats, field_of, with_defaults
+from opsd.types import Head
 from opsd.utils.errors import UserError
 
 
@@ -37,9 +38,9 @@ class DistillResult:
 
 def distill_loss(
     student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head_VE: Tensor | Head,
     *,
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
@@ -56,8 +57,9 @@ def distill_loss(
 ) -> DistillResult:
     """Divergence between student and teacher, summed over the tokens a selector keeps (paper Eq. 1, 7/9).
 
-    student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens; the heads project them
-    to logits. Gradients flow to the student's hidden states and head. Divide loss_sum once, by the kept count of
+    student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens; the heads make logits of
+    them: weights [V, D] and [V, E], or a `Head` for a bias, a scale or a soft cap. Gradients flow to the student's
+    hidden states, weight and bias. Divide loss_sum once, by the kept count of
     the whole step. rollout_N: each token's rollout id (None: one rollout). selector, or kept_N instead: the mask as
     given, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.
     divergence: reverse_kl = KL(P_S‖P_T), forward_kl, or jsd with `beta`. temperature divides both logits; gradients
@@ -88,9 +90,9 @@ def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
         if spec.memory == "whole":
             loss_sum, loss_K = materialized_loss(trained)
         else:
-            states = (inputs.student_ND, inputs.student_head_VD)
+            states = inputs.leaves
             if not torch.is_grad_enabled():
-                states = tuple(state.detach() for state in states)
+                states = tuple(None if state is None else state.detach() for state in states)
             loss_sum, loss_K = FusedLoss.apply(*states, trained, held)
         field = field_of(spec.divergence)
         if all_kept and field is not None:

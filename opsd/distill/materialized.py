@@ -16,6 +16,7 @@ from opsd.distill.chunks import chunk_rows, row_width
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.fused import Trained
 from opsd.distill.inputs import Inputs
+from opsd.types import PLAIN
 
 
 def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
@@ -24,9 +25,16 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
     student_KD, teacher_KE = inputs.student_ND, inputs.teacher_NE
     if kept_K is not None:
         student_KD, teacher_KE = student_KD[kept_K], teacher_KE[kept_K]
-    logits_KV = _Project.apply(student_KD, inputs.student_head_VD, inputs)
+    heads = inputs.student_head, inputs.teacher_head
+    logits_KV = _Project.apply(student_KD, *inputs.leaves[1:], inputs)
     with torch.no_grad():
         teacher_KV = _project(inputs, teacher_KE, teacher=True)
+    if any(head.transform != PLAIN for head in heads):
+        # What is beyond the vocabulary must not be scaled or capped.
+        logits_KV, teacher_KV = (
+            head.transform(products_KW[:, : inputs.vocab_size])
+            for head, products_KW in zip(heads, (logits_KV, teacher_KV), strict=True)
+        )
     rows = student_KD.shape[0]
     chunk = chunk_rows(spec.chunk_tokens, rows, inputs.vocab_size, student_KD, inputs.wide)
     losses = []
@@ -42,8 +50,8 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
 
 
 def _project(inputs: Inputs, hidden_KD: Tensor, teacher: bool) -> Tensor:
-    """All rows' logits [K, W] over the shared vocabulary, in the wide type; rows may be wider than that."""
-    head = inputs.teacher_head() if teacher else inputs.student_head()
+    """All rows' products [K, W] over the shared vocabulary, in the wide type; rows may be wider than that."""
+    head = inputs.teacher_projection() if teacher else inputs.student_projection()
     width = row_width(hidden_KD.device.type, inputs.vocab_size)
     out_KW = torch.empty(hidden_KD.shape[0], width, dtype=inputs.wide, device=hidden_KD.device)
     with torch.autocast(hidden_KD.device.type, enabled=False):
@@ -51,26 +59,30 @@ def _project(inputs: Inputs, hidden_KD: Tensor, teacher: bool) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Student logits in the wide type, with gradients by the same products as the fused loss."""
+    """Student products in the wide type, with gradients by the same products as the fused loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_KD: Tensor, head_VD: Tensor, inputs: Inputs) -> Tensor:
-        ctx.save_for_backward(hidden_KD, head_VD)
+    def forward(ctx: Any, hidden_KD: Tensor, head_VD: Tensor, bias_V: Tensor | None, inputs: Inputs) -> Tensor:
+        ctx.save_for_backward(hidden_KD, head_VD, bias_V)
         ctx.inputs = inputs
         return _project(inputs, hidden_KD, teacher=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_KD, head_VD = ctx.saved_tensors
-        head = ctx.inputs.student_head()
-        grad_VD = total_VD = None
+        hidden_KD, head_VD, bias_V = ctx.saved_tensors
+        head, height = ctx.inputs.student_projection(), ctx.inputs.vocab_size
+        grad_VD = total_VD = grad_V = None
         if ctx.needs_input_grad[1]:
             grad_VD = torch.zeros_like(head_VD, dtype=ctx.inputs.wide)
-            total_VD = grad_VD[: ctx.inputs.vocab_size]
+            total_VD = grad_VD[:height]
+        if ctx.needs_input_grad[2]:
+            grad_V = torch.zeros_like(bias_V)
+            grad_V[:height] = grad_KV[:, :height].sum(0)
         grad_KD = head.gradients_(grad_KV, ctx.needs_input_grad[0], hidden_KD.to(ctx.inputs.wide), total_VD)
         return (
             None if grad_KD is None else grad_KD.to(hidden_KD.dtype),
             None if grad_VD is None else grad_VD.to(head_VD.dtype),
+            grad_V,
             None,
         )

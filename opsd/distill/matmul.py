@@ -59,14 +59,17 @@ def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 
 
-class Head:
-    """A vocabulary projection [V, D] read in `product` precision, with results in `wide` precision.
+class Projection:
+    """A head's weight [V, D] read in `product` precision, with results in `wide` precision, and its bias [V] if any.
 
     Holds no copy of the weight, except where CUDA needs it cast.
     """
 
-    def __init__(self, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype) -> None:
+    def __init__(
+        self, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype, bias_V: Tensor | None = None
+    ) -> None:
         self.product, self.wide = product, wide
+        self.bias_V = None if bias_V is None else bias_V.to(wide)
         self.on_cuda = weight_VD.is_cuda
         self.weight_VD = weight_VD.to(product) if self.on_cuda else weight_VD
         self.direct = self.weight_VD.dtype == product == wide
@@ -91,7 +94,7 @@ class Head:
                 yield span
 
     def project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
-        """out = hidden · headᵀ, in the wide type; `BEYOND` in what out has beyond the head's rows."""
+        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows."""
         hidden_CD = hidden_CD.to(self.product)
         height = self.weight_VD.shape[0]
         if out_CW.shape[1] > height:
@@ -99,6 +102,7 @@ class Head:
         if self.on_cuda:
             for span in self._spans():
                 self._product(hidden_CD, self.weight_VD[span].T, out=out_CW[:, span])
+                self._add_bias_(out_CW, span)
             return out_CW
         if not out_CW.numel():
             return out_CW
@@ -109,7 +113,13 @@ class Head:
                     out_CW[:, rows] = _onednn(hidden_CD, tile_TD)
                 else:
                     torch.mm(hidden_CD, tile_TD.T, out=out_CW[:, rows])
+                self._add_bias_(out_CW, rows)
         return out_CW
+
+    def _add_bias_(self, out_CW: Tensor, rows: slice) -> None:
+        """To the logits of some rows of the head."""
+        if self.bias_V is not None:
+            out_CW[:, rows].add_(self.bias_V[rows])
 
     def gradients_(
         self, grad_CW: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None

@@ -13,43 +13,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import Workspace
-from opsd.distill.divergence import GRADIENTS, temper_, token_fields_
+from opsd.distill.divergence import GRADIENTS, SCRATCH_BUFFERS, logits_, through_cap_, token_fields_
 from opsd.distill.inputs import LossSpec
+from opsd.distill.workspace import Workspace
 
 
 class Logits(NamedTuple):
-    """Rows of both models' logits in a workspace, to be used up. out_CW: where their gradient goes (`gradient_buffer`).
+    """Rows of both models' products in a workspace, to be used up; the teacher's may be None for its absence.
 
-    held: they are all of a micro-batch's, and the C rows that are meant are kept_C of them (None: all). The teacher's
-    may then be other logits than the workspace's, of these C rows alone.
+    held: they are all of a micro-batch's, to be left as they are, and the C rows that are meant are kept_C of them
+    (None: all). The teacher's may then be other products than the workspace's, of these C rows alone.
     """
 
     work: Workspace
     student_CW: Tensor
-    teacher_CW: Tensor
-    out_CW: Tensor
+    teacher_CW: Tensor | None
     held: bool = False
     kept_C: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """C."""
+        return self.student_CW.shape[0] if self.kept_C is None else self.kept_C.shape[0]
 
     @property
     def teacher_kept_C(self) -> Tensor | None:
         """Which rows of the teacher's are meant; None: all, in order."""
         return self.kept_C if self.teacher_CW is self.work.teacher_CV else None
 
-    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Both models' logits [B, W] of some of the C rows, to be overwritten: copies where they are held."""
-        if not self.held:
-            return self.student_CW[rows], self.teacher_CW[rows]
-        where = rows if self.kept_C is None else self.kept_C[rows]
-        student_BW = self.work.copied(0, self.student_CW, where)
-        if self.teacher_CW is not self.work.teacher_CV:
-            return student_BW, self.teacher_CW[rows]
-        return student_BW, self.work.copied(1, self.teacher_CW, where)
+    def block(self, rows: slice, temperature: float, tanh_BW: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Both models' logits [B, W] over the temperature, of some of the C rows, to be overwritten.
+
+        tanh_BW: as for `logits_`, of the student's soft cap.
+        """
+        student_BW = self._taken(0, self.student_CW, self.kept_C, rows)
+        logits_(student_BW, self.work.transforms[0], self.work.vocab_size, temperature, tanh_BW)
+        if self.teacher_CW is None:
+            return student_BW, None
+        teacher_BW = self._taken(1, self.teacher_CW, self.teacher_kept_C, rows)
+        return student_BW, logits_(teacher_BW, self.work.transforms[1], self.work.vocab_size, temperature)
+
+    def _taken(self, model: int, products_CW: Tensor, kept_C: Tensor | None, rows: slice) -> Tensor:
+        """A model's products of a block: copies where the workspace's own are held."""
+        if not self.held or (model and products_CW is not self.work.teacher_CV):
+            return products_CW[rows]
+        return self.work.copied(model, products_CW, rows if kept_C is None else kept_C[rows])
 
 
 class Differentiated(NamedTuple):
-    """gradient_CW: by the logits, weights included, but for the factor scale_C1 (None: nothing is left out).
+    """gradient_CW: by hidden·headᵀ + bias, weights included, but for the factor scale_C1 (None: nothing is left out).
 
     loss_C: divergences in nats, without weights.
     """
@@ -57,6 +69,13 @@ class Differentiated(NamedTuple):
     gradient_CW: Tensor
     loss_C: Tensor
     scale_C1: Tensor | None
+
+    def of_bias(self, height: int) -> Tensor:
+        """The bias's gradient [V] over these rows, in the type of the logits."""
+        grad_CV = self.gradient_CW[:, :height]
+        if self.scale_C1 is None:
+            return grad_CV.sum(0, dtype=self.loss_C.dtype)
+        return torch.mv(grad_CV.T, self.scale_C1[:, 0])
 
 
 def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bool = False) -> Tensor:
@@ -70,71 +89,52 @@ def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bo
     return torch.empty_like(logits_CW, dtype=product)
 
 
-def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> Differentiated:
-    """Loss and gradient of the rows that are meant.
+def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor) -> Differentiated:
+    """Loss and gradient of the rows that are meant, in out_CW (see `gradient_buffer`).
 
     With torch's operations held gradients are gathered at the head of the student's buffer: the k-th kept row never
     stands before the k-th place, so a block overwrites nothing that a later one reads.
     """
-    work, out_CW = logits.work, logits.out_CW
+    work = logits.work
+    transform = work.transforms[0]
     if work.kernels:
-        return _by_kernels(logits, spec, weight_C)
+        return _by_kernels(logits, spec, weight_C, out_CW)
     losses, masses = [], []
     for block, scratch_SBW in work.blocks(out_CW.shape[0]):
-        student_BW, teacher_BW = logits.block(block)
-        temper_(spec.temperature, student_BW, teacher_BW)
+        tanh_BW = None if transform.softcap is None else scratch_SBW[SCRATCH_BUFFERS]
+        student_BW, teacher_BW = logits.block(block, spec.temperature, tanh_BW)
+        assert teacher_BW is not None
         loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.beta)
         losses.append(loss_B)
         masses.append(mass_B)
+        if tanh_BW is not None:
+            through_cap_(student_BW, tanh_BW, work.vocab_size)
         if logits.held:
             out_CW[block] = student_BW
-    # weight/(mass·T): per row it costs nothing outside the gradient.
-    scale_C = 1.0 / (torch.cat(masses) * spec.temperature)
+    # weight·scale/(mass·T): per row it costs nothing outside the gradient.
+    scale_C = transform.scale / (torch.cat(masses) * spec.temperature)
     return Differentiated(out_CW, torch.cat(losses), (scale_C if weight_C is None else scale_C * weight_C)[:, None])
 
 
-def score_(
-    needs: frozenset[str],
-    work: Workspace,
-    student_CW: Tensor,
-    teacher_CW: Tensor | None,
-    temperature: float,
-    token_ids_C: Tensor | None,
-    held: bool = False,
-) -> dict[str, Tensor]:
-    """The named fields of `TokenStats` [C]. The logits are used up, unless they are `held`: the workspace's own."""
-    if work.kernels:
+def score_(needs: frozenset[str], logits: Logits, temperature: float, token_ids_C: Tensor | None) -> dict[str, Tensor]:
+    """The named fields of `TokenStats` [C]. The logits are used up, unless they are held."""
+    if logits.work.kernels:
         from opsd.distill import triton_rows
 
-        return triton_rows.token_fields(needs, student_CW, teacher_CW, temperature, token_ids_C)
+        return triton_rows.token_fields(needs, logits, temperature, token_ids_C)
     found: dict[str, list[Tensor]] = {name: [] for name in needs}
-    for block, scratch_SBV in work.blocks(student_CW.shape[0]):
-        student_BW = work.copied(0, student_CW, block) if held else student_CW[block]
-        teacher_BW = None
-        if teacher_CW is not None:
-            teacher_BW = work.copied(1, teacher_CW, block) if held else teacher_CW[block]
-        temper_(temperature, student_BW, teacher_BW)
+    for block, scratch_SBW in logits.work.blocks(logits.rows):
+        student_BW, teacher_BW = logits.block(block, temperature)
         ids_B = None if token_ids_C is None else token_ids_C[block]
-        values = token_fields_(needs, student_BW, teacher_BW, scratch_SBV, temperature, ids_B)
+        values = token_fields_(needs, student_BW, teacher_BW, scratch_SBW, temperature, ids_B)
         for name in needs:
             found[name].append(values[name])
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _by_kernels(logits: Logits, spec: LossSpec, weight_C: Tensor | None) -> Differentiated:
+def _by_kernels(logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor) -> Differentiated:
     from opsd.distill import triton_rows
 
-    out_CW = logits.out_CW
     scale_C = logits.student_CW.new_ones(out_CW.shape[0]) if weight_C is None else weight_C
-    loss_C = triton_rows.gradient_(
-        spec.divergence,
-        spec.beta,
-        spec.temperature,
-        logits.student_CW,
-        logits.teacher_CW,
-        scale_C / spec.temperature,
-        out_CW,
-        logits.kept_C,
-        logits.teacher_kept_C,
-    )
-    return Differentiated(out_CW, loss_C, None)
+    scale_C = scale_C * (logits.work.transforms[0].scale / spec.temperature)
+    return Differentiated(out_CW, triton_rows.gradient_(logits, spec, scale_C, out_CW), None)

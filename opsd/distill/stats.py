@@ -8,20 +8,22 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, Workspace, attempts, slices
+from opsd.distill.chunks import ChunkTokens, attempts, slices
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.rows import score_
+from opsd.distill.rows import Logits, score_
+from opsd.distill.workspace import Workspace
 from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, SAMPLED_FIELDS, STATISTICS, TEACHER_FIELDS, TokenStats
+from opsd.types import Head
 from opsd.utils.errors import UserError
 
 
 @torch.no_grad()
 def token_stats(
     student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head_VE: Tensor | Head,
     *,
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
@@ -86,7 +88,7 @@ def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: Hel
     """The named fields [N] of all rows, from logits that are left as they are."""
     work = held.work
     teacher_NW = work.teacher_CV if needs & TEACHER_FIELDS else None
-    return score_(needs, work, work.student_CV, teacher_NW, spec.temperature, inputs.token_ids_N, held=True)
+    return score_(needs, Logits(work, work.student_CV, teacher_NW, held=True), spec.temperature, inputs.token_ids_N)
 
 
 def _scored_chunks(
@@ -94,8 +96,8 @@ def _scored_chunks(
 ) -> Iterator[tuple[slice | Tensor, dict[str, Tensor]]]:
     """Which rows, and the named fields [C] of these, `chunk` rows at a time."""
     rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
-    work = Workspace.allocate(chunk, inputs.vocab_size, inputs.student_ND, inputs.wide, teacher)
-    student_head, teacher_head = inputs.student_head(), inputs.teacher_head() if teacher else None
+    work = Workspace.allocate(inputs, chunk, teacher)
+    student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection() if teacher else None
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
         for part in slices(rows, chunk):
             where = part if kept_K is None else kept_K[part]
@@ -105,7 +107,7 @@ def _scored_chunks(
             if teacher_head is not None:
                 teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
             ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
-            yield where, score_(needs, work, student_CV, teacher_CV, temperature, ids_C)
+            yield where, score_(needs, Logits(work, student_CV, teacher_CV), temperature, ids_C)
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens, attempts, row_width, slices
-from opsd.distill.divergence import log_softmax_
+from opsd.distill.divergence import logits_
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
+from opsd.types import Head
 from opsd.utils.errors import UserError
 
 
@@ -31,9 +32,9 @@ class ModelTop:
 @torch.no_grad()
 def top_tokens(
     student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor,
+    teacher_head_VE: Tensor | Head,
     *,
     token_ids_N: Tensor,
     k: int,
@@ -73,12 +74,16 @@ def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, c
     """`chunk` rows at a time; one buffer serves both models in turn."""
     device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
     buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
-    models = ((inputs.student_ND, inputs.student_head()), (inputs.teacher_NE, inputs.teacher_head()))
+    models = (
+        (inputs.student_ND, inputs.student_projection(), inputs.student_head.transform),
+        (inputs.teacher_NE, inputs.teacher_projection(), inputs.teacher_head.transform),
+    )
     with torch.autocast(device.type, enabled=False):
         for part in slices(inputs.rows, chunk):
-            for (hidden, head), top in zip(models, tops, strict=True):
-                logits_CW = head.project_(hidden[part], buffer_CW[: part.stop - part.start])
-                log_p_CV = log_softmax_(logits_CW, temperature)[:, : inputs.vocab_size]
+            for (hidden, projection, transform), top in zip(models, tops, strict=True):
+                logits_CW = projection.project_(hidden[part], buffer_CW[: part.stop - part.start])
+                logits_(logits_CW, transform, inputs.vocab_size, temperature)
+                log_p_CV = torch.log_softmax(logits_CW, -1, out=logits_CW)[:, : inputs.vocab_size]
                 top.log_prob_NK[part], top.ids_NK[part] = log_p_CV.topk(k)
                 top.sampled_N[part] = log_p_CV.gather(-1, ids_N1[part]).squeeze(-1)
 

@@ -1,237 +1,51 @@
-"""The element-wise work on rows of logits as Triton kernels: one program per token reads both models' logits once.
+"""The element-wise work on rows of logits by the kernels of `triton_kernels.py`; `rows.py` says when.
 
-For fp32 logits on CUDA; `opsd/distill/rows.py` says when. Never imported without triton. The maths is that of
-`opsd/distill/divergence.py`: what shifts a whole row is taken off before anything is added up, and terms that vanish
-(a logit of -inf) add 0, while NaN stays NaN. `tl.maximum` would lose it on a GPU, so `tl.where` is used instead.
-
-Legend: C rows, W width of a row (`row_width`); s student, t teacher, u = s - t; p = P_S, q = P_T; lanes: a row's
-entries, BLOCK apart, are added up side by side and joined at the end. S_AT, T_AT: which row of S and of T a program
-reads.
+Never imported without triton. Legend: C rows, W width of a row (`row_width`).
 """
 
-# The language of the kernels is not Python's: types are known to Triton's compiler alone.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# What a kernel is called with is known to Triton alone.
+# pyright: reportIndexIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-# Entries of a row per step. So pass 1 takes 64 registers per thread (80 with the rank), and four programs of eight
-# warps on a multiprocessor keep 32 KB of reads in flight; of 2048 entries it spills. The gradient has no sums to keep.
-STATISTICS_BLOCK, GRADIENT_BLOCK = 1024, 4096
-WARPS, STAGES = 8, 2
-# What pass 1 leaves of a row, by line of its output.
-NAMES = (
-    "reverse_kl_N",
-    "forward_kl_N",
-    "entropy_N",
-    "teacher_entropy_N",
-    "top1_agree_N",
-    "teacher_rank_N",
-    "student_max",
-    "student_sum",
-    "teacher_max",
-    "teacher_sum",
-    "mean_u",
+from opsd.distill.divergence import likeliest, logits_
+from opsd.distill.inputs import LossSpec
+from opsd.distill.triton_kernels import (
+    GRADIENT_BLOCK,
+    NAMES,
+    STAGES,
+    STATISTICS_BLOCK,
+    WARPS,
+    gradient_kernel,
+    jsd_kernel,
+    norm_kernel,
+    statistics_kernel,
 )
-AGREE, RANK = (tl.constexpr(NAMES.index(name)) for name in ("top1_agree_N", "teacher_rank_N"))
-S_MAX, S_SUM, T_MAX, T_SUM, MEAN_U = (
-    tl.constexpr(NAMES.index(name)) for name in ("student_max", "student_sum", "teacher_max", "teacher_sum", "mean_u")
-)
-# Below every logit, and finite: FLOOR - max is not NaN.
-FLOOR = tl.constexpr(-3.0e38)
+from opsd.types import Transform
 
-
-@triton.jit
-def _add(x, u, top, z, e, w):
-    """A block added to a model's lanes: top = max, z = Σ exp(x-top), e = Σ exp(x-top)·(x-top), w = Σ exp(x-top)·u."""
-    d = x - top
-    small = tl.exp(-tl.abs(d))  # one exponential serves both cases: the other factor is 1
-    higher = d > 0.0
-    p, shrink = tl.where(higher, 1.0, small), tl.where(higher, small, 1.0)
-    here = p > 0.0  # a logit of -inf adds nothing, whatever u is; NaN comes through p
-    e = tl.where(higher, small * (e - d * z), e + p * tl.where(here, d, 0.0))
-    return tl.where(higher, x, top), shrink * z + p, e, shrink * w + p * tl.where(here, u, 0.0)
-
-
-@triton.jit
-def _join(top, z, e, w):
-    """A model's lanes as one row: max, Σ exp, entropy, Σ p·u."""
-    best = tl.max(top, 0)
-    shrink = tl.exp(top - best)
-    total = tl.sum(z * shrink, 0)
-    below = tl.sum(shrink * (e + (top - best) * z), 0) / total
-    return best, total, _floor0(tl.log(total) - below), tl.sum(w * shrink, 0) / total
-
-
-@triton.jit
-def _floor0(x):
-    return tl.where(x < 0.0, 0.0, x)
-
-
-@triton.jit
-def _offset(x):
-    """About the largest logit of a row, by its first block; any finite number would do."""
-    best = tl.max(x, 0)
-    return tl.where(tl.abs(best) < 1.0e29, best, 0.0)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def statistics_kernel(
-    S, T, S_AT, T_AT, IDS, OUT, rows, W, stride, inv_temp,
-    TEACHER: tl.constexpr, RANKED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Pass 1, a program per row: OUT [11, rows] in the order of NAMES."""
-    row = tl.program_id(0)
-    s_row, t_row = S + tl.load(S_AT + row) * stride, T + tl.load(T_AT + row) * stride
-    lane = tl.arange(0, BLOCK)
-    zero = tl.zeros([BLOCK], tl.float32)
-    s_top, s_z, s_e, s_w = zero + FLOOR, zero, zero, zero
-    t_top, t_z, t_e, t_w = zero + FLOOR, zero, zero, zero
-    first = tl.zeros([BLOCK], tl.int32)
-    above = tl.zeros([BLOCK], tl.int32)
-    s_off = _offset(tl.load(s_row + lane, mask=lane < W, other=-float("inf")) * inv_temp)
-    if TEACHER:
-        t_off = _offset(tl.load(t_row + lane, mask=lane < W, other=-float("inf")) * inv_temp)
-    if RANKED:
-        t_own = tl.load(t_row + tl.load(IDS + row)) * inv_temp
-    for start in tl.range(0, W, BLOCK, num_stages=STAGES):
-        at = start + lane
-        s = tl.load(s_row + at, mask=at < W, other=-float("inf")) * inv_temp
-        u = zero
-        if TEACHER:
-            t = tl.load(t_row + at, mask=at < W, other=-float("inf")) * inv_temp
-            first = tl.where(s > s_top, at, first)
-            u = (s - s_off) - (t - t_off)
-            t_top, t_z, t_e, t_w = _add(t, u, t_top, t_z, t_e, t_w)
-        if RANKED:
-            above += (t > t_own).to(tl.int32)
-        s_top, s_z, s_e, s_w = _add(s, u, s_top, s_z, s_e, s_w)
-    s_max, s_sum, s_entropy, s_u = _join(s_top, s_z, s_e, s_w)
-    tl.store(OUT + 2 * rows + row, s_entropy)
-    tl.store(OUT + S_MAX * rows + row, s_max)
-    tl.store(OUT + S_SUM * rows + row, s_sum)
-    if TEACHER:
-        t_max, t_sum, t_entropy, t_u = _join(t_top, t_z, t_e, t_w)
-        # As if both rows had been centred on their own maximum.
-        apart = (s_max - s_off) - (t_max - t_off)
-        normalisers = tl.log(s_sum) - tl.log(t_sum)
-        tl.store(OUT + row, _floor0((s_u - apart) - normalisers))
-        tl.store(OUT + rows + row, _floor0(normalisers - (t_u - apart)))
-        tl.store(OUT + 3 * rows + row, t_entropy)
-        tl.store(OUT + T_MAX * rows + row, t_max)
-        tl.store(OUT + T_SUM * rows + row, t_sum)
-        tl.store(OUT + MEAN_U * rows + row, s_u - apart)
-        mode = tl.min(tl.where(s_top == s_max, first, 2147483647), 0)  # the first of equals, as argmax
-        at_mode = tl.load(t_row + mode, mask=mode < W, other=-float("inf")) * inv_temp
-        # NaN is agreement with nothing: a maximum does not show it, a sum does.
-        agree = (at_mode == t_max) & (t_sum == t_sum) & (s_sum == s_sum)
-        tl.store(OUT + AGREE * rows + row, agree.to(tl.float32))
-    if RANKED:
-        tl.store(OUT + RANK * rows + row, tl.sum(above, 0).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def norm_kernel(
-    S, T, S_AT, T_AT, ROW, OUT, rows, W, stride, inv_temp, BLOCK: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """OUT [rows] = ‖p·(u - Σ p·u)‖/T, from what pass 1 left in ROW."""
-    row = tl.program_id(0)
-    s_row, t_row = S + tl.load(S_AT + row) * stride, T + tl.load(T_AT + row) * stride
-    s_max, s_sum = tl.load(ROW + S_MAX * rows + row), tl.load(ROW + S_SUM * rows + row)
-    t_max, mean = tl.load(ROW + T_MAX * rows + row), tl.load(ROW + MEAN_U * rows + row)
-    lane = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, W, BLOCK, num_stages=STAGES):
-        at = start + lane
-        s = tl.load(s_row + at, mask=at < W, other=-float("inf")) * inv_temp
-        t = tl.load(t_row + at, mask=at < W, other=-float("inf")) * inv_temp
-        p = tl.exp(s - s_max)
-        g = tl.where(p > 0.0, p * (((s - s_max) - (t - t_max)) - mean), 0.0)
-        squares += g * g
-    tl.store(OUT + row, tl.sqrt(tl.sum(squares, 0)) / s_sum * inv_temp)
-
-
-@triton.jit
-def _softplus(x):
-    """ln(1 + e^x) and ln(1 + e^-x)."""
-    y = tl.exp(-tl.abs(x))
-    # ln(1 + y) to all digits of a small y: the rounding of 1 + y cancels.
-    one = 1.0 + y
-    least = tl.where(one == 1.0, y, tl.log(one) * (y / (one - 1.0)))
-    return tl.where(x > 0.0, x, 0.0) + least, tl.where(x < 0.0, -x, 0.0) + least
-
-
-@triton.jit(do_not_specialize=["rows"])
-def jsd_kernel(
-    S, T, S_AT, T_AT, ROW, OUT, rows, W, stride, inv_temp, logit_beta, BLOCK: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """OUT [2, rows] = Σ p·softplus(x), Σ q·softplus(-x), with x = log q - log p + log(beta/(1-beta))."""
-    row = tl.program_id(0)
-    s_row, t_row = S + tl.load(S_AT + row) * stride, T + tl.load(T_AT + row) * stride
-    s_max, s_sum = tl.load(ROW + S_MAX * rows + row), tl.load(ROW + S_SUM * rows + row)
-    t_max, t_sum = tl.load(ROW + T_MAX * rows + row), tl.load(ROW + T_SUM * rows + row)
-    shift = (tl.log(s_sum) - tl.log(t_sum)) + logit_beta
-    lane = tl.arange(0, BLOCK)
-    of_p, of_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, W, BLOCK, num_stages=STAGES):
-        at = start + lane
-        s = tl.load(s_row + at, mask=at < W, other=-float("inf")) * inv_temp - s_max
-        t = tl.load(t_row + at, mask=at < W, other=-float("inf")) * inv_temp - t_max
-        soft, minus = _softplus((t - s) + shift)
-        p, q = tl.exp(s), tl.exp(t)
-        of_p += tl.where(p > 0.0, p * soft, 0.0)
-        of_q += tl.where(q > 0.0, q * minus, 0.0)
-    # A term of NaN was left out by the comparison, but the mass that divides has it.
-    tl.store(OUT + row, tl.sum(of_p, 0) / s_sum)
-    tl.store(OUT + rows + row, tl.sum(of_q, 0) / t_sum)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def gradient_kernel(
-    S, T, S_AT, T_AT, ROW, JSD, SCALE, OUT, rows, W, stride, out_stride, inv_temp, logit_beta,
-    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Pass 2, grid (rows, blocks of W): gradient·SCALE[row] into OUT, which may be S where no rows are picked."""
-    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = at < W
-    s_max, s_sum = tl.load(ROW + S_MAX * rows + row), tl.load(ROW + S_SUM * rows + row)
-    t_max, t_sum = tl.load(ROW + T_MAX * rows + row), tl.load(ROW + T_SUM * rows + row)
-    s_at, t_at = S + tl.load(S_AT + row) * stride + at, T + tl.load(T_AT + row) * stride + at
-    s = tl.load(s_at, mask=live, other=-float("inf")) * inv_temp - s_max
-    t = tl.load(t_at, mask=live, other=-float("inf")) * inv_temp - t_max
-    scale = tl.load(SCALE + row)
-    p = tl.exp(s)
-    if DIVERGENCE == "reverse_kl":
-        g = tl.where(p > 0.0, p * ((s - t) - tl.load(ROW + MEAN_U * rows + row)), 0.0) * (scale / s_sum)
-    elif DIVERGENCE == "forward_kl":
-        g = (p / s_sum - tl.exp(t) / t_sum) * scale
-    else:  # jsd, whose SCALE has the factor 1-beta
-        shift = (tl.log(s_sum) - tl.log(t_sum)) + logit_beta
-        soft, _ = _softplus((t - s) + shift)
-        g = tl.where(p > 0.0, p * (tl.load(JSD + row) - soft), 0.0) * (scale / s_sum)
-    tl.store(OUT + row.to(tl.int64) * out_stride + at, g.to(OUT.dtype.element_ty), mask=live)
+if TYPE_CHECKING:
+    from opsd.distill.rows import Logits
 
 
 def token_fields(
-    needs: frozenset[str],
-    student_CW: Tensor,
-    teacher_CW: Tensor | None,
-    temperature: float,
-    token_ids_C: Tensor | None,
+    needs: frozenset[str], logits: Logits, temperature: float, token_ids_C: Tensor | None
 ) -> dict[str, Tensor]:
-    """As `divergence.token_fields_`, from logits before the temperature, which are left as they are."""
-    with torch.cuda.device_of(student_CW):
-        return _fields(_Pair.of(student_CW, teacher_CW, temperature), needs, token_ids_C)
+    """As `rows.score_`; the logits are left as they are."""
+    with torch.cuda.device_of(logits.student_CW):
+        pair = _Pair(logits, temperature)
+        row, found = _fields(pair, needs, token_ids_C)
+        return found | _of_few_tokens(logits, temperature, row, needs, token_ids_C)
 
 
-def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> dict[str, Tensor]:
+def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """What pass 1 leaves, and the fields that kernels make."""
     row = pair.statistics(token_ids_C if "teacher_rank_N" in needs else None)
     found = {name: row[NAMES.index(name)] for name in needs & set(NAMES)}
     if "top1_agree_N" in found:
@@ -240,68 +54,77 @@ def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> d
         found["teacher_rank_N"] = found["teacher_rank_N"].to(torch.int64)
     if "grad_norm_N" in needs:
         found["grad_norm_N"] = pair.gradient_norms(row)
+    return row, found
+
+
+def _of_few_tokens(
+    logits: Logits, temperature: float, row: Tensor, needs: frozenset[str], token_ids_C: Tensor | None
+) -> dict[str, Tensor]:
+    """The fields that read a few logits per row: by torch's operations, beside the sums that pass 1 has left."""
+    found: dict[str, Tensor] = {}
+    height, (student, teacher) = logits.work.vocab_size, logits.work.transforms
+    if not needs & {"teacher_mass_N", "log_ratio_N"} or logits.teacher_CW is None:
+        return found
+    (student_max_C, student_sum_C), (teacher_max_C, teacher_sum_C) = (
+        (row[NAMES.index(f"{model}_max")], row[NAMES.index(f"{model}_sum")]) for model in ("student", "teacher")
+    )
+
+    def picked(products_CW: Tensor, ids_CK: Tensor, transform: Transform) -> Tensor:
+        return logits_(products_CW.gather(-1, ids_CK), transform, ids_CK.shape[1], temperature)
+
+    if "teacher_mass_N" in needs:
+        # What makes logits of products keeps their order.
+        support_CK = likeliest(logits.student_CW[:, :height])
+        exp_CK = (picked(logits.teacher_CW, support_CK, teacher) - teacher_max_C[:, None]).exp()
+        found["teacher_mass_N"] = exp_CK.sum(-1) / teacher_sum_C
+    if "log_ratio_N" in needs:
+        assert token_ids_C is not None
+        ids_C1 = token_ids_C[:, None]
+        log_q_C = picked(logits.teacher_CW, ids_C1, teacher)[:, 0] - teacher_max_C - teacher_sum_C.log()
+        log_p_C = picked(logits.student_CW, ids_C1, student)[:, 0] - student_max_C - student_sum_C.log()
+        found["log_ratio_N"] = log_q_C - log_p_C
     return found
 
 
-def gradient_(
-    divergence: str,
-    beta: float,
-    temperature: float,
-    student_CW: Tensor,
-    teacher_CW: Tensor,
-    scale_C: Tensor,
-    out_CW: Tensor,
-    student_rows_C: Tensor | None = None,
-    teacher_rows_C: Tensor | None = None,
-) -> Tensor:
-    """The divergences [C] in nats, from logits before the temperature; out = gradient by the logits · scale · T.
+def gradient_(logits: Logits, spec: LossSpec, scale_C: Tensor, out_CW: Tensor) -> Tensor:
+    """The divergences [C] in nats; out = gradient by the logits over the temperature, through the cap, times scale.
 
-    out_CW: of any floating type, and the student's logits themselves where no rows of theirs are picked. The rows that
-    are picked of either model's buffer; None: the first C.
+    out_CW: of any floating type, and the student's products themselves where no rows of theirs are picked.
     """
-    with torch.cuda.device_of(student_CW):
-        pair = _Pair.of(student_CW, teacher_CW, temperature, student_rows_C, teacher_rows_C, out_CW.shape[0])
-        return _differentiate_(pair, divergence, beta, scale_C, out_CW)
+    with torch.cuda.device_of(logits.student_CW):
+        return _differentiate_(_Pair(logits, spec.temperature), spec, scale_C, out_CW)
 
 
-def _differentiate_(pair: _Pair, divergence: str, beta: float, scale_C: Tensor, out_CW: Tensor) -> Tensor:
-    row = pair.statistics(None)
+def _differentiate_(pair: _Pair, spec: LossSpec, scale_C: Tensor, out_CW: Tensor) -> Tensor:
+    row, beta = pair.statistics(None), spec.beta
     jsd = row
-    if divergence == "jsd":
+    if spec.divergence == "jsd":
         jsd = pair.jsd_sums(row, beta)
         mixing = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
         loss_C = (mixing - beta * jsd[1] - (1.0 - beta) * jsd[0]).clamp_min_(0.0)
         scale_C = scale_C * (1.0 - beta)
     else:
-        loss_C = row[NAMES.index(f"{divergence}_N")]
-    pair.gradient(divergence, beta, row, jsd, scale_C, out_CW)
+        loss_C = row[NAMES.index(f"{spec.divergence}_N")]
+    pair.gradient(spec, row, jsd, scale_C, out_CW)
     return loss_C
 
 
 class _Pair:
-    """Rows of both models' logits at a temperature, as the kernels take them, and a launch of each kernel."""
+    """Rows of both models' products and what makes logits of them, as the kernels take them, and a launch of each."""
 
-    def __init__(self, student: Tensor, teacher: Tensor, places: tuple[Tensor, Tensor], rows: int, inv: float) -> None:
-        self.rows, self.inv, self.width, self.stride = rows, inv, student.shape[1], student.stride(0)
-        self.has_teacher = teacher is not student
-        self.at = student, teacher, *places
-
-    @classmethod
-    def of(
-        cls,
-        student_CW: Tensor,
-        teacher_CW: Tensor | None,
-        temperature: float,
-        student_rows_C: Tensor | None = None,
-        teacher_rows_C: Tensor | None = None,
-        rows: int | None = None,
-    ) -> _Pair:
-        rows = student_CW.shape[0] if rows is None else rows
-        first = torch.arange(rows, device=student_CW.device)
-        teacher = student_CW if teacher_CW is None else teacher_CW
-        assert student_CW.stride() == teacher.stride() and student_CW.stride(1) == 1
-        places = tuple(first if picked is None else picked.contiguous() for picked in (student_rows_C, teacher_rows_C))
-        return cls(student_CW, teacher, (places[0], places[1]), rows, 1.0 / temperature)
+    def __init__(self, logits: Logits, temperature: float) -> None:
+        student_CW, work = logits.student_CW, logits.work
+        teacher_CW = student_CW if logits.teacher_CW is None else logits.teacher_CW
+        assert student_CW.stride() == teacher_CW.stride() and student_CW.stride(1) == 1
+        self.rows, self.inv_temp = logits.rows, 1.0 / temperature
+        self.has_teacher = logits.teacher_CW is not None
+        first = torch.arange(self.rows, device=student_CW.device)
+        picked = (logits.kept_C, logits.teacher_kept_C)
+        self.at = student_CW, teacher_CW, *(first if rows is None else rows.contiguous() for rows in picked)
+        self.shape = self.rows, student_CW.shape[1], work.vocab_size, student_CW.stride(0)
+        student, teacher = work.transforms
+        self.factors = *_factors(student, temperature), *_factors(teacher, temperature)
+        self.how = {"S_CAPPED": student.softcap is not None, "T_CAPPED": teacher.softcap is not None}
 
     def statistics(self, token_ids_C: Tensor | None) -> Tensor:
         """Pass 1: [11, C], in the order of NAMES."""
@@ -310,8 +133,8 @@ class _Pair:
             return row
         ids_C = self.at[2] if token_ids_C is None else token_ids_C.contiguous()
         statistics_kernel[(self.rows,)](
-            *self.at, ids_C, row, self.rows, self.width, self.stride, self.inv,
-            TEACHER=self.has_teacher, RANKED=token_ids_C is not None,
+            *self.at, ids_C, row, *self.shape, *self.factors,
+            TEACHER=self.has_teacher, RANKED=token_ids_C is not None, **self.how,
             BLOCK=STATISTICS_BLOCK, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
         return row
@@ -320,7 +143,7 @@ class _Pair:
         norm_C = self._empty()
         if self.rows:
             norm_kernel[(self.rows,)](
-                *self.at, row, norm_C, self.rows, self.width, self.stride, self.inv,
+                *self.at, row, norm_C, *self.shape, *self.factors, self.inv_temp, **self.how,
                 BLOCK=STATISTICS_BLOCK, STAGES=STAGES, num_warps=WARPS,
             )  # fmt: skip
         return norm_C
@@ -329,25 +152,32 @@ class _Pair:
         sums = self._empty(2)
         if self.rows:
             jsd_kernel[(self.rows,)](
-                *self.at, row, sums, self.rows, self.width, self.stride, self.inv, _logit(beta),
+                *self.at, row, sums, *self.shape, *self.factors, _logit(beta), **self.how,
                 BLOCK=STATISTICS_BLOCK, STAGES=STAGES, num_warps=WARPS,
             )  # fmt: skip
         return sums
 
-    def gradient(self, divergence: str, beta: float, row: Tensor, jsd: Tensor, scale_C: Tensor, out_CW: Tensor) -> None:
+    def gradient(self, spec: LossSpec, row: Tensor, jsd: Tensor, scale_C: Tensor, out_CW: Tensor) -> None:
         """Pass 2."""
         assert out_CW.stride(1) == 1
         if self.rows:
             # Other divergences allow a beta of 0 or 1, and do not read it.
-            logit_beta = _logit(beta) if divergence == "jsd" else 0.0
-            gradient_kernel[(self.rows, triton.cdiv(self.width, GRADIENT_BLOCK))](
+            logit_beta = _logit(spec.beta) if spec.divergence == "jsd" else 0.0
+            gradient_kernel[(self.rows, triton.cdiv(self.shape[1], GRADIENT_BLOCK))](
                 *self.at, row, jsd, scale_C.contiguous(), out_CW,
-                self.rows, self.width, self.stride, out_CW.stride(0), self.inv, logit_beta,
-                DIVERGENCE=divergence, BLOCK=GRADIENT_BLOCK, num_warps=WARPS,
+                *self.shape, out_CW.stride(0), *self.factors, logit_beta,
+                DIVERGENCE=spec.divergence, **self.how, BLOCK=GRADIENT_BLOCK, num_warps=WARPS,
             )  # fmt: skip
 
     def _empty(self, *lines: int) -> Tensor:
         return torch.empty(*lines, self.rows, dtype=torch.float32, device=self.at[0].device)
+
+
+def _factors(transform: Transform, temperature: float) -> tuple[float, float]:
+    """inner and outer of logits over the temperature: outer·x, or outer·tanh(inner·x) under a cap."""
+    if transform.softcap is None:
+        return 1.0, transform.scale / temperature
+    return transform.scale / transform.softcap, transform.softcap / temperature
 
 
 def _logit(beta: float) -> float:

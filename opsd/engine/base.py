@@ -27,7 +27,7 @@ class Engine(Protocol):
         ...
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
-        """use(student_hidden_ND, student_head_VD) inside the model's forward."""
+        """use(student_hidden_ND, student_head) inside the model's forward."""
         ...
 
     def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:

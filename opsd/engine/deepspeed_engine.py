@@ -20,7 +20,7 @@ from opsd.engine.base import optimizer_of
 from opsd.model.files import as_saved
 from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 from opsd.utils.distributed import Ranks
 
 # What each optimiser keeps for a weight.
@@ -81,9 +81,9 @@ class DeepSpeedEngine:
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
         """See Engine.forward: through DeepSpeed's wrapper, so that shards are gathered where a module needs them."""
 
-        def visible(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> tuple[list[torch.Tensor], Result]:
+        def visible(hidden_ND: torch.Tensor, head: Head) -> tuple[list[torch.Tensor], Result]:
             # DeepSpeed hangs its backward hooks on tensors that it finds in a module's output: the loss must be one.
-            result = use(hidden_ND, head_VD)
+            result = use(hidden_ND, head)
             return [result.loss_sum] if isinstance(result, DistillResult) else [], result
 
         with self._autocast():
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         itself: a gradient that is not finite joins the others.
         """
 
-        def spoil(hidden_ND: torch.Tensor, head_VD: torch.Tensor) -> DistillResult:
+        def spoil(hidden_ND: torch.Tensor, _: Head) -> DistillResult:
             nothing: Any = None
             return DistillResult(math.nan * hidden_ND.sum(), nothing, nothing)
 

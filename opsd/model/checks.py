@@ -5,6 +5,7 @@ Nothing here goes by a model's name: what its configuration says is only where t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from opsd.model.attention import compute_dtype
 from opsd.model.scorer import Scorer, body_of
-from opsd.types import MicroBatch
+from opsd.types import MicroBatch, Transform
 from opsd.utils.errors import UserError
 
 # Two ways to the same hidden states: relative difference that rounding explains, over BLOCK tokens. In bfloat16 a
@@ -59,45 +60,77 @@ class Reach:
 
 
 @torch.no_grad()
-def check_plain_head(model: PreTrainedModel, name: str) -> None:
-    """Make sure that logits are hidden·headᵀ: the loss core knows no bias, scale or soft cap.
+def find_transform(model: PreTrainedModel, name: str) -> Transform:
+    """What a model does to its head's output: measured, and proven on logits of its own.
 
-    Raises UserError for models whose own logits differ (measured on four tokens).
+    Raises UserError where it is more than a scale and a soft cap.
     """
     check_head_alone(model.get_output_embeddings(), name)
-    check_logits(model, name)
+    return transform_of(model, name)
 
 
 @torch.no_grad()
 def check_head_alone(head: Any, name: str) -> None:
-    """Make sure that the head is a product with its weight [V, D] and nothing more. Raises UserError."""
-    weight = getattr(head, "weight", None)
+    """Make sure that the head is a product with its weight [V, D], plus its bias if any. Raises UserError."""
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype.is_floating_point):
         raise UserError(f"{name}: its head is no plain matrix ({type(head).__name__}); this trainer needs one")
     given = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
     given_LD = given.view(4, -1)
-    ours = functional.linear(given_LD, weight)
+    ours = functional.linear(given_LD, weight, bias)
     _check_finite(ours, name)
-    if getattr(head, "bias", None) is not None or not _alike(head(given_LD), ours):
-        raise _not_plain(name)
+    if not _alike(head(given_LD), ours):
+        raise _unknown(name)
 
 
 @torch.no_grad()
-def check_logits(model: PreTrainedModel, name: str) -> None:
-    """Make sure that a model's logits are what its head gives for its final hidden states. Raises UserError."""
+def transform_of(model: PreTrainedModel, name: str) -> Transform:
+    """See `find_transform`, of a model whose head was checked. It is run three times, on four tokens."""
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     head: Any = model.get_output_embeddings()
     model.eval()
-    hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-    # A soft cap leaves small logits as they are, so the model's own are taken with the head a hundredfold.
-    larger = head.register_forward_hook(lambda _module, _inputs, logits: 100 * logits)
+    # Numbers in the head's place show what becomes of each.
+    given: list[Tensor] = []
+    replaced = head.register_forward_hook(lambda _module, _inputs, output: given.append(_ladder(output)) or given[0])
     try:
-        own, ours = model(input_ids=ids, use_cache=False).logits, head(hidden)
+        seen = model(input_ids=ids, use_cache=False).logits
     finally:
-        larger.remove()
-    _check_finite(ours, name)
-    if not _alike(own, ours):
-        raise _not_plain(name)
+        replaced.remove()
+    own, output = (
+        model(input_ids=ids, use_cache=False).logits,
+        head(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state),
+    )
+    _check_finite(output, name)
+    transform = _fit(given[0], seen)
+    if transform is None or not _alike(own, transform(output)):
+        raise _unknown(name)
+    return transform
+
+
+def _ladder(like: Tensor) -> Tensor:
+    """Numbers of both signs from 2^-10 to 2^20, in fp64 and the shape of a head's output; bfloat16 has each of them."""
+    steps = torch.logspace(-10, 20, like.numel() // 2 + 1, base=2.0, dtype=torch.float64, device=like.device)
+    return torch.stack([-steps, steps], 1).flatten()[-like.numel() :].view(like.shape).bfloat16().double()
+
+
+def _fit(given: Tensor, seen: Tensor) -> Transform | None:
+    """The transform that made `seen` of `given`, a `_ladder`; None where none does, to five digits."""
+    if seen.shape != given.shape:
+        return None
+    given, seen = given.flatten(), seen.double().flatten()
+    top, highest, tenth = float(given[-1]), float(seen[-1]), float(seen[(given - given[-1] / 10).abs().argmin()])
+    if not highest > 0.0:
+        return None
+    if highest > 2 * tenth:
+        cap, scale = None, highest / top
+    else:
+        # A cap. What comes out says most of the scale where it is half of it.
+        middle = int((seen / highest - 0.5).abs().argmin())
+        cap, scale = highest, math.atanh(min(float(seen[middle]) / highest, 0.99)) * highest / float(given[middle])
+    # What is 1 is to be 1, whatever rounding has made of it.
+    found = Transform(float(f"{scale:.9g}"), cap)
+    fits = found.scale > 0.0 and torch.allclose(found(given), seen, rtol=1e-5, atol=0.0)
+    return found if fits else None
 
 
 def _check_finite(logits: Tensor, name: str) -> None:
@@ -111,8 +144,10 @@ def _alike(own: Tensor, ours: Tensor) -> bool:
     return torch.allclose(own.float(), ours.float(), rtol=allowed, atol=allowed * float(ours.abs().max()))
 
 
-def _not_plain(name: str) -> UserError:
-    return UserError(f"{name}: its logits are not hidden·head (bias, scale or soft cap); this trainer needs plain ones")
+def _unknown(name: str) -> UserError:
+    return UserError(
+        f"{name}: its logits are not hidden·head + bias, scaled and soft-capped; this trainer knows nothing else"
+    )
 
 
 # ---- sequences of a micro-batch

@@ -13,35 +13,48 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opsd.data.packing import padded_rows
 from opsd.model.attention import compute_dtype, has_varlen_attention, in_one_row
-from opsd.types import MicroBatch
+from opsd.types import PLAIN, Head, MicroBatch, Transform
 
 Result = TypeVar("Result")
-HeadUse = Callable[[torch.Tensor, torch.Tensor], Result]
+HeadUse = Callable[[torch.Tensor, Head], Result]
 
 
 class DistillHead(nn.Module):
-    """The vocabulary projection, as a module that owns the head's own Parameter (tied or not).
+    """The vocabulary projection, as a module that owns the head's own Parameters (tied or not).
 
     Called with hidden states alone it is the linear layer that it replaces, so `generate` and `save_pretrained`
-    go on as before. Called with `use` it hands (hidden_ND, head_VD) to it and returns what it returns: the loss is
-    formed within this module's forward, where a sharding engine has the whole weight gathered.
+    go on as before. Called with `use` it hands (hidden_ND, head) to it and returns what it returns: the loss is
+    formed within this module's forward, where a sharding engine has whole weights gathered. transform: what the model
+    does to the layer's output.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, transform: Transform = PLAIN) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.transform = weight, transform
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, transform: Transform = PLAIN) -> DistillHead:
+        """On the parameters of a model's own head."""
+        head = head_of(model)
+        return cls(head.weight, getattr(head, "bias", None), transform)
+
+    def as_head(self) -> Head:
+        """What makes logits of hidden states, in the Parameters' own type."""
+        return Head(self.weight, self.bias, self.transform)
 
     def forward(self, hidden: torch.Tensor, use: HeadUse[Any] | None = None) -> Any:
-        """Logits [..., V], or use(hidden, head): hidden in the compute type, the head as it is.
+        """The layer's output [..., V], or use(hidden, head): hidden in the compute type, the head as it is.
 
         Under autocast, which stays on, the loss core rounds the head for its products alone: the head's gradient
         reaches the Parameter in fp32, as it was summed. The core keeps logits in fp32 by itself.
         """
         if use is None:
-            return functional.linear(hidden, self.weight)
+            return functional.linear(hidden, self.weight, self.bias)
         # The layers are done: copies of their weights that autocast has made, and that no gradient needs, make room.
         torch.clear_autocast_cache()
-        return use(hidden.to(compute_dtype(hidden)), self.weight)
+        return use(hidden.to(compute_dtype(hidden)), self.as_head())
 
 
 class Scorer(nn.Module):
@@ -51,14 +64,14 @@ class Scorer(nn.Module):
     (ZeRO-3). Otherwise every sequence has a row of its own, in as many calls as there are groups of about equal length
     (`padded_rows`): a mask over a packed row would cost its length squared. Attention of variable length
     needs no mask and always gets the packed row. alone: a call for each sequence, for models in which what stands
-    beside a sequence changes it.
+    beside a sequence changes it. transform: as `checks.find_transform` finds it.
     """
 
-    def __init__(self, model: PreTrainedModel, packed: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, packed: bool = False, transform: Transform = PLAIN) -> None:
         super().__init__()
         self.model = model
         self.packed, self.alone = packed or has_varlen_attention(model), False
-        self.model.set_output_embeddings(DistillHead(head_of(model).weight))
+        self.model.set_output_embeddings(DistillHead.of(model, transform))
 
     @property
     def head(self) -> DistillHead:
@@ -83,7 +96,7 @@ class Scorer(nn.Module):
         return self
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
-        """use(hidden_ND, head_VD), with the final hidden states that predict the micro-batch's student tokens."""
+        """use(hidden_ND, head), with the final hidden states that predict the micro-batch's student tokens."""
         return self.head(self.hidden(micro), use)
 
     def hidden(self, micro: MicroBatch) -> torch.Tensor:

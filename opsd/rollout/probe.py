@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opsd.data.packing import pack
 from opsd.engine import Engine
-from opsd.types import Prompt, Rollout
+from opsd.types import Head, Prompt, Rollout
 from opsd.utils.errors import RunStopped
 
 # Mean difference of log-probabilities that rounding explains, in nats per token. Two fp32 programs differ by 1e-5, two
@@ -67,8 +67,8 @@ def trainer_log_probs(engine: Engine, ids: list[int]) -> Tensor:
     """The student's log-probability of every token but the first [L - 1], nats, on the CPU; a call of all ranks."""
     (micro,) = pack([Rollout(0, Prompt("probe", "", ids[:1], None), ids[1:], truncated=True)], len(ids))
 
-    def use(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
-        log_probs_NV = (hidden_ND @ head_VD.T).float().log_softmax(-1)
+    def use(hidden_ND: Tensor, head: Head) -> Tensor:
+        log_probs_NV = head.logits(hidden_ND).float().log_softmax(-1)
         return log_probs_NV.gather(-1, micro.token_ids_N.to(log_probs_NV.device)[:, None])[:, 0].cpu()
 
     return engine.forward(micro, use)

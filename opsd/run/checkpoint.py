@@ -93,6 +93,10 @@ def _fill(
     source: Path | None,
 ) -> None:
     """Write a checkpoint's files, then their checksums; all are on the disk when this returns."""
+    if weights is not None:
+        # Numbers that a model's files hold and nobody trains, such as Gemma 4's scale of each layer.
+        buffers = dict(model.named_buffers())
+        weights = weights | {name: value for name, value in model.state_dict().items() if name in buffers}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if source is not None:

@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 
 Cache = Literal["device", "host"]
 
@@ -19,8 +19,8 @@ class Teacher(Protocol):
         """
         ...
 
-    def head(self) -> torch.Tensor:
-        """The teacher's vocabulary projection [V, E]."""
+    def head(self) -> Head:
+        """What makes logits of them: the teacher's vocabulary projection [V, E]."""
         ...
 
 

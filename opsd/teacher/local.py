@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opsd.model.scorer import Scorer
 from opsd.teacher.base import Cache, cached
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 
 
 class LocalTeacher:
@@ -29,9 +29,10 @@ class LocalTeacher:
     ) -> None:
         self._scorer, self._device = scorer.eval().requires_grad_(False), device
         self._cache: Cache = cache
-        self._head_VE = scorer.head.weight.detach()
+        self._head = scorer.head.as_head().changed(Tensor.detach)
         # The loss needs the head all along: it is never moved, nor are embeddings that are tied to it.
-        moved = [p for p in scorer.parameters() if p is not scorer.head.weight] if offload else []
+        stay = {id(p) for p in scorer.head.parameters()}
+        moved = [p for p in scorer.parameters() if id(p) not in stay] if offload else []
         # Frozen weights never change: one host copy serves every turn, and nothing is copied back.
         self._offloaded = [(parameter, _host_copy(parameter)) for parameter in moved]
         self._leave()
@@ -42,9 +43,9 @@ class LocalTeacher:
         with self.present():
             return [cached(self._scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """See Teacher.head."""
-        return self._head_VE
+        return self._head
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from opsd.engine.deepspeed_engine import import_deepspeed
-from opsd.model.checks import Reach, check_head_alone, check_logits, check_packing, check_positions
+from opsd.model.checks import Reach, check_head_alone, check_packing, check_positions, transform_of
 from opsd.model.loading import check_whole, disable_dropout, load_model, running
 from opsd.model.scorer import Scorer
 from opsd.teacher.base import Cache, cached
-from opsd.types import MicroBatch
+from opsd.types import Head, MicroBatch
 from opsd.utils.errors import UserError
 
 
@@ -48,20 +48,20 @@ class ShardedTeacher:
                 check_head_alone(head, name)
             self._scorer = Scorer(model, packed=True).eval().requires_grad_(False)
             deepspeed.initialize(model=self._scorer, config=settings)
-            check_logits(model, name)
+            self._scorer.head.transform = transform_of(model, name)
             check_packing(self._scorer, name, reach)
         check_positions(model.config, (reach or Reach()).spans, name)
-        with deepspeed.zero.GatheredParameters([self._scorer.head.weight]):
-            self._head_VE = self._scorer.head.weight.detach().to(device, copy=True)
+        with deepspeed.zero.GatheredParameters(list(self._scorer.head.parameters())):
+            self._head = self._scorer.head.as_head().changed(lambda part: part.detach().to(device, copy=True))
 
     @torch.no_grad()
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
         """See Teacher.hidden."""
         return [cached(self._scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """See Teacher.head."""
-        return self._head_VE
+        return self._head
 
 
 def _load_in_shards(path: str, dtype: torch.dtype, device: torch.device, settings: dict[str, Any], trust: bool) -> Any:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from opsd.config import TeacherConfig
-from opsd.model.checks import Reach, check_plain_head, check_positions, rope_switch
+from opsd.model.checks import Reach, check_positions, find_transform, rope_switch
 from opsd.model.loading import load_ends, running
-from opsd.types import MicroBatch
+from opsd.model.scorer import DistillHead
+from opsd.types import Head, MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.going_on import advice
 
@@ -33,13 +34,15 @@ _NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeE
 
 
 class VLLMTeacher:
-    """Teacher on one or more replicas of a vLLM pooling server. head_VE: its projection, read from the model folder.
+    """Teacher on one or more replicas of a vLLM pooling server. head: its projection, read from the model folder.
 
     Requests go round the replicas; one that fails is tried again on the next, config.retries times, then the run stops.
     """
 
-    def __init__(self, config: TeacherConfig, head_VE: Tensor, device: torch.device, rank: int = 0) -> None:
-        self._config, self._head_VE, self._rank = config, head_VE.to(device), rank
+    def __init__(self, config: TeacherConfig, head: Head, device: torch.device, rank: int = 0) -> None:
+        self._config, self._rank = config, rank
+        self._head = head.changed(lambda part: part.to(device))
+        self._width, self._dtype = head.weight_VD.shape[1], head.weight_VD.dtype
         # Where the states wait for the student's turn.
         self._waits = device if config.cache == "device" else torch.device("cpu")
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
@@ -69,28 +72,28 @@ class VLLMTeacher:
                     f"--teacher.urls {url}: it takes {most} tokens, the run's longest sequence may have {longest}; "
                     "start it with a larger --max-model-len"
                 )
-            if states.shape[1] != self._head_VE.shape[1]:
+            if states.shape[1] != self._width:
                 raise UserError(
                     f"--teacher.urls {url}: it gives {states.shape[1]} numbers per token, the head of --teacher "
-                    f"{self._config.model} takes {self._head_VE.shape[1]}; serve that model"
+                    f"{self._config.model} takes {self._width}; serve that model"
                 )
 
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
         """See Teacher.hidden. Raises RunStopped where no replica answers."""
         return list(self._pool.map(self._of_batch, range(len(batches)), batches))
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """See Teacher.head."""
-        return self._head_VE
+        return self._head
 
     def _of_batch(self, place: int, micro: MicroBatch) -> Tensor:
         if not micro.student_tokens():
-            return self._head_VE.new_zeros(0, self._head_VE.shape[1])
+            return self._head.weight_VD.new_zeros(0, self._width)
         sequences = split(micro)
         rows = []
         for first in range(0, len(sequences), SEQUENCES_PER_REQUEST):
             rows += self._with_retries(place, sequences[first : first + SEQUENCES_PER_REQUEST])
-        return torch.cat(rows).index_select(0, micro.rows_N).to(self._waits, self._head_VE.dtype)
+        return torch.cat(rows).index_select(0, micro.rows_N).to(self._waits, self._dtype)
 
     def _with_retries(self, place: int, sequences: list[list[int]]) -> list[Tensor]:
         urls = self._config.urls
@@ -98,9 +101,9 @@ class VLLMTeacher:
         for attempt in range(self._config.retries + 1):
             url = urls[(self._rank + place + attempt) % len(urls)]
             try:
-                states, width = self._states(url, sequences), self._head_VE.shape[1]
-                if any(state.shape[1] != width for state in states):
-                    raise ValueError(f"an answer of another width than {width}")
+                states = self._states(url, sequences)
+                if any(state.shape[1] != self._width for state in states):
+                    raise ValueError(f"an answer of another width than {self._width}")
                 return states
             except urllib.error.HTTPError as error:
                 if error.code < 500:
@@ -119,7 +122,7 @@ class VLLMTeacher:
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [L, E] of each sequence, on the CPU."""
-        kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._head_VE.dtype]
+        kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._dtype]
         request = {
             "model": self._names[url],
             "input": sequences,
@@ -131,7 +134,7 @@ class VLLMTeacher:
         whole = bytearray(body)
         found = []
         for part, sequence in zip(json.loads(header["metadata"])["data"], sequences, strict=True):
-            flat = torch.frombuffer(whole, dtype=self._head_VE.dtype, offset=part["start"], count=_count(part))
+            flat = torch.frombuffer(whole, dtype=self._dtype, offset=part["start"], count=_count(part))
             if part["shape"][0] != len(sequence):
                 raise ValueError(f"{part['shape'][0]} states for {len(sequence)} tokens")
             found.append(flat.view(part["shape"]))
@@ -161,8 +164,8 @@ def split(micro: MicroBatch) -> list[list[int]]:
     return [ids[first:last] for first, last in zip(starts, [*starts[1:], len(ids)], strict=True)]
 
 
-def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Tensor:
-    """The vocabulary projection [V, E] of the model that is served, read without its layers.
+def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Head:
+    """The head of the model that is served, with what becomes of its output, read without its layers.
 
     It is the one that vLLM takes of the folder, in plain numbers: where head and embeddings are tied, these. Raises
     UserError where the folder is not whole, or where its model's logits are not hidden·head.
@@ -178,9 +181,8 @@ def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach |
             "--teacher.kind local"
         )
     with running(f"--teacher {path}"):
-        check_plain_head(model, f"--teacher {path}")
-    head: Any = model.get_output_embeddings()
-    return head.weight.detach()
+        transform = find_transform(model, f"--teacher {path}")
+    return DistillHead.of(model, transform).as_head().changed(Tensor.detach)
 
 
 def _count(part: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.meter import seconds_of
 from gpu.check import BF16_ERROR, FP32_ERROR, Check, Row, relative
 from opsd.distill.chunks import row_width
-from opsd.distill.matmul import Head
+from opsd.distill.matmul import Projection
 
 # Rows, or entries of the vocabulary, that are compared with fp64.
 COMPARED = 64
@@ -41,7 +41,7 @@ class _Products:
     def __init__(self, check: Check, vocab: int, rows: int, width: int) -> None:
         self._check, self._flop = check, 2.0 * rows * vocab * width
         self._hidden_CD = self._drawn(rows, width)
-        self._head = Head(self._drawn(vocab, width, scale=width**-0.5), torch.bfloat16, torch.float32)
+        self._head = Projection(self._drawn(vocab, width, scale=width**-0.5), torch.bfloat16, torch.float32)
         self._logits_CW = torch.empty(rows, row_width(check.device.type, vocab), device=check.device)
         # Kernels write it in the type of the products; a CPU has none.
         written = torch.bfloat16 if check.on_cuda else torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import DistillResult, chunks, distill_loss, token_stats
-from opsd.distill.matmul import Head
+from opsd.distill.matmul import Projection
 from opsd.selection import Selection, TokenStats
 
 
@@ -254,10 +254,10 @@ def wide_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def cuda_products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """CUDA's way through the products, whose `out_dtype` torch has on CUDA alone; their left operands."""
     operands: list[Tensor] = []
-    start, mm, addmm = Head.__init__, torch.mm, torch.addmm
+    start, mm, addmm = Projection.__init__, torch.mm, torch.addmm
 
-    def as_on_cuda(self: Head, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype) -> None:
-        start(self, weight_VD, product, wide)
+    def as_on_cuda(self: Projection, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype, *bias: Any) -> None:
+        start(self, weight_VD, product, wide, *bias)
         self.on_cuda, self.onednn, self.weight_VD, self.direct = True, False, weight_VD.to(product), product == wide
 
     def wide_mm(left: Tensor, right: Tensor, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
@@ -268,7 +268,7 @@ def cuda_products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         operands.append(left)
         return addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
 
-    monkeypatch.setattr(Head, "__init__", as_on_cuda)
+    monkeypatch.setattr(Projection, "__init__", as_on_cuda)
     monkeypatch.setattr(torch, "mm", wide_mm)
     monkeypatch.setattr(torch, "addmm", wide_addmm)
     return operands

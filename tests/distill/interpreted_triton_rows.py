@@ -5,20 +5,29 @@ numpy does: its exponentials are not a GPU's, and its bf16 is not rounded to nea
 """
 
 import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
-from opsd.distill import chunks, triton_rows
-from opsd.distill.triton_rows import gradient_, token_fields
+from opsd.distill import triton_rows, workspace
+from opsd.distill.inputs import LossSpec
+from opsd.distill.rows import Logits
+from opsd.distill.workspace import Workspace
+from opsd.types import Transform
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 NATS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N")
-FIELDS = frozenset({*NATS, "grad_norm_N", "top1_agree_N", "teacher_rank_N"})
+SAMPLED = {"teacher_rank_N", "log_ratio_N"}
+FIELDS = frozenset({*NATS, *SAMPLED, "grad_norm_N", "top1_agree_N", "teacher_mass_N"})
 BETA = 0.3
 INF = float("inf")
+PLAIN = (Transform(), Transform())
+# The same claims as for torch's operations.
+HEADS = runpy.run_path(str(Path(__file__).with_name("test_heads.py")))
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +49,23 @@ def weights(rows):
 
 def plogp(p, log_p):
     return torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0)
+
+
+def rows_of(student_CV, teacher_CV, kept=(None, None), transforms=PLAIN, vocab=None):
+    """Products as the kernels take them. kept: rows that are picked of the student's and the teacher's."""
+    teacher_work = teacher_CV if kept[0] is None or kept[1] is not None else torch.empty(0)
+    vocab = student_CV.shape[1] if vocab is None else vocab
+    work = Workspace(student_CV, teacher_work, torch.empty(0), transforms, vocab, kernels=True)
+    return Logits(work, student_CV, teacher_CV, held=True, kept_C=kept[0])
+
+
+def token_fields(needs, student_CV, teacher_CV, temperature, ids_C, **how):
+    return triton_rows.token_fields(needs, rows_of(student_CV, teacher_CV, **how), temperature, ids_C)
+
+
+def gradient_(divergence, temperature, student_CV, teacher_CV, scale_C, out_CV, **how):
+    spec = LossSpec(divergence, BETA, temperature)
+    return triton_rows.gradient_(rows_of(student_CV, teacher_CV, **how), spec, scale_C, out_CV)
 
 
 def exact(student_CV, teacher_CV, temperature, ids_C=None):
@@ -72,9 +98,11 @@ def exact(student_CV, teacher_CV, temperature, ids_C=None):
         "forward_kl_N": losses["forward_kl"],
         "grad_norm_N": gradients["reverse_kl"].norm(dim=-1),
         "top1_agree_N": teacher.gather(-1, best)[:, 0] == teacher.amax(-1),
+        "teacher_mass_N": q.gather(-1, student.topk(min(16, student.shape[-1])).indices).sum(-1),
     }
     if ids_C is not None:
         fields["teacher_rank_N"] = (teacher > teacher.gather(-1, ids_C[:, None])).sum(-1)
+        fields["log_ratio_N"] = (logq - logp).gather(-1, ids_C[:, None])[:, 0]
     return losses, gradients, fields
 
 
@@ -82,7 +110,7 @@ def loss_and_gradient(divergence, student_CV, teacher_CV, temperature=1.0, weigh
     """Of the kernels, into a buffer of its own."""
     out_CV = torch.full(student_CV.shape, 7.0, dtype=dtype)
     scale_C = (torch.ones(len(student_CV)) if weight_C is None else weight_C) / temperature
-    loss_C = gradient_(divergence, BETA, temperature, student_CV, teacher_CV, scale_C, out_CV)
+    loss_C = gradient_(divergence, temperature, student_CV, teacher_CV, scale_C, out_CV)
     return loss_C, out_CV
 
 
@@ -100,6 +128,8 @@ def test_everything_is_its_definition(vocab, temperature, assert_close):
     of_one = {"size": 1e-2, "cancels": True} if vocab == 1 else {}
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], vocab, 20, said=name, **of_one)
+    for name in ("teacher_mass_N", "log_ratio_N"):
+        assert_close(found[name], fields[name], vocab, 20, size=20.0, cancels=True, said=name)
     assert torch.equal(found["top1_agree_N"], fields["top1_agree_N"])
     assert torch.equal(found["teacher_rank_N"], fields["teacher_rank_N"])
     for divergence in DIVERGENCES:
@@ -132,9 +162,9 @@ def test_a_gradient_over_the_students_logits_and_of_picked_rows_is_the_same(dive
     places_K, picked_KV = torch.tensor([1, 4]), torch.empty(2, 201)
     ones_K = torch.ones(2)
     for teacher, rows_K in ((teacher_CV, places_K), (teacher_CV[places_K], None)):
-        loss_K = gradient_(divergence, BETA, 1.0, student_CV, teacher, ones_K, picked_KV, places_K, rows_K)
+        loss_K = gradient_(divergence, 1.0, student_CV, teacher, ones_K, picked_KV, kept=(places_K, rows_K))
         assert torch.equal(loss_K, loss_C[places_K]) and torch.equal(picked_KV, out_CV[places_K])
-    gradient_(divergence, BETA, 1.0, student_CV, teacher_CV, torch.ones(5), student_CV)
+    gradient_(divergence, 1.0, student_CV, teacher_CV, torch.ones(5), student_CV)
     assert torch.equal(student_CV, out_CV)
 
 
@@ -149,7 +179,7 @@ def test_what_is_beyond_the_vocabulary_changes_nothing_and_has_no_gradient(diver
     assert_close(loss_C, losses[divergence], 201)
     assert_close(out_CW[:, :201], gradients[divergence], 201)
     assert not out_CW[:, 201:].any()
-    found = token_fields(FIELDS - {"teacher_rank_N"}, student_CW, teacher_CW, temperature, None)
+    found = token_fields(FIELDS - SAMPLED, student_CW, teacher_CW, temperature, None)
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], 201, said=name)
 
@@ -209,7 +239,7 @@ def test_nan_stays_nan(divergence):
     loss_C, out_CV = loss_and_gradient(divergence, student_CV, teacher_CV)
     assert loss_C[:2].isnan().all() and out_CV[:2].isnan().any(-1).all()
     assert loss_C[2].isfinite() and out_CV[2].isfinite().all()
-    found = token_fields(FIELDS - {"teacher_rank_N"}, student_CV, teacher_CV, 1.0, None)
+    found = token_fields(FIELDS - SAMPLED, student_CV, teacher_CV, 1.0, None)
     assert found["reverse_kl_N"][:2].isnan().all() and found["grad_norm_N"][:2].isnan().all()
     assert found["entropy_N"][0].isnan() and found["teacher_entropy_N"][1].isnan()
     assert not found["top1_agree_N"][:2].any()
@@ -223,15 +253,56 @@ def test_a_vocabulary_of_152_thousand_costs_no_digits(monkeypatch, assert_close)
         loss_C, out_CV = loss_and_gradient(divergence, student_CV, teacher_CV)
         assert_close(loss_C, losses[divergence], 151_936, said=divergence)
         assert_close(out_CV, gradients[divergence], 151_936, said=divergence)
-    found = token_fields(FIELDS - {"teacher_rank_N"}, student_CV, teacher_CV, 1.0, None)
+    found = token_fields(FIELDS - SAMPLED, student_CV, teacher_CV, 1.0, None)
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], 151_936, said=name)
+
+
+SCALED, CAPPED, BOTH = Transform(0.3), Transform(1.0, 4.0), Transform(1.7, 4.0)
+
+
+@pytest.mark.parametrize("transforms", [(SCALED, PLAIN[0]), (CAPPED, SCALED), (PLAIN[0], CAPPED), (BOTH, BOTH)])
+@pytest.mark.parametrize("vocab", [1, 37, 256, 257])
+def test_scales_and_caps_are_taken_as_logits_are_read(transforms, vocab, assert_close):
+    temperature, weight_C = 0.6, weights(4)
+    # Rows are wider than the vocabulary; products of up to 10 and down to 1e-3, as caps bend them and leave them.
+    products = [of * torch.logspace(-4, 0.5, vocab) for of in logits(4, vocab)]
+    wide = [torch.cat([of, torch.full((4, 63), -1e30)], 1) for of in products]
+    ids_C = torch.tensor([0, vocab - 1, vocab // 2, vocab // 3])
+    leaf = products[0].double().requires_grad_()
+    own = transforms[0](leaf)
+    losses, gradients, fields = exact(own.detach(), transforms[1](products[1].double()), temperature, ids_C)
+    how = {"transforms": transforms, "vocab": vocab}
+    found = token_fields(FIELDS, *wide, temperature, ids_C, **how)
+    of_one = {"size": 1e-2, "cancels": True} if vocab == 1 else {}
+    for name in (*NATS, "grad_norm_N"):
+        assert_close(found[name], fields[name], vocab, 20, said=name, **of_one)
+    for name in ("teacher_mass_N", "log_ratio_N"):
+        assert_close(found[name], fields[name], vocab, 20, size=20.0, cancels=True, said=name)
+    assert torch.equal(found["top1_agree_N"], fields["top1_agree_N"])
+    assert torch.equal(found["teacher_rank_N"], fields["teacher_rank_N"])
+    for divergence in DIVERGENCES:
+        out_CW = torch.full_like(wide[0], 7.0)
+        scale_C = weight_C * (transforms[0].scale / temperature)
+        loss_C = gradient_(divergence, temperature, *wide, scale_C, out_CW, **how)
+        assert_close(loss_C, losses[divergence], vocab, 20, said=divergence, **of_one)
+        (expected_CV,) = torch.autograd.grad(own, leaf, gradients[divergence] * weight_C[:, None], retain_graph=True)
+        assert_close(out_CW[:, :vocab], expected_CV, vocab, 20, said=divergence, **of_one)
+        assert not out_CW[:, vocab:].any()
+
+
+def test_a_cap_keeps_the_digits_of_small_products(assert_close):
+    # 1 - exp(-2x) of an x of 1e-4 has none of its last four.
+    student_CV, teacher_CV = (1e-3 * of for of in logits(3, 100))
+    found = token_fields(frozenset({"grad_norm_N"}), student_CV, teacher_CV, 1.0, None, transforms=(CAPPED, CAPPED))
+    expected = exact(CAPPED(student_CV.double()), CAPPED(teacher_CV.double()), 1.0)[2]
+    assert_close(found["grad_norm_N"], expected["grad_norm_N"], 100, size=1e-2, cancels=True)
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch, wide_rows, cuda_products):
     """The loss core as it runs on CUDA: wide rows, its products, the row kernels."""
-    monkeypatch.setattr(chunks, "has_row_kernels", lambda like, wide: wide == torch.float32)
+    monkeypatch.setattr(workspace, "has_row_kernels", lambda like, wide: wide == torch.float32)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -269,3 +340,10 @@ def test_a_choice_by_kernels_trains_on_its_rows(dtype, needs, as_on_cuda, make_c
             assert_close(found, right, *case.sums)
         else:  # the interpreter cuts logit gradients to bf16
             assert (found.double() - right).norm() <= 2.0**-7 * right.norm()
+
+
+@pytest.mark.parametrize("pair", HEADS["PAIRS"])
+def test_heads_of_every_kind_by_kernels(pair, as_on_cuda, make_case, make_rule, naive):
+    for divergence in DIVERGENCES:
+        HEADS["test_loss_and_gradients_are_the_definition"](None, divergence, pair, make_case, make_rule, naive)
+    HEADS["test_statistics_and_likeliest_tokens_are_those_of_the_models_own_logits"](None, pair, make_case)

@@ -6,7 +6,7 @@ from tolerance import ROUNDOFF, rounding
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd.distill import distill_loss
-from opsd.distill.matmul import Head
+from opsd.distill.matmul import Projection
 from opsd.selection import Selection
 from opsd.utils.errors import UserError
 
@@ -351,7 +351,7 @@ def test_hidden_states_that_do_not_fit_are_named(make_case):
 
 
 def test_the_setting_of_cpu_products_is_left_alone_on_cuda():
-    head = Head(torch.ones(2, 2), torch.bfloat16, torch.float32)
+    head = Projection(torch.ones(2, 2), torch.bfloat16, torch.float32)
     before = torch.backends.mkldnn.matmul.fp32_precision
     with head._precision():
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"

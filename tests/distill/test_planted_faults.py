@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opsd.distill import divergence, rows
-from opsd.distill.matmul import Head
+from opsd.distill.matmul import Projection
 
 pytestmark = pytest.mark.e2e
 HERE = Path(__file__).parent
@@ -43,22 +43,26 @@ def scale_gradient(monkeypatch, name):
 
 def scale_hidden_gradient(monkeypatch, name):
     """The gradient of the hidden states alone is off."""
-    whole = Head.gradients_
-    monkeypatch.setattr(Head, "gradients_", lambda self, *args: whole(self, *args) * FAULT)
+    whole = Projection.gradients_
+    monkeypatch.setattr(Projection, "gradients_", lambda self, *args: whole(self, *args) * FAULT)
 
 
 def drop_last_tile(monkeypatch, name):
     """The last tile of the vocabulary has no logits, and no part in the gradients."""
-    whole, project_ = Head._tiles, Head.project_
-    monkeypatch.setattr(Head, "_tiles", lambda self: iter(list(whole(self))[:-1]))
-    monkeypatch.setattr(Head, "project_", lambda self, hidden_CD, out_CV: project_(self, hidden_CD, out_CV.zero_()))
+    whole, project_ = Projection._tiles, Projection.project_
+    monkeypatch.setattr(Projection, "_tiles", lambda self: iter(list(whole(self))[:-1]))
+    monkeypatch.setattr(
+        Projection, "project_", lambda self, hidden_CD, out_CV: project_(self, hidden_CD, out_CV.zero_())
+    )
 
 
 def shift_a_row(monkeypatch, name):
     """Each token gets its neighbour's logits, of the student and the teacher alike."""
-    project_ = Head.project_
+    project_ = Projection.project_
     monkeypatch.setattr(
-        Head, "project_", lambda self, hidden_CD, out_CV: out_CV.copy_(project_(self, hidden_CD, out_CV).roll(1, 0))
+        Projection,
+        "project_",
+        lambda self, hidden_CD, out_CV: out_CV.copy_(project_(self, hidden_CD, out_CV).roll(1, 0)),
     )
 
 

@@ -9,7 +9,7 @@ from tolerance import ROUNDOFF, close, rounding
 
 from opsd.distill import chunks
 from opsd.distill.chunks import chunk_rows, row_width
-from opsd.distill.matmul import Head
+from opsd.distill.matmul import Projection
 from opsd.distill.topk import top_tokens
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
@@ -28,13 +28,13 @@ def products(request):
 @pytest.fixture
 def gradients(monkeypatch):
     """The logit gradients, as the products get them."""
-    whole, found = Head.gradients_, []
+    whole, found = Projection.gradients_, []
 
     def watched(self, grad_CW, *args):
         found.append(grad_CW)
         return whole(self, grad_CW, *args)
 
-    monkeypatch.setattr(Head, "gradients_", watched)
+    monkeypatch.setattr(Projection, "gradients_", watched)
     return found
 
 

@@ -37,9 +37,10 @@ def compiled(kernel, constants, narrow=False):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from opsd.distill import triton_rows
+    from opsd.distill import triton_kernels
 
-    types = {"rows": "i32", "W": "i32", "stride": "i32", "out_stride": "i32", "inv_temp": "fp32", "logit_beta": "fp32"}
+    types = dict.fromkeys(("rows", "W", "V", "stride", "out_stride"), "i32")
+    types |= dict.fromkeys(("s_inner", "s_outer", "t_inner", "t_outer", "inv_temp", "logit_beta"), "fp32")
     types |= {"S_AT": "*i64", "T_AT": "*i64", "IDS": "*i64"} | {name: "constexpr" for name in constants}
     names = kernel.arg_names
     signature = {name: types.get(name, "*fp32") for name in names}
@@ -49,31 +50,35 @@ def compiled(kernel, constants, narrow=False):
     source = ASTSource(
         kernel, signature, constants, {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     )
-    options = {"num_warps": triton_rows.WARPS}
+    options = {"num_warps": triton_kernels.WARPS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
 
 
 def variants():
     shared = {"BLOCK": "STATISTICS_BLOCK", "STAGES": "STAGES"}
-    for teacher, ranked in ((False, False), (True, False), (True, True)):
-        yield "statistics_kernel", {"TEACHER": teacher, "RANKED": ranked, **shared}, False
-    yield "norm_kernel", shared, False
-    yield "jsd_kernel", shared, False
-    for divergence in ("reverse_kl", "forward_kl", "jsd"):
-        for narrow in (True, False):
-            yield "gradient_kernel", {"DIVERGENCE": divergence, "BLOCK": "GRADIENT_BLOCK"}, narrow
+    for capped in (False, True):
+        caps = {"S_CAPPED": capped, "T_CAPPED": capped}
+        for teacher, ranked in ((False, False), (True, False), (True, True)):
+            yield "statistics_kernel", {"TEACHER": teacher, "RANKED": ranked, **caps, **shared}, False
+        yield "norm_kernel", {**caps, **shared}, False
+        yield "jsd_kernel", {**caps, **shared}, False
+        for divergence in ("reverse_kl", "forward_kl", "jsd"):
+            for narrow in (True, False):
+                yield "gradient_kernel", {"DIVERGENCE": divergence, **caps, "BLOCK": "GRADIENT_BLOCK"}, narrow
 
 
 @pytest.mark.parametrize(("name", "constants", "narrow"), list(variants()))
 def test_a_kernel_compiles_for_an_h100_without_spills(name, constants, narrow, tmp_path, monkeypatch):
     import triton
 
-    from opsd.distill import triton_rows
+    from opsd.distill import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    values = {key: getattr(triton_rows, value) if str(value).isupper() else value for key, value in constants.items()}
+    values = {
+        key: getattr(triton_kernels, value) if str(value).isupper() else value for key, value in constants.items()
+    }
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled(getattr(triton_rows, name), values, narrow))
+    cubin.write_bytes(compiled(getattr(triton_kernels, name), values, narrow))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}

@@ -234,7 +234,7 @@ def test_bfloat16_computes_in_bfloat16_on_fp32_weights(make_engine, teacher, rol
     engine, exact = make_engine(dtype="bfloat16"), make_engine()
     (micro,) = pack(rollouts, 100)
     seen = []
-    engine.forward(micro, lambda hidden, head: seen.extend((hidden.dtype, head.dtype)))
+    engine.forward(micro, lambda hidden, head: seen.extend((hidden.dtype, head.weight_VD.dtype)))
     assert seen == [torch.bfloat16, torch.float32]
     # The model's own layers under autocast, then fp32 logits of what came out in bfloat16.
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

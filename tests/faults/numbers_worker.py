@@ -50,9 +50,9 @@ def bad(case, ranks, built, cause: str) -> str:
     engine, trainer, teacher = built
     batches = HELPERS["layout"](case, ranks)
     hidden, last = teacher.hidden(batches), ranks.rank == ranks.world_size - 1
-    backward, head = engine.backward, teacher.head().clone()
+    backward, head = engine.backward, teacher.head().weight_VD.clone()
     if cause == "loss" and last:
-        teacher.head()[7] = math.nan
+        teacher.head().weight_VD[7] = math.nan
     if cause == "gradient" and last:
         engine.backward = lambda loss_sum, count: backward(loss_sum * math.inf, count)
     if cause == "teacher" and last:
@@ -64,7 +64,7 @@ def bad(case, ranks, built, cause: str) -> str:
     except StepUnusable as problem:
         return str(problem)
     finally:
-        teacher.head().copy_(head)
+        teacher.head().weight_VD.copy_(head)
         engine.backward = backward
     return "the step was taken"
 

@@ -20,9 +20,10 @@ from tolerance import close, rounding
 
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
-from opsd.distill.chunks import ChunkBound, Workspace
-from opsd.distill.matmul import Head
+from opsd.distill.chunks import ChunkBound
+from opsd.distill.matmul import Projection
 from opsd.distill.topk import top_tokens
+from opsd.distill.workspace import Workspace
 from opsd.engine import TorchEngine
 from opsd.eval.evaluator import Evaluator
 from opsd.model.scorer import Scorer
@@ -91,7 +92,7 @@ def test_a_halved_chunk_counts_nothing_twice(monkeypatch, dtype, name, behind, c
 
     expected = run(chunk)
     with monkeypatch.context() as patch:
-        Fails(patch, Head, name, calls, behind)
+        Fails(patch, Projection, name, calls, behind)
         bound = ChunkBound(13)  # 24 kept rows: two chunks of 12
         found = run(bound)
     assert bound == ChunkBound(chunk, halvings=len(calls))
@@ -102,7 +103,7 @@ def test_a_halved_chunk_counts_nothing_twice(monkeypatch, dtype, name, behind, c
     "memory runs out while logits are held for the choice and the loss, or in the loss that reads them",
     "the pass goes on chunk by chunk, to the same loss and gradients",
 )
-@pytest.mark.parametrize(("owner", "name", "calls"), [(Workspace, "allocate", {1}), (Head, "gradients_", {1})])
+@pytest.mark.parametrize(("owner", "name", "calls"), [(Workspace, "allocate", {1}), (Projection, "gradients_", {1})])
 def test_held_logits_that_do_not_fit_are_done_without(monkeypatch, owner, name, calls):
     def run(bound):
         tensors, more = case()
@@ -131,10 +132,10 @@ def test_scores_with_a_halved_chunk_are_the_same(monkeypatch):
     expected = token_stats(*tensors, chunk_tokens=5), top_tokens(*tensors, token_ids_N=ids, k=3, chunk_tokens=5)
     bounds = ChunkBound(10), ChunkBound(10)
     with monkeypatch.context() as patch:
-        Fails(patch, Head, "project_", {4})
+        Fails(patch, Projection, "project_", {4})
         stats = token_stats(*tensors, chunk_tokens=bounds[0])
     with monkeypatch.context() as patch:
-        Fails(patch, Head, "project_", {4})
+        Fails(patch, Projection, "project_", {4})
         top = top_tokens(*tensors, token_ids_N=ids, k=3, chunk_tokens=bounds[1])
     assert [bound.halvings for bound in bounds] == [1, 1]
     assert torch.equal(stats.reverse_kl_N, expected[0].reverse_kl_N)
@@ -150,11 +151,11 @@ def test_scores_with_a_halved_chunk_are_the_same(monkeypatch):
 def test_what_halving_cannot_help_is_raised(monkeypatch):
     tensors, more = case()
     with monkeypatch.context() as patch:
-        fails = Fails(patch, Head, "project_", set(range(1, 100)))
+        fails = Fails(patch, Projection, "project_", set(range(1, 100)))
         with pytest.raises(RuntimeError, match="allocate memory"):
             distill_loss(*tensors, chunk_tokens=8, **more)
     assert fails.calls == 4  # chunks of 8, 4, 2 and 1 rows
-    Fails(monkeypatch, Head, "project_", {1}, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    Fails(monkeypatch, Projection, "project_", {1}, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         distill_loss(*tensors, chunk_tokens=8, **more)
 
@@ -226,7 +227,7 @@ def test_a_run_counts_its_halvings_and_goes_on(values, tmp_path, monkeypatch):
         seen.append(1)
         with pytest.MonkeyPatch.context() as patch:
             if len(seen) == 2:
-                Fails(patch, Head, "gradients_", {1})
+                Fails(patch, Projection, "gradients_", {1})
             return whole(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "update", update)
@@ -238,7 +239,8 @@ def test_a_run_counts_its_halvings_and_goes_on(values, tmp_path, monkeypatch):
 LIMITED = """
 import resource, sys, torch
 from opsd.distill import distill_loss
-from opsd.distill.chunks import ChunkBound, Workspace
+from opsd.distill.chunks import ChunkBound
+from opsd.distill.workspace import Workspace
 
 torch.manual_seed(0)
 hidden, head = torch.randn(2048, 16), torch.randn(20_000, 16)

@@ -23,7 +23,7 @@ from opsd.data.packing import pack
 from opsd.teacher import vllm
 from opsd.teacher.vllm import VLLMTeacher
 from opsd.train import start
-from opsd.types import Prompt, Rollout
+from opsd.types import Head, Prompt, Rollout
 from opsd.utils.errors import RunStopped
 from opsd.utils.served_key import KeyOnEveryPath
 
@@ -53,7 +53,7 @@ def pair(monkeypatch):
 def teacher_of(*servers):
     urls = tuple(server.url for server in servers)
     config = TeacherConfig(model="m", kind="vllm", urls=urls, timeout_s=600, retries=1)
-    teacher = VLLMTeacher(config, torch.zeros(50, WIDTH), torch.device("cpu"))
+    teacher = VLLMTeacher(config, Head(torch.zeros(50, WIDTH)), torch.device("cpu"))
     teacher.connect()
     return teacher
 

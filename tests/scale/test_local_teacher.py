@@ -48,7 +48,7 @@ def test_an_offloaded_model_is_on_the_device_while_it_computes_only_and_its_one_
 def test_the_head_is_the_models_own_and_stays_where_it_is(offload):
     scorer = Scorer(tiny_model(False, 1))
     before = scorer.head.weight.data_ptr()
-    head = LocalTeacher(scorer, DEVICE, offload).head()
+    head = LocalTeacher(scorer, DEVICE, offload).head().weight_VD
     assert head.data_ptr() == scorer.head.weight.data_ptr() == before
 
 

@@ -22,7 +22,7 @@ from opsd.distill import distill_loss
 from opsd.model.loading import load_scorer
 from opsd.teacher import LocalTeacher, vllm
 from opsd.teacher.vllm import VLLMTeacher, read_head, split
-from opsd.types import Prompt, Rollout
+from opsd.types import Head, Prompt, Rollout
 from opsd.utils.errors import RunStopped, UserError
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def servers(monkeypatch):
 def teacher_of(*servers, head=None, **options):
     urls = tuple(server if isinstance(server, str) else server.url for server in servers)
     config = TeacherConfig(model="m", kind="vllm", urls=urls, api_key_env="SCALE_TEST_KEY", **options)
-    return VLLMTeacher(config, torch.zeros(50, WIDTH) if head is None else head, CPU)
+    return VLLMTeacher(config, Head(torch.zeros(50, WIDTH)) if head is None else head, CPU)
 
 
 def connected(*servers, **options):
@@ -234,7 +234,7 @@ def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served
     local = LocalTeacher(scorer, CPU)
     remote = teacher_of(url, head=read_head(str(thin_smollm2.folder), torch.float32), retries=1)
     remote.connect()
-    assert torch.equal(remote.head(), local.head())
+    assert torch.equal(remote.head().weight_VD, local.head().weight_VD)
     batches = pack(rollouts(49000), 14)
     generator = torch.Generator().manual_seed(1)
     for micro, ours, theirs in zip(batches, remote.hidden(batches), local.hidden(batches), strict=True):
