@@ -210,6 +210,7 @@ class TestSameMaskWhateverTheLayout:
                 teacher_NE,
                 teacher_VE,
                 rollout_N=rollout_N,
+                token_ids_N=torch.arange(40),
                 selector=load_selector(name),
                 chunk_tokens=chunk,
                 seed=5,
