@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
 from reporting.leaderboard import gains_in, leaderboard
 from reporting.plots import gains_against_retention
-from reporting.results import Results, collect
+from reporting.results import Results, collect, write_results
 from reporting.tables import TextTable
 from reporting.theme import png
 
@@ -78,10 +77,7 @@ def write(args: Collect) -> None:
         ["git", "-C", str(args.repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     values = collect(args.runs, commit, args.command)
-    rows = ",\n".join("  " + json.dumps(run) for run in values.pop("runs"))
-    head = json.dumps(values)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(f'{head[:-1]}, "runs": [\n{rows}\n]}}\n')
+    write_results(args.out, values, values.pop("runs"))
 
 
 def rank(args: Leaderboard) -> None:

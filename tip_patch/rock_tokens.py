@@ -92,7 +92,7 @@ class RockBypass(Selector):
         self._seen_2V = torch.zeros_like(self._known_2V)
         self._rocks_K = torch.zeros(0, dtype=torch.int64)
         if self._steps >= self.after_steps:
-            self._rocks_K = rocks(*self._known_2V, self.most, self.most_of_tokens)
+            self._rocks_K = rocks(self._known_2V[0], self._known_2V[1], self.most, self.most_of_tokens)
 
 
 def rocks(tokens_V: Tensor, nats_V: Tensor, most: int, most_of_tokens: float) -> Tensor:

@@ -164,7 +164,7 @@ def token_fields_(
     """
     fields: dict[str, Tensor] = {}
     exp_BV, u_BV = scratch_SBV[0], scratch_SBV[1]
-    support_BK = likeliest(student_BV) if "teacher_mass_N" in needs else None
+    support_BK = None if "teacher_mass_N" not in needs else likeliest(student_BV)
     if teacher_BV is not None:
         if "top1_agree_N" in needs:
             best_B1 = student_BV.argmax(-1, keepdim=True)
@@ -191,7 +191,7 @@ def token_fields_(
     if needs & _OF_BOTH_MASSES:
         teacher_B = exp_(teacher_BV, exp_BV)
         apart_B = (student_B / teacher_B).log_()
-        if "teacher_mass_N" in needs:
+        if support_BK is not None:
             fields["teacher_mass_N"] = exp_BV.gather(-1, support_BK).sum(-1) / teacher_B
         if "log_ratio_N" in needs:
             assert token_ids_B is not None

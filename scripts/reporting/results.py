@@ -61,9 +61,9 @@ class Results:
         if name is None and all("scores" in run for run in self.values["runs"]):
             return Measure()
         known = self.values.get("measures", {})
-        if name not in known:
+        if name is None or name not in known:
             names = ", ".join(known) or "no measures beside its scores"
-            raise UserError(f"--measure {name}: give one that the file has: {names}")
+            raise UserError(f"--measure {name or ''}: give one that the file has: {names}")
         return Measure(name, **known[name])
 
     def seeds(self, cell: str) -> list[int]:
@@ -119,6 +119,13 @@ def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
         "problems": problems,
         "runs": runs,
     }
+
+
+def write_results(file: Path, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """A file of results: a line for what all share, then one for each run."""
+    rows = ",\n".join("  " + json.dumps(run) for run in runs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
 
 
 def _scores(run: Run, evaluation: str, suite: str) -> dict[str, float]:
