@@ -112,6 +112,9 @@ class Options:
     """The numbers as one JSON file."""
     rules: tuple[str, ...] = RULES
     """Selectors, or module:Name; all tokens are always there."""
+    cells: tuple[str, ...] = ()
+    """Further cells, each as its flags, e.g. "--select.by soft_or --select.retention 0.2 --select.normalise_over
+    rollout" or "--select.by all --loss.divergence jsd"."""
     retentions: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
     """Fractions of the tokens."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -158,9 +161,9 @@ def warm_up(options: Options) -> Path:
 
 
 def cells(options: Options, student: Path) -> Iterator[list[Cell]]:
-    """Groups of cells to run and measure together: by seed, then by retention, all tokens first."""
+    """Groups of cells to run and measure together: by seed, then by retention, all tokens and further cells first."""
     for seed in options.seeds:
-        groups = [["--select.by all"]]
+        groups = [["--select.by all", *options.cells]]
         for retention in options.retentions:
             scope = {rule: " --select.normalise_over batch" * (rule in NORMALISING) for rule in options.rules}
             groups.append([f"--select.by {r} --select.retention {retention:g}{scope[r]}" for r in options.rules])

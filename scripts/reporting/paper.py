@@ -39,6 +39,7 @@ SWEEPS = {
         ("divergence", "horizon", "prompts"),
     ),
     "sweep_divergence": Layout("Sweep over the trained divergence", ("table5",), ("divergence",)),
+    "sweep_quadrants": Layout("Rules by quadrant under each divergence", ("table5", "table4"), ("divergence",)),
     "sweep_normalise": Layout("Sweep over where min and max are taken", ("table5",)),
 }
 # Table 6's bottom half tells AdamW from SGD.
