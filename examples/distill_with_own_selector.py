@@ -1,4 +1,7 @@
-"""Distil the pocket pair with a selection rule of our own, without the command line: a minute on a CPU."""
+"""Distil the pocket pair with a selection rule of our own, without the command line: a minute on a CPU.
+
+It says what it does while it does it, as `opsd train` would; the run folder is runs/product.
+"""
 
 from opsd.config import EvalConfig, OptimConfig, RolloutConfig, SelectConfig, TeacherConfig, TrainConfig
 from opsd.train import start
@@ -26,6 +29,6 @@ if __name__ == "__main__":
         rollout=RolloutConfig(samples_per_prompt=4, max_prompt_tokens=16, max_new_tokens=40),
         select=SelectConfig(by="__main__:Product", retention=0.2),
         optim=OptimConfig(lr=1e-3, warmup_steps=4),
-        eval=EvalConfig(suite=("pocket=assets/pocket/eval.jsonl",), grader="suffix"),
+        eval=EvalConfig(suite=("pocket=assets/pocket/eval.jsonl",), grader="suffix", generate_batch=1024),
     )
     start(config)

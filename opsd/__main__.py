@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import NoReturn
 
 # Before torch is loaded: idle OpenMP threads that spin slow everything else on a CPU down.
@@ -20,15 +19,18 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from opsd.config.cli import parse
 from opsd.utils import signals
 from opsd.utils.errors import RunStopped, UserError
+from opsd.utils.paths import check_model_name
 
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
-  opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --resume RUN
+  opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --config FILE.yaml,
+                   or --resume RUN [--steps N]; --dump_config prints such a file
   opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
   opsd distance    a model's exact divergence from its teacher: --model M --teacher T --prompts FILE --out FILE.json
   opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
   opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
   opsd check-model whether a model can be trained or teach, a line for each check: FOLDER [--tokens N]
+  opsd push        upload a run's newest checkpoint with its model card: RUN OWNER/NAME
   opsd selectors   list the rules that choose tokens
 
 `opsd train --help` and `opsd eval --help` list all flags; `opsd --version` says which version this is."""
@@ -65,6 +67,7 @@ def _command(args: list[str]) -> None:
         "plan": _plan,
         "check-model": _check_model,
         "selectors": _selectors,
+        "push": _push,
     }
     name, rest = (args[0], args[1:]) if args else ("--help", [])
     if name in {"-h", "--help"}:
@@ -78,27 +81,12 @@ def _command(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    from opsd.config import TrainConfig
-    from opsd.config.paths import check_paths
-    from opsd.utils.paths import check_old_run
+    if "--dump_config" in args:
+        from opsd.config.file import dumped
 
-    if "--resume" in args:
-        if len(args) != 2 or args[0] != "--resume":
-            raise UserError(
-                "--resume RUN takes no other flag: a resumed run keeps its settings; start a new one to change them"
-            )
-        check_old_run(Path(args[1]))
-        _quiet()
-        from opsd.train import resume
-
-        work = partial(resume, Path(args[1]))
-    else:
-        config = parse(TrainConfig, args, "opsd train")
-        check_paths(config)
-        _quiet()
-        from opsd.train import start
-
-        work = partial(start, config)
+        print(dumped(args), end="")
+        return
+    work = _resumed(args) if "--resume" in args else _started(args)
     from opsd.utils.distributed import leave
 
     try:
@@ -112,7 +100,35 @@ def _train(args: list[str]) -> None:
         signals.end(0)
 
 
+def _started(args: list[str]) -> Callable[[], None]:
+    """A new run, once everything is checked that can be without loading a library that takes seconds."""
+    from opsd.config import TrainConfig
+    from opsd.config.file import with_file
+    from opsd.config.paths import check_paths
+
+    config = parse(TrainConfig, with_file(args), "opsd train")
+    check_paths(config)
+    _quiet()
+    from opsd.train import start
+
+    return partial(start, config)
+
+
+def _resumed(args: list[str]) -> Callable[[], None]:
+    """A run that goes on, checked likewise."""
+    from opsd.config.saved import check_resumable, parse_resume
+
+    asked = parse_resume(args)
+    check_resumable(asked.resume, asked.steps)
+    _quiet()
+    from opsd.train import resume
+
+    return partial(resume, asked.resume, asked.steps)
+
+
 def _eval(args: list[str]) -> None:
+    if "--model" in args[:-1]:
+        check_model_name(args[args.index("--model") + 1], "--model")
     from opsd.eval.command import EvalCommand, evaluate
 
     config = parse(EvalCommand, args, "opsd eval")
@@ -154,9 +170,18 @@ def _plan(args: list[str]) -> None:
         sys.exit(1)
 
 
+def _push(args: list[str]) -> None:
+    from opsd.run.push import PushConfig, push
+
+    config = parse(PushConfig, args, "opsd push")
+    _quiet()
+    print(push(config))
+
+
 def _check_model(args: list[str]) -> None:
+    if args and not args[0].startswith("-"):
+        check_model_name(args[0], "model")
     from opsd.check_model import CheckModelConfig, check_model
-    from opsd.config.cli import parse
 
     config = parse(CheckModelConfig, args, "opsd check-model")
     _quiet()

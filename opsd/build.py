@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.data.prompts import PromptFormat, PromptStream, load_prompts
 from opsd.data.template import Clock, steady
-from opsd.engine import Engine, build_engine
+from opsd.engine import Engine, build_engine, settled
 from opsd.environments import load_environment
+from opsd.estimate.opening import opening
 from opsd.eval.cache import Models
 from opsd.eval.evaluator import Evaluator, load_suites
 from opsd.model.checks import Reach, Span, length_switches
@@ -106,6 +108,9 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     device, r = local_device(config.engine.device), config.rollout
     problems = [problem for suite in evaluator.suites for problem in suite.problems]
     reach = reach_of(config, prompts, problems)
+    if ranks.is_main and config.track.progress:
+        for line in opening(config, ranks.world_size, max(len(prompt.ids) for prompt in prompts)):
+            print(line, file=sys.stderr, flush=True)
     student = load_student(config, student_path, device, reach)
     notes = check_student(config, student, tokenizer, student_path)
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
@@ -190,7 +195,7 @@ def load_student(config: TrainConfig, path: str, device: torch.device, reach: Re
     # As DeepSpeedEngine will have it: what is checked here must be what is used.
     packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
-    compute = getattr(torch, config.engine.dtype)
+    compute = getattr(torch, settled(config.engine, device).dtype)
 
     def load(folder: str) -> Scorer:
         trust = config.trust_remote_code
@@ -227,7 +232,7 @@ def build_teacher(
     config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None
 ) -> tuple[Teacher, Any, Any]:
     """The teacher that `config` names, what holds its head, and the context within which a local one generates."""
-    t, dtype = config.teacher, getattr(torch, config.engine.dtype)
+    t, dtype = config.teacher, getattr(torch, settled(config.engine, device).dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 

@@ -37,6 +37,8 @@ from opsd.utils.distributed import local_device
 from opsd.utils.errors import UserError, first_line
 
 CLOSE = 1e-3
+# Longest sequence that is tried where nobody names one.
+TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class CheckModelConfig(Settings):
 
     folder: Positional[str]
     """Model folder in the Hugging Face format."""
-    tokens: PositiveInt = 512
-    """Longest sequence of the run in question, in tokens: lengths at which a model changes are tried up to it."""
+    tokens: PositiveInt | None = None
+    """Longest sequence of the run in question, in tokens: lengths at which a model changes are tried up to it. None:
+    512, or as many as the model has positions, if these are fewer."""
     vllm: bool = True
     """Also ask vLLM, where it is installed; it takes half a minute to start."""
     trust_remote_code: bool = False
@@ -79,8 +82,6 @@ class Report:
 
 def check_model(config: CheckModelConfig) -> Report:
     """Print a line for each check. Those that need a model are left out where there is none."""
-    if config.tokens < 1:
-        raise UserError(f"--tokens {config.tokens}: give a number above 0")
     report, found = Report(), _Found(config)
     report.check("tokenizer", found.tokenizer)
     if not report.check("weights", found.weights):
@@ -113,8 +114,7 @@ class _Found:
         self._tokenizer: Any = None
         self._model: Any = None
         self._scorer: Any = None
-        self._transform = PLAIN
-        self._reach = Reach((Span(0, config.tokens, "--tokens"),), config.tokens)
+        self._transform, self._reach = PLAIN, _reach(config.tokens or TOKENS)
 
     def tokenizer(self) -> str:
         """A tokenizer that can be loaded."""
@@ -127,6 +127,8 @@ class _Found:
             self._config.folder, "model", torch.float32, self._device, self._config.trust_remote_code
         )
         disable_dropout(self._model)
+        if self._config.tokens is None:
+            self._reach = _reach(min(TOKENS, positions(self._model.config) or TOKENS))
         return f"{sum(p.numel() for p in self._model.parameters()):,}, each of them the model's"
 
     def vocabulary(self) -> str:
@@ -158,7 +160,7 @@ class _Found:
         """Positions for the tokens of the run."""
         check_positions(self._model.config, self._reach.spans, self._name)
         known = positions(self._model.config)
-        return f"{self._config.tokens:,} tokens, {'no limit is named' if known is None else f'of {known:,}'}"
+        return f"{self._reach.longest:,} tokens, {'no limit is named' if known is None else f'of {known:,}'}"
 
     def head(self) -> str:
         """Logits that are made in a known way."""
@@ -257,6 +259,10 @@ class _Found:
         given = torch.tensor([ids], device=self._device)
         log_probs_LV = self._model.eval()(input_ids=given, use_cache=False).logits[0].float().log_softmax(-1)
         return log_probs_LV[:-1].gather(-1, given[0, 1:, None])[:, 0].cpu()
+
+
+def _reach(tokens: int) -> Reach:
+    return Reach((Span(0, tokens, "--tokens"),), tokens)
 
 
 def _in_words(head: Head) -> str:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from opsd.build import Parts
-from opsd.config import LossConfig, TrainConfig
+from opsd.config import TrainConfig
+from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.topk import ModelTop, top_tokens
-from opsd.engine import Engine, learning_rate
+from opsd.engine import learning_rate
 from opsd.run.folder import RunFolder
 from opsd.run.token_record import recorded_rollouts, token_table
 from opsd.run.tracking import peak_gib
 from opsd.selection import REQUIRED_FIELDS, STATISTICS, TokenTelemetry
-from opsd.teacher import Teacher
 from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import Update
 from opsd.utils.distributed import Ranks
@@ -42,16 +42,38 @@ class StepLog:
         record = REQUIRED_FIELDS if self._config.telemetry.save_tokens else frozenset()
         return frozenset(MEANS).union(record, *(telemetry.needs for telemetry in due))
 
+    @torch.no_grad()
     def top_tokens(
         self, step: int, rollouts: list[Rollout], micros: list[MicroBatch], teacher: list[Tensor]
     ) -> tuple[ModelTop, ModelTop] | None:
-        """Both models' likeliest tokens for the token record, before the update changes one; None if not due."""
-        parts, wanted = self._parts, self._config.telemetry
+        """Both models' likeliest tokens for the token record, before the update changes one; None if not due.
+
+        At the rows of the recorded rollouts, in the order of the micro-batches. One forward pass of the student over
+        every micro-batch, whether or not it holds such a row: under sharding all ranks must make the same calls.
+        """
+        parts, wanted, loss = self._parts, self._config.telemetry, self._config.loss
         if not (wanted.top_tokens and micros and self._due(step)):
             return None
-        recorded = recorded_rollouts(rollouts, wanted.max_rollouts_saved)
-        how = (wanted.top_tokens, self._config.loss, parts.vocab_size)
-        return score_top(parts.engine, parts.teacher, micros, teacher, recorded, *how)
+        recorded = torch.tensor(recorded_rollouts(rollouts, wanted.max_rollouts_saved), dtype=torch.int64)
+        spec = LossSpec(temperature=loss.temperature, chunk_tokens=loss.chunk_tokens)
+        found = []
+        for micro, teacher_NE in zip(micros, teacher, strict=True):
+
+            def use(student_ND: Tensor, head: Head, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
+                row_R = torch.isin(micro.rollout_N, recorded).nonzero().squeeze(1).to(student_ND.device)
+                inputs = check_inputs(
+                    student_ND[row_R],
+                    head,
+                    teacher_NE.to(student_ND.device)[row_R],
+                    parts.teacher.head(),
+                    vocab_size=parts.vocab_size,
+                    token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
+                )
+                return top_tokens(inputs, wanted.top_tokens, spec)
+
+            found.append(parts.engine.forward(micro, use))
+        student, teacher_top = zip(*found, strict=True)
+        return _join(student, parts.ranks), _join(teacher_top, parts.ranks)
 
     def of_step(
         self, step: int, rollouts: list[Rollout], rewards: list[float] | None, batches: list[MicroBatch]
@@ -72,8 +94,9 @@ class StepLog:
             metrics["rollout/horizon_tokens"] = config.rollout.horizon_at(step)
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
-        every = config.telemetry.save_rollouts_every
-        if every and step % every == 0:
+        every, recorded = config.telemetry.save_rollouts_every, config.telemetry.save_tokens and self._due(step)
+        # A record of tokens is looked at with its prompts.
+        if every and (step % every == 0 or recorded):
             self._folder.write_rollouts(f"step_{step}", rollouts, self._parts.tokenizer, rewards)
         return metrics
 
@@ -114,45 +137,6 @@ class StepLog:
         """All installed telemetry where it is due in this step, else none."""
         every = self._config.telemetry.every
         return self._parts.telemetry if every and step % every == 0 else []
-
-
-@torch.no_grad()
-def score_top(
-    engine: Engine,
-    teacher: Teacher,
-    batches: list[MicroBatch],
-    teacher_hidden: list[Tensor],
-    recorded: list[int],
-    k: int,
-    loss: LossConfig,
-    vocab_size: int,
-) -> tuple[ModelTop, ModelTop]:
-    """Both models' k likeliest tokens at the rows of the `recorded` rollouts, in the order of the micro-batches.
-
-    One forward pass of the student over every micro-batch, whether or not it holds such a row: under sharding all ranks
-    must make the same calls.
-    """
-    wanted = torch.tensor(recorded, dtype=torch.int64)
-    found = []
-    for micro, teacher_NE in zip(batches, teacher_hidden, strict=True):
-
-        def use(student_ND: Tensor, head: Head, micro=micro, teacher_NE=teacher_NE) -> tuple[ModelTop, ModelTop]:
-            row_R = torch.isin(micro.rollout_N, wanted).nonzero().squeeze(1).to(student_ND.device)
-            return top_tokens(
-                student_ND[row_R],
-                head,
-                teacher_NE.to(student_ND.device)[row_R],
-                teacher.head(),
-                token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
-                k=k,
-                vocab_size=vocab_size,
-                temperature=loss.temperature,
-                chunk_tokens=loss.chunk_tokens,
-            )
-
-        found.append(engine.forward(micro, use))
-    student, teacher_top = zip(*found, strict=True)
-    return _join(student, engine.ranks), _join(teacher_top, engine.ranks)
 
 
 def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:

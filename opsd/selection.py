@@ -11,7 +11,6 @@ Legend: N student tokens of a micro-batch, or of a whole step where a docstring 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from opsd.utils.errors import UserError, first_line
-from opsd.utils.plugins import load_path
+from opsd.utils.plugins import ALL_TOKENS, SELECTOR_GROUP, check_selector_name, load_path
+from opsd.utils.plugins import selector_names as selector_names
 
-SELECTOR_GROUP = "opsd.selectors"
 TELEMETRY_GROUP = "opsd.telemetry"
-ALL_TOKENS = "all"
 # How many of the student's likeliest tokens teacher_mass_N adds up (arXiv 2605.26844: K = 16).
 SUPPORT_TOKENS = 16
 
@@ -192,11 +190,6 @@ def _complete(plugin: Any, protocol: type, members: tuple[str, ...]) -> Any:
     return plugin
 
 
-def selector_names() -> list[str]:
-    """Names that `load_selector` accepts, "all" first."""
-    return [ALL_TOKENS, *sorted(entry_points(group=SELECTOR_GROUP).names)]
-
-
 def describe_selectors() -> dict[str, str]:
     """Each name with the first line of its class's docstring. Loads every installed selector."""
     found = {point.name: point.load() for point in entry_points(group=SELECTOR_GROUP)}
@@ -216,8 +209,9 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     factory = _selector_factory(name)
     unknown = [option for option in options if not _takes(factory, option)]
     if unknown:
-        accepted = ", ".join(inspect.signature(factory).parameters)
-        raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; it takes: {accepted}")
+        accepted = ", ".join(inspect.signature(factory).parameters) or "none"
+        give = "give its class that argument: every rule is handed it; " if unknown[0] == "retention" else ""
+        raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; {give}it takes: {accepted}")
     try:
         selector: Any = factory(**options)
     except UserError:
@@ -236,14 +230,8 @@ def selector_takes(name: str, option: str) -> bool:
 def _selector_factory(name: str) -> Any:
     """What makes the selector of that name."""
     found = {point.name: point for point in entry_points(group=SELECTOR_GROUP)}
-    if name in found:
-        factory: Any = found[name].load()
-    elif ":" in name:
-        factory = load_path(name, "selector", "'module:Name'")
-    else:
-        near = difflib.get_close_matches(name, selector_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
+    check_selector_name(name)
+    factory: Any = found[name].load() if name in found else load_path(name, "selector", "'module:Name'")
     if not callable(factory):
         raise UserError(f"selector {name!r} is a {type(factory).__name__}; give the name of a class")
     return factory
@@ -268,14 +256,22 @@ def _check_selector(selector: Any, name: str) -> None:
             raise UserError(f"selector {name!r} needs the statistic {field!r}; known: {', '.join(sorted(known))}")
 
 
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's options of telemetry that what is installed here takes: the run may come from elsewhere."""
+    known = set().union(*(inspect.signature(factory).parameters for factory in _telemetry()))
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _telemetry() -> list[Any]:
+    return [point.load() for point in sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)]
+
+
 def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:
     """All installed telemetry, in the order of their names; each is built with those of `options` that it takes.
 
     Errors: UserError for an option that none of them takes.
     """
-    options = options or {}
-    points = sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)
-    factories = [point.load() for point in points]
+    options, factories = options or {}, _telemetry()
     accepted = [set(inspect.signature(factory).parameters) for factory in factories]
     known = set().union(*accepted)
     for key in options:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
+from opsd.config.saved import check_resumable
+from opsd.data.hub import pin
 from opsd.data.packing import pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
-from opsd.engine import check_engine, learning_rate
+from opsd.engine import check_engine, learning_rate, settled
 from opsd.eval.cache import check_cache, evaluate_before
 from opsd.eval.evaluator import summary
 from opsd.metrics import StepLog
@@ -37,21 +39,31 @@ def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
     check_new_run(Path(config.out))
     check_cache(config)
+    # What was chosen is what config.json says, and what the run goes on with.
+    config = dataclasses.replace(config, engine=settled(config.engine, local_device(config.engine.device)))
+    config = pinned(config)
     ranks = _meet(config)
     parts = assemble(config, ranks)
     folder = RunFolder.create(config, parts.began) if ranks.is_main else Follower(Path(config.out), config)
     Trainer(config, parts, folder).run()
 
 
-def resume(path: Path) -> None:
+def pinned(config: TrainConfig) -> TrainConfig:
+    """With the commits of the data sets that lie on the hub: what they hold later is another run's."""
+    pairs = (pair.partition("=") for pair in config.eval.suite)
+    suites = tuple(f"{name}={pin(place)}" if place else name for name, _, place in pairs)
+    return dataclasses.replace(config, prompts=pin(config.prompts), eval=dataclasses.replace(config.eval, suite=suites))
+
+
+def resume(path: Path, steps: int | None = None) -> None:
     """Go on from a run's newest whole checkpoint, with the numbers that the uninterrupted run would have had.
 
-    Raises UserError where every checkpoint is lost: a run never starts again unasked.
+    steps: a later end than the run's own; its schedule then stretches to there. Raises UserError where the run is over
+    or every checkpoint is lost: a run never starts again unasked.
     """
+    check_resumable(path, steps)
     folder = RunFolder.open(path)
-    if folder.done:
-        raise UserError(f"--resume {path}: this run has finished; start a new one to train on")
-    config = folder.config
+    old, config = folder.config, dataclasses.replace(folder.config, steps=steps or folder.config.steps)
     ranks = _meet(config)
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
@@ -61,12 +73,32 @@ def resume(path: Path) -> None:
     written = ranks.broadcast(folder.cut_after(None if state is None else state.step) if ranks.is_main else False)
     # Where the run ended between a step's checkpoint and its line of metrics, the line is still to come.
     pending = None if state is None or written else {"step": state.step, **state.metrics}
+    done_steps = 0 if state is None else state.step
+    if steps is not None:
+        notes = [*notes, extension(old, config, done_steps)]
+        if ranks.is_main:
+            folder.extend(steps)
     folder = folder if ranks.is_main else Follower(path, config)
-    Trainer(config, parts, folder, 0 if state is None else state.step).run(notes, pending)
+    Trainer(config, parts, folder, done_steps).run(notes, pending)
+
+
+def extension(old: TrainConfig, new: TrainConfig, done_steps: int) -> str:
+    """What a later end makes of the learning rate, in a line."""
+    before, after = (learning_rate(done_steps + 1, config.steps, config.optim) for config in (old, new))
+    said = f"extended from {old.steps} to {new.steps} steps"
+    if before == after:
+        return f"{said}; the learning rate is constant, so it is as if the run had begun with them"
+    return (
+        f"{said}; the schedule stretches with them: the learning rate of step {done_steps + 1} is {after:.2e} in place "
+        f"of {before:.2e}, and a run that began with {new.steps} steps would have had other rates before"
+    )
 
 
 class Trainer:
     """A run: its settings, its parts, its folder, and the loop. done_steps: steps that were trained before."""
+
+    # Whom a stage is told to, while there is somebody.
+    tracker: Tracker | None = None
 
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder, done_steps: int = 0) -> None:
         self.config, self.parts, self.folder, self.done_steps = config, parts, folder, done_steps
@@ -154,6 +186,7 @@ class Trainer:
         # Loading takes copies of its own, which no step needs.
         forget_peak(self.engine.device)
         with Tracker(self.folder, self.done_steps) as tracker:
+            self.tracker = tracker
             for note in [*notes, *self.parts.notes] if self.ranks.is_main else ():
                 tracker.say(note)
             if self.parts.dropped_prompts and self.ranks.is_main:
@@ -166,10 +199,13 @@ class Trainer:
             with signals.heeded():
                 self.train(tracker)
             self.folder.finish()
+        tracker.finished()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """A stage of a step: its seconds are `time/NAME_s`; memory that runs out in it stops the run in one line."""
+        if self.tracker is not None:
+            self.tracker.stage(name)
         with memory_for(name), self.watch.stage(name):
             yield
 
@@ -218,6 +254,7 @@ class Trainer:
         with self.stage("evaluation"):
             result = evaluator.run(self.parts.sampler, self.config.student, step)
         self.folder.write_eval(f"step_{step}", result)
+        self.folder.write_card(step)
         return summary(result)
 
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
@@ -237,6 +274,7 @@ class Trainer:
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
                 checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
+                self.folder.write_card(step)
             self.ranks.gather(None)
 
     def stop_if_asked(self, step: int, metrics: dict[str, float] | None = None) -> None:

@@ -17,7 +17,7 @@ from opsd.config import LossConfig, TrainConfig
 from opsd.distill import DistillResult, concatenate_stats
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.select import Choice, pick, weigh
+from opsd.distill.select import Choice, pick, prepare, weigh
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
@@ -85,7 +85,7 @@ class StepPlanner:
             return StepPlan(choices, None, self._announced(micros))
         scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
         if selector.normalise_over == "batch":
-            selector.prepare(self._of_all_ranks(scored))
+            prepare(selector, self._of_all_ranks(scored))
         selections = [weigh(selector, stats, pick(selector, stats, seed)) for stats in scored]
         kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))
         return StepPlan([Choice(selection=selection) for selection in selections], scored, kept)

@@ -95,8 +95,10 @@ paper_flags() {
     setting --optim.weight_decay 0.1                                        # base repository
     setting --optim.max_grad_norm 1.0                                       # base repository
     setting --checkpoint.every 50 "${SAVE_FREQ:-}"                          # our choice
+    FLAGS+=(--telemetry.options entropy_split median divergence_split mean) # our choice: the paper gives no thresholds
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: mean@16
+    setting --eval.generate_batch 256                                       # ours: by vLLM; it orders the draws
     setting --eval.temperature 1.0 "${VAL_TEMPERATURE:-}"                   # paper; the base repository's 0.6/0.7 is not it
     setting --eval.top_p 1.0 "${VAL_TOP_P:-}"                               # paper
     setting --eval.top_k 0 "$(top_k "${VAL_TOP_K:-}")"                      # paper
@@ -119,7 +121,7 @@ pocket_flags() {
     setting --steps 240 "${STEPS:-}"
     FLAGS+=(--prompts_per_step 16 --rollout.samples_per_prompt 4 --rollout.max_prompt_tokens 16 --rollout.max_new_tokens 40
         --optim.lr 1e-3 --optim.warmup_steps $warmup --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 4096
-        --eval.suite pocket=assets/pocket/eval.jsonl --eval.grader suffix --eval.samples 16 --eval.temperature 1.0
+        --engine.dtype float32 --eval.suite pocket=assets/pocket/eval.jsonl --eval.grader suffix --eval.samples 16 --eval.temperature 1.0
         --eval.generate_batch 1024
         --checkpoint.every 60 --telemetry.every 10 --telemetry.save_tokens True --telemetry.top_tokens 5
         --telemetry.options entropy_split 0.3 divergence_split 0.3) # nats; half the tokens have next to no entropy
@@ -235,7 +237,7 @@ evaluate_teacher() {
     words=("${FLAGS[@]}" "$@")
     for i in "${!words[@]}"; do
         case ${words[i]} in
-            --eval.samples | --eval.temperature | --eval.top_p | --eval.top_k | --eval.seed | --eval.limit | \
+            --eval.samples | --eval.temperature | --eval.top_p | --eval.top_k | --eval.seed | --eval.limit | --eval.generate_batch | \
                 --eval.max_new_tokens | --eval.grader | --rollout.max_new_tokens | --rollout.max_prompt_tokens | \
                 --prompt_format | --thinking | --prompt_field | --answer_field | --trust_remote_code)
                 flags+=("--${words[i]##*[.-]}" "${words[i + 1]}")
@@ -318,7 +320,7 @@ plan_of() {
     [[ $STUDENT != \$* ]] || student=${SHAPES[0]}
     [[ $TEACHER != \$* ]] || teacher=${SHAPES[1]}
     echo "# plan of $pair: $student <- $teacher on $GPUS GPUs"
-    { .venv/bin/opsd plan --student "$student" --teacher "$teacher" --gpus "$GPUS" --brief True "${FLAGS[@]}" "$@" 2>&1 || true; } |
+    { .venv/bin/opsd plan --student "$student" --teacher "$teacher" --gpus "$GPUS" --hardware h200 --brief True "${FLAGS[@]}" "$@" 2>&1 || true; } |
         sed 's/^/#   /'
 }
 

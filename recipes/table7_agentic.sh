@@ -64,6 +64,7 @@ paper_flags() {
     setting --optim.weight_decay 0.1                                        # base repository
     setting --optim.max_grad_norm 1.0                                       # base repository
     setting --checkpoint.every 15 "${SAVE_FREQ:-}"                          # our choice
+    FLAGS+=(--telemetry.options entropy_split median divergence_split mean) # our choice: the paper gives no thresholds
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: Avg@16
     # The teacher answers by transformers: an episode's cache takes 8 GiB of a GPU that already holds 61 (agentic32).
@@ -87,6 +88,7 @@ pocket_flags() {
     FLAGS+=(--prompts_per_step 16 --rollout.samples_per_prompt 4 --rollout.max_prompt_tokens 8
         --rollout.max_new_tokens 120 --environment.kind travel --environment.max_turns 8
         --optim.lr 3e-4 --optim.warmup_steps $warmup --optim.max_grad_norm 1.0 --engine.micro_batch_tokens 8192
+        --engine.dtype float32
         --eval.suite "synthetic-travel=$DATA_DIR/held_out.jsonl" --eval.samples 16 --eval.temperature 1.0
         --eval.generate_batch 512 --checkpoint.every 0 --telemetry.every 4
         --telemetry.options entropy_split 0.3 divergence_split 0.3) # nats, as in the other pocket tables

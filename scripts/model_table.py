@@ -155,12 +155,13 @@ def served(teacher: Path) -> Iterator[str]:
     except UserError:
         yield url
         return
-    environment = {**os.environ, "PORT": str(port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(
         [
             "bash",
             str(ROOT / "scripts" / "serve_teacher.sh"),
             str(teacher),
+            str(port),
             "--dtype",
             "float32",
             "--max-model-len",

@@ -22,6 +22,7 @@ PAIRS = {
     "qwen25": "--student qwen2.5-1.5b --teacher qwen2.5-14b --gpus 4",
 }
 RECIPE = (
+    "--hardware h200 --rollout.samples_per_prompt 16 --rollout.max_prompt_tokens 2048 --rollout.max_new_tokens 8192 "
     "--engine.micro_batch_tokens 16384 --engine.dtype bfloat16 --engine.kind deepspeed "
     "--rollout.engine vllm --engine.gradient_checkpointing True --select.by entropy_sample"
 )

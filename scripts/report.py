@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Run folders to a table of the paper with ours beside, on the terminal and as files.
+"""A run's report; or run folders to a table of the paper with ours beside; on the terminal and as files.
 
+    python scripts/report.py runs/mine
     python scripts/report.py runs/table5 --table table5 --out runs/table5/report
 
 Reads config.json, metrics.jsonl, eval/*.json and tokens/*.parquet of every run folder; writes report.html (everything,
-with figures), table.md, table.csv, table.json and figure.png.
+with figures) and table.md; of a table also table.csv, table.json and figure.png.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from opsd.utils.markdown import markdown_text
 from reporting.cells import CellName
 from reporting.csv_files import our_rows, paper_rows, write_csv
 from reporting.leaderboard import gains_of, leaderboard, ranked
+from reporting.one_run import one_run
 from reporting.page import Section, page
 from reporting.paper import BENCHMARKS, LAYOUTS, Paper
 from reporting.pictures import pictures
 from reporting.plots import overview
 from reporting.remarks import remarks
 from reporting.results import Measure
-from reporting.runs import Run, by_protocol, read_runs
+from reporting.runs import Run, by_protocol, read_run, read_runs
 from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
 from reporting.theme import png
@@ -146,15 +148,51 @@ def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None
             console.print(f"{out / file}", markup=False, soft_wrap=True)
 
 
-def main(runs: Annotated[Path, tyro.conf.Positional], table: str, out: Path, cells: tuple[str, ...] = ()) -> None:
-    """Run folders to a table beside the paper's, on the terminal and as files: report.html and its parts.
+def write_one(run: Run, out: Path) -> Section:
+    """A single run's files: report.html, table.md."""
+    section = one_run(run)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"- {markdown_text(line)}\n" for line in section.remarks)
+    tables = "\n".join(table.markdown() for table in section.tables)
+    (out / "table.md").write_text(f"# {markdown_text(section.title)}\n\n{lines}\n{tables}")
+    (out / "report.html").write_text(page(section.title, [section], note=""), encoding="utf-8")
+    return section
+
+
+def show_one(section: Section, out: Path) -> None:
+    """The same on the terminal."""
+    console = Console(highlight=False)
+    console.print(section.title, style="bold", markup=False)
+    for line in section.remarks:
+        console.print(f"• {line}", markup=False)
+    for table in section.tables:
+        console.print()
+        console.print(table.rich())
+    console.print(f"\n{out / 'report.html'}\n{out / 'table.md'}", markup=False, soft_wrap=True)
+
+
+def main(
+    runs: Annotated[Path, tyro.conf.Positional],
+    table: str | None = None,
+    out: Path | None = None,
+    cells: tuple[str, ...] = (),
+) -> None:
+    """A single run: its curves, tokens, lengths and evaluations. Or runs as a table beside the paper's.
+
+    On the terminal and as files: report.html and its parts.
 
     Args:
-        runs: Folder that holds the run folders.
+        runs: A run folder; or, with --table, the folder that holds the run folders.
         table: Which table of the paper, e.g. table5, or which sweep, e.g. sweep_retention.
-        out: Folder to write to.
+        out: Folder to write to; RUNS/report by default.
         cells: Only these cells, by the names that recipes give them, e.g. all soft_or-50; none: all that is there.
     """
+    out = out or runs / "report"
+    if table is None:
+        if not (runs / "config.json").is_file():
+            raise UserError(f"{runs} is no run folder (it has no config.json); for a folder of runs give --table")
+        show_one(write_one(read_run(runs), out), out)
+        return
     if table not in LAYOUTS:
         raise UserError(f"--table {table} is unknown; give one of: {', '.join(LAYOUTS)}")
     layout = LAYOUTS[table]

@@ -1,12 +1,13 @@
 """The four kinds of token, and what each holds: a line in the log every few steps.
 
 Q1 uncertain and disputed (high h, high δ) · Q2 uncertain, agreed · Q3 overconfident (low h, high δ) · Q4 solved.
-The paper does not state its thresholds; ours are settings and are logged beside the shares.
+The paper does not state its thresholds; ours are settings and are logged beside the shares. Words such as "sure" are
+for splits in nats: below a median of 3.5 nats a token is not sure.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -58,12 +59,17 @@ def split_at(values_N: Tensor, split: str) -> float:
     return float(quantile(values_N, 0.5 if split == "median" else float(split[1:])))
 
 
+def _is_nats(split: str, nats: float) -> bool:
+    """Whether a split was asked for as this number."""
+    return split not in ("median", "mean") and not split.startswith("q") and float(split) == nats
+
+
 @dataclass(eq=False)
 class QuadrantTelemetry:
     """Shares of the four quadrants, and their part of loss, gradient and kept tokens.
 
-    entropy_split, divergence_split: where h and δ are split: "median" or "mean" of the step's tokens, "q0.8" for a
-    quantile of them, or a number of nats.
+    entropy_split, divergence_split: where h and δ are split: a number of nats, "median" or "mean" of the step's tokens,
+    or "q0.8" for a quantile of them.
 
     Keys, for Q1 to Q4: quadrant/q1_frac (share of tokens), q1_loss_frac (of Σδ), q1_grad_frac (of Σ‖logit gradient‖),
     q1_kept_frac (which part of the quadrant was trained on; absent for an empty one); the two splits in nats; and the
@@ -72,8 +78,8 @@ class QuadrantTelemetry:
     Errors: UserError for a split that is none of these.
     """
 
-    entropy_split: str = "median"
-    divergence_split: str = "mean"
+    entropy_split: str = "0.3"
+    divergence_split: str = "0.3"
 
     needs = frozenset({"entropy_N", "reverse_kl_N", "teacher_entropy_N", "grad_norm_N"})
     labels: ClassVar[Labels] = {"quadrant": QUADRANT_LABELS}
@@ -101,6 +107,16 @@ class QuadrantTelemetry:
         """A column for the token record: quadrant, int8 [N], 1 to 4."""
         entropy_N, reverse_kl_N = (read_field(stats, name, "quadrants") for name in ("entropy_N", "reverse_kl_N"))
         return {"quadrant": quadrant_labels(entropy_N, reverse_kl_N, *self._splits(stats))}
+
+    def labels_at(self, splits: dict[str, float]) -> Labels:
+        """The labels of a record that was split at these nats: in words where that is what this telemetry was told."""
+        told = {"entropy": self.entropy_split, "divergence": self.divergence_split}
+        if not splits or all(_is_nats(told[axis], nats) for axis, nats in splits.items() if axis in told):
+            return self.labels
+        h, delta = (f"{splits.get(axis, 0.0):.2g}" for axis in told)
+        what = {1: (">", ">"), 2: (">", "≤"), 3: ("≤", ">"), 4: ("≤", "≤")}
+        signs = [(label, *what[label.value]) for label in QUADRANT_LABELS]
+        return {"quadrant": tuple(replace(label, what=f"h {a} {h}, δ {b} {delta} nats") for label, a, b in signs)}
 
     def _splits(self, stats: TokenStats) -> tuple[float, float]:
         entropy_N, reverse_kl_N = (read_field(stats, name, "quadrants") for name in ("entropy_N", "reverse_kl_N"))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import re
 import typing
-from typing import TypeVar
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
 
 import tyro
 
-from opsd.config.other_names import flag_for
-from opsd.config.settings import Settings, fields_of, is_part
+from opsd.config.other_names import flag_for, unit_for
+from opsd.config.settings import Settings, fields_of, is_part, required_of
 from opsd.utils.errors import UserError
 
 Config = TypeVar("Config", bound=Settings)
@@ -23,42 +26,66 @@ _BOX = re.compile(r"[─-╿]+")
 _OPTION = re.compile(r"(--[A-Za-z][\w.]*) ")
 
 
-def parse(config: type[Config], args: list[str], prog: str, bare_switches: bool = False) -> Config:
+def parse(
+    config: type[Config], args: list[str], prog: str, bare_switches: bool = False, unset: Config | None = None
+) -> Config:
     """`args` as a `config`; `--help` prints all flags and exits. Raises UserError, one line, for bad arguments.
 
     bare_switches: a bool field is --field and --no-field; else it takes a value, --field True.
+    unset: what stands for arguments that are not given, required ones too.
     """
     markers = () if bare_switches else (tyro.conf.FlagConversionOff,)
+    default: dict[str, Any] = {} if unset is None else {"default": unset}
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
-            return tyro.cli(config, prog=prog, args=args, use_underscores=True, config=markers)
+            return tyro.cli(config, prog=prog, args=args, use_underscores=True, config=markers, **default)
         except SystemExit as stop:
             if not stop.code:
                 raise
-    what = one_line(errors.getvalue(), flags_of(config))
+    what = one_line(errors.getvalue(), config, args)
     raise UserError(f"{what}{'' if what.endswith('?') else ';'} `{prog} --help` lists all flags")
 
 
-def one_line(box: str, flags: list[str]) -> str:
-    """What tyro says in a box over many lines, as one: what is wrong, and the nearest of the known flags."""
-    text = " ".join(_BOX.sub(" ", _TITLE.sub(" ", re.sub(r"\x1b\[[\d;]*m", "", box))).split())
+def one_line(box: str, config: type[Settings], args: list[str]) -> str:
+    """What tyro says of `args` in a box over many lines, as one: what is wrong, and the nearest of the known flags."""
+    text, flags = " ".join(_BOX.sub(" ", _TITLE.sub(" ", re.sub(r"\x1b\[[\d;]*m", "", box))).split()), flags_of(config)
     text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().removesuffix(".")
     unknown = re.search(r"Unrecognized options: ([^\s,]+)", text)
     if unknown:
-        meant = flag_for(unknown[1], flags)
+        meant = flag_for(unknown[1], list(flags))
         near = [meant] if meant else difflib.get_close_matches(unknown[1], flags, n=1)
-        return f"unknown option {unknown[1]}" + (f": did you mean {near[0]}?" if near else "")
+        unit = f" {unit_for(unknown[1])}".rstrip() if meant else ""
+        return f"unknown option {unknown[1]}" + (f": did you mean {near[0]}{unit}?" if near else "")
     missing = re.search(r"Missing from [^:]+: (.*)", text)
     if missing:
-        return f"missing: {', '.join(_OPTION.findall(missing[1]))}"
+        options = [flag for flag in _OPTION.findall(missing[1]) if flag in flags]
+        return f"missing: {', '.join(options or map(str.upper, required_of(config)))}"
+    wrong = re.search(r"(?:Error parsing |argument '|Missing value for argument ')(--[\w.]+)", text)
+    if wrong and wrong[1] in flags and wrong[1] in args:
+        rest = args[args.index(wrong[1]) + 1 :]
+        given = itertools.takewhile(lambda word: not word.startswith("--"), rest)
+        return f"{' '.join([wrong[1], *given])}: give {asked_for(flags[wrong[1]])}"
     return text
 
 
-def flags_of(settings: type[Settings]) -> list[str]:
-    """Every flag of a dataclass of settings, those of its parts with a dot."""
-    found = []
+def asked_for(kind: Any) -> str:
+    """What a flag of this type takes, in words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return asked_for(args[0])
+    if origin is typing.Literal:
+        return f"{'one of: ' if len(args) > 1 else ''}{', '.join(map(str, args))}"
+    if origin in (typing.Union, UnionType):
+        return " or ".join(asked_for(arg) for arg in args)
+    words = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", type(None): "None"}
+    return words.get(kind, "KEY VALUE pairs" if origin is dict else "a value")
+
+
+def flags_of(settings: type[Settings]) -> dict[str, Any]:
+    """Every flag of a dataclass of settings with its type, those of its parts with a dot."""
+    found = {}
     for name, kind in fields_of(settings).items():
-        kind = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
-        found += flags_of(kind) if is_part(kind) else [f"--{settings.part}{name}"]
+        part = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind
+        found |= flags_of(part) if is_part(part) else {f"--{settings.part}{name}": kind}
     # The teacher's model is given as --teacher itself.
-    return [flag.removesuffix(".model") for flag in found]
+    return {flag.removesuffix(".model"): kind for flag, kind in found.items()}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 
-# Our flag; then their names, the last part of those with dots. An evaluation's own flags come second in a line.
+# Our flag, and in brackets its unit where theirs is another; then their names, the last part of those with dots. An
+# evaluation's own flags come second in a line.
 _NAMES = """
 --student --model: model_path model_name_or_path model_name student_model_path actor_model_path pretrained_model_name
 --teacher: teacher_model teacher_model_path teacher_model_name_or_path teacher_path ref_model
 --prompts --suite: dataset dataset_name data train_files train_file train_data data_path train_dataset prompt_data
 --eval.suite --suite: val_files val_file test_files eval_dataset eval_data
 --out: output_dir output save_dir default_local_dir ckpt_path output_path
---steps: max_steps total_steps num_steps total_training_steps num_train_epochs epochs total_epochs num_epochs
---prompts_per_step: train_batch_size batch_size per_device_train_batch_size global_batch_size ppo_mini_batch_size
+--steps: max_steps total_steps num_steps total_training_steps
+--steps (in optimiser steps, not epochs): num_train_epochs epochs total_epochs num_epochs
+--prompts_per_step: train_batch_size batch_size global_batch_size ppo_mini_batch_size
+--prompts_per_step (of all devices together, for one optimiser step): per_device_train_batch_size
 --prompt_field: prompt_key prompt_column dataset_text_field input_key
 --answer_field: answer_key label_key answer_column reward_key
 --thinking: enable_thinking
@@ -34,8 +37,10 @@ _NAMES = """
 --loss.temperature: distillation_temperature kd_temperature
 --optim.lr: lr learning_rate actor_lr
 --optim.kind: optim optimizer optimizer_type
---optim.warmup_steps: warmup_steps lr_warmup_steps warmup_ratio lr_warmup_steps_ratio num_warmup_steps
---optim.min_lr_fraction: min_lr_ratio lr_scheduler_type lr_scheduler warmup_style
+--optim.warmup_steps: warmup_steps lr_warmup_steps num_warmup_steps
+--optim.warmup_steps (in steps, not a fraction of them): warmup_ratio lr_warmup_steps_ratio
+--optim.schedule (cosine or constant): lr_scheduler_type lr_scheduler warmup_style
+--optim.min_lr_fraction: min_lr_ratio
 --optim.weight_decay: weight_decay
 --optim.beta1: adam_beta1
 --optim.beta2: adam_beta2
@@ -48,7 +53,8 @@ _NAMES = """
 --engine.kind: deepspeed strategy fsdp
 --engine.zero_stage: zero_stage
 --engine.device --device: device
---engine.micro_batch_tokens: gradient_accumulation_steps ppo_max_token_len_per_gpu micro_batch_size
+--engine.micro_batch_tokens: ppo_max_token_len_per_gpu
+--engine.micro_batch_tokens (tokens in each forward pass): gradient_accumulation_steps micro_batch_size
 --eval.every: eval_steps test_freq eval_interval eval_freq
 --eval.samples --samples: val_n eval_samples
 --checkpoint.every: save_steps save_freq save_interval
@@ -58,16 +64,23 @@ _NAMES = """
 --track.project: project_name wandb_project
 --resume: resume_from_checkpoint resume_mode resume_from
 """
-_FLAGS_OF = {
-    name: flags.split()
-    for flags, _, names in (line.partition(":") for line in _NAMES.strip().splitlines())
-    for name in names.split()
-}
+_LINES = [re.fullmatch(r"([^(:]+)(\(.*\))?: (.*)", line) for line in _NAMES.strip().splitlines()]
+_FLAGS_OF = {name: line[1].split() for line in _LINES if line for name in line[3].split()}
+_UNITS = {name: line[2] for line in _LINES if line and line[2] for name in line[3].split()}
 
 
 def flag_for(name: str, flags: list[str]) -> str | None:
     """Which of `flags` a flag of another trainer means: --learning_rate, actor.optim.lr=1e-6, TRAIN_BATCH_SIZE."""
-    plain = re.split(r"[=\s]", name.lstrip("-"))[0].lower().replace("-", "_")
-    # The whole name says more than its last part does.
-    meant = [flag for key in (plain.replace(".", "_"), plain.rpartition(".")[2]) for flag in _FLAGS_OF.get(key, [])]
+    meant = [flag for key in _keys(name) for flag in _FLAGS_OF.get(key, [])]
     return next((flag for flag in meant if flag in flags), None)
+
+
+def unit_for(name: str) -> str:
+    """In brackets, what our flag counts where another trainer's name counts something else; else nothing."""
+    return next((_UNITS[key] for key in _keys(name) if key in _UNITS), "")
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """The whole name, which says more than its last part does, and that."""
+    plain = re.split(r"[=\s]", name.lstrip("-"))[0].lower().replace("-", "_")
+    return plain.replace(".", "_"), plain.rpartition(".")[2]

@@ -6,20 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from opsd.utils.paths import check_hub_cache, check_model_path, check_new_run, check_records_path, hub_answers
+from opsd.utils.plugins import check_selector_name
 
 if TYPE_CHECKING:
     from opsd.config.schema import TrainConfig
 
 
 def check_paths(config: TrainConfig) -> None:
-    """The paths of a run that is to begin: its folder, both models, prompts, suites. Raises UserError."""
+    """What a run that is to begin names: its folder, selector, both models, prompts, suites. Raises UserError."""
     check_new_run(Path(config.out))
+    check_selector_name(config.select.by)
     models = {"--student": config.student, "--teacher": config.teacher.model}
     for flag, path in models.items():
         check_model_path(path, flag)
+    records = [config.prompts, *(pair.partition("=")[2] for pair in config.eval.suite if "=" in pair)]
     if config.environment.kind == "none":
-        for path in (config.prompts, *(pair.partition("=")[2] for pair in config.eval.suite if "=" in pair)):
-            check_records_path(Path(path))
+        for path in records:
+            if not path.startswith("hub:"):
+                check_records_path(Path(path))
     on_hub = {flag: path for flag, path in models.items() if not Path(path).is_dir()}
-    if on_hub and not hub_answers():
+    if (on_hub or any(path.startswith("hub:") for path in records)) and not hub_answers():
         check_hub_cache(on_hub)

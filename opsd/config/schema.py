@@ -1,7 +1,7 @@
 """Every setting of a run, in frozen dataclasses. The command line is made from these; so is config.json.
 
-Units stand in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) where it
-states one, else what the base repository's users expect.
+Units stand in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) but for sizes:
+those let a pair of half a billion parameters train on a laptop, and recipes/ state the paper's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from opsd.config.across import check_parts
 from opsd.config.settings import (
     EvaluationSettings,
     Fraction,
@@ -28,7 +29,9 @@ from opsd.config.settings import (
     Settings,
     StepSettings,
     fields_of,
+    fits,
     is_part,
+    required_of,
 )
 from opsd.utils.errors import UserError
 
@@ -75,8 +78,12 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     engine: Literal["hf", "vllm", "vllm_process"] = "hf"
     """hf: transformers generate on the training weights. vllm: vLLM in the training processes. vllm_process: vLLM in
     processes of its own on this machine, which the first rank starts and sends new weights to."""
-    samples_per_prompt: PositiveInt = 16
-    """Rollouts per prompt and step."""
+    samples_per_prompt: PositiveInt = 4
+    """Rollouts per prompt and step; 16 in the paper."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt accepted, in tokens; 2048 in the paper."""
+    max_new_tokens: PositiveInt = 512
+    """Longest response, in tokens; one that reaches it is truncated, and counted as such. 8192 in the paper."""
     generate_batch: PositiveInt = 64
     """Rollouts generated side by side (vllm: by each sampler)."""
     tensor_parallel: PositiveInt = 1
@@ -251,12 +258,13 @@ class EngineConfig(Settings, part="engine"):
     """deepspeed, zero_stage 1 to 3: keep the optimiser's state and fp32 weights in host memory."""
     offload_parameters: bool = False
     """deepspeed, zero_stage 3: keep weights in host memory while no layer needs them."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; under bfloat16 the optimiser works on fp32 master weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; under bfloat16 the optimiser works on fp32 master weights. auto: bfloat16 on a GPU that has it,
+    else float32; config.json says which it was."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where it is available."""
-    micro_batch_tokens: PositiveInt = 16384
-    """Most tokens (prompt and response) packed into one forward pass."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Most tokens (prompt and response) packed into one forward pass; 16384 in the paper."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, a third more time."""
     wait_s: PositiveFloat = 1800.0
@@ -280,7 +288,7 @@ class EvalConfig(EvaluationSettings, part="eval"):
     every: NonNegativeInt = 0
     """Steps between evaluations; 0 evaluates at the start and the end only. Needs a suite."""
     suite: tuple[str, ...] = ()
-    """NAME=FILE pairs, e.g. math500=data/math500.jsonl."""
+    """NAME=FILE pairs, e.g. math500=data/math500.jsonl; a place on the hub as for --prompts will do."""
     max_new_tokens: PositiveInt | None = None
     """Longest response in tokens; None takes rollout.max_new_tokens."""
     at_start: bool = True
@@ -363,7 +371,11 @@ class TrackConfig(Settings, part="track"):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PromptSettings, StepSettings):
-    """On-policy distillation of one student from one teacher."""
+    """On-policy distillation of one student from one teacher.
+
+    Beside the flags below: --config FILE.yaml reads settings from a file, over which flags stand; --dump_config prints
+    all settings as such a file and ends; --resume RUN goes on with a run, --resume RUN --steps N past its end.
+    """
 
     student: str
     """Folder (or hub name) of the student to start from."""
@@ -384,28 +396,8 @@ class TrainConfig(PromptSettings, StepSettings):
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def check(self) -> None:
-        """Parts against each other; each has checked itself."""
         super().check()
-        if self.optim.warmup_steps > self.steps:
-            raise UserError(f"--optim.warmup_steps {self.optim.warmup_steps}: give 0 to --steps ({self.steps})")
-        if self.loss.reads_rewards and self.rollout.horizon < 1.0:
-            raise UserError(
-                f"--rollout.horizon {self.rollout.horizon:g} cuts answers before they can earn a reward: give 1, or "
-                "leave out --loss.reward_beta and --loss.prompt_weights"
-            )
-        sharded, served = self.engine.kind == "deepspeed", self.teacher.kind == "vllm"
-        if self.teacher.shard and (served or not sharded):
-            raise UserError("--teacher.shard True needs --teacher.kind local and --engine.kind deepspeed")
-        if (served or self.teacher.shard) and self.eval.suite and self.eval.teacher:
-            raise UserError(
-                "a teacher that is served or sharded gives no answers of its own: give --eval.teacher False"
-            )
-        wait_s = self.rollout.timeout_s
-        if self.rollout.engine == "vllm_process" and sharded and wait_s >= self.engine.wait_s:
-            raise UserError(
-                f"--rollout.timeout_s {wait_s:g} is not below --engine.wait_s {self.engine.wait_s:g}: the other ranks "
-                "would give up first; make one smaller or the other larger"
-            )
+        check_parts(self)
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
@@ -414,16 +406,27 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`. Raises UserError for a key that this version does not know."""
-    try:
-        return _made(TrainConfig, values)
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"config.json does not fit this version of opsd ({error}); start a new run") from error
+    """The inverse of `to_json`. Raises UserError for a setting that this version does not know, or that is damaged."""
+    return _made(TrainConfig, values, "")
 
 
-def _made(kind: Any, value: Any) -> Any:
-    """A value of a type, from what JSON makes of it."""
-    if is_part(kind):
-        kinds = fields_of(kind)
-        return kind(**{name: _made(kinds.get(name), own) for name, own in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+def _made(kind: type[Settings], values: Any, part: str) -> Any:
+    """Settings of a type, from what JSON makes of them. part: what their names begin with."""
+    if not isinstance(values, dict):
+        raise UserError(f"config.json: {part[:-1] or 'it'} is {values!r}, not a group of settings; put it back")
+    kinds = fields_of(kind)
+    if unknown := next((name for name in values if name not in kinds), None):
+        raise UserError(
+            f"config.json: {part}{unknown} is not a setting of this version of opsd; use the one that wrote it"
+        )
+    if missing := [name for name in required_of(kind) if name not in values]:
+        raise UserError(f"config.json: {part}{missing[0]} is missing; put it back, or start a new run")
+    made = {}
+    for name, value in values.items():
+        if is_part(kinds[name]):
+            made[name] = _made(kinds[name], value, f"{part}{name}.")
+        else:
+            made[name] = tuple(value) if isinstance(value, list) else value
+            if not fits(kinds[name], made[name]):
+                raise UserError(f"config.json: {part}{name} is {value!r}; put back what it was, or start a new run")
+    return kind(**made)

@@ -65,9 +65,32 @@ def fields_of(settings: type) -> dict[str, Any]:
     return {field.name: kinds[field.name] for field in dataclasses.fields(settings)}
 
 
+def required_of(settings: type) -> list[str]:
+    """The names of a dataclass's fields that have no default."""
+    fields, none = dataclasses.fields(settings), dataclasses.MISSING
+    return [field.name for field in fields if field.default is none and field.default_factory is none]
+
+
 def is_part(kind: Any) -> TypeGuard[type[Settings]]:
     """Whether a field of this type holds settings of its own."""
     return isinstance(kind, type) and issubclass(kind, Settings)
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a field's type; whether it is within its bounds is another question."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return fits(args[0], value)
+    if origin in (Union, UnionType):
+        return any(fits(arg, value) for arg in args)
+    if origin is Literal:
+        # One that is none of the choices is said with what they are.
+        return type(value) in {type(choice) for choice in args}
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(args[0], one) for one in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (origin or kind)
 
 
 def _wanted(kind: Any, value: Any) -> str:
@@ -111,9 +134,9 @@ class SamplingSettings(Settings):
 class EvaluationSettings(SamplingSettings):
     """How a suite is evaluated, during training and by `opsd eval`."""
 
-    samples: PositiveInt = 16
-    """Responses per problem (the k of mean@k)."""
-    generate_batch: PositiveInt = 256
+    samples: PositiveInt = 4
+    """Responses per problem (the k of mean@k); 16 in the paper."""
+    generate_batch: PositiveInt = 64
     """Responses generated side by side; `opsd eval` also grades and saves so many together."""
     limit: PositiveInt | None = None
     """Only the first so many problems of each suite."""
@@ -147,7 +170,8 @@ class StepSettings(Settings):
     """What is trained on, and how long."""
 
     prompts: str
-    """Training prompts: .jsonl or .parquet."""
+    """Training prompts: a .jsonl or .parquet file, or a data set of the hub as hub:OWNER/NAME:SPLIT or
+    hub:OWNER/NAME:CONFIG:SPLIT; config.json then holds its commit."""
     out: str
     """Folder to write to; a run's must be new or empty."""
     steps: PositiveInt = 100

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from opsd.config.settings import PromptSettings
+from opsd.data.hub import HubPlace
 from opsd.types import Prompt
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.paths import check_records_path
@@ -47,7 +48,10 @@ class PromptFormat:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file as dicts. Raises UserError where a row cannot be read."""
+    """The rows of a .jsonl or .parquet file, or a place on the hub, as dicts. UserError where one cannot be read."""
+    place = HubPlace.of(str(path))
+    if place is not None:
+        return [record for file in place.files() for record in read_records(file)]
     path = Path(path)
     check_records_path(path)
     if path.suffix == ".parquet":

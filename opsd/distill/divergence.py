@@ -153,14 +153,13 @@ def token_fields_(
     student_BV: Tensor,
     teacher_BV: Tensor | None,
     scratch_SBV: Tensor,
-    temperature: float,
-    token_ids_B: Tensor | None,
+    token_ids_B: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The fields of `TokenStats` named in `needs`, each [B], from logits, which are overwritten.
 
-    teacher_BV may be None when `needs` names no teacher field. grad_norm_N is the norm with respect to the raw
-    logits, hence its 1/T. Entropies are taken from centred logits: a sum of terms of one sign, so that those of sure
-    tokens keep their digits.
+    teacher_BV may be None when `needs` names no teacher field. grad_norm_N is the norm by these logits: by those before
+    a temperature it is 1/T of it. Entropies are taken from centred logits: a sum of terms of one sign, so that those of
+    sure tokens keep their digits.
     """
     fields: dict[str, Tensor] = {}
     exp_BV, u_BV = scratch_SBV[0], scratch_SBV[1]
@@ -187,7 +186,7 @@ def token_fields_(
         mean_B = weighted_BV.sum(-1) / student_B
         if "grad_norm_N" in needs:
             weighted_BV.addcmul_(exp_BV, mean_B[:, None], value=-1.0)
-            fields["grad_norm_N"] = torch.linalg.vector_norm(weighted_BV, dim=-1) / (student_B * temperature)
+            fields["grad_norm_N"] = torch.linalg.vector_norm(weighted_BV, dim=-1) / student_B
     if needs & _OF_BOTH_MASSES:
         teacher_B = exp_(teacher_BV, exp_BV)
         apart_B = (student_B / teacher_B).log_()

@@ -126,10 +126,13 @@ def score_(needs: frozenset[str], logits: Logits, temperature: float, token_ids_
     for block, scratch_SBW in logits.work.blocks(logits.rows):
         student_BW, teacher_BW = logits.block(block, temperature)
         ids_B = None if token_ids_C is None else token_ids_C[block]
-        values = token_fields_(needs, student_BW, teacher_BW, scratch_SBW, temperature, ids_B)
+        values = token_fields_(needs, student_BW, teacher_BW, scratch_SBW, ids_B)
         for name in needs:
             found[name].append(values[name])
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    fields = {name: torch.cat(parts) for name, parts in found.items()}
+    if "grad_norm_N" in fields:
+        fields["grad_norm_N"].div_(temperature)
+    return fields
 
 
 def _by_kernels(logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor) -> Differentiated:

@@ -5,7 +5,10 @@ Legend: N student tokens, K kept of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +18,8 @@ from opsd.distill.held import HeldLogits, hold_logits
 from opsd.distill.inputs import Inputs, LossSpec, on_rows
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.selection import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
-from opsd.utils.errors import UserError
+from opsd.utils.errors import RunStopped, UserError, first_line
+from opsd.utils.oom import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,15 @@ def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, 
     if selector is None:
         return stats, choice.selection or Selection(_all_rows(inputs)), held
     if choice.whole_step and selector.normalise_over == "batch":
-        selector.prepare(stats)
+        prepare(selector, stats)
     selection = pick(selector, stats, choice.seed)
     return *_weigh(inputs, selector, stats, selection, spec), held
 
 
 def pick(selector: TokenSelector, stats: TokenStats, seed: int) -> Selection:
-    """The selector's choice. Raises UserError where it is something else than a Selection."""
-    selection: object = selector(stats, seed)
+    """The selector's choice. Raises UserError where it is not a Selection, RunStopped where the selector fails."""
+    with _rule(selector):
+        selection: object = selector(stats, seed)
     if not isinstance(selection, Selection):
         name, kind = type(selector).__name__, type(selection).__name__
         raise UserError(f"selector {name} returned {kind}; its __call__ must return a Selection")
@@ -65,7 +70,31 @@ def pick(selector: TokenSelector, stats: TokenStats, seed: int) -> Selection:
 
 def weigh(selector: TokenSelector, stats: TokenStats, selection: Selection) -> Selection:
     """The selection with the weights that the selector sets by what it reads on kept rows only, if anything."""
-    return selector.weigh(stats, selection) if selector.needs_kept else selection
+    with _rule(selector):
+        return selector.weigh(stats, selection) if selector.needs_kept else selection
+
+
+def prepare(selector: TokenSelector, stats: TokenStats) -> None:
+    """Let a selector of scope "batch" see the step as a whole."""
+    with _rule(selector):
+        selector.prepare(stats)
+
+
+@contextlib.contextmanager
+def _rule(selector: TokenSelector) -> Iterator[None]:
+    """Within it a rule works, which may be the user's own: where it fails, the line says which and where."""
+    try:
+        yield
+    except (UserError, RunStopped):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise RunStopped(
+            f"selector {type(selector).__name__} failed ({type(error).__name__}: {first_line(error)}; {at.filename} "
+            f"line {at.lineno})"
+        ) from error
 
 
 def mask_of(kept_N: Tensor, inputs: Inputs) -> Tensor:

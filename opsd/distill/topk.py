@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, attempts, row_width, slices
+from opsd.distill.chunks import attempts, row_width, slices
 from opsd.distill.divergence import logits_
-from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.types import Head
+from opsd.distill.inputs import Inputs, LossSpec
 from opsd.utils.errors import UserError
 
 
@@ -30,28 +29,13 @@ class ModelTop:
 
 
 @torch.no_grad()
-def top_tokens(
-    student_hidden_ND: Tensor,
-    student_head_VD: Tensor | Head,
-    teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor | Head,
-    *,
-    token_ids_N: Tensor,
-    k: int,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: ChunkTokens = "auto",
-) -> tuple[ModelTop, ModelTop]:
+def top_tokens(inputs: Inputs, k: int, spec: LossSpec) -> tuple[ModelTop, ModelTop]:
     """Student's and teacher's k likeliest tokens (all, where the vocabulary is smaller) over the shared vocabulary.
 
-    token_ids_N: the tokens that were sampled. Other arguments as in `distill_loss`. Errors: UserError for shapes that
-    do not fit or a k below 1.
+    inputs: with the tokens that were sampled. Errors: UserError for a k below 1.
     """
     if k < 1:
         raise UserError(f"top tokens {k}: give a number from 1")
-    models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
-    inputs = check_inputs(*models, vocab_size=vocab_size, token_ids_N=token_ids_N)
-    spec = LossSpec(temperature=temperature, chunk_tokens=chunk_tokens)
     ids_N = inputs.token_ids_N
     assert ids_N is not None
     # A head may be higher than the vocabulary, and its sampler may draw from the rows above.

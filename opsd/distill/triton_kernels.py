@@ -93,10 +93,10 @@ def _tanh(x):
 
 @triton.jit
 def _logits(x, at, V, inner, outer, CAPPED: tl.constexpr):
-    """Logits over the temperature; beyond the vocabulary, what a cap would bring near is -inf."""
+    """Logits over the temperature; what is beyond the vocabulary must not come near by a cap."""
     if CAPPED:
         tanh, _ = _tanh(x * inner)
-        return tl.where(at < V, tanh * outer, -float("inf"))
+        return tl.where(at < V, tanh * outer, x)
     return x * outer
 
 

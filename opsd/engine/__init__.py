@@ -5,13 +5,13 @@ import importlib.util
 import torch
 
 from opsd.config import TrainConfig
-from opsd.engine.base import Engine, learning_rate
+from opsd.engine.base import Engine, learning_rate, settled
 from opsd.engine.torch_engine import TorchEngine
 from opsd.model.scorer import Scorer
 from opsd.utils.distributed import Ranks, world_size
 from opsd.utils.errors import UserError
 
-__all__ = ["Engine", "TorchEngine", "build_engine", "check_engine", "learning_rate"]
+__all__ = ["Engine", "TorchEngine", "build_engine", "check_engine", "learning_rate", "settled"]
 
 
 def check_engine(config: TrainConfig) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 
-from opsd.config import OptimConfig
+from opsd.config import EngineConfig, OptimConfig
 from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import MicroBatch
 from opsd.utils.distributed import Ranks
@@ -75,6 +76,14 @@ class Engine(Protocol):
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
         """The inverse of `optimizer_state`; every rank is given the whole."""
         ...
+
+
+def settled(engine: EngineConfig, device: torch.device) -> EngineConfig:
+    """The settings with the compute type that `auto` is on `device`."""
+    if engine.dtype != "auto":
+        return engine
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(engine, dtype="bfloat16" if bfloat16 else "float32")
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:

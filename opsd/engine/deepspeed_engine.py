@@ -16,7 +16,7 @@ import torch
 from opsd.config import EngineConfig, OptimConfig
 from opsd.data.packing import empty
 from opsd.distill import DistillResult
-from opsd.engine.base import optimizer_of
+from opsd.engine.base import optimizer_of, settled
 from opsd.model.files import as_saved
 from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
@@ -38,6 +38,7 @@ class DeepSpeedEngine:
         self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device, ranks: Ranks
     ) -> None:
         self.student, self.device, self.ranks = student, device, ranks
+        engine = settled(engine, device)
         self._stage, self._dtype = engine.zero_stage, getattr(torch, engine.dtype)
         # Ranks gather weights layer by layer: each must call the model as often as the others.
         student.packed = student.packed or self._stage == 3

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from opsd.config import EngineConfig, OptimConfig
-from opsd.engine.base import optimizer_of
+from opsd.engine.base import optimizer_of, settled
 from opsd.model.files import as_saved
 from opsd.model.lora import has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
@@ -27,7 +27,7 @@ class TorchEngine:
     ranks = ONE_RANK
 
     def __init__(self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device) -> None:
-        self.student, self.device = student, device
+        self.student, self.device, engine = student, device, settled(engine, device)
         self._dtype, self._max_norm = getattr(torch, engine.dtype), optim.max_grad_norm
         if engine.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})

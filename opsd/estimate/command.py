@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from tyro.conf import arg
 
 from opsd.config import TeacherConfig, TrainConfig
 from opsd.config.settings import PositiveFloat, PositiveInt, Settings
-from opsd.estimate.memory import Hardware, MemoryEstimate
-from opsd.estimate.shapes import find_shape
+from opsd.estimate.hardware import SHEET_SHARE, SHEETS, Hardware, sheet_hardware, this_hardware
+from opsd.estimate.memory import MemoryEstimate
+from opsd.estimate.shapes import ModelShape, find_shape
+from opsd.utils.durations import in_words
 from opsd.utils.errors import UserError, first_line
 
 # What takes less of a part, of the phase's largest ones.
@@ -50,13 +53,16 @@ class PlanConfig(Settings):
 
     run: Annotated[TrainConfig, arg(name="")] = _ANY_RUN
     gpus: PositiveInt = 1
-    """Ranks, one a GPU."""
-    gpu_gib: PositiveFloat = 131.3
-    """Memory of a GPU in GiB; an H200's 141 GB are 131.3."""
-    tflops: PositiveFloat = 989.0
-    """Dense bf16 TFLOP/s of a GPU (H200's data sheet); 0.4 of it are assumed to be reached."""
-    bandwidth_gbs: PositiveFloat = 4800.0
-    """Memory bandwidth of a GPU in GB/s (H200's data sheet); 0.6 of it are assumed to be reached."""
+    """Ranks, one per GPU."""
+    hardware: Literal["this", "cpu", "h200", "h100", "a100", "a100-40", "b200", "l40s", "rtx4090"] = "this"
+    """What each rank runs on. this: the GPU of this machine, or its CPU where it has none (cpu: in any case); its
+    rates are measured, in about half a second. A GPU's name: what its data sheet says."""
+    gpu_gib: PositiveFloat | None = None
+    """Memory per rank in GiB, in place of what the hardware has."""
+    tflops: PositiveFloat | None = None
+    """Dense bf16 TFLOP/s of a GPU, in place of the data sheet's; 0.4 of it are assumed to be reached."""
+    bandwidth_gbs: PositiveFloat | None = None
+    """Memory bandwidth of a GPU in GB/s, in place of the data sheet's; 0.6 of it are assumed to be reached."""
     attention: Literal["sdpa", "flash"] = "flash"
     """flash: of variable length, which the trainer takes on CUDA under bfloat16. sdpa: GPUs before Ampere, or a model
     that torch's kernel does not fit."""
@@ -68,6 +74,8 @@ class PlanConfig(Settings):
     def check(self) -> None:
         if self.gpus > 1 and self.run.engine.kind == "torch":
             raise UserError(f"--gpus {self.gpus} needs --engine.kind deepspeed: the torch engine is one process")
+        if self.hardware in SHEETS and self.run.engine.device == "cpu":
+            raise UserError(f"--hardware {self.hardware} and --engine.device cpu: give one of them")
 
 
 def plan(config: PlanConfig) -> bool:
@@ -82,19 +90,17 @@ def plan(config: PlanConfig) -> bool:
     return found["fits"]
 
 
-def planned(config: PlanConfig) -> dict[str, Any]:
-    """The plan as JSON values: GiB by phase and part, rough seconds, the verdict. Raises UserError as `plan`."""
-    run = config.run
-    kind = "cpu" if run.engine.device == "cpu" else "cuda"
-    flash = config.attention == "flash" and run.engine.dtype == "bfloat16" and kind == "cuda"
-    hardware = Hardware(
-        config.gpus, config.gpu_gib, 0.4 * config.tflops, 0.6 * config.bandwidth_gbs, flash=flash, kind=kind
-    )
-    adapters = _adapters(run)
+def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
+    """The plan as JSON values: GiB by phase and part, rough seconds, the verdict. Raises UserError as `plan`.
+
+    adapters: say how much of the student they lie on, which takes seconds.
+    """
+    run, coverage = config.run, _adapters(config.run) if adapters else []
     try:
         shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
     except UserError as error:
-        raise UserError("; ".join([str(error), *adapters])) from error
+        raise UserError("; ".join([str(error), *coverage])) from error
+    hardware = hardware_of(config, shapes[0])
     estimate = MemoryEstimate(run, *shapes, hardware)
     phases = estimate.phases()
     totals = {phase: sum(parts.values()) for phase, parts in phases.items()}
@@ -105,18 +111,49 @@ def planned(config: PlanConfig) -> dict[str, Any]:
         "student": shapes[0].name,
         "teacher": shapes[1].name,
         "gpus": config.gpus,
-        "gpu_gib": config.gpu_gib,
+        "hardware": hardware.name,
+        "gpu_gib": hardware.gib,
         "phases_gib": phases,
         "peak_gib": totals[peak],
         "peak_phase": peak,
         "decides": decides,
         "knob": KNOBS[decides],
-        "fits": totals[peak] <= config.gpu_gib,
+        "positions": _positions(run, shapes),
+        "fits": totals[peak] <= hardware.gib,
         "tokens_per_step": estimate.step_tokens,
         "micro_batch_tokens": estimate.micro_tokens,
+        "steps": run.steps,
         "rough_seconds": estimate.seconds(),
-        "adapters": adapters,
+        "adapters": coverage,
     }
+
+
+def hardware_of(config: PlanConfig, shape: ModelShape) -> Hardware:
+    """What the plan assumes, with what its flags state in place of it. shape: the student's, which is measured with."""
+    name, device = config.hardware, "cpu" if config.hardware == "cpu" else config.run.engine.device
+    flash = config.attention == "flash" and config.run.engine.dtype != "float32"
+    if name in SHEETS:
+        hardware = sheet_hardware(name, config.gpus, flash)
+    else:
+        hardware = this_hardware(device, config.gpus, flash, (shape.ffn, shape.hidden))
+    stated = {
+        "gib": config.gpu_gib,
+        "tflops": config.tflops and SHEET_SHARE[0] * config.tflops,
+        "bandwidth_gbs": config.bandwidth_gbs and SHEET_SHARE[1] * config.bandwidth_gbs,
+    }
+    return dataclasses.replace(hardware, **{key: value for key, value in stated.items() if value is not None})
+
+
+def _positions(run: TrainConfig, shapes: tuple[ModelShape, ModelShape]) -> str | None:
+    """A line where a model has too few positions for the longest sequence; a run looks at its own prompts."""
+    asked, new = run.rollout.max_prompt_tokens, run.rollout.max_new_tokens
+    for flag, shape in zip(("--student", "--teacher"), shapes, strict=True):
+        if shape.positions is not None and asked + new > shape.positions:
+            return (
+                f"{flag} {shape.name} has {shape.positions:,} positions, and --rollout.max_prompt_tokens {asked} with "
+                f"--rollout.max_new_tokens {new} are more: a run starts only where its longest prompt leaves room"
+            )
+    return None
 
 
 def _adapters(config: TrainConfig) -> list[str]:
@@ -140,8 +177,8 @@ def _adapters(config: TrainConfig) -> list[str]:
 def _show(found: dict[str, Any]) -> None:
     console, phases = Console(width=110), found["phases_gib"]
     # As Text: a bracket in a folder's name is a bracket.
-    title = Text(f"{found['student']} ← {found['teacher']}, {found['gpus']} GPUs")
-    table = Table("GiB per GPU", *phases, title=title)
+    title = Text(f"{found['student']} ← {found['teacher']}, {_ranks(found)}")
+    table = Table("GiB per rank", *phases, title=title)
     parts = list(dict.fromkeys(part for of_phase in phases.values() for part in of_phase))
     for part in parts:
         cells = (f"{phases[phase][part]:.2f}" if part in phases[phase] else "" for phase in phases)
@@ -152,19 +189,34 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def in_short(found: dict[str, Any]) -> str:
-    """Three lines: the phases' sums, tokens and rough times, and whether it fits, what decides and what helps.
-
-    Before the last one, with adapters on a student's folder, how much of it they lie on.
-    """
+    """The phases' sums, tokens and rough times, what adapters lie on and positions lack, and the verdict."""
     sums = ", ".join(f"{phase} {sum(parts.values()):.1f}" for phase, parts in found["phases_gib"].items())
-    seconds = ", ".join(f"{phase} {value:.3g} s" for phase, value in found["rough_seconds"].items())
-    fits = "fits" if found["fits"] else "does not fit"
-    adapters = "".join(f"{line}\n" for line in found["adapters"])
-    knob = f"; with {found['knob']} it takes less" if not found["fits"] else ""
+    seconds = ", ".join(f"{phase} {_span(value)}" for phase, value in found["rough_seconds"].items())
+    lines = [
+        f"GiB per rank: {sums}",
+        f"at most {found['tokens_per_step']:,} tokens per step; very roughly {seconds}",
+        *found["adapters"],
+        *([found["positions"]] if found["positions"] else []),
+        verdict(found),
+    ]
+    return "\n".join(lines)
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """One line: whether it fits on what, where most of the memory goes, what helps, and how long a run may take."""
+    knob = f" ({found['knob']} takes less)" if not found["fits"] else ""
+    step_s, steps = sum(found["rough_seconds"].values()), found["steps"]
     return (
-        f"GiB per GPU: {sums}\n"
-        f"at most {found['tokens_per_step']:,} tokens per step; very roughly {seconds}\n"
-        f"{adapters}"
-        f"{fits}: peak {found['peak_gib']:.1f} of {found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase; "
-        f"{found['decides']} decides{knob}"
+        f"{'fits' if found['fits'] else 'does not fit'} on {_ranks(found)}: peak {found['peak_gib']:.1f} of "
+        f"{found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase, mostly {found['decides']}{knob}; with all "
+        f"answers at their longest very roughly {_span(step_s)} per step, {_span(step_s * steps)} for {steps} steps"
     )
+
+
+def _ranks(found: dict[str, Any]) -> str:
+    name, ranks = found["hardware"], found["gpus"]
+    return name if ranks == 1 else f"{name} for each of {ranks} ranks"
+
+
+def _span(seconds: float) -> str:
+    return in_words(seconds) if seconds >= 1 else "under a second"

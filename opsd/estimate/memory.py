@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from opsd.config import TrainConfig
 from opsd.distill.chunks import BLOCK_BYTES, most_held_rows, most_rows, row_width
 from opsd.distill.divergence import SCRATCH_BUFFERS
+from opsd.estimate.hardware import Hardware
 from opsd.estimate.shapes import ModelShape
 from opsd.utils.errors import UserError
 
@@ -20,18 +21,14 @@ WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8}
 REDUCE_BUCKET, LIVE_WEIGHTS = 500_000_000, 1_000_000_000
 # Assumed, not measured: CUDA's context, NCCL and the allocator's holes. On a CPU: Python with torch and transformers.
 PROCESS_GIB = {"cuda": 2.0, "cpu": 0.6}
+# Seconds of Python and of starting kernels in one layer's forward pass, by transformers.
+LAYER_CALL_S = 2e-4
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """gpus ranks, each with gib of memory. tflops, bandwidth_gbs: what a GPU really does, utilisation taken off."""
-
-    gpus: int
-    gib: float
-    tflops: float
-    bandwidth_gbs: float
-    flash: bool
-    kind: str
+def compute_type(config: TrainConfig, kind: str) -> str:
+    """bfloat16 or float32, on a device of that kind."""
+    auto = "bfloat16" if kind == "cuda" else "float32"
+    return auto if config.engine.dtype == "auto" else config.engine.dtype
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,8 @@ class MemoryEstimate:
 
     @property
     def itemsize(self) -> int:
-        return 2 if self.config.engine.dtype == "bfloat16" else 4
+        """Bytes of a number in the compute type."""
+        return 2 if compute_type(self.config, self.hardware.kind) == "bfloat16" else 4
 
     @property
     def longest(self) -> int:
@@ -308,8 +306,11 @@ class MemoryEstimate:
         rollouts = math.ceil(self.step_tokens / self.longest / h.gpus)
         batches = math.ceil(rollouts / r.generate_batch)
         cache = min(rollouts, r.generate_batch) * mean * s.kv_bytes(self.itemsize)
-        read = batches * r.max_new_tokens * (s.parameters * self.itemsize + cache)
+        # A token of every answer: its weights and cache are read, its products taken, its layers called one by one.
+        read_s = (s.parameters * self.itemsize + cache) / (h.bandwidth_gbs * 1e9)
+        products_s = min(rollouts, r.generate_batch) * 2 * s.parameters / (h.tflops * 1e12)
+        token_s = max(read_s, products_s) + s.layers * (LAYER_CALL_S if r.engine == "hf" else 0.0)
         student = forward(s, self.masked) * (4 if self.config.engine.gradient_checkpointing else 3)
         sharded = self.config.teacher.shard and not h.flash
         teacher = 0.0 if self.config.teacher.kind == "vllm" else forward(t, sharded)
-        return {"rollout": read / (h.bandwidth_gbs * 1e9), "teacher": teacher, "student": student}
+        return {"rollout": batches * r.max_new_tokens * token_s, "teacher": teacher, "student": student}

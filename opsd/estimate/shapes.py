@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder's dimensions. tied: head and embedding are one matrix. family: decides biases and per-head norms."""
+    """A decoder's dimensions. tied: head and embedding are one matrix. positions: the longest sequence that
+    the model was made for, in tokens; None where it is not known. family: decides biases and per-head norms."""
 
     name: str
     family: str
@@ -28,6 +29,7 @@ class ModelShape:
     head_dim: int
     ffn: int
     tied: bool
+    positions: int | None = field(default=None, compare=False)
 
     @property
     def query_width(self) -> int:
@@ -132,7 +134,17 @@ def shape_of(config: dict[str, Any], name: str, flag: str) -> ModelShape:
         head_dim=hidden // heads if config.get("head_dim") is None else _size(config, "head_dim"),
         ffn=_size(config, "intermediate_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
+        positions=_positions(config),
     )
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    """As `opsd.model.checks.positions` counts them, stretched where rotary positions are scaled."""
+    known = config.get("max_position_embeddings")
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original, factor = scaling.get("original_max_position_embeddings") or known, scaling.get("factor")
+    stretched = [int(original * factor)] if original and isinstance(factor, int | float) else []
+    return max([known, *stretched]) if type(known) is int and known > 0 else None
 
 
 def _size(config: dict[str, Any], key: str) -> int:

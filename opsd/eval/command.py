@@ -26,7 +26,7 @@ from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import time_of_run
-from opsd.run.tracking import progress_bar
+from opsd.run.console import progress_bar
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
 from opsd.utils.errors import UserError, first_line

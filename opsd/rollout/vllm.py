@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
-from opsd.engine import Engine
+from opsd.engine import Engine, settled
 from opsd.model.files import in_pieces
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
@@ -146,6 +146,7 @@ class VLLMRollout(VLLMSampler):
         trust: bool = False,
         vocab_size: int | None = None,
     ) -> None:
+        compute = settled(compute, engine.device)
         settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust, vocab_size)
         with trying(f"--rollout.engine vllm: it cannot load {path}"):
             super().__init__(

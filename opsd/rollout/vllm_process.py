@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opsd.config import EngineConfig, RolloutConfig
-from opsd.engine import Engine
+from opsd.engine import Engine, settled
 from opsd.model.files import in_pieces
 from opsd.rollout.base import jobs_of
 from opsd.rollout.probe import Probe
@@ -149,6 +149,7 @@ class VLLMProcessRollout:
         trust: bool = False,
         vocab_size: int | None = None,
     ) -> None:
+        compute = settled(compute, engine.device)
         self._engine, self._ranks, self._dtype = engine, engine.ranks, getattr(torch, compute.dtype)
         self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
         self._samplers: list[Sampler] = []

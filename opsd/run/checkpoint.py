@@ -113,6 +113,11 @@ def _fill(
         to_disk(path)
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step_"))
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for whole."""
     doomed = path.with_name(f"{_TEMPORARY}{path.name}")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from opsd.config import TrackConfig, TrainConfig, from_json, to_json
+from opsd.config import TrackConfig, TrainConfig, to_json
+from opsd.config.saved import read_run
 from opsd.run.began import Began
+from opsd.run.card import model_card
 from opsd.run.disk import append, replace, replacing, writing
 from opsd.types import Rollout
 from opsd.utils.errors import UserError
 from opsd.utils.going_on import can_go_on
-from opsd.utils.paths import check_new_run, check_old_run
+from opsd.utils.paths import check_new_run
 
 _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
@@ -24,11 +27,14 @@ _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 class RunFolder:
     """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled.
 
-    began: what the run asked when it began; None where a folder of an earlier version does not say it.
+    began: what the run asked when it began; None where a folder of an earlier version does not say it. extended: the
+    ends that it had before it was extended, in steps.
     """
 
-    def __init__(self, path: Path, config: TrainConfig, began: Began | None = None) -> None:
-        self.path, self.config, self.began = path, config, began
+    def __init__(
+        self, path: Path, config: TrainConfig, began: Began | None = None, extended: Sequence[int] = ()
+    ) -> None:
+        self.path, self.config, self.began, self.extended = path, config, began, list(extended)
         can_go_on(f"--resume {path}")
         self.checkpoints = path / "checkpoints"
 
@@ -39,28 +45,33 @@ class RunFolder:
         check_new_run(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            values = to_json(config) | ({} if began is None else {"began": began.to_json()})
-            replace(path / "config.json", json.dumps(values, indent=2) + "\n")
+            folder = cls(path, config, began)
+            folder._write_config()
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
-        return cls(path, config, began)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run's folder. Raises UserError where there is none."""
-        file = path / "config.json"
-        check_old_run(path)
+        config, beside = read_run(path)
         try:
-            values = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"--resume {path}: config.json is not JSON ({error}); start a new run") from error
-        began = Began.from_json(values.pop("began", None)) if isinstance(values, dict) else None
-        if isinstance(values, dict) and isinstance(select := values.get("select"), dict):
-            select.setdefault("normalise_over", "micro_batch")  # the default before folders stated it
-        try:
-            return cls(path, from_json(values), began)
+            return cls(path, config, Began.from_json(beside.get("began")), beside.get("extended", []))
         except UserError as error:
             raise UserError(f"--resume {path}: {error}") from error
+
+    def extend(self, steps: int) -> None:
+        """Let the run go on to `steps`, past the end that it had; config.json keeps where that was."""
+        self.extended, self.config = [*self.extended, self.config.steps], dataclasses.replace(self.config, steps=steps)
+        with writing(self.path / "config.json"):
+            # In this order: a run that was killed in between resumes as what it was.
+            (self.path / "DONE").unlink(missing_ok=True)
+            self._write_config()
+
+    def _write_config(self) -> None:
+        values = to_json(self.config) | ({} if self.began is None else {"began": self.began.to_json()})
+        values |= {"extended": self.extended} if self.extended else {}
+        replace(self.path / "config.json", json.dumps(values, indent=2) + "\n")
 
     @property
     def done(self) -> bool:
@@ -119,6 +130,15 @@ class RunFolder:
             return json.loads((self.path / "eval" / f"{name}.json").read_text())
         except (OSError, ValueError):
             return None
+
+    def write_card(self, step: int) -> None:
+        """README.md in the checkpoint of `step`, where there is one: it is no part of what checksums cover."""
+        place = self.checkpoints / f"step_{step}"
+        if place.is_dir():
+            names = ("step_0", f"step_{step}", "teacher")
+            found = {name: result for name in names if (result := self.read_eval(name)) is not None}
+            with writing(place / "README.md"):
+                replace(place / "README.md", model_card(self.config, step, found))
 
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
         """rollouts/NAME.jsonl: one object a rollout, with ids, text and (where graded) reward."""
@@ -179,6 +199,9 @@ class Follower(RunFolder):
         """See finish."""
 
     def read_eval(self, name: str) -> None:
+        """See finish."""
+
+    def write_card(self, step: int) -> None:
         """See finish."""
 
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:

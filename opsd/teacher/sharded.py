@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opsd.engine.deepspeed_engine import import_deepspeed
 from opsd.model.checks import Reach, check_head_alone, check_packing, check_positions, transform_of
@@ -47,6 +48,10 @@ class ShardedTeacher:
             with deepspeed.zero.GatheredParameters(list(head.parameters())):
                 check_head_alone(head, name)
             self._scorer = Scorer(model, packed=True).eval().requires_grad_(False)
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    # Whole for as long as it runs: some read a weight of another module's (Mamba its convolution's).
+                    deepspeed.utils.set_z3_leaf_module(layer, True)
             deepspeed.initialize(model=self._scorer, config=settings)
             self._scorer.head.transform = transform_of(model, name)
             check_packing(self._scorer, name, reach)

@@ -26,6 +26,13 @@ def check_model_path(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
 
 
+def check_model_name(path: str, flag: str) -> None:
+    """A model that is a folder here, or that the hub or its cache has. Raises UserError, offline in seconds."""
+    check_model_path(path, flag)
+    if not Path(path).is_dir() and not hub_answers():
+        check_hub_cache({flag: path})
+
+
 def check_records_path(path: Path) -> None:
     """A file of records must be there, and of a form that is read. Raises UserError."""
     if not path.is_file():

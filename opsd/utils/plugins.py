@@ -1,11 +1,39 @@
-"""Objects of the user's own, by the path "module:Name"."""
+"""Rules by name, and objects of the user's own by the path "module:Name"; found before torch is loaded."""
 
+import contextlib
+import difflib
 import importlib
+import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any
 
 from opsd.utils.errors import UserError, first_line
+
+SELECTOR_GROUP = "opsd.selectors"
+ALL_TOKENS = "all"
+
+
+def selector_names() -> list[str]:
+    """Names of installed selectors, "all" first."""
+    return [ALL_TOKENS, *sorted(entry_points(group=SELECTOR_GROUP).names)]
+
+
+def check_selector_name(name: str) -> None:
+    """Raises UserError for a selector that is not installed, or whose module is not there; imports nothing of it."""
+    if name in selector_names():
+        return
+    if ":" not in name:
+        near = difflib.get_close_matches(name, selector_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
+    # Of a dotted name the outermost package: to find the inner ones would import it.
+    module = name.partition(":")[0].partition(".")[0]
+    with _current_folder():
+        if module and module not in sys.modules and importlib.util.find_spec(module) is None:
+            raise UserError(f"selector {name!r} cannot be loaded: no module {module!r} here; give 'module:Name'")
 
 
 def load_path(path: str, what: str, give: str) -> Any:
@@ -16,12 +44,19 @@ def load_path(path: str, what: str, give: str) -> Any:
     module, _, attribute = path.partition(":")
     if module.endswith(".py"):
         raise UserError(f"{what} {path!r} names a file; give its module: {module.removesuffix('.py')}:{attribute}")
-    # Last, and for this import alone: a folder named like a library must not stand in for it.
+    with _current_folder():
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (Exception, SystemExit) as error:  # a module of the user's own may do anything when it is imported
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{what} {path!r} cannot be loaded ({said}); give {give}") from error
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Within it modules of the current folder are found: last, so that none stands in for a library."""
     sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a module of the user's own may do anything when it is imported
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{what} {path!r} cannot be loaded ({said}); give {give}") from error
+        yield
     finally:
         sys.path.pop()

@@ -45,7 +45,10 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
     """Everything the page shows of one step. Raises UserError for files that cannot be read."""
     config = _config(run)
     table = _table(run / "tokens" / f"step_{step}.parquet")
-    texts, labels = Texts.of_run(run, config), labels_of(table)
+    texts, labels = (
+        Texts.of_run(run, config),
+        labels_of(table, config.get("telemetry", {}).get("options", {}), lambda column: _splits(run, step, column)),
+    )
     written = _rollouts(run / "rollouts" / f"step_{step}.jsonl")
     shown, rows, tokens = [], [], 0
     numbers = sorted(set(table["rollout"].tolist()))

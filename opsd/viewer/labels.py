@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import pandas as pd
 
-from opsd.selection import TokenStats, load_telemetry
+from opsd.selection import TokenStats, known_options, load_telemetry
 
 # Integers of a record that are not labels.
 _NUMBERS = {"step", "position", "token_id", *(f.name.removesuffix("_N") for f in dataclasses.fields(TokenStats))}
@@ -38,16 +39,25 @@ Labels = dict[str, tuple[Label, ...]]
 
 @runtime_checkable
 class NamesLabels(Protocol):
-    """Telemetry that says what its columns (see TokenTelemetry's label_tokens) hold."""
+    """Telemetry that says what its columns (see TokenTelemetry's label_tokens) hold.
+
+    It may have `labels_at(splits) -> Labels`: the same of a record that was split at these nats, by axis.
+    """
 
     labels: Labels
 
 
-def labels_of(table: pd.DataFrame) -> Labels:
-    """The label columns of a record, by name. Values that no installed telemetry knows are called by their numbers."""
+def labels_of(table: pd.DataFrame, options: dict[str, str], splits: Callable[[str], dict[str, float]]) -> Labels:
+    """The label columns of a record, by name. Values that no installed telemetry knows are called by their numbers.
+
+    options: the telemetry's, as the run had them. splits: of a column, where its axes were split, in nats.
+    """
     known: Labels = {}
-    for telemetry in load_telemetry():
-        known |= telemetry.labels if isinstance(telemetry, NamesLabels) else {}
+    for telemetry in load_telemetry(known_options(options)):
+        if isinstance(telemetry, NamesLabels):
+            at = getattr(telemetry, "labels_at", None)
+            for column, labels in telemetry.labels.items():
+                known[column] = labels if at is None else at(splits(column))[column]
     columns = [name for name in table if pd.api.types.is_integer_dtype(table[name]) and name not in _NUMBERS]
     return {name: known.get(name) or _numbered(name, sorted(set(table[name].tolist()))) for name in columns}
 

@@ -9,10 +9,10 @@ function header() {
 
 function context(rollout, place, kind) {
   const box = make("div", "context");
-  const text = (from, to) => rollout.ids.slice(from, to).map((i) => data.texts[i]).join("");
+  const text = (from, to) => rollout.ids.slice(from, to).map((i) => data.texts[i]).join("").replace(/\n+/g, "⏎ ");
   const from = Math.max(0, place - 28);
   // Near its start a response alone says little: the prompt's end goes before it.
-  const before = from ? "…" : rollout.prompt ? `${rollout.prompt.length > 60 ? "…" : ""}${rollout.prompt.slice(-60)} ▸ ` : "";
+  const before = from ? "…" : rollout.prompt ? `${rollout.prompt.length > 60 ? "…" : ""}${rollout.prompt.slice(-60).replace(/\n+/g, "⏎ ")} ▸ ` : "";
   box.append(before + text(from, place), make("mark", "", visible(data.texts[rollout.ids[place]])),
     text(place + 1, place + 9) + (place + 9 < rollout.ids.length ? "…" : ""));
   box.style.setProperty("--kind", kind.colour);
@@ -35,6 +35,8 @@ function exampleCards() {
     if (rollout.s) card.append(topLists(rollout, example.row));
     card.addEventListener("click", () => goTo(example.rollout, place));
     byId("examples").append(card);
+    const box = card.querySelector(".context"), mark = box.querySelector("mark");
+    box.scrollTop += mark.getBoundingClientRect().top + mark.offsetHeight / 2 - box.getBoundingClientRect().top - box.clientHeight / 2;
   }
 }
 
@@ -117,6 +119,9 @@ function build(rollout, index) {
 // Tokens become elements only when their rollout comes into view.
 function fill(block) {
   if (block.tokens) return;
+  // Its end is the question; a template's preamble can be long.
+  const prompt = block.node.querySelector(".prompt");
+  if (prompt) prompt.scrollTop = prompt.scrollHeight;
   block.tokens = block.rollout.ids.map((number, place) => {
     const text = data.texts[number], token = make("span", "token", text.includes("\n") ? text.replace(/\n/g, "⏎\n") : text);
     token.dataset.place = place;
@@ -147,7 +152,7 @@ function paint(block) {
 function arrange() {
   const order = byId("order").value, show = byId("show").value, find = byId("find").value.toLowerCase();
   const fits = ({ rollout }) => (show === "all" || (show === "cut" ? rollout.truncated : show === "right" ? rollout.reward > 0 : rollout.reward === 0))
-    && (!find || `${rollout.prompt || ""}${rollout.text}`.toLowerCase().includes(find));
+    && (!find || (rollout.lower ??= `${rollout.prompt || ""}${rollout.text}`.toLowerCase()).includes(find));
   const rank = { id: (r) => r.id, r: (r) => -mean(r.r), h: (r) => -mean(r.h), long: (r) => -r.ids.length }[order];
   state.blocks.sort((a, b) => rank(a.rollout) - rank(b.rollout) || a.index - b.index);
   for (const block of state.blocks) { block.node.hidden = !fits(block); byId("rollouts").append(block.node); }
@@ -172,8 +177,8 @@ function goTo(index, place) {
   const block = state.blocks.find((b) => b.index === index);
   if (block.node.hidden) { byId("show").value = "all"; byId("find").value = ""; arrange(); }
   fill(block);
-  block.node.scrollIntoView({ block: "center" });
   show(block, place, true);
+  block.tokens[place].scrollIntoView({ block: "center" });
   block.text.focus({ preventScroll: true });
 }
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from opsd.estimate.rates import product_rate, read_rate
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,9 @@ def shape_of(folder: str) -> Shape:
 
 
 def measure(student: Shape, tokens: int, seconds: float) -> Rates:
-    """The best of torch's and oneDNN's products [tokens, D] · Wᵀ at the student's shapes; `seconds` for each shape."""
-    products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [functional.linear]
-    if torch.backends.mkldnn.is_available():
-        products.append(lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""))
-    best = 0.0
-    for rows, columns in (*student.layers, (student.vocab, student.width)):
-        x, w = torch.randn(tokens, columns), torch.randn(rows, columns)
-        for product in products:
-            spent = _fastest(lambda x=x, w=w, product=product: product(x, w), seconds / len(products))
-            best = max(best, 2e-9 * tokens * rows * columns / spent)
-    memory = torch.ones(64 * 2**20)
-    return Rates(best, 1e-9 * memory.nbytes / _fastest(memory.sum, seconds))
-
-
-def _fastest(act: Callable[[], object], seconds: float) -> float:
-    """Processor seconds of the fastest of several calls, after one that does not count."""
-    act()
-    spent, end = [], time.perf_counter() + seconds
-    while not spent or time.perf_counter() < end:
-        start = time.process_time()
-        act()
-        spent.append(time.process_time() - start)
-    return max(min(spent), 1e-9)
+    """The best products at the student's shapes, `seconds` for each, and the rate at which memory is read."""
+    shapes = (*student.layers, (student.vocab, student.width))
+    return Rates(product_rate(shapes, tokens, seconds, time.process_time), read_rate(seconds, time.process_time))
 
 
 def floor(student: Shape, teacher: Shape, prompt_tokens: int, rows: int, new_tokens: int, rates: Rates) -> dict:

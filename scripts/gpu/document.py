@@ -26,7 +26,7 @@ PYTHONPATH=site python3 scripts/gpu_check.py --docs docs
 |:--|:--|
 | environment | versions; the card's rate of copying and of square products |
 | products | the loss's products are right against fp64; their rate, also at Qwen3's odd 151,669 tokens; their kernels |
-| exact | loss, gradients and statistics against fp64 at the full vocabulary, fused and whole; chosen tokens |
+| exact | loss, gradients and statistics against fp64 at the full vocabulary, fused and whole; choices, scales, caps |
 | losses | time and memory at 16,384 tokens, hidden sizes 2,560 and 4,096, beside TRL's and Liger's functions |
 | attention | packed rollouts see nothing of each other; what lengths cost beside a mask |
 | update | updates of a random Qwen3-4B (1.7B on a smaller card) by an 8B: time, and peak memory beside `opsd plan` |

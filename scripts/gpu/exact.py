@@ -18,11 +18,14 @@ from bench.case import Case, inputs_of
 from gpu.check import BF16_ERROR, FP32_ERROR, Check, Row, relative
 from opsd.distill import distill_loss, token_stats
 from opsd.selection import load_selector
+from opsd.types import PLAIN, Head, Transform
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 # Each reads another part of the held logits: the student's, or both models'.
 SELECTORS = ("entropy", "soft_or")
 TOKENS = 48
+# Both models' scale and soft cap; their logits are about 2, and reach 8.
+BENT = Transform(0.8, 4.0), Transform(1.3, 6.0)
 # More than one, and the last one not full.
 CHUNK = 20
 
@@ -42,9 +45,12 @@ def exact(check: Check) -> None:
                 for memory in ("fused", "whole"):
                     one = replace(found, divergence=divergence, memory=memory)
                     check.tried("loss and gradients", one.loss, bound, divergence=divergence, memory=memory, **about)
+                bent = replace(found, divergence=divergence, transforms=BENT)
+                check.tried("scales and soft caps", bent.loss, bound, divergence=divergence, **about)
             for rule in SELECTORS:
                 check.tried("chosen tokens", replace(found, rule=rule).loss, bound, rule=rule, **about)
             check.tried("statistics", found.statistics, FP32_ERROR, **about)
+            check.tried("their statistics", replace(found, transforms=BENT).statistics, FP32_ERROR, **about)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,14 @@ class _Compared:
     divergence: str = "reverse_kl"
     memory: str = "fused"
     rule: str = "all"
+    transforms: tuple[Transform, Transform] = (PLAIN, PLAIN)
+
+    @property
+    def models(self) -> tuple[Tensor, Head, Tensor, Head]:
+        """What the loss core takes."""
+        student_ND, head_VD, teacher_NE, head_VE = self.tensors
+        ours, theirs = self.transforms
+        return student_ND, Head(head_VD, transform=ours), teacher_NE, Head(head_VE, transform=theirs)
 
     @cached_property
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -66,7 +80,8 @@ class _Compared:
         """log p and log q [N, V]."""
         student_ND, head_VD = self.leaves
         teacher_NE, head_VE = (tensor.double() for tensor in self.tensors[2:])
-        return (student_ND @ head_VD.T).log_softmax(-1), (teacher_NE @ head_VE.T).log_softmax(-1)
+        ours, theirs = self.transforms
+        return ours(student_ND @ head_VD.T).log_softmax(-1), theirs(teacher_NE @ head_VE.T).log_softmax(-1)
 
     def loss(self) -> Row:
         """How far loss and gradients are off, over the tokens that were chosen."""
@@ -75,7 +90,7 @@ class _Compared:
             options["chunk_tokens"] = CHUNK
         else:
             options["selector"] = load_selector(self.rule, retention=0.5)
-        found = distill_loss(*self.tensors, **options)
+        found = distill_loss(*self.models, **options)
         ours = torch.autograd.grad(found.loss_sum, self.tensors[:2])
         loss_sum = nats(self.divergence, *self.log_probs())[found.kept_N].sum()
         of_ND, of_VD = torch.autograd.grad(loss_sum, self.leaves)
@@ -95,7 +110,7 @@ class _Compared:
             "reverse_kl_N": nats("reverse_kl", log_p_NV, log_q_NV),
             "forward_kl_N": nats("forward_kl", log_p_NV, log_q_NV),
         }
-        found = token_stats(*self.tensors, needs=frozenset(expected), chunk_tokens=CHUNK)
+        found = token_stats(*self.models, needs=frozenset(expected), chunk_tokens=CHUNK)
         return {f"{name[:-2]}_error": relative(getattr(found, name), of_N) for name, of_N in expected.items()}
 
 

@@ -24,6 +24,7 @@ SETTINGS = {
     "--optim.lr": "1e-3",
     "--optim.warmup_steps": 1,
     "--engine.micro_batch_tokens": 512,
+    "--engine.dtype": "float32",
     "--select.by": "tip_patch.selectors:SoftOr",
     "--select.normalise_over": "batch",
     "--telemetry.save_rollouts_every": 1,

@@ -80,6 +80,7 @@ def plan_of(check: Check, student: str, memory: str, rule: str, retention: float
     flags = {
         "--student": student,
         "--teacher": TEACHER,
+        "--hardware": "h200",
         "--gpu_gib": card_gib(),
         "--engine.dtype": "bfloat16",
         "--engine.gradient_checkpointing": True,

@@ -11,6 +11,10 @@ from reporting.tables import TextTable
 from reporting.theme import Picture
 
 FOLDER = Path(__file__).parent
+BESIDE_THE_PAPER = (
+    "<p>Ours beside the paper’s, from finished run folders. "
+    '<span class="key">Columns in this tone are the paper’s.</span></p>'
+)
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Section:
         )
 
 
-def page(title: str, sections: list[Section]) -> str:
-    """The whole page."""
+def page(title: str, sections: list[Section], note: str = BESIDE_THE_PAPER) -> str:
+    """The whole page. note: HTML below the title."""
     return Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
+        note=note,
         style=(FOLDER / "page.css").read_text(encoding="utf-8"),
         groups="\n".join(section.html() for section in sections),
     )

@@ -15,11 +15,8 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
     found = [picture for suite in suites for picture in _of_suite(suite, paper)]
     tokens = read_tokens(group)
     if tokens is not None:
-        words = (
-            f"Measured: {tokens.source}. Dashed: where the quadrants are split (means over steps), so a token near a "
-            "line may lie on its other side in its own step. Values under 1e-6 nats are drawn there."
-        )
-        found.append(picture("Figure 2. Entropy and divergence of every token.", words, lambda: plane(tokens)))
+        title = "Figure 2. Entropy and divergence of every token."
+        found.append(picture(title, tokens.words, lambda: plane(tokens)))
     found.sort(key=lambda one: one.title)  # by the paper's numbers
     if curve_names(group):
         words = "Mean over seeds, shaded from the lowest to the highest, smoothed over a fortieth of the run."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -256,9 +256,9 @@ def curve_names(group: list[Run]) -> list[tuple[str, str]]:
     return names + [(key, f"{key.split('/')[1]}, {key.split('/')[2]}") for key in evaluated]
 
 
-def curves(group: list[Run]) -> Figure:
-    """Training curves: a line per cell, the mean over its seeds, smoothed."""
-    names = curve_names(group)
+def curves(group: list[Run], further: Sequence[tuple[str, str]] = ()) -> Figure:
+    """Training curves: a line per cell, the mean over its seeds, smoothed. further: metrics, each with its title."""
+    names = curve_names(group) + [(key, title) for key, title in further if any(run.logged(key) for run in group)]
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     cells = list(dict.fromkeys(run.cell for run in group))

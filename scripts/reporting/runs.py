@@ -97,16 +97,20 @@ class Run:
         return [line[key] for line in self.steps if key in line]
 
 
+def read_run(folder: Path, axes: tuple[str, ...] = ()) -> Run:
+    """A run folder. Raises UserError where its config.json is not a run's."""
+    file = folder / "config.json"
+    config = _json(file.read_text(), str(file))
+    if not isinstance(config, dict) or "select" not in config or "steps" not in config:
+        raise UserError(f"{file} is not a run's configuration; give another folder, or move it out of {folder.parent}")
+    return Run(folder, config, (folder / "DONE").exists(), axes)
+
+
 def read_runs(folder: Path, axes: tuple[str, ...] = ()) -> list[Run]:
     """The run folders directly under `folder`, by name; rows may differ along `axes`. UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds the run folders")
-    runs = []
-    for file in sorted(folder.glob("*/config.json")):
-        config = _json(file.read_text(), str(file))
-        if "select" not in config or "steps" not in config:
-            raise UserError(f"{file} is not a run's configuration; move its folder out of {folder}")
-        runs.append(Run(file.parent, config, (file.parent / "DONE").exists(), axes))
+    runs = [read_run(file.parent, axes) for file in sorted(folder.glob("*/config.json"))]
     if not runs:
         raise UserError(f"{folder} holds no run folder (with a config.json); run a recipe first")
     return runs

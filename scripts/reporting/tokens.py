@@ -31,6 +31,14 @@ class Tokens:
     splits: tuple[float, float] | None
     source: str
 
+    @property
+    def words(self) -> str:
+        """A picture's caption."""
+        return (
+            f"Measured: {self.source}. Dashed: where the quadrants are split (means over steps), so a token near a "
+            "line may lie on its other side in its own step. Values under 1e-6 nats are drawn there."
+        )
+
 
 def read_tokens(group: list[Run]) -> Tokens | None:
     """All recorded tokens of the runs on all tokens, or of every run where those recorded none; None without any.

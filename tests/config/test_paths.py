@@ -1,5 +1,6 @@
 """Wrong paths, and other trainers' names for our flags: said before any library that takes seconds to load."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from opsd import __main__ as cli
 from opsd.config import TrainConfig
 from opsd.config.cli import flags_of
-from opsd.config.other_names import _FLAGS_OF, flag_for
+from opsd.config.other_names import _FLAGS_OF, flag_for, unit_for
 from opsd.eval.command import EvalCommand
 
 # `opsd` with these arguments, which must not get as far as torch.
@@ -84,6 +85,45 @@ def test_a_hub_name_without_a_hub_is_said_in_a_line_and_not_tried_for_minutes(ar
     assert "--teacher owner/name: no such folder, not in the hub's cache, and the hub cannot be reached" in done.stderr
 
 
+@pytest.mark.parametrize("command", [("eval", "--model"), ("check-model",)])
+def test_so_it_is_in_an_evaluation_and_a_check(command, tmp_path):
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    done = quick(*command, "owner/name", **nowhere)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "owner/name: no such folder, not in the hub's cache, and the hub cannot be reached" in done.stderr
+
+
+def test_a_data_set_of_the_hub_is_no_file_that_is_looked_for(arguments, tmp_path):
+    done = quick("train", *arguments(prompts="hub:owner/sums:train", student="/nowhere"))
+    assert "--student /nowhere" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("soft_xor", "unknown selector 'soft_xor': did you mean 'soft_or'?"),
+        ("nowhere:Rule", "selector 'nowhere:Rule' cannot be loaded: no module 'nowhere' here"),
+    ],
+)
+def test_a_selector_that_is_not_there_is_said_at_once(arguments, rule, said):
+    done = quick("train", *arguments(**{"select.by": rule}))
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_finished_run_and_a_damaged_one_are_said_at_once(tmp_path):
+    values = {"student": "s", "teacher": {"model": "t"}, "prompts": "p", "out": "o", "steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "DONE").touch()
+    for text, said in (
+        (json.dumps(values), "has finished after 3 steps; give --steps N to extend it"),
+        (json.dumps({**values, "steps": "3"}), "config.json: steps is '3'; put back what it was"),
+        ("{", "config.json is not JSON"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        done = quick("train", "--resume", tmp_path)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_version_is_said(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["opsd", "--version"])
     cli.main()
@@ -103,12 +143,27 @@ def test_the_version_is_said(monkeypatch, capsys):
         ("TRAIN_BATCH_SIZE", "--prompts_per_step"),
         ("OPD_CHUNK_SIZE", "--loss.chunk_tokens"),
         ("--warmup_ratio", "--optim.warmup_steps"),
+        ("--lr_scheduler_type", "--optim.schedule"),
         ("trainer.save_freq=50", "--checkpoint.every"),
         ("--colour", None),
     ],
 )
 def test_other_trainers_names_lead_to_ours(theirs, ours):
     assert flag_for(theirs, flags_of(TrainConfig)) == ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "unit"),
+    [
+        ("--num_train_epochs", "(in optimiser steps, not epochs)"),
+        ("--warmup_ratio", "(in steps, not a fraction of them)"),
+        ("--gradient_accumulation_steps", "(tokens in each forward pass)"),
+        ("--per_device_train_batch_size", "(of all devices together, for one optimiser step)"),
+        ("--learning_rate", ""),
+    ],
+)
+def test_a_name_that_counts_something_else_says_what_ours_counts(theirs, unit):
+    assert unit_for(theirs) == unit
 
 
 def test_every_name_leads_to_a_flag_that_is_there():

@@ -265,8 +265,8 @@ SCALED, CAPPED, BOTH = Transform(0.3), Transform(1.0, 4.0), Transform(1.7, 4.0)
 @pytest.mark.parametrize("vocab", [1, 37, 256, 257])
 def test_scales_and_caps_are_taken_as_logits_are_read(transforms, vocab, assert_close):
     temperature, weight_C = 0.6, weights(4)
-    # Rows are wider than the vocabulary; products of up to 10 and down to 1e-3, as caps bend them and leave them.
-    products = [of * torch.logspace(-4, 0.5, vocab) for of in logits(4, vocab)]
+    # Rows are wider than the vocabulary; products of up to 6 and down to 1e-4, as caps bend them and leave them.
+    products = [of * torch.logspace(-4, 0.5, vocab) for of in logits(4, vocab, spread=0.7)]
     wide = [torch.cat([of, torch.full((4, 63), -1e30)], 1) for of in products]
     ids_C = torch.tensor([0, vocab - 1, vocab // 2, vocab // 3])
     leaf = products[0].double().requires_grad_()
@@ -342,8 +342,12 @@ def test_a_choice_by_kernels_trains_on_its_rows(dtype, needs, as_on_cuda, make_c
             assert (found.double() - right).norm() <= 2.0**-7 * right.norm()
 
 
-@pytest.mark.parametrize("pair", HEADS["PAIRS"])
-def test_heads_of_every_kind_by_kernels(pair, as_on_cuda, make_case, make_rule, naive):
-    for divergence in DIVERGENCES:
-        HEADS["test_loss_and_gradients_are_the_definition"](None, divergence, pair, make_case, make_rule, naive)
-    HEADS["test_statistics_and_likeliest_tokens_are_those_of_the_models_own_logits"](None, pair, make_case)
+@pytest.mark.parametrize(
+    ("divergence", "pair"), [("reverse_kl", "all, all"), ("forward_kl", "biased, capped"), ("jsd", "capped, scaled")]
+)
+def test_the_loss_of_heads_of_every_kind_by_kernels(divergence, pair, as_on_cuda, make_case, make_rule, naive):
+    HEADS["test_loss_and_gradients_are_the_definition"](None, divergence, pair, make_case, make_rule, naive)
+
+
+def test_the_statistics_of_a_head_of_every_kind_by_kernels(as_on_cuda, make_case):
+    HEADS["test_statistics_and_likeliest_tokens_are_those_of_the_models_own_logits"](None, "all, all", make_case)

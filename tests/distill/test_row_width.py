@@ -9,6 +9,7 @@ from tolerance import ROUNDOFF, close, rounding
 
 from opsd.distill import chunks
 from opsd.distill.chunks import chunk_rows, row_width
+from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.matmul import Projection
 from opsd.distill.topk import top_tokens
 
@@ -140,9 +141,9 @@ def test_logits_that_are_held_give_the_loss_of_their_choice(products, needs, mak
 def test_the_likeliest_tokens_are_of_the_vocabulary(products, make_case, monkeypatch):
     case = make_case(7, 37, student_pad=3)
     with torch.no_grad():
-        wide = top_tokens(*case.tensors, token_ids_N=torch.arange(7), k=37)
+        wide = top_tokens(check_inputs(*case.tensors, token_ids_N=torch.arange(7)), 37, LossSpec())
         monkeypatch.setitem(chunks.ROW_MULTIPLE, "cpu", 1)
-        narrow = top_tokens(*case.tensors, token_ids_N=torch.arange(7), k=37)
+        narrow = top_tokens(check_inputs(*case.tensors, token_ids_N=torch.arange(7)), 37, LossSpec())
     for one, other in zip(wide, narrow, strict=True):
         assert torch.equal(one.ids_NK, other.ids_NK)
         close(one.log_prob_NK, other.log_prob_NK, *case.sums)

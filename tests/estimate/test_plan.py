@@ -12,17 +12,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from opsd.__main__ import main
 from opsd.config.cli import parse
 from opsd.estimate.command import PlanConfig, planned
-from opsd.estimate.memory import GIB, Hardware, MemoryEstimate
+from opsd.estimate.hardware import Hardware
+from opsd.estimate.memory import GIB, MemoryEstimate
 from opsd.estimate.shapes import BUILT_IN, find_shape, shape_of
 
 FAMILIES = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
-PAIR = ("--student", "qwen3-4b", "--teacher", "qwen3-8b")
+# At the paper's sizes, where what is counted is large, on its hardware.
+PAIR = (
+    *("--student", "qwen3-4b", "--teacher", "qwen3-8b", "--hardware", "h200", "--engine.dtype", "float32"),
+    *("--rollout.samples_per_prompt", "16", "--rollout.max_prompt_tokens", "2048", "--rollout.max_new_tokens", "8192"),
+    *("--engine.micro_batch_tokens", "16384", "--eval.generate_batch", "256"),
+)
 SHARDED = ("--engine.kind", "deepspeed", "--engine.dtype", "bfloat16", "--gpus", "8", "--rollout.engine", "vllm")
 
 
 def estimate(*flags: str, student=None, flash: bool = False, kind: str = "cuda") -> MemoryEstimate:
     config = parse(PlanConfig, [*PAIR, *flags], "opsd plan")
-    hardware = Hardware(config.gpus, config.gpu_gib, 400.0, 2900.0, flash=flash, kind=kind)
+    hardware = Hardware(config.gpus, 131.3, 400.0, 2900.0, flash=flash, kind=kind)
     return MemoryEstimate(config.run, student or BUILT_IN["qwen3-4b"], BUILT_IN["qwen3-8b"], hardware)
 
 
@@ -265,18 +271,20 @@ def test_what_does_not_fit_exits_1_with_the_knob_and_what_fits_returns(capsys, m
     assert stop.value.code == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(
-        r"does not fit: peak [\d.]+ of 120.0 GiB, in the student phase; activations decides; with --eng", last
+        r"does not fit on an H200 for each of 8 ranks: peak [\d.]+ of 120.0 GiB, in the student phase, mostly "
+        r"activations \(--engine.gradient_checkpointing",
+        last,
     )
     monkeypatch.setattr("sys.argv", ["opsd", "plan", *PAIR, *SHARDED, "--engine.gradient_checkpointing", "True"])
     main()
-    assert capsys.readouterr().out.splitlines()[-1].startswith("fits: peak ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fits on an H200")
 
 
 @pytest.mark.parametrize("words", [["--json"], ["--json", "True"]])
 def test_json_is_asked_for_with_or_without_a_value(words, monkeypatch, capsys):
     from opsd import __main__ as cli
 
-    flags = ["--student", "qwen3-4b", *words, "--teacher", "qwen3-8b"]
+    flags = [*PAIR, *words, "--thinking", "off"]
     monkeypatch.setattr("sys.argv", ["opsd", "plan", *flags])
     with pytest.raises(SystemExit) as stop:  # one GPU does not hold this
         cli.main()

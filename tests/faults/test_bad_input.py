@@ -300,14 +300,14 @@ PLAN = [
 ]
 WHOLE = [
     ("resume of a file", ["train", "--resume", "prompts.jsonl"], "no run there"),
-    ("resume of a model", ["train", "--resume", "model"], "config.json does not fit"),
+    ("resume of a model", ["train", "--resume", "model"], "is not a setting of this version"),
     ("resume with an empty config.json", ["train", "--resume", "run-empty"], "is not JSON"),
     ("resume with a binary config.json", ["train", "--resume", "run-bytes"], "is not JSON"),
-    ("resume with a list for a config.json", ["train", "--resume", "run-list"], "config.json does not fit"),
-    ("resume with null for a config.json", ["train", "--resume", "run-null"], "config.json does not fit"),
+    ("resume with a list for a config.json", ["train", "--resume", "run-list"], "holds no settings"),
+    ("resume with null for a config.json", ["train", "--resume", "run-null"], "holds no settings"),
     ("resume with an unknown setting", ["train", "--resume", "run-unknown"], "colour"),
-    ("resume with a text for a number", ["train", "--resume", "run-text"], "config.json does not fit"),
-    ("resume with a number for a part", ["train", "--resume", "run-part"], "config.json does not fit"),
+    ("resume with a text for a number", ["train", "--resume", "run-text"], "steps is 'two'"),
+    ("resume with a number for a part", ["train", "--resume", "run-part"], "optim is 3, not a group"),
     (
         "resume with an engine that is none",
         ["train", "--resume", "run-choice"],

@@ -21,6 +21,7 @@ from tolerance import close, rounding
 from opsd.config import from_json
 from opsd.distill import distill_loss, token_stats
 from opsd.distill.chunks import ChunkBound
+from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.matmul import Projection
 from opsd.distill.topk import top_tokens
 from opsd.distill.workspace import Workspace
@@ -128,15 +129,15 @@ def test_held_logits_that_do_not_fit_are_done_without(monkeypatch, owner, name, 
 )
 def test_scores_with_a_halved_chunk_are_the_same(monkeypatch):
     tensors = [tensor.detach() for tensor in case()[0]]
-    ids = torch.arange(37)
-    expected = token_stats(*tensors, chunk_tokens=5), top_tokens(*tensors, token_ids_N=ids, k=3, chunk_tokens=5)
+    inputs = check_inputs(*tensors, token_ids_N=torch.arange(37))
+    expected = token_stats(*tensors, chunk_tokens=5), top_tokens(inputs, 3, LossSpec(chunk_tokens=5))
     bounds = ChunkBound(10), ChunkBound(10)
     with monkeypatch.context() as patch:
         Fails(patch, Projection, "project_", {4})
         stats = token_stats(*tensors, chunk_tokens=bounds[0])
     with monkeypatch.context() as patch:
         Fails(patch, Projection, "project_", {4})
-        top = top_tokens(*tensors, token_ids_N=ids, k=3, chunk_tokens=bounds[1])
+        top = top_tokens(inputs, 3, LossSpec(chunk_tokens=bounds[1]))
     assert [bound.halvings for bound in bounds] == [1, 1]
     assert torch.equal(stats.reverse_kl_N, expected[0].reverse_kl_N)
     assert torch.equal(stats.entropy_N, expected[0].entropy_N)

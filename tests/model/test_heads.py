@@ -11,6 +11,7 @@ from families import FAMILIES, write
 from opsd.config import LoraConfig
 from opsd.data.packing import pack
 from opsd.distill import distill_loss, token_stats
+from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.topk import top_tokens
 from opsd.model.checks import find_transform
 from opsd.model.loading import load_scorer
@@ -148,7 +149,7 @@ def losses(scorer, teacher, rollouts, divergence):
         models = (hidden_ND, head, teacher_NE, teacher.head())
         about = {"token_ids_N": micro.token_ids_N, "vocab_size": VOCABULARY}
         loss = distill_loss(*models, divergence=divergence, beta=0.3, **about).loss_sum
-        return loss, token_stats(*models, **about), top_tokens(*models, k=3, **about)
+        return loss, token_stats(*models, **about), top_tokens(check_inputs(*models, **about), 3, LossSpec())
 
     return scorer(micro, use)
 

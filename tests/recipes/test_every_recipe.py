@@ -67,6 +67,21 @@ def test_every_flag_is_one_that_the_trainer_takes(project, recipe, scale):
     assert commands and named <= set(flags_of(TrainConfig))
 
 
+# What the trainer's own defaults make small, for a laptop; and the compute type, which they take from the machine.
+SIZES = {"--rollout.samples_per_prompt", "--rollout.max_prompt_tokens", "--rollout.max_new_tokens", "--engine.dtype",
+         "--engine.micro_batch_tokens", "--eval.samples", "--eval.generate_batch", "--telemetry.options"}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
+@pytest.mark.parametrize("scale", ["paper", "pocket"])
+def test_every_size_is_stated_and_none_left_to_a_default(project, recipe, scale):
+    narrow = {"PAIRS": "qwen3"} if recipe in SWEEPS and scale == "paper" else {}
+    done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1", SEEDS="0", **narrow)
+    for line in done.stdout.splitlines():
+        if "opsd train " in line:
+            assert set(shlex.split(line)) >= SIZES
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_min_max_selectors_normalise_over_the_batch(project, recipe):
     for flags in cells(project, recipe):

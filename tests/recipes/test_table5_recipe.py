@@ -76,7 +76,7 @@ def test_paper_dry_run_prints_a_plan_of_each_pair_as_comments_whatever_it_says(p
         "# plan of qwen25: qwen2.5-1.5b <- qwen2.5-14b on 4 GPUs",
         "#   the verdict",
     ]
-    shapes = "plan --student qwen3-4b --teacher qwen3-8b --gpus 8 --brief True --steps 1740 "
+    shapes = "plan --student qwen3-4b --teacher qwen3-8b --gpus 8 --hardware h200 --brief True --steps 1740 "
     assert project.calls()[0].startswith(shapes) and "--engine.zero_stage 3" in project.calls()[0]
 
 

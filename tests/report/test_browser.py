@@ -1,5 +1,7 @@
 """The pages in headless Chromium: nothing is empty, keys and pointer work, hostile text is text, nothing is loaded."""
 
+import json
+
 import pytest
 from browser import binary, browser
 from token_runs import HOSTILE, token_table
@@ -98,6 +100,26 @@ def test_a_card_leads_to_its_token_and_lists_can_be_narrowed(page, token_run, tm
     assert page.value(shown) == 0 and page.value("document.getElementById('empty').offsetHeight") > 10
     page.value("document.querySelector('.card').click()")
     assert page.value(shown) == 4
+
+
+def test_a_cards_token_is_in_sight_however_long_what_stands_before_it(page, token_run, tmp_path):
+    run = token_run(rollouts=2, length=60)
+    # A template's preamble, of many lines, in front of every answer.
+    file = run / "rollouts" / "step_20.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**r, "prompt_ids": [6, 7] * 300 + r["prompt_ids"]}) + "\n" for r in records))
+    page.open(inspect(InspectConfig(run, out=tmp_path / "page.html")))
+    inside = """[...document.querySelectorAll('.context')].every(box => {
+        const mark = box.querySelector('mark').getBoundingClientRect(), all = box.getBoundingClientRect();
+        return mark.top >= all.top - 2 && mark.bottom <= all.bottom + 2; })"""
+    assert page.value("document.querySelectorAll('.context').length") > 3 and page.value(inside)
+    page.point(".card", click=True)
+    held = "document.querySelector('.token.held').getBoundingClientRect()"
+    top, bottom = page.value(f"[{held}.top, {held}.bottom]")
+    assert top > 0 and bottom < 900
+    # Of a prompt that does not fit its end is in sight: the question.
+    at_end = "(p => p.scrollHeight > p.clientHeight && p.scrollTop + p.clientHeight >= p.scrollHeight - 2)"
+    assert page.value(f"[...document.querySelectorAll('.prompt')].some({at_end})")
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -63,6 +63,21 @@ def test_quadrant_shares_are_those_of_the_record(token_run, tmp_path):
     assert sum(share["loss"] for share in shares) == pytest.approx(1)
 
 
+def test_quadrants_have_words_where_the_splits_were_asked_for_in_nats_and_numbers_elsewhere(token_run, tmp_path):
+    run = token_run()
+    file = run / "config.json"
+    config = json.loads(file.read_text())
+    for options, third in (
+        (config["telemetry"]["options"], "sure, teacher disagrees"),
+        ({"entropy_split": "median", "divergence_split": "mean"}, "h ≤ 0.5, δ > 1 nats"),
+        ({}, "h ≤ 0.5, δ > 1 nats"),  # an older run's: its splits are not today's default
+        ({"entropy_split": "0.5", "divergence_split": "1.0", "gone": "3"}, "sure, teacher disagrees"),
+    ):
+        file.write_text(json.dumps({**config, "telemetry": {"options": options}}))
+        labels = data_of(inspect(InspectConfig(run, out=tmp_path / "page.html")))["labels"][0]["values"]
+        assert labels[2]["what"] == third
+
+
 def test_a_label_that_no_telemetry_knows_is_shown_by_its_numbers(token_run, tmp_path):
     run = token_run()
     file = run / "tokens" / "step_20.parquet"
@@ -84,7 +99,7 @@ def test_a_label_column_has_the_names_colours_and_examples_that_its_telemetry_gi
             )
         }
 
-    monkeypatch.setattr("opsd.viewer.labels.load_telemetry", lambda: [Halves(), object()])
+    monkeypatch.setattr("opsd.viewer.labels.load_telemetry", lambda _: [Halves(), object()])
     run = token_run()
     file = run / "tokens" / "step_20.parquet"
     table = pd.read_parquet(file)

@@ -94,7 +94,7 @@ def test_a_teacher_that_was_evaluated_apart_is_found_by_its_model_suites_and_sam
     of_run = run.evaluation("teacher")
     (run.path / "eval" / "teacher.json").unlink()
     assert of_run is not None and run.evaluation("teacher") is None
-    sampling = {"samples": 16, "temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_new_tokens": 9, "seed": 1234}
+    sampling = {"samples": 4, "temperature": 0.6, "top_p": 1.0, "top_k": 0, "max_new_tokens": 9, "seed": 1234}
     apart = {"model": "models/t", "sampling": sampling, "suites": of_run["suites"]}
     (folder / "teachers").mkdir()
     others = [{**apart, "model": "models/u"}, {**apart, "sampling": sampling | {"temperature": 1.0}}]

@@ -80,6 +80,7 @@ def write_token_run(
         "teacher": {"model": "models/teacher-<b>8B</b>"},
         "steps": 40,
         "select": {"by": "soft_or", "retention": 0.5},
+        "telemetry": {"options": {"entropy_split": "0.5", "divergence_split": "1.0"}},
     }
     (run / "config.json").write_text(json.dumps(config))
     splits = {"quadrant/entropy_split_nats": 0.5, "quadrant/divergence_split_nats": 1.0}

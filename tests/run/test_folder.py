@@ -108,9 +108,9 @@ def test_a_file_in_the_way_is_refused(config, tmp_path, place):
     [
         (None, "no run there"),
         ('{"student"', "config.json is not JSON"),
-        ("[]", "does not fit this version"),
-        ('{"student": "s"}', "does not fit this version"),
-        ('{"student": "s", "teacher": "t", "prompts": "p", "out": "o"}', "does not fit this version"),
+        ("[]", "config.json holds no settings"),
+        ('{"student": "s"}', "prompts is missing"),
+        ('{"student": "s", "teacher": "t", "prompts": "p", "out": "o"}', "teacher is 't', not a group"),
     ],
 )
 def test_opening_what_is_no_run_gives_one_line(tmp_path, text, said):

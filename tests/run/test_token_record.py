@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from opsd.config import from_json
+from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.topk import top_tokens
 from opsd.run.token_record import recorded_rollouts, token_table
 from opsd.selection import TokenStats
@@ -40,6 +41,7 @@ def settings(make_folder, make_model, tmp_path_factory):
             "loss": {"temperature": 1.5},
             "engine": {"device": "cpu", "micro_batch_tokens": 24},
             "telemetry": {
+                "options": {"entropy_split": "median", "divergence_split": "mean"},
                 "every": 1,
                 "save_tokens": True,
                 "top_tokens": 3,
@@ -194,16 +196,8 @@ def test_top_tokens_do_not_depend_on_the_chunk_and_never_hold_all_logits(chunk_t
     student_head, teacher_head = torch.randn(300, 8), torch.randn(310, 6)
     ids = torch.randint(0, 290, (40,))
     with LargestTensor() as seen:
-        tops = top_tokens(
-            student,
-            student_head,
-            teacher,
-            teacher_head,
-            token_ids_N=ids,
-            k=5,
-            vocab_size=290,
-            chunk_tokens=chunk_tokens,
-        )
+        inputs = check_inputs(student, student_head, teacher, teacher_head, token_ids_N=ids, vocab_size=290)
+        tops = top_tokens(inputs, 5, LossSpec(chunk_tokens=chunk_tokens))
     for top, hidden, head in zip(tops, (student, teacher), (student_head, teacher_head), strict=True):
         log_p = torch.log_softmax(hidden.double() @ head[:290].double().T, -1)
         assert torch.equal(top.ids_NK, log_p.topk(5).indices)
@@ -217,9 +211,10 @@ def test_top_tokens_do_not_depend_on_the_chunk_and_never_hold_all_logits(chunk_t
 @pytest.mark.numeric
 def test_a_vocabulary_smaller_than_k_gives_all_of_it_and_no_row_gives_none():
     head = torch.randn(3, 4)
-    (top, _) = top_tokens(head, head, head, head, token_ids_N=torch.tensor([0, 1, 2]), k=5)
+    (top, _) = top_tokens(check_inputs(head, head, head, head, token_ids_N=torch.tensor([0, 1, 2])), 5, LossSpec())
     assert top.ids_NK.shape == (3, 3)
     close(top.log_prob_NK.exp().sum(-1), torch.ones(3), 4, 3)
     none = torch.empty(0, 4)
-    (top, _) = top_tokens(none, head, none, head, token_ids_N=torch.empty(0, dtype=torch.int64), k=2)
+    nobody = torch.empty(0, dtype=torch.int64)
+    (top, _) = top_tokens(check_inputs(none, head, none, head, token_ids_N=nobody), 2, LossSpec())
     assert top.ids_NK.shape == (0, 2)

@@ -14,7 +14,7 @@ from forked import python
 from bench.updates import trainer_of
 from opsd import train
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
-from opsd.run import tracking
+from opsd.run import console
 from opsd.run.folder import RunFolder
 from opsd.run.tracking import Stopwatch, Tracker, forget_peak, peak_gib
 from opsd.utils.distributed import ONE_RANK
@@ -25,14 +25,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name="run", **track):
+    def make(name="run", steps=3, **track):
         return RunFolder.create(
             TrainConfig(
                 student="s",
                 teacher=TeacherConfig(model="t"),
                 prompts="p.jsonl",
                 out=str(tmp_path / name),
-                steps=3,
+                steps=steps,
                 track=TrackConfig(**track),
             )
         )
@@ -81,24 +81,56 @@ def test_on_a_terminal_the_bar_shows_the_same_and_the_count_uncut(make_run, caps
     assert "2/3" in shown and "loss 0.123" in shown and "step 2/3" not in shown
 
 
-def test_where_there_is_no_terminal_lines_say_how_far_the_run_is(make_run, capsys, monkeypatch):
-    monkeypatch.setattr(tracking, "PLAIN_EVERY_S", 0.005)
-    run = make_run()
-    said = ""
-    with Tracker(run, 0) as tracker:
-        tracker.doing("evaluating the teacher")
-        while "run: step 0/3, evaluating the teacher\n" not in said:
-            said += capsys.readouterr().err
-        # Steps 1 and 2 are 10 s apart, so the third has 10 s to go.
-        clock = iter([100.0, 110.0])
+def test_where_there_is_no_terminal_each_step_has_a_line_but_not_one_after_the_other(make_run, capsys, monkeypatch):
+    # Steps end at 100, 103, 110 s: the second is too soon for a line; from the first on a step takes 5 s.
+    clock = iter([100.0, 103.0, 110.0])
+    with Tracker(make_run(steps=4), 0) as tracker:
         with monkeypatch.context() as patch:
-            patch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-            tracker.step(metrics_of(1))
-            tracker.step(metrics_of(2))
-        while "run: step 2/3, loss 0.286 · step 1.50 s, 10 s left\n" not in said:
+            patch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+            for step in (1, 2, 3):
+                tracker.step(metrics_of(step))
+        said = capsys.readouterr().err
+    assert said.splitlines() == [
+        "run: step 1/4, loss 0.143 · step 1.50 s",
+        "run: step 3/4, loss 0.429 · step 1.50 s, 5 s left",
+    ]
+    assert capsys.readouterr().err == ""  # the last line was said already
+
+
+def test_what_takes_long_is_said_again_and_again(make_run, capsys, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.005)
+    said = ""
+    with Tracker(make_run(), 0) as tracker:
+        tracker.doing("evaluating the teacher")
+        tracker.stage("evaluation")
+        while said.count("run: step 0/3, evaluating the teacher · now: evaluation\n") < 2:
             said += capsys.readouterr().err
+
+
+def test_the_end_says_where_the_model_is(make_run, capsys):
+    run = make_run()
+    with Tracker(run, 0) as tracker:
         tracker.step(metrics_of(3))
-    assert (said + capsys.readouterr().err).endswith("run: step 3/3, loss 0.429 · step 1.50 s\n")
+    tracker.finished()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"finished: the model is {run.path / 'checkpoints' / 'step_3'};")
+
+
+def test_on_a_terminal_of_80_columns_the_time_left_is_never_cut(make_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    many = {
+        "loss/nats": 1.0,
+        "rollout/reward": 0.5,
+        "select/kept_frac": 0.5,
+        "mem/peak_gib": 10.0,
+        "time/step_s": 100.0,
+    }
+    with Tracker(make_run(), 0) as tracker:
+        tracker.step({"step": 1, "eval/math500/mean@4": 0.25, **many})
+        tracker.step({"step": 2, **many})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert re.search(r"2/3 \d:\d\d:\d\d (-:--:--|\d:\d\d:\d\d) loss 1.0", shown), shown
 
 
 def test_the_line_of_the_end_is_said_however_short_the_run(make_run, capsys):
@@ -267,7 +299,7 @@ def test_on_cuda_the_peak_starts_after_loading(monkeypatch):
     trainer = trainer_of(SimpleNamespace(device=device, ranks=ONE_RANK), None)
     trainer.folder = SimpleNamespace(finish=lambda: None)
     seen = []
-    monkeypatch.setattr(train, "Tracker", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "Tracker", lambda *_: contextlib.nullcontext(MagicMock()))
     monkeypatch.setattr(trainer, "evaluate_before", lambda _: seen.append(peak_gib(device)))
     monkeypatch.setattr(trainer, "train", lambda _: None)
     trainer.run()

@@ -21,7 +21,7 @@ def stats(make_stats):
 
 
 def test_shares_masses_and_thresholds(stats):
-    numbers = QuadrantTelemetry()(stats, KEPT, None, 0)
+    numbers = QuadrantTelemetry("median", "mean")(stats, KEPT, None, 0)
     assert [numbers[f"quadrant/q{q}_frac"] for q in (1, 2, 3, 4)] == pytest.approx([0.2, 0.2, 0.2, 0.4])
     # Σδ = 2.5: 1.5 of it in Q1, 1 in Q3
     assert [numbers[f"quadrant/q{q}_loss_frac"] for q in (1, 2, 3, 4)] == pytest.approx([0.6, 0, 0.4, 0])
@@ -33,7 +33,7 @@ def test_shares_masses_and_thresholds(stats):
 
 
 def test_teacher_entropy(stats):
-    numbers = QuadrantTelemetry()(stats, KEPT, None, 0)
+    numbers = QuadrantTelemetry("median", "mean")(stats, KEPT, None, 0)
     mean = (math.log(2) + 1) / 5
     assert numbers["teacher/entropy_nats"] == pytest.approx(mean)
     variance = (3 * mean**2 + (math.log(2) - mean) ** 2 + (1 - mean) ** 2) / 5
@@ -64,12 +64,12 @@ def test_an_option_that_no_telemetry_takes_is_an_error():
 
 
 def test_labels_for_the_token_record(stats):
-    assert QuadrantTelemetry().label_tokens(stats)["quadrant"].tolist() == [4, 2, 3, 1, 4]
+    assert QuadrantTelemetry("median", "mean").label_tokens(stats)["quadrant"].tolist() == [4, 2, 3, 1, 4]
 
 
 def test_many_certain_tokens_are_low_although_the_median_is_theirs(make_stats):
     stats = make_stats(h=[0.0, 0.0, 0.0, 1.0], delta=[0.0] * 4)
-    assert QuadrantTelemetry().label_tokens(stats)["quadrant"].tolist() == [4, 4, 4, 2]
+    assert QuadrantTelemetry("median", "mean").label_tokens(stats)["quadrant"].tolist() == [4, 4, 4, 2]
 
 
 def test_a_step_without_tokens_has_no_numbers(make_stats):

@@ -115,7 +115,7 @@ def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk:
     found: dict[str, list[Tensor]] = {name: [] for name in needs & STATISTICS.keys()}
     # A chunk without rows too, so that a call without tokens has empty fields rather than none.
     for student_CV, teacher_CV in zip(student_NV.split(chunk), teacher_NV.split(chunk), strict=True):
-        fields = token_fields_(needs, *_wide(student_CV, teacher_CV), 1.0, None)
+        fields = token_fields_(needs, *_wide(student_CV, teacher_CV))
         for name, parts in found.items():
             parts.append(fields[name])
     fields = {name: torch.cat(parts) for name, parts in found.items()}

@@ -1,0 +1,71 @@
+"""A run's config.json, read and looked at before the libraries that go on with the run are loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opsd.config.cli import parse
+from opsd.config.schema import TrainConfig, from_json
+from opsd.config.settings import PositiveInt, Settings
+from opsd.utils.errors import UserError
+from opsd.utils.paths import check_old_run
+
+
+@dataclass(frozen=True)
+class ResumeConfig(Settings):
+    """Go on with a run."""
+
+    resume: Path
+    """The run's folder."""
+    steps: PositiveInt | None = None
+    """A later end, in optimiser steps, for a run that is to go on past its own."""
+
+
+def parse_resume(args: list[str]) -> ResumeConfig:
+    """The arguments of `opsd train --resume`. Raises UserError."""
+    others = [word for word in args if word.startswith("--") and word.partition("=")[0] not in ("--resume", "--steps")]
+    if others:
+        raise UserError(
+            f"--resume RUN takes no {others[0]}: a resumed run keeps its settings; --steps N alone extends it; "
+            "start a new run to change others"
+        )
+    return parse(ResumeConfig, args, "opsd train --resume")
+
+
+def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run folder's settings, and what stands beside them: "began", "extended". Raises UserError."""
+    check_old_run(path)
+    try:
+        values = json.loads((path / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(
+            f"--resume {path}: config.json is not JSON ({error}); put it back, or start a new run"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"--resume {path}: config.json holds no settings; put it back, or start a new run")
+    beside = {name: values.pop(name) for name in ("began", "extended") if name in values}
+    if isinstance(select := values.get("select"), dict):
+        select.setdefault("normalise_over", "micro_batch")  # the default before folders stated it
+    try:
+        return from_json(values), beside
+    except UserError as error:
+        raise UserError(f"--resume {path}: {error}") from error
+
+
+def check_resumable(path: Path, steps: int | None = None) -> TrainConfig:
+    """The settings that a run goes on with: its own, but for its end where `steps` is given.
+
+    Raises UserError where it has finished, or where `steps` would not prolong it.
+    """
+    config, _ = read_run(path)
+    if steps is not None and steps <= config.steps:
+        raise UserError(f"--steps {steps}: the run {path} has {config.steps} steps; give more to extend it")
+    if steps is None and (path / "DONE").exists():
+        raise UserError(
+            f"--resume {path}: this run has finished after {config.steps} steps; give --steps N to extend it, or start "
+            "a new one"
+        )
+    return config

@@ -1,0 +1,44 @@
+"""What a run says before it loads models: what it is, what it will need, and what it cannot do here."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from opsd.config import TrainConfig
+from opsd.estimate.command import PlanConfig, planned, verdict
+from opsd.utils.errors import UserError
+
+# A run that may take longer is warned of.
+LONG_S = 24 * 3600.0
+
+
+def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
+    """Which models, how much a step writes at most, the plan's verdict; then warnings, a line each.
+
+    longest_prompt: in tokens. A model whose family cannot be planned is trained all the same.
+    """
+    run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_prompt_tokens=longest_prompt))
+    size = run.prompts_per_step * run.rollout.samples_per_prompt
+    who = (
+        f"{Path(run.out).name}: {_name(run.student)} learns from {_name(run.teacher.model)}, {run.engine.dtype}, "
+        f"{size} answers per step of at most {run.rollout.max_new_tokens:,} tokens"
+    )
+    try:
+        plan = PlanConfig(run=run, gpus=ranks, hardware="cpu" if run.engine.device == "cpu" else "this")
+        found = planned(plan, adapters=False)
+    except UserError as error:
+        return [who, f"plan: none ({error})"]
+    lines = [who, f"plan: {verdict(found)}"]
+    if not found["fits"]:
+        lines.append(f"warning: it may run out of memory; {found['knob']} takes less")
+    if (whole_s := found["steps"] * sum(found["rough_seconds"].values())) > LONG_S:
+        lines.append(
+            f"warning: it may take {whole_s / LONG_S:.1f} days where answers get long; fewer --steps, a smaller "
+            "--prompts_per_step, --rollout.samples_per_prompt or --rollout.max_new_tokens take less"
+        )
+    return lines
+
+
+def _name(model: str) -> str:
+    return Path(model.rstrip("/")).name or model

@@ -1,0 +1,55 @@
+"""`opsd push RUN OWNER/NAME`: a run's newest checkpoint to the Hugging Face hub, with its model card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError
+from tyro.conf import Positional
+
+from opsd.config.settings import Settings
+from opsd.run import checkpoint
+from opsd.run.folder import RunFolder
+from opsd.utils.errors import UserError, first_line
+
+
+@dataclass(frozen=True)
+class PushConfig(Settings):
+    """Upload a run's newest checkpoint to the hub: weights, tokenizer and model card, not the optimiser's state."""
+
+    run: Positional[Path]
+    """Run folder."""
+    name: Positional[str]
+    """Repository, OWNER/NAME; it is made where it is not there."""
+    private: bool = True
+    """Whether a repository that is made is private."""
+    message: str = ""
+    """Of the commit; empty names the run and the step."""
+
+
+def push(config: PushConfig) -> str:
+    """Upload, and return the address. Raises UserError where there is no checkpoint, or the hub refuses."""
+    if config.name.count("/") != 1:
+        raise UserError(f"{config.name}: give OWNER/NAME")
+    run = RunFolder.open(config.run)
+    newest, _ = checkpoint.newest(run.checkpoints)
+    if newest is None:
+        raise UserError(f"{config.run} holds no checkpoint yet; train it first")
+    step = checkpoint.step_of(newest)
+    run.write_card(step)
+    api = HfApi()
+    try:
+        api.create_repo(config.name, private=config.private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=config.name,
+            folder_path=newest,
+            ignore_patterns=["trainer/*"],
+            commit_message=config.message or f"{config.run.resolve().name}, step {step}",
+        )
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise UserError(
+            f"push to {config.name}: {first_line(error)}; log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+    return str(done.commit_url)

@@ -1,0 +1,106 @@
+"""A single run's report: what it was, its evaluations, how its numbers went; nothing of the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+from reporting.page import Section
+from reporting.plots import costs, curve_names, curves
+from reporting.runs import Run
+from reporting.tables import TextTable
+from reporting.theme import Picture, picture
+from reporting.tokens import plane, read_tokens
+
+# A metric, what the table calls it, and its form.
+NUMBERS: list[tuple[str, str, Callable[[float], str]]] = [
+    ("loss/nats", "loss, nats per token trained on", "{:.3f}".format),
+    ("student/reverse_kl_nats", "reverse KL, nats per token", "{:.3f}".format),
+    ("student/entropy_nats", "student's entropy, nats", "{:.3f}".format),
+    ("teacher/entropy_nats", "teacher's entropy, nats", "{:.3f}".format),
+    ("select/kept_frac", "tokens trained on", "{:.1%}".format),
+    *((f"quadrant/q{q}_frac", f"tokens in Q{q}", "{:.1%}".format) for q in (1, 2, 3, 4)),
+    ("rollout/tokens", "tokens written per step", "{:,.0f}".format),
+    ("rollout/truncated_frac", "answers cut at the limit", "{:.1%}".format),
+    ("rollout/reward", "reward", "{:.3f}".format),
+    ("optim/grad_norm", "gradient norm", "{:.3g}".format),
+    ("mem/peak_gib", "peak memory, GiB", "{:.2f}".format),
+    ("time/step_s", "step, s", "{:.2f}".format),
+]
+# What has a curve here, beside what a table's runs have.
+FURTHER = [
+    ("rollout/tokens", "tokens written per step"),
+    ("rollout/truncated_frac", "answers cut at the limit"),
+    *((f"quadrant/q{q}_frac", f"share of tokens in Q{q}") for q in (1, 2, 3, 4)),
+]
+
+
+def one_run(run: Run) -> Section:
+    """The report of a run, finished or not."""
+    return Section(title_of(run), facts(run), list(tables(run)), list(pictures(run)))
+
+
+def title_of(run: Run) -> str:
+    """Which run, and how far it is."""
+    done = max((int(line["step"]) for line in run.steps), default=0)
+    return f"{run.path.resolve().name}: {done} of {run.config['steps']} steps{'' if run.done else ', not finished'}"
+
+
+def facts(run: Run) -> list[str]:
+    """What was trained on what, a line each."""
+    config = run.config
+    rollout, optim, loss = (config.get(part, {}) for part in ("rollout", "optim", "loss"))
+    return [
+        f"student {config['student']}, teacher {config['teacher']['model']}, prompts {config.get('prompts', '-')}",
+        f"{run.cell}; {loss.get('divergence', '-')}; {optim.get('kind', '-')}, learning rate {optim.get('lr', '-')}, "
+        f"{optim.get('schedule', '-')}; seed {run.seed}",
+        f"{config.get('prompts_per_step', '-')} prompts × {rollout.get('samples_per_prompt', '-')} answers of at most "
+        f"{rollout.get('max_new_tokens', '-')} tokens per step",
+    ]
+
+
+def tables(run: Run) -> Iterator[TextTable]:
+    """Evaluations, where there are any, and the numbers of the first and the last tenth of the steps."""
+    found = {name: result for name, result in evaluations(run) if result is not None}
+    suites = list(dict.fromkeys(suite for result in found.values() for suite in result["suites"]))
+    if suites:
+        rows = [[name, *(_accuracy(result, suite) for suite in suites)] for name, result in found.items()]
+        yield TextTable("Accuracy, %, ± standard error over problems", ["", *suites], rows)
+    rows = []
+    for key, name, form in NUMBERS:
+        if values := run.logged(key):
+            some = max(1, len(values) // 10)
+            ends = [form(median(part)) for part in (values[:some], values[-some:])]
+            rows.append([name, *ends, form(min(values)), form(max(values))])
+    if rows:
+        yield TextTable("Numbers, median of a tenth of the steps", ["", "first", "last", "lowest", "highest"], rows)
+
+
+def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each evaluation by what was evaluated, in the order of steps; the teacher last."""
+    steps = sorted(int(file.stem.removeprefix("step_")) for file in (run.path / "eval").glob("step_*.json"))
+    for step in steps:
+        yield "before training" if step == 0 else f"after step {step}", run.evaluation(f"step_{step}")
+    yield "teacher", run.evaluation("teacher")
+
+
+def pictures(run: Run) -> Iterator[Picture]:
+    """Curves, tokens, memory and time; one that has no data is left out."""
+    if curve_names([run]):
+        yield picture("Curves.", "Smoothed over a fortieth of the run.", lambda: curves([run], FURTHER))
+    tokens = read_tokens([run])
+    if tokens is not None:
+        yield picture("Entropy and divergence of every token.", tokens.words, lambda: plane(tokens))
+    if run.done and run.logged("mem/peak_gib"):
+        words = "Peak of the process; the median step, by stage."
+        yield picture("Memory and time.", words, lambda: costs([run], [run.cell]))
+
+
+def _accuracy(result: dict[str, Any], suite: str) -> str:
+    found = result["suites"].get(suite)
+    if found is None:
+        return "-"
+    score = found.get("mean@k", sum(found["scores"].values()) / len(found["scores"]))
+    error = found.get("stderr_problems")
+    return f"{100 * score:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
