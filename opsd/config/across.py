@@ -16,8 +16,8 @@ def check_parts(config: TrainConfig) -> None:
         raise UserError(f"--optim.warmup_steps {config.optim.warmup_steps}: give 0 to --steps ({config.steps})")
     if config.loss.reads_rewards and config.rollout.horizon < 1.0:
         raise UserError(
-            f"--rollout.horizon {config.rollout.horizon:g} cuts answers before they can earn a reward: give 1, or leave "
-            "out --loss.reward_beta and --loss.prompt_weights"
+            f"--rollout.horizon {config.rollout.horizon:g} cuts answers before they can earn a reward: give 1, or "
+            "leave out --loss.reward_beta and --loss.prompt_weights"
         )
     sharded, served = config.engine.kind == "deepspeed", config.teacher.kind == "vllm"
     if config.teacher.shard and (served or not sharded):
