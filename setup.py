@@ -25,7 +25,8 @@ CORE = [
 LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
-TRL = ["trl>=1.16,<2"]
+# Bounded as tip_patch/adapters/trl_checks.py is: selection hooks into its insides.
+TRL = ["trl>=1.16,<1.17"]
 # Compiles for long where there is no wheel; without it attention is by torch's own kernel of variable length.
 FLASH = ["flash-attn>=2.8"]
 GPU = ["vllm>=0.32,<0.33", *DEEPSPEED, *LORA, *WANDB]

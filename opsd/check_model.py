@@ -30,8 +30,8 @@ from opsd.model.checks import (
 from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
 from opsd.model.loading import disable_dropout, load_ends, load_model, load_tokenizer, running, settle_layout
 from opsd.model.scorer import DistillHead, Scorer
+from opsd.model.stops import turn_ends
 from opsd.model.vocabulary import check_ends, model_vocabulary
-from opsd.rollout.hf import eos_token_ids
 from opsd.types import PLAIN, Head
 from opsd.utils.distributed import local_device
 from opsd.utils.errors import UserError, first_line
@@ -150,7 +150,7 @@ class _Found:
     def ends(self) -> str:
         """A token that ends a response."""
         size = model_vocabulary(self._tokenizer, self._model, self._name)
-        ends = eos_token_ids(self._model.generation_config, self._tokenizer)
+        ends = turn_ends(self._model.generation_config, self._tokenizer, chat=True)
         check_ends(ends, size, self._name)
         if not ends:
             return "none: every response reaches its longest"

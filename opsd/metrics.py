@@ -15,10 +15,11 @@ from opsd.config import TrainConfig
 from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.topk import ModelTop, top_tokens
 from opsd.engine import learning_rate
+from opsd.rollout.lengths import length_metrics
 from opsd.run.folder import RunFolder
 from opsd.run.token_record import recorded_rollouts, token_table
 from opsd.run.tracking import peak_gib
-from opsd.selection import REQUIRED_FIELDS, STATISTICS, TokenTelemetry
+from opsd.selection import REQUIRED_FIELDS, STATISTICS, STOP_FIELDS, TokenStats, TokenTelemetry
 from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import Update
 from opsd.utils.distributed import Ranks
@@ -40,7 +41,8 @@ class StepLog:
         if not due:
             return frozenset()
         record = REQUIRED_FIELDS if self._config.telemetry.save_tokens else frozenset()
-        return frozenset(MEANS).union(record, *(telemetry.needs for telemetry in due))
+        stops = STOP_FIELDS if self._parts.stops.ids else frozenset()
+        return frozenset(MEANS).union(record, stops, *(telemetry.needs for telemetry in due))
 
     @torch.no_grad()
     def top_tokens(
@@ -65,7 +67,7 @@ class StepLog:
                     student_ND[row_R],
                     head,
                     teacher_NE.to(student_ND.device)[row_R],
-                    parts.teacher.head(),
+                    parts.teacher.head_for(micro),
                     vocab_size=parts.vocab_size,
                     token_ids_N=micro.token_ids_N.to(student_ND.device)[row_R],
                 )
@@ -92,6 +94,10 @@ class StepLog:
             metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
         if config.rollout.horizon < 1.0:
             metrics["rollout/horizon_tokens"] = config.rollout.horizon_at(step)
+        if self._parts.asking is not None:
+            own = sum(rollout.prompt.teacher_ids is not None for rollout in rollouts)
+            metrics["teacher/context_frac"] = own / len(rollouts)
+        metrics |= length_metrics(rollouts, rewards)
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
         every, recorded = config.telemetry.save_rollouts_every, config.telemetry.save_tokens and self._due(step)
@@ -113,6 +119,8 @@ class StepLog:
             "select/kept_frac": update.kept / update.tokens,
             "optim/grad_norm": update.grad_norm,
         }
+        for name, (nats, kept) in update.teachers.items():
+            metrics |= {f"teacher/{name}/loss_nats": nats, f"teacher/{name}/kept": kept}
         if not self._parts.ranks.is_main:
             return metrics
         selector, due = self._parts.selector, self._due(step)
@@ -121,6 +129,8 @@ class StepLog:
             values_N = getattr(update.stats, field)
             if values_N is not None and (due or field not in partly):
                 metrics[name] = float(values_N.mean())
+        if due:
+            metrics |= stop_metrics(update.stats, update.kept_N)
         seed = derive_seed(self._config.seed, "select", step)
         for telemetry in due:
             metrics |= telemetry(update.stats, update.kept_N, selector, seed)
@@ -133,10 +143,45 @@ class StepLog:
             self._folder.write_tokens(step, table)
         return metrics
 
+    def of_cut(self, rollouts: list[Rollout], trained: list[Rollout]) -> dict[str, float]:
+        """How much of the rollouts is not trained on because they were cut off, where --rollout.truncated says so."""
+        if self._config.rollout.truncated == "keep":
+            return {}
+        tokens = sum(rollout.student_tokens() for rollout in rollouts)
+        return {
+            "rollout/left_out": len(rollouts) - len(trained),
+            "rollout/left_out_tokens": tokens - sum(rollout.student_tokens() for rollout in trained),
+        }
+
     def _due(self, step: int) -> list[TokenTelemetry]:
         """All installed telemetry where it is due in this step, else none."""
         every = self._config.telemetry.every
         return self._parts.telemetry if every and step % every == 0 else []
+
+
+def stop_metrics(stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
+    """What both models think of ending, and whether it is trained on; nothing where no token ended a turn.
+
+    stop/student_prob, stop/teacher_prob: mean chance that the turn ends where it did; …_before: over all other tokens.
+    stop/delta_nats: median of what the teacher's log-probability of the end is above the student's. stop/kept_frac:
+    fraction of the ends that were trained on. stop/count: how many there are.
+    """
+    stop_N = stats.stop_N
+    if stop_N is None or stats.stop_log_prob_N is None or stats.teacher_stop_log_prob_N is None or not stop_N.any():
+        return {}
+    metrics = {
+        "stop/count": int(stop_N.sum()),
+        "stop/kept_frac": float(kept_N.to(stop_N.device)[stop_N].float().mean()),
+    }
+    for log_prob_N, at, before in (
+        (stats.stop_log_prob_N, "stop/student_prob", "stop/student_prob_before"),
+        (stats.teacher_stop_log_prob_N, "stop/teacher_prob", "stop/teacher_prob_before"),
+    ):
+        metrics[at] = float(log_prob_N[stop_N].exp().mean())
+        if not stop_N.all():
+            metrics[before] = float(log_prob_N[~stop_N].exp().mean())
+    metrics["stop/delta_nats"] = float((stats.teacher_stop_log_prob_N - stats.stop_log_prob_N)[stop_N].median())
+    return metrics
 
 
 def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:

@@ -42,7 +42,10 @@ class TokenStats:
     teacher_rank_N: int64, how many tokens the teacher finds more likely than the student's (0 = top).
     grad_norm_N: L2 norm of the logit gradient of the reverse KL. teacher_mass_N: fp32, the teacher's probability of the
     student's `SUPPORT_TOKENS` likeliest tokens. log_ratio_N: log P_T − log P_S of the sampled token, nats.
-    token_ids_N: int64, the sampled token. vocab_size: |V| that the probabilities run over.
+    token_ids_N: int64, the sampled token.
+    stop_log_prob_N, teacher_stop_log_prob_N: natural logarithm of the chance that a turn ends here, by any stop token.
+    stop_N: bool, the sampled token ends a turn.
+    vocab_size: |V| that the probabilities run over.
     """
 
     rollout_N: torch.Tensor
@@ -56,6 +59,9 @@ class TokenStats:
     teacher_mass_N: torch.Tensor | None = None
     log_ratio_N: torch.Tensor | None = None
     token_ids_N: torch.Tensor | None = None
+    stop_log_prob_N: torch.Tensor | None = None
+    teacher_stop_log_prob_N: torch.Tensor | None = None
+    stop_N: torch.Tensor | None = None
     vocab_size: int | None = None
 
 
@@ -88,11 +94,18 @@ STATISTICS = {
     "teacher_mass_N": Statistic(required=False),
     "log_ratio_N": Statistic(required=False, sampled=True),
 }
-TEACHER_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.teacher)
+# Only where the run says which tokens end a turn.
+STOP_STATISTICS = {
+    "stop_log_prob_N": Statistic(teacher=False, required=False),
+    "teacher_stop_log_prob_N": Statistic(required=False),
+}
+ALL_STATISTICS = STATISTICS | STOP_STATISTICS
+STOP_FIELDS = frozenset(STOP_STATISTICS)
+TEACHER_FIELDS = frozenset(name for name, of in ALL_STATISTICS.items() if of.teacher)
 SAMPLED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.sampled)
 REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
 # Known without looking at a logit: a selector may list them in `needs`.
-GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "vocab_size"})
+GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "stop_N", "vocab_size"})
 
 
 def field_of(divergence: str) -> str | None:

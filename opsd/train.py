@@ -15,15 +15,17 @@ from opsd.build import Parts, assemble
 from opsd.config import TrainConfig
 from opsd.config.saved import check_resumable
 from opsd.data.hub import pin
-from opsd.data.packing import pack, share
+from opsd.data.packing import for_teacher, pack, share
 from opsd.distill import DistillResult
 from opsd.distill.loss import distill
 from opsd.engine import check_engine, learning_rate, settled
 from opsd.eval.cache import check_cache, evaluate_before
 from opsd.eval.evaluator import summary
 from opsd.metrics import StepLog
+from opsd.rollout.lengths import trainable
 from opsd.run import checkpoint
 from opsd.run.folder import Follower, RunFolder
+from opsd.run.health import Health
 from opsd.run.tracking import Stopwatch, Tracker, forget_peak
 from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import StepPlanner, Update, rollout_weights
@@ -103,7 +105,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder, done_steps: int = 0) -> None:
         self.config, self.parts, self.folder, self.done_steps = config, parts, folder, done_steps
         self.engine, self.ranks = parts.engine, parts.engine.ranks
-        self.planner = StepPlanner(parts.engine, parts.teacher, parts.selector, config.loss, parts.vocab_size)
+        how = (config.loss, parts.vocab_size, parts.stops, config.select.stop_token)
+        self.planner = StepPlanner(parts.engine, parts.teacher, parts.selector, *how)
+        self.health = Health(config)
         self.log = StepLog(config, parts, folder)
         self.watch = Stopwatch(parts.engine.device)
 
@@ -118,29 +122,33 @@ class Trainer:
                 sampling = dataclasses.replace(parts.sampling, max_new_tokens=config.rollout.horizon_at(step))
                 rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, sampling, seed)
             self.stop_if_asked(step - 1)
-            with self.stage("teacher"):
-                batches = pack(rollouts, config.engine.micro_batch_tokens)
-                micros = share(batches, ranks.rank, ranks.world_size)
-                teacher = parts.teacher.hidden(micros)
-            with self.stage("log"):
-                top = log.top_tokens(step, rollouts, micros, teacher)
             with self.stage("reward"):
                 rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)
+            with self.stage("teacher"):
+                if parts.asking is not None:
+                    rollouts = parts.asking.with_samples(rollouts, rewards, config.rollout.samples_per_prompt)
+                trained = trainable(rollouts, config.rollout.truncated)
+                batches = pack(trained, config.engine.micro_batch_tokens)
+                micros = share(batches, ranks.rank, ranks.world_size)
+                teacher = parts.teacher.hidden(for_teacher(micros, trained))
+            with self.stage("log"):
+                top = log.top_tokens(step, trained, micros, teacher)
             self.stop_if_asked(step - 1)
             update, weights, watched = None, rollout_weights(rollouts, rewards, config), log.watched(step)
             with self.kept_if_unusable(step, rollouts, rewards, skipped), self.stage("student"):
                 update = self.update(micros, teacher, step, watched, weights)
             skipped = 0 if update is not None else skipped + 1
+            parts.teacher.end_step(step)
             # Not needed until the next ones are there; at scale they are gigabytes.
             del teacher
             with self.stage("sync"):
                 parts.sampler.sync()
             with self.stage("log"):
-                metrics = log.of_step(step, rollouts, rewards, batches) | log.of_update(step, rollouts, update, top)
-            metrics |= self.watch.metrics()
+                metrics = log.of_step(step, rollouts, rewards, batches) | log.of_update(step, trained, update, top)
+                metrics |= log.of_cut(rollouts, trained) | self.watch.metrics()
             self.save_if_due(step, metrics)
             self.stop_if_asked(step, metrics)
-            tracker.step(metrics | self.evaluate_after(step, tracker))
+            self.record(step, metrics | self.evaluate_after(step, tracker), tracker)
 
     def update(
         self,
@@ -158,13 +166,14 @@ class Trainer:
         are not finite; RunStopped where a selector keeps another count than it announced.
         """
         lr, planner = learning_rate(step, self.config.steps, self.config.optim), self.planner
+        spec = planner.loss_at(step)
         try:
             plan = planner.plan(micros, teacher, derive_seed(self.config.seed, "select", step), watched)
             results = []
             for micro, teacher_NE, choice in zip(micros, teacher, plan.choices, strict=True):
 
                 def loss(student_ND: Tensor, head: Head, m=micro, t=teacher_NE, c=choice) -> DistillResult:
-                    return distill(planner.inputs(student_ND, head, m, t, weights), c, planner.loss)
+                    return distill(planner.inputs(student_ND, head, m, t, weights), c, spec)
 
                 result = self.engine.forward(micro, loss)
                 self.engine.backward(result.loss_sum, planner.divisor(plan, result))
@@ -173,7 +182,7 @@ class Trainer:
             planner.check(plan, results)
             with self.stage("optimiser"):
                 grad_norm = self.engine.step(lr)
-            return planner.finish(plan, results, grad_norm)
+            return planner.finish(plan, micros, results, grad_norm)
         except StepUnusable:
             planner.forget_step()
             raise
@@ -194,8 +203,10 @@ class Trainer:
                 tracker.say(f"prompts left out, longer than --rollout.max_prompt_tokens: {dropped}")
             if self.done_steps == 0:
                 self.evaluate_before(tracker)
+            for line in self.folder.history() if self.done_steps else ():
+                self.health.see(line)
             if pending is not None:
-                tracker.step(pending | self.evaluate_after(self.done_steps, tracker))
+                self.record(self.done_steps, pending | self.evaluate_after(self.done_steps, tracker), tracker)
             with signals.heeded():
                 self.train(tracker)
             self.folder.finish()
@@ -257,6 +268,19 @@ class Trainer:
         self.folder.write_card(step)
         return summary(result)
 
+    def record(self, step: int, metrics: dict[str, float], tracker: Tracker) -> None:
+        """Write a step's line, and say what goes wrong; under --health stop, save then and raise RunStopped."""
+        warnings = self.health.see(metrics) if self.ranks.is_main else []
+        tracker.step(metrics | {f"health/{warning.name}": 1 for warning in warnings})
+        for warning in warnings:
+            tracker.say(f"step {step}: {warning.text}")
+        stops = self.config.health == "stop" and step < self.config.steps
+        if stops and self.ranks.broadcast(bool(warnings)):
+            self.save_unless_there(step, metrics)
+            saved = f"{checkpoint.place(self.folder.checkpoints, step)} is saved"
+            resume = f"go on with: opsd train --resume {self.folder.path}"
+            raise RunStopped(f"step {step}: stopped by --health stop, {saved}; {resume}")
+
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
         """A checkpoint, where one is due. It comes before the step's evaluation, which may be long."""
         every = self.config.checkpoint.every
@@ -267,15 +291,20 @@ class Trainer:
         """A checkpoint of the weights as they are, after `step`; a call of all ranks, which wait for its end."""
         with self.stage("checkpoint"):
             tensors, values = self.engine.optimizer_state()
-            weights, adapters = self.engine.weights(), self.engine.adapters()
+            weights, adapters, teacher = self.engine.weights(), self.engine.adapters(), self.parts.teacher.state()
             if self.ranks.is_main:
                 selector = {} if self.parts.selector is None else self.parts.selector.state_dict()
-                state = checkpoint.TrainerState(step, tensors, values, selector, metrics)
+                state = checkpoint.TrainerState(step, tensors, values, selector, metrics, teacher)
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
                 checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
                 self.folder.write_card(step)
             self.ranks.gather(None)
+
+    def save_unless_there(self, step: int, metrics: dict[str, float]) -> None:
+        """A checkpoint of `step`, where none is there; a call of all ranks."""
+        if not self.ranks.broadcast(checkpoint.place(self.folder.checkpoints, step).exists()):
+            self.save(step, metrics)
 
     def stop_if_asked(self, step: int, metrics: dict[str, float] | None = None) -> None:
         """Where a signal reached any rank: save what `step` made, unless that is done already, and raise Interrupted.
@@ -289,8 +318,8 @@ class Trainer:
         saved = f"{place} is saved"
         if step == 0:
             saved = "nothing was trained yet"
-        elif not self.ranks.broadcast(place.exists()):
-            self.save(step, metrics or {})
+        else:
+            self.save_unless_there(step, metrics or {})
         name = signal.Signals(number).name
         raise signals.Interrupted(
             number,
@@ -325,8 +354,9 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:
-    """Optimiser and selector as a checkpoint has them. Raises UserError where it does not fit this run."""
+    """Optimiser, selector and teacher as a checkpoint has them. Raises UserError where it does not fit this run."""
     try:
+        parts.teacher.load_state(state.teacher)
         parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)

@@ -7,7 +7,7 @@ head, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,16 +16,29 @@ import torch
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None."""
+    """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None.
+
+    teacher_ids: what the teacher reads in place of ids; None: the same. teacher_asked: what they are rendered from once
+    a sample of the student is put in (`opsd.data.context`); None where they need none. teacher: which one scores it, by
+    name, where there are several.
+    """
 
     id: str
     text: str
     ids: list[int]
     answer: str | None
+    teacher_ids: list[int] | None = field(default=None, kw_only=True)
+    teacher_asked: str | list[dict[str, Any]] | None = field(default=None, kw_only=True)
+    teacher: str = field(default="", kw_only=True)
 
     def content(self) -> list[Any]:
         """All that decides how it is asked and graded, as JSON values."""
-        return [self.id, self.ids, self.answer]
+        own = [value for value in (self.teacher_ids, self.teacher_asked, self.teacher or None) if value is not None]
+        return [self.id, self.ids, self.answer, *own]
+
+    def tokens(self) -> int:
+        """Of the student's prompt or the teacher's, whichever is longer."""
+        return max(len(self.ids), len(self.teacher_ids or ()))
 
 
 @dataclass(frozen=True)
@@ -39,12 +52,27 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Stops:
+    """The tokens that end a response, or a turn of it.
+
+    joined: the loss takes them for one token, because the two models end with different ones.
+    """
+
+    ids: tuple[int, ...] = ()
+    joined: bool = False
+
+
+# Nothing is known to end a turn.
+NO_STOPS = Stops()
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One answer of the student, as token ids from the sampler (never re-tokenised).
 
-    id: unique over the step and all ranks. response_ids: end with EOS unless truncated.
+    id: unique over the step and all ranks. response_ids: end with a stop (see `Stops`) unless truncated.
     student_mask: for each response token, True where the student wrote it (False: tool output);
-    None means all True. truncated: the length limit came before EOS.
+    None means all True. truncated: the length limit came before a stop.
     """
 
     id: int
@@ -64,7 +92,8 @@ class MicroBatch:
 
     input_ids_1L, position_ids_1L: int64 [1, L]; positions restart at 0 with every rollout.
     rows_N: where in L the hidden state stands that predicts the n-th student token.
-    token_ids_N: that token. rollout_N: its rollout's id.
+    token_ids_N: that token. rollout_N: its rollout's id. teacher: the name of the one that scores all of them, where
+    there are several.
     """
 
     input_ids_1L: torch.Tensor
@@ -72,10 +101,12 @@ class MicroBatch:
     rows_N: torch.Tensor
     token_ids_N: torch.Tensor
     rollout_N: torch.Tensor
+    teacher: str = ""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        moved = MicroBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        moved = replace(self, **tensors)
         vars(moved)["lengths"] = self.lengths
         return moved
 

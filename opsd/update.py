@@ -5,24 +5,23 @@ Legend: N student tokens of a micro-batch, D and E hidden sizes, V shared vocabu
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from opsd.config import LossConfig, TrainConfig
-from opsd.distill import DistillResult, concatenate_stats
+from opsd.distill import DistillResult
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.select import Choice, pick, prepare, weigh
-from opsd.distill.stats import build_stats, check_needs, score_rows
+from opsd.distill.select import Choice, StopToken, pick, prepare, weigh
+from opsd.distill.stats import build_stats, check_needs, join_ranks, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
 from opsd.teacher import Teacher
-from opsd.types import Head, MicroBatch, Rollout
+from opsd.types import NO_STOPS, Head, MicroBatch, Rollout, Stops
 from opsd.utils.errors import RunStopped, StepUnusable, UserError
 
 
@@ -32,7 +31,8 @@ class Update:
 
     grad_norm: before clipping. kept_N: the mask over all ranks' student tokens, rank by rank and there micro-batch by
     micro-batch. stats: their statistics; fields that nobody asked for are None. chunk_halvings: how often, since the
-    update before and over all ranks, the loss ran out of memory and went on with half of the rows in a chunk.
+    update before and over all ranks, the loss ran out of memory and went on with half of the rows in a chunk. teachers:
+    of several, by name, the divergence per kept token and the kept tokens that each scored.
     """
 
     loss_nats: float
@@ -42,6 +42,7 @@ class Update:
     kept_N: Tensor
     stats: TokenStats
     chunk_halvings: int
+    teachers: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,16 +58,34 @@ class StepPlan:
 
 
 class StepPlanner:
-    """Plans each step for one selector (None: every token is kept) and one divergence, over all ranks."""
+    """Plans each step for one selector (None: every token is kept) and one divergence, over all ranks.
+
+    stops: the tokens that end a turn; stop_token: see `opsd.distill.select.with_stops`.
+    """
 
     def __init__(
-        self, engine: Engine, teacher: Teacher, selector: TokenSelector | None, loss: LossConfig, vocab_size: int
+        self,
+        engine: Engine,
+        teacher: Teacher,
+        selector: TokenSelector | None,
+        loss: LossConfig,
+        vocab_size: int,
+        stops: Stops = NO_STOPS,
+        stop_token: StopToken = "as_scored",
     ) -> None:
         self._engine, self._ranks, self._teacher = engine, engine.ranks, teacher
         self._selector = None if selector is None else with_defaults(selector)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._stops = vocab_size, stops
+        self._stop_token: StopToken = stop_token if stops.ids else "as_scored"
         self._chunks, self._halvings_told = ChunkBound(loss.chunk_tokens), 0
-        self.loss = LossSpec(loss.divergence, loss.beta, loss.temperature, self._chunks, loss.memory)
+        self._config = loss
+        self.loss = self.loss_at(1)
+
+    def loss_at(self, step: int) -> LossSpec:
+        """The loss of 1-based `step`."""
+        c = self._config
+        how = (c.beta, c.temperature, self._chunks, c.memory, c.entropy_threshold)
+        return LossSpec(c.divergence_at(step), *how)
 
     def plan(self, micros: list[MicroBatch], teacher: list[Tensor], seed: int, watched: frozenset[str]) -> StepPlan:
         """The step's plan. seed: decides random selection. watched: statistics to take over all tokens as well.
@@ -78,15 +97,16 @@ class StepPlanner:
         self._check_usable(micros, teacher)
         selector = self._selector
         if self._ranks.world_size == 1 and len(micros) == 1:
-            choice = Choice(selector, seed=seed, watch=watched, whole_step=True)
+            choice = Choice(selector, seed=seed, watch=watched, whole_step=True, stop_token=self._stop_token)
             return StepPlan([choice], None, self._announced(micros) if self._count_is_known() else 0)
         if selector is None or (selector.normalise_over != "batch" and self._count_is_known()):
-            choices = [Choice(selector, seed=seed, watch=watched)] * len(micros)
+            choices = [Choice(selector, seed=seed, watch=watched, stop_token=self._stop_token)] * len(micros)
             return StepPlan(choices, None, self._announced(micros))
         scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
         if selector.normalise_over == "batch":
-            prepare(selector, self._of_all_ranks(scored))
-        selections = [weigh(selector, stats, pick(selector, stats, seed)) for stats in scored]
+            prepare(selector, join_ranks(scored, self._ranks))
+        picked = [(stats, pick(selector, stats, seed, self._stop_token)) for stats in scored]
+        selections = [weigh(selector, stats, selection) for stats, selection in picked]
         kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))
         return StepPlan([Choice(selection=selection) for selection in selections], scored, kept)
 
@@ -103,11 +123,13 @@ class StepPlanner:
             student_ND,
             head,
             teacher_NE.to(student_ND.device, non_blocking=True),
-            self._teacher.head(),
+            self._teacher.head_for(micro),
             vocab_size=self._vocab_size,
             rollout_N=micro.rollout_N,
             token_ids_N=micro.token_ids_N,
             weight_N=None if rollout_weights is None else rollout_weights[micro.rollout_N.cpu()],
+            stops=self._stops,
+            temperature=self.loss.temperature,
         )
 
     def divisor(self, plan: StepPlan, result: DistillResult) -> int:
@@ -125,18 +147,21 @@ class StepPlanner:
         if (found := int(self._ranks.sum(sum(int(result.kept_N.sum()) for result in results)))) != plan.kept:
             raise RunStopped(f"the selector kept {found} tokens, its budget() says {plan.kept}: set fixed_budget False")
 
-    def finish(self, plan: StepPlan, results: list[DistillResult], grad_norm: float) -> Update:
+    def finish(
+        self, plan: StepPlan, micros: list[MicroBatch], results: list[DistillResult], grad_norm: float
+    ) -> Update:
         """What the update did. Raises StepUnusable for a gradient that is not finite: the engine took no step."""
         if not math.isfinite(grad_norm):
             raise StepUnusable(f"the gradient's norm is {grad_norm}")
         if self._selector is not None:
             self._selector.end_step(self._ranks.reduce)
-        stats = self._of_all_ranks([result.stats for result in results] if plan.scored is None else plan.scored)
+        scored = [result.stats for result in results] if plan.scored is None else plan.scored
+        stats = join_ranks(scored, self._ranks)
         kept_N = self._ranks.concatenate(torch.cat([result.kept_N for result in results]))
         told, self._halvings_told = self._halvings_told, self._chunks.halvings
         halvings = int(self._ranks.sum(self._halvings_told - told))
-        loss_nats = self._loss_nats(plan, results)
-        return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings)
+        loss_nats, teachers = self._loss_nats(plan, results), self._by_teacher(micros, results)
+        return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings, teachers)
 
     def forget_step(self) -> None:
         """The selector as it was: state does not change within a step, so loading it undoes `prepare`."""
@@ -146,6 +171,18 @@ class StepPlanner:
     def _loss_nats(self, plan: StepPlan, results: list[DistillResult]) -> float:
         return self._ranks.sum(sum(float(result.loss_sum) for result in results)) / plan.kept
 
+    def _by_teacher(self, micros: list[MicroBatch], results: list[DistillResult]) -> dict[str, tuple[float, int]]:
+        """See Update.teachers."""
+        own: dict[str, tuple[float, int]] = {}
+        for micro, result in zip(micros, results, strict=True):
+            nats, kept = own.get(micro.teacher, (0.0, 0))
+            own[micro.teacher] = nats + float(result.loss_sum), kept + int(result.kept_N.sum())
+        found: dict[str, tuple[float, int]] = {}
+        for name in sorted(own.keys() - {""}):
+            nats, kept = map(self._ranks.sum, own[name])
+            found[name] = nats / max(1, kept), int(kept)
+        return found
+
     def _check_usable(self, micros: list[MicroBatch], teacher: list[Tensor]) -> None:
         """Raises StepUnusable, on every rank, where none has a token, or where a teacher's states are not finite."""
         tokens = sum(micro.student_tokens() for micro in micros)
@@ -153,13 +190,13 @@ class StepPlanner:
         bad = sum(int((~hidden_NE.sum(-1, dtype=torch.float32).isfinite()).sum()) for hidden_NE in teacher)
         found = self._ranks.gather((tokens, bad))
         if not sum(tokens for tokens, _ in found):
-            raise StepUnusable("there is no token to train on: every rollout is empty")
+            raise StepUnusable("there is no token to train on: every rollout is empty, or was cut off and left out")
         if bad := sum(bad for _, bad in found):
             raise StepUnusable(f"the teacher's states of {bad} tokens are not finite")
 
     def _count_is_known(self) -> bool:
-        """Whether the kept count follows from lengths alone."""
-        return self._selector is None or self._selector.fixed_budget
+        """Whether the kept count follows from the rollouts alone: without a rule it does, stops or not."""
+        return self._selector is None or (self._selector.fixed_budget and self._stop_token == "as_scored")
 
     @torch.no_grad()
     def _score(self, micro: MicroBatch, teacher_NE: Tensor, watched: frozenset[str]) -> TokenStats:
@@ -173,20 +210,18 @@ class StepPlanner:
 
         return self._engine.forward(micro, use)
 
-    def _of_all_ranks(self, parts: list[TokenStats]) -> TokenStats:
-        """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
-        own = concatenate_stats(parts)
-        fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
-        common = set.intersection(*self._ranks.gather(set(fields)))
-        joined = {name: self._ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
-        return dataclasses.replace(own, **joined)
-
     def _announced(self, micros: list[MicroBatch]) -> int:
-        """The step's kept count, from the lengths of its rollouts."""
+        """The step's kept count, from its rollouts."""
         if self._selector is None:
-            return self._total(sum(micro.student_tokens() for micro in micros))
+            return self._total(sum(micro.student_tokens() - self._left_stops(micro) for micro in micros))
         lengths = [count for micro in micros for count in micro.rollout_N.unique(return_counts=True)[1].tolist()]
         return self._total(sum(self._selector.budget(length) for length in lengths))
+
+    def _left_stops(self, micro: MicroBatch) -> int:
+        """How many of a micro-batch's tokens are left out because they end a turn."""
+        if self._stop_token != "never":
+            return 0
+        return sum(int((micro.token_ids_N == token).sum()) for token in self._stops.ids)
 
     def _total(self, kept: int) -> int:
         """Over all ranks. Raises StepUnusable where none keeps a token."""

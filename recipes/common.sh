@@ -134,7 +134,8 @@ models_of() {
     DATA=${DATA_DIR:-\$DATA_DIR} PROMPTS=${DATA_DIR:-\$DATA_DIR}/dapo_train.jsonl GPUS=${NUM_GPUS:-8}
     case $1 in
         pocket)
-            STUDENT=assets/pocket/student TEACHER=assets/pocket/teacher PROMPTS=assets/pocket/train.jsonl GPUS=0
+            STUDENT=${POCKET_STUDENT:-assets/pocket/student} TEACHER=assets/pocket/teacher GPUS=0
+            PROMPTS=${POCKET_PROMPTS:-assets/pocket/train.jsonl}
             return
             ;;
         # Qwen3-8B after GRPO → Qwen3-4B
@@ -263,6 +264,7 @@ evaluate_teacher() {
 command_of() {
     local pair=$1 cell=$2 seed=$3 i
     shift 3
+    local teacher
     FLAGS=() CHANGED=
     models_of "$pair"
     if [[ $SCALE == paper ]]; then paper_flags "$pair"; else pocket_flags; fi
@@ -276,8 +278,11 @@ command_of() {
     NAME=$pair-$cell$CHANGED-seed$seed
     RUN=$RUNS/$NAME
     launch_of train
-    COMMAND=("${LAUNCH[@]}" --student "$STUDENT" --teacher "$TEACHER" --prompts "$PROMPTS" --out "$RUN" --seed "$seed"
-        --eval.cache "$RUNS/evaluations" "${FLAGS[@]}" "$@")
+    # A cell may name its own: itself, or several.
+    teacher=(--teacher "$TEACHER")
+    [[ " ${FLAGS[*]} " != *" --teacher "* && " ${FLAGS[*]} " != *" --teachers "* ]] || teacher=()
+    COMMAND=("${LAUNCH[@]}" --student "$STUDENT" ${teacher[@]+"${teacher[@]}"} --prompts "$PROMPTS" --out "$RUN"
+        --seed "$seed" --eval.cache "$RUNS/evaluations" "${FLAGS[@]}" "$@")
 }
 
 # The words of a command as one line that a shell reads back; $VARIABLES that were not set stay readable.

@@ -2,11 +2,14 @@
 
     python scripts/bench_step.py                 SmolLM2-135M teaches its own 15 layers; about ten minutes on two cores
     python scripts/bench_step.py --quick         fewer tokens and rounds, about three minutes
+    python scripts/bench_step.py --methods trl trl-kernel trl-fused opsd-hf opsd-hf-tip
+                                                 with selection inside TRL and opsd, see docs/trl.md
 
 Each trainer is a process of its own; they take turns step by step, so that whatever else the machine does hits all
 alike. The same prompts, answers of the same length (no end token), reverse KL, fp32, AdamW. The first step of each is a
 warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing: vLLM by
-itself writes as many tokens to the same prompts, the least that a rollout by it takes. Seconds are wall seconds and
+itself writes as many tokens to the same prompts, the least that a rollout by it takes. trl-kernel and trl-fused are TRL
+with selection by either engine, opsd-…-tip is opsd with it; the others train on all tokens. Seconds are wall and
 processor seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
 """
 
@@ -37,7 +40,7 @@ from opsd.model.loading import load_model, load_tokenizer
 from opsd.utils.errors import UserError, exits_on_bad_input
 from smollm2 import load, thin
 
-Method = Literal["trl", "opsd-hf", "opsd-vllm", "vllm-alone"]
+Method = Literal["trl", "trl-kernel", "trl-fused", "opsd-hf", "opsd-hf-tip", "opsd-vllm", "opsd-vllm-tip", "vllm-alone"]
 PROMPT = "Question {number}: what is {number} times {other}?{more} Explain every step, then give the answer."
 ANSWER_S = 1200.0
 
@@ -66,6 +69,10 @@ class Options:
     """Seconds that are spent on measuring each rate of the machine."""
     lr: float = 1e-6
     """Learning rate, constant."""
+    selector: str = "soft_or"
+    """The rule of those that select; it normalises over rollouts."""
+    retention: float = 0.5
+    """Fraction of each answer's tokens that they keep."""
     quick: bool = False
     """Three rounds of 16 tokens."""
 
@@ -151,6 +158,8 @@ def prepare(options: Options) -> dict[str, Any]:
         "new_tokens": options.new_tokens,
         "threads": options.threads,
         "lr": options.lr,
+        "selector": options.selector,
+        "retention": options.retention,
     }
 
 
@@ -178,7 +187,7 @@ def take_turns(options: Options, settings: dict[str, Any]) -> tuple[dict[str, An
             trainers[method] = Trainer(told, options.out / "work" / f"{method}.log")
         warm: dict[str, Any] = {}
         for method, trainer in trainers.items():
-            warm[method] = trainer.step(first_answers(options, settings) if method == "trl" else None)
+            warm[method] = trainer.step(first_answers(options, settings) if method.startswith("trl") else None)
         rounds = []
         for number in range(options.rounds):
             rounds.append({method: trainer.step() for method, trainer in trainers.items()})
@@ -261,8 +270,8 @@ def table(report: dict[str, Any]) -> str:
         f"{machine['processor']} ({machine['capability']}), {machine['threads']} threads; one thread: "
         f"{machine['gflop_s']:.0f} GFLOP/s, {machine['gb_s']:.1f} GB/s",
         "",
-        "| | step, wall s | step, CPU s | of TRL, wall | of TRL, CPU | stages, CPU s | first loss, nats |",
-        "|---|---|---|---|---|---|---|",
+        "| | step, wall s | step, CPU s | of TRL, wall | of TRL, CPU | stages, CPU s | first loss, nats | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method, found in report["methods"].items():
         step, ratio = found["median"]["step"], report["ratio_to_trl"].get(method)
@@ -270,9 +279,10 @@ def table(report: dict[str, Any]) -> str:
         stages = ", ".join(f"{n} {s['cpu_s']:.2f}" for n, s in found["median"].items() if n != "step")
         cells = [method, f"{step['wall_s']:.2f}", f"{step['cpu_s']:.2f}", *shares, stages]
         loss = found["warm_up"]["loss_nats"]
-        lines.append(f"| {' | '.join(cells)} | {'-' if loss is None else f'{loss:.5f}'} |")
+        cells += ["-" if loss is None else f"{loss:.5f}", f"{found['steps'][-1]['peak_mib']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in lowest.items())
-    lines.append(f"| floor | - | {sum(lowest.values()):.2f} | - | - | {parts} | - |")
+    lines.append(f"| floor | - | {sum(lowest.values()):.2f} | - | - | {parts} | - | - |")
     return "\n".join(lines)
 
 

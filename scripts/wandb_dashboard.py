@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A wandb workspace for runs of this trainer: accuracy, memory, selection and time, seeds averaged within their cell.
+"""A wandb workspace for runs of this trainer: accuracy, memory, selection, health, time; seeds averaged in their cell.
 
     python scripts/wandb_dashboard.py --entity TEAM --project opsd --suites math500 aime24 aime25
     python scripts/wandb_dashboard.py --entity TEAM --project opsd --dry_run
@@ -30,6 +30,7 @@ GROUP_BY = ("recipe", "pair", "selector")
 OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 QUADRANTS = (1, 2, 3, 4)
+REWARDED = ("rewarded", "unrewarded")
 
 
 def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], samples: int) -> Any:
@@ -51,6 +52,7 @@ def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
         "Memory": _memory(),
         "Training": _training(),
         "Selection": _selection(),
+        "Health": _health(),
         "Time": _time(),
     }
     return [ws.Section(name=name, panels=own, is_open=name in ("Accuracy", "Memory")) for name, own in found.items()]
@@ -91,6 +93,24 @@ def _selection() -> list[Any]:
         _lines("tokens kept", "select/kept_frac", unit="fraction"),
         _lines("overlap with other rules (Jaccard)", metric_regex="select/jaccard_.*"),
         panels.MediaBrowser(title="rollouts", media_keys=["rollout/samples"]),
+    ]
+
+
+def _health() -> list[Any]:
+    lengths = [f"length/{name}_tokens" for name in ("p10", "mean", "p90", "max")]
+    return [
+        _lines("lengths of rollouts", *lengths, unit="tokens"),
+        _lines("lengths by reward", *(f"length/mean_tokens_{group}" for group in REWARDED), unit="tokens"),
+        _lines("cut off", "rollout/truncated_frac", unit="fraction"),
+        _lines("tokens inside repeated n-grams", "repetition/ngram_frac", unit="fraction"),
+        _lines("the same by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
+        _lines("compression ratio", "repetition/compression"),
+        _lines("chance of the end where it stands", "stop/student_prob", "stop/teacher_prob"),
+        _lines("chance of the end before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
+        _lines("teacher's less student's log-probability of the end", "stop/delta_nats", unit="nats"),
+        _lines("ends that are trained on", metric_regex="stop/kept_frac.*"),
+        _lines("where rules rank the end", metric_regex="stop/score_percentile.*"),
+        _lines("warnings", metric_regex="health/.*"),
     ]
 
 

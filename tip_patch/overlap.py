@@ -1,9 +1,11 @@
-"""How much the other rules would have agreed with the mask that was trained on."""
+"""How much the other rules would have agreed with the mask that was trained on, and what each makes of the stop."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from opsd.selection import TokenSelector, TokenStats
@@ -30,14 +32,24 @@ def jaccard(first_N: Tensor, second_N: Tensor) -> float:
     return int((first_N & second_N).sum()) / either if either else 1.0
 
 
+def place_in_rollout(score_N: Tensor, rollouts: Rollouts) -> Tensor:
+    """Which fraction of the other tokens of its rollout each scores above, from 0 (lowest) to 1 (highest); 1 alone."""
+    others_N = (rollouts.counts_R[rollouts.index_N] - 1).double()
+    return torch.where(others_N > 0, rollouts.smaller(score_N).double() / others_N.clamp_min(1), 1.0)
+
+
 @dataclass(eq=False)
 class ShadowMasks:
-    """Overlap (Jaccard) of the trained mask with every other rule's at the same budget.
+    """Overlap (Jaccard) of the trained mask with every other rule's at the same budget, and where each ranks the stop.
 
-    Keys: select/jaccard_<rule>. A shadow keeps as many tokens of each rollout as were trained on, whichever rule chose
-    them; it normalises over the step's tokens, or over rollouts where the active rule does, and with the active rule's
-    clip. Two masks of one random rule would say nothing of the rule: the active one is left out. No keys where all
-    tokens are trained on. select/jaccard_random says what chance alone gives.
+    Keys: select/jaccard_<rule>. stop/score_percentile_<rule>: the fraction of its rollout's other tokens that the token
+    which ends a turn scores above, a mean over these tokens, also without a selector; stop/score_percentile is the
+    active rule's. stop/kept_frac_<rule>: how many of them the shadow keeps.
+
+    A shadow keeps as many tokens of each rollout as were trained on, whichever rule chose them; it normalises over
+    the step's tokens, or over rollouts where the active rule does, and with the active rule's clip. Two masks of one
+    random rule would say nothing of the rule: the active one is left out. No masks where all tokens are trained on.
+    select/jaccard_random says what chance alone gives.
     """
 
     needs = frozenset({"entropy_N", "reverse_kl_N", "forward_kl_N"})
@@ -47,21 +59,40 @@ class ShadowMasks:
     ) -> dict[str, float]:
         """The overlaps of one step."""
         kept_N = kept_N.to(stats.rollout_N.device)
-        if not kept_N.numel() or bool(kept_N.all()):
+        if not kept_N.numel():
             return {}
-        rollouts = Rollouts.of(stats.rollout_N)
+        rollouts, stop_N = Rollouts.of(stats.rollout_N), stats.stop_N
+        if stop_N is not None and not stop_N.any():
+            stop_N = None
         budget_R = rollouts.sum(kept_N.long())
         active = getattr(selector, "name", None)
         scope = "rollout" if getattr(selector, "normalise_over", None) == "rollout" else "batch"
         clip_quantile = getattr(selector, "clip_quantile", Selector.clip_quantile)
-        overlaps: dict[str, float] = {}
+        numbers: dict[str, float] = {}
+        if stop_N is not None and isinstance(selector, Selector):
+            own = dataclasses.replace(selector, normalise_over=scope)
+            numbers |= _percentile("stop/score_percentile", own, stats, rollouts, seed)
         for rule in RULES:
-            if rule.name == active:
+            if rule.name == active or any(getattr(stats, field) is None for field in rule.needs):
                 continue
             shadow = rule(normalise_over=scope, clip_quantile=clip_quantile)
-            if any(getattr(stats, field) is None for field in rule.needs):
+            if stop_N is not None:
+                numbers |= _percentile(f"stop/score_percentile_{rule.name}", shadow, stats, rollouts, seed)
+            if kept_N.all():
                 continue
             shadow.prepare(stats)
             shadow_N = shadow.choose(stats, rollouts, budget_R, seed).kept_N
-            overlaps[f"select/jaccard_{rule.name}"] = jaccard(kept_N, shadow_N)
-        return overlaps
+            numbers[f"select/jaccard_{rule.name}"] = jaccard(kept_N, shadow_N)
+            if stop_N is not None:
+                numbers[f"stop/kept_frac_{rule.name}"] = float(shadow_N[stop_N].double().mean())
+        return numbers
+
+
+def _percentile(key: str, rule: Selector, stats: TokenStats, rollouts: Rollouts, seed: int) -> dict[str, float]:
+    """Where the rule ranks the tokens that end a turn; nothing for a rule that does not rank."""
+    if type(rule).score is Selector.score:
+        return {}
+    assert stats.stop_N is not None
+    rule.prepare(stats)
+    place_N = place_in_rollout(rule.score(stats, rollouts, seed), rollouts)
+    return {key: float(place_N[stats.stop_N].mean())}

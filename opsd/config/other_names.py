@@ -25,6 +25,8 @@ _NAMES = """
 --rollout.temperature --temperature: temperature
 --rollout.top_p --top_p: top_p
 --rollout.top_k --top_k: top_k
+--rollout.stop_tokens --stop_tokens: stop_token_ids stop_tokens stop eos_token_id eos_token
+--rollout.truncated: mask_truncated_completions overlong_filtering filter_truncated mask_truncated
 --rollout.engine --engine: use_vllm vllm_mode rollout_name backend
 --rollout.gpu_memory_share --gpu_memory_share: gpu_memory_utilization vllm_gpu_memory_utilization
 --rollout.tensor_parallel: tensor_model_parallel_size vllm_tensor_parallel_size tp_size

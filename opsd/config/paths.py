@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opsd.utils.errors import UserError
 from opsd.utils.paths import check_hub_cache, check_model_path, check_new_run, check_records_path, hub_answers
 from opsd.utils.plugins import check_selector_name
 
@@ -16,9 +17,14 @@ def check_paths(config: TrainConfig) -> None:
     """What a run that is to begin names: its folder, selector, both models, prompts, suites. Raises UserError."""
     check_new_run(Path(config.out))
     check_selector_name(config.select.by)
-    models = {"--student": config.student, "--teacher": config.teacher.model}
+    if not config.teachers and not config.teacher.model:
+        raise UserError("no --teacher: give a model folder, self, or several as --teachers NAME=FOLDER")
+    teachers = {f"--teachers {name}" if name else "--teacher": path for name, path in config.teacher_paths().items()}
+    models = {"--student": config.student, **teachers}
     for flag, path in models.items():
         check_model_path(path, flag)
+    if config.teacher.context is not None and not Path(config.teacher.context).is_file():
+        raise UserError(f"--teacher.context {config.teacher.context}: no such file; give a text file")
     records = [config.prompts, *(pair.partition("=")[2] for pair in config.eval.suite if "=" in pair)]
     if config.environment.kind == "none":
         for path in records:

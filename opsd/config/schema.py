@@ -40,11 +40,30 @@ from opsd.utils.errors import UserError
 class TeacherConfig(Settings, part="teacher"):
     """The frozen model that scores every token."""
 
-    model: Annotated[str, arg(name="")]
-    """Folder (or hub name) of the teacher."""
-    kind: Literal["local", "vllm"] = "local"
+    model: Annotated[str, arg(name="")] = ""
+    """Folder (or hub name) of the teacher; self: the student. Several: --teachers."""
+    weights: Literal["initial", "ema", "current"] = "initial"
+    """self: the weights that the student started from (with adapters: the base, without them, at no memory), an average
+    of those that it had, in fp32, or those that it has."""
+    ema: FractionBelowOne = 0.99
+    """self, ema: at each refresh the average becomes ema times itself plus 1 - ema times the student."""
+    every: PositiveInt = 1
+    """self, ema or current: steps between refreshes."""
+    context: str | None = None
+    """A text file: what the teacher is asked in place of a prompt's last message, where it is to see more than the
+    student. {prompt}, {answer} and {any column} stand for the record's values, {rollout} for another sample of the same
+    prompt and step that was rewarded (where there is none, the teacher reads the student's prompt)."""
+    max_prompt_tokens: PositiveInt = 8192
+    """With context: longest prompt of the teacher, in tokens. A prompt whose context is longer is dropped and counted;
+    a sample whose context would be is not shown."""
+    kind: Literal["local", "vllm", "logprobs"] = "local"
     """local: in these processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both give hidden states, and the
-    loss the exact divergence over the whole vocabulary."""
+    loss the exact divergence over the whole vocabulary. logprobs: any server that answers /v1/completions with
+    prompt_logprobs (vLLM's), of whose model only the tokenizer is needed here: the likeliest tokens, and one
+    bucket for all others."""
+    top_logprobs: PositiveInt = 20
+    """logprobs: likeliest tokens asked for at each place; the sampled one comes besides. At most what the server allows
+    (vLLM: --max-logprobs)."""
     shard: bool = False
     """local: spread its weights over the processes (ZeRO-3), where one GPU cannot hold it; needs engine.kind
     deepspeed."""
@@ -53,16 +72,35 @@ class TeacherConfig(Settings, part="teacher"):
     cache: Literal["device", "host"] = "device"
     """Where its hidden states wait for the student's turn; host memory is pinned beside a GPU."""
     urls: tuple[str, ...] = ("http://127.0.0.1:8000",)
-    """vllm: one or more replicas."""
+    """vllm, logprobs: one or more replicas; of several teachers NAME=URL."""
     api_key_env: str | None = None
-    """vllm: the environment variable that holds the servers' key; the key itself is never written anywhere."""
+    """vllm, logprobs: the environment variable that holds the servers' key; the key is never written anywhere."""
     timeout_s: PositiveFloat = 300.0
-    """vllm: seconds that a request may take."""
+    """vllm, logprobs: seconds that a request may take."""
     retries: NonNegativeInt = 3
-    """vllm: further tries of a request that failed, each on the next replica, before the run stops."""
+    """vllm, logprobs: further tries of a request that failed, each on the next replica, before the run stops."""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the student teaches itself."""
+        return self.model == "self"
+
+    @property
+    def follows(self) -> bool:
+        """Whether its weights change with the student's."""
+        return self.is_student and self.weights != "initial"
 
     def check(self) -> None:
-        if self.kind == "vllm" and not self.urls:
+        if self.weights != "initial" and not self.is_student:
+            raise UserError(f"--teacher.weights {self.weights} needs --teacher self, not {self.model}")
+        if self.every > 1 and not self.follows:
+            raise UserError(f"--teacher.every {self.every} needs --teacher self with --teacher.weights ema or current")
+        if self.follows and (self.kind != "local" or self.shard or self.offload):
+            raise UserError(
+                f"--teacher.weights {self.weights}: this teacher lies in the student, sharded as it is; leave out "
+                "--teacher.kind, --teacher.shard and --teacher.offload"
+            )
+        if self.kind != "local" and not self.urls:
             raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
         if any(sign in url for url in self.urls for sign in "@?#"):
             raise UserError(
@@ -109,6 +147,10 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     cut. What is not written costs nothing (arXiv 2602.15260, 2605.31490)."""
     horizon_steps: NonNegativeInt = 0
     """Step from which on answers are written to the end; horizon grows linearly until then. 0: it never grows."""
+    truncated: Literal["keep", "drop", "mask_tail"] = "keep"
+    """What is trained on of a response that reached max_new_tokens. keep: all of it. drop: nothing. mask_tail: all but
+    its tail: the loop that it ends in, from its second round on, and at least its last tenth. What is left out is
+    neither scored nor counted in what the loss is divided by; rollout/left_out_tokens says how much it is."""
 
     def horizon_at(self, step: int) -> int:
         """Tokens that answers are written to in 1-based `step`, at least 1."""
@@ -149,6 +191,11 @@ class SelectConfig(Settings, part="select"):
     depends on how rollouts were packed."""
     clip_quantile: Fraction = 0.98
     """Entropy is clipped at this quantile before min-max; 1.0 is off."""
+    stop_token: Literal["as_scored", "always", "never"] = "as_scored"
+    """The token that ends a response. as_scored: a token like others, which the rule keeps or not (the paper's).
+    always: it is trained on besides what the rule keeps, so when to end is learnt from every response. never: it is
+    left out, so when to end is learnt only where the response went on. What is trained on is what the loss is divided
+    by. A rule whose count follows from lengths then costs a forward pass more, unless it normalises over the batch."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of the selector, as KEY VALUE pairs."""
 
@@ -157,8 +204,16 @@ class SelectConfig(Settings, part="select"):
 class LossConfig(Settings, part="loss"):
     """The divergence between student and teacher, per kept token."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
-    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "eopd", "forward_then_reverse", "sampled_token"] = (
+        "reverse_kl"
+    )
+    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta. eopd: reverse_kl, and
+    forward_kl too where the teacher is unsure. forward_then_reverse: forward_kl for warmup_steps, then reverse_kl.
+    sampled_token: a policy gradient by the log-ratio at the sampled token, whose mean is that of reverse_kl."""
+    entropy_threshold: NonNegativeFloat = 0.8
+    """eopd: nats of the teacher's entropy above which forward_kl joins; 0.8 is the paper's (arXiv 2603.07079)."""
+    warmup_steps: NonNegativeInt = 0
+    """forward_then_reverse: steps under forward_kl, before reverse_kl."""
     beta: float = 0.5
     """Teacher's share of the JSD mixture, in (0, 1)."""
     temperature: PositiveFloat = 1.0
@@ -178,7 +233,18 @@ class LossConfig(Settings, part="loss"):
         """Whether rewards weigh the loss."""
         return bool(self.reward_beta) or self.prompt_weights != "none"
 
+    def divergence_at(self, step: int) -> str:
+        """What is trained in 1-based `step`."""
+        if self.divergence != "forward_then_reverse":
+            return self.divergence
+        return "forward_kl" if step <= self.warmup_steps else "reverse_kl"
+
     def check(self) -> None:
+        if (self.divergence == "forward_then_reverse") != (self.warmup_steps > 0):
+            raise UserError(
+                f"--loss.divergence {self.divergence} with --loss.warmup_steps {self.warmup_steps}: "
+                "forward_then_reverse needs steps above 0, no other divergence has any"
+            )
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
             raise UserError(
                 f"--loss.beta {self.beta}: give a share in (0, 1); for its ends use reverse_kl or forward_kl"
@@ -294,7 +360,8 @@ class EvalConfig(EvaluationSettings, part="eval"):
     at_start: bool = True
     """Evaluate before the first step."""
     teacher: bool = True
-    """Evaluate the teacher once, so that the room for improvement is known."""
+    """Evaluate the teacher once, as the student is asked, so that the room for improvement is known. A student that
+    teaches itself is evaluated as it starts (at_start)."""
     cache: str | None = None
     """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): one
     that is there for the same models, problems, settings and versions is taken, not made again. None is off."""
@@ -379,7 +446,12 @@ class TrainConfig(PromptSettings, StepSettings):
 
     student: str
     """Folder (or hub name) of the student to start from."""
-    teacher: TeacherConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: tuple[str, ...] = ()
+    """Several teachers in place of --teacher, as NAME=FOLDER pairs, e.g. math=M code=C; each scores the prompts whose
+    record names it. What --teacher.* says holds for each."""
+    teacher_field: str = "domain"
+    """Column that names a prompt's teacher, where there are several."""
     trust_remote_code: bool = False
     """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
     """
@@ -394,6 +466,22 @@ class TrainConfig(PromptSettings, StepSettings):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    health: Literal["warn", "stop", "off"] = "warn"
+    """Watches lengths, truncation, stops, repetition, entropy, loss and reward, and says once, in a line, what goes
+    wrong and which flag helps (docs/stops.md has the bounds). stop: saves there and ends the run; it can be resumed."""
+
+    def teacher_paths(self) -> dict[str, str]:
+        """By name, folder (or hub name) of each teacher's weights, or of those that it starts from; one has no name."""
+        if not self.teachers:
+            return {"": self.student if self.teacher.is_student else self.teacher.model}
+        return dict((name, path) for name, _, path in (pair.partition("=") for pair in self.teachers))
+
+    def teacher_of(self, name: str) -> TeacherConfig:
+        """What holds for the teacher of that name."""
+        urls = self.teacher.urls
+        if self.teachers and self.teacher.kind != "local":
+            urls = tuple(url.removeprefix(f"{name}=") for url in urls if url.startswith(f"{name}="))
+        return dataclasses.replace(self.teacher, model=self.teacher_paths()[name], urls=urls)
 
     def check(self) -> None:
         super().check()

@@ -116,6 +116,10 @@ class LengthSettings(Settings):
     """Longest prompt accepted, in tokens."""
     max_new_tokens: PositiveInt = 8192
     """Longest response, in tokens; one that reaches it is truncated: counted as such, and wrong in an evaluation."""
+    stop_tokens: tuple[str, ...] = ()
+    """What ends a response, as the vocabulary spells it, e.g. '<|im_end|>', or as an id. None given: whatever a model
+    ends a turn with by its generation_config, its tokenizer and its chat template; in training either of the two
+    models, and where they differ the loss takes all of these for one token (docs/stops.md)."""
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,18 @@ def pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:
     """Spread rollouts over micro-batches of at most `max_tokens` tokens, longest first into the first that fits.
 
     A rollout is never split: one longer than `max_tokens` gets a micro-batch of its own. Rollouts without
-    student tokens carry no loss and are left out. The result depends on the rollouts alone.
+    student tokens carry no loss and are left out. The result depends on the rollouts alone. Those of different teachers
+    lie apart, teacher by teacher.
     """
+    teachers = sorted({rollout.prompt.teacher for rollout in rollouts})
+    return [
+        micro
+        for name in teachers
+        for micro in _pack([rollout for rollout in rollouts if rollout.prompt.teacher == name], max_tokens)
+    ]
+
+
+def _pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:
     bins: list[list[Rollout]] = []
     room: list[int] = []
     for rollout in sorted(rollouts, key=lambda r: (-_input_tokens(r), r.id)):
@@ -89,35 +99,61 @@ def share(batches: list[MicroBatch], rank: int, world_size: int) -> list[MicroBa
     """A rank's part of a step's micro-batches: as many for every rank, about as many tokens.
 
     Dealt out largest first, to and fro; ranks that get one fewer are given an empty one, because a sharded engine's
-    ranks go through forward and backward together. With one rank nothing changes.
+    ranks go through forward and backward together. With one rank nothing changes. Of several teachers, each scores as
+    many on every rank.
     """
     if world_size == 1:
         return batches
+    teachers = sorted({micro.teacher for micro in batches})
+    return [
+        micro
+        for name in teachers
+        for micro in _share([micro for micro in batches if micro.teacher == name], rank, world_size)
+    ]
+
+
+def _share(batches: list[MicroBatch], rank: int, world_size: int) -> list[MicroBatch]:
     order = sorted(range(len(batches)), key=lambda place: -batches[place].input_ids_1L.numel())
     rounds = [order[first : first + world_size] for first in range(0, len(order), world_size)]
     places = [rank if number % 2 == 0 else world_size - 1 - rank for number in range(len(rounds))]
     return [
-        batches[dealt[place]] if place < len(dealt) else empty() for dealt, place in zip(rounds, places, strict=True)
+        batches[dealt[place]] if place < len(dealt) else empty(batches[0].teacher)
+        for dealt, place in zip(rounds, places, strict=True)
     ]
 
 
-def empty() -> MicroBatch:
+def empty(teacher: str = "") -> MicroBatch:
     """A micro-batch without a student token: one input token, a loss of 0 and gradients of 0."""
     none = torch.zeros(0, dtype=torch.int64)
     one = torch.zeros(1, 1, dtype=torch.int64)
-    return MicroBatch(one, one, none, none, none)
+    return MicroBatch(one, one, none, none, none, teacher)
+
+
+def for_teacher(micros: list[MicroBatch], rollouts: list[Rollout]) -> list[MicroBatch]:
+    """The same student tokens in the same order, behind the prompts that the teacher reads.
+
+    rollouts: the step's. A micro-batch in which no prompt has `teacher_ids` is handed through as it is.
+    """
+    by_id = {rollout.id: rollout for rollout in rollouts}
+    found = []
+    for micro in micros:
+        members = [by_id[number] for number in micro.rollout_N.unique().tolist()]
+        own = any(rollout.prompt.teacher_ids is not None for rollout in members)
+        found.append(_join(members, of_teacher=True) if own else micro)
+    return found
 
 
 def _input_tokens(rollout: Rollout) -> int:
-    """The last token is predicted, never read: it is not an input."""
-    return len(rollout.prompt.ids) + len(rollout.response_ids) - 1
+    """Of the longer of student's and teacher's. The last token is predicted, never read: it is not an input."""
+    return rollout.prompt.tokens() + len(rollout.response_ids) - 1
 
 
-def _join(rollouts: list[Rollout]) -> MicroBatch:
+def _join(rollouts: list[Rollout], of_teacher: bool = False) -> MicroBatch:
     ids, positions, rows, tokens, owners = [], [], [], [], []
     for rollout in rollouts:
-        start, prompt_tokens = len(ids), len(rollout.prompt.ids)
-        sequence = rollout.prompt.ids + rollout.response_ids
+        prompt_ids = (of_teacher and rollout.prompt.teacher_ids) or rollout.prompt.ids
+        start, prompt_tokens = len(ids), len(prompt_ids)
+        sequence = prompt_ids + rollout.response_ids
         ids += sequence[:-1]
         positions += range(len(sequence) - 1)
         mask = rollout.student_mask or [True] * len(rollout.response_ids)
@@ -133,4 +169,5 @@ def _join(rollouts: list[Rollout]) -> MicroBatch:
         rows_N=torch.tensor(rows),
         token_ids_N=torch.tensor(tokens),
         rollout_N=torch.tensor(owners),
+        teacher=rollouts[0].prompt.teacher,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _ASKING = ("user", "tool", "function", "ipython", "observation")
 class PromptFormat:
     """How a record becomes token ids; the same for training, evaluation, student and teacher.
 
-    kind: "chat" | "raw". thinking: "on" | "off", handed to the chat template.
+    kind: "chat" | "raw". thinking: "on" | "off", handed to the chat template. whose: template, for messages.
     max_tokens: longest prompt; overlong: "error" | "drop". limit_flag: the option that sets max_tokens, for messages.
     """
 
@@ -39,6 +39,7 @@ class PromptFormat:
     max_tokens: int = 2048
     overlong: str = "error"
     limit_flag: str = "--rollout.max_prompt_tokens"
+    whose: str = "student's"
 
     @classmethod
     def of(cls, settings: PromptSettings, **more: Any) -> PromptFormat:
@@ -67,20 +68,26 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[list[Prompt], int]:
+def load_prompts(
+    path: str | Path,
+    tokenizer: Any,
+    how: PromptFormat,
+    more: Callable[[Any, str | None, dict[str, Any], str], dict[str, Any]] | None = None,
+) -> tuple[list[Prompt], int]:
     """All prompts of a file in file order, and how many over-long ones were dropped.
+
+    more: further fields of a prompt, from its content, answer, record and place.
 
     Raises UserError for a missing or malformed file, a field that is absent, a tokenizer without a chat
     template where one is needed, a template that cannot do what `how.thinking` says, a prompt over `how.max_tokens`
     (unless they are to be dropped).
     """
-    if how.kind == "chat":
-        _check_template(tokenizer, how)
+    check_template(tokenizer, how)
     prompts, dropped = [], 0
     for number, record in enumerate(read_records(path), start=1):
         where = f"{path} record {number}"
         content = lookup(record, how.prompt_field, where)
-        ids = _encode(content, tokenizer, how, where)
+        ids = encode(content, tokenizer, how, where)
         if len(ids) > how.max_tokens:
             if how.overlong == "drop":
                 dropped += 1
@@ -91,10 +98,28 @@ def load_prompts(path: str | Path, tokenizer: Any, how: PromptFormat) -> tuple[l
             )
         name = number - 1 if record.get("id") is None else record["id"]
         text = content if isinstance(content, str) else content[-1]["content"]
-        prompts.append(Prompt(str(name), text, ids, _answer(record, how, where)))
+        answer = _answer(record, how, where)
+        further = {} if more is None else more(content, answer, record, where)
+        prompts.append(Prompt(str(name), text, ids, answer, **further))
     if not prompts:
         raise UserError(f"{path}: all {dropped} prompts are over {how.limit_flag} {how.max_tokens}; raise it")
     return prompts, dropped
+
+
+def routed(field: str, names: Iterable[str]) -> Callable[[Any, str | None, dict[str, Any], str], dict[str, Any]]:
+    """For `load_prompts`: the teacher of a prompt, which its record names in a field. Raises UserError for no name."""
+
+    def more(content: Any, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
+        return {"teacher": checked_route(lookup(record, field, where), field, names, where)}
+
+    return more
+
+
+def checked_route(value: Any, field: str, names: Iterable[str], where: str) -> str:
+    """A teacher's name. Raises UserError for one that no teacher has."""
+    if value not in list(names):
+        raise UserError(f"{where}: {field!r} is {_short(value)}; --teachers has {', '.join(names)}")
+    return value
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -169,8 +194,10 @@ def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None
     return str(answer) if str(answer).strip() else None
 
 
-def _check_template(tokenizer: Any, how: PromptFormat) -> None:
-    """Raises UserError where there is no template, or where its thinking mode would not be the one that is stated."""
+def check_template(tokenizer: Any, how: PromptFormat) -> None:
+    """Raises UserError where there is no template for chats, or where its thinking mode would not be the stated one."""
+    if how.kind != "chat":
+        return
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; give --prompt_format raw, or a model with a template")
     ask: list[Any] = [{"role": "user", "content": "?"}]
@@ -191,7 +218,8 @@ def _check_template(tokenizer: Any, how: PromptFormat) -> None:
         raise UserError("--thinking off: the chat template always starts a thought; give --thinking on")
 
 
-def _encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
+def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
+    """A text or messages as token ids. Raises UserError, with `where`, for what cannot be asked."""
     is_messages = isinstance(content, list) and all(_is_message(message) for message in content)
     if not content or not (isinstance(content, str) or is_messages):
         raise UserError(
@@ -236,12 +264,12 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptForm
         text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # a template is a program
         raise UserError(
-            f"{where} does not fit the student's chat template ({first_line(error)}); mend the messages"
+            f"{where} does not fit the {how.whose} chat template ({first_line(error)}); mend the messages"
         ) from error
     last = messages[-1]
     if last["role"] != "user" and not _shows(text, last["content"]):
         raise UserError(
-            f"{where}: the student's chat template leaves out the last message, of role {last['role']!r}; "
+            f"{where}: the {how.whose} chat template leaves out the last message, of role {last['role']!r}; "
             "give messages that it shows"
         )
     return tokenizer(text, add_special_tokens=False).input_ids

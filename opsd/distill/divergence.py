@@ -19,7 +19,8 @@ from opsd.selection import SUPPORT_TOKENS
 from opsd.types import Transform
 from opsd.utils.errors import UserError
 
-Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "eopd", "sampled_token"]
+SAMPLED: Divergence = "sampled_token"
 SCRATCH_BUFFERS = 2
 # Statistics that read how both models' exponentials add up.
 _OF_BOTH_MASSES = frozenset({"reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "teacher_mass_N", "log_ratio_N"})
@@ -117,22 +118,67 @@ def jsd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: floa
     return (mixing + beta * teacher_nats_B - (1.0 - beta) * student_nats_B).clamp_min_(0.0), student_B
 
 
-# In place: (student logits, teacher logits, scratch, beta) -> nats [B] and a mass [B]. In the student's logits is then
-# left the divergence's gradient with respect to them, times that mass.
+def eopd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """KL(P_S‖P_T) + 1[H(P_T) > τ]·KL(P_T‖P_S): the forward KL joins where the teacher is unsure (τ in nats).
+
+    Entropy-Aware On-Policy Distillation, arXiv 2603.07079: L = L_OPD + λ·1[H(p_T) > τ]·L_FKL with τ = 0.8. Its authors
+    estimate the reverse KL on the sampled token, clipped, and take the forward KL over the teacher's 16 likeliest
+    tokens. Both are exact here, over the whole vocabulary, with λ = 1: our reading. The gate hangs on the teacher
+    alone, so the gradient is p·(r − kl) + 1[…]·(p − q).
+    """
+    u_BV = torch.sub(centre_(student_BV), centre_(teacher_BV), out=scratch_SBV[0])
+    student_B, teacher_B = exp_(student_BV, student_BV), exp_(teacher_BV, scratch_SBV[1])
+    p_BV, q_BV = student_BV, scratch_SBV[1]
+    gate_B = (_entropy(teacher_BV, q_BV, teacher_B) > threshold).to(u_BV.dtype)
+    apart_B = (student_B / teacher_B).log_()
+    forward_B = (apart_B - torch.mul(u_BV, q_BV, out=teacher_BV).sum(-1) / teacher_B).clamp_min_(0.0)
+    weighted_BV = u_BV.mul_(p_BV)
+    mean_B = weighted_BV.sum(-1) / student_B
+    torch.addcmul(weighted_BV, p_BV, (gate_B - mean_B)[:, None], out=p_BV)
+    p_BV.addcmul_(q_BV, (gate_B * student_B / teacher_B)[:, None], value=-1.0)
+    return (mean_B - apart_B).clamp_min_(0.0) + gate_B * forward_B, student_B
+
+
+# In place: (student logits, teacher logits, scratch, parameter) -> nats [B] and a mass [B]. In the student's logits is
+# then left the divergence's gradient with respect to them, times that mass. parameter: jsd's β, eopd's τ.
 GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "reverse_kl": reverse_kl_,
     "forward_kl": forward_kl_,
     "jsd": jsd_,
+    "eopd": eopd_,
 }
 
 
-def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, beta: float) -> Tensor:
+def sampled_token_(
+    student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, token_ids_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a = log p_y − log q_y at the sampled token y, with the gradient a·(1_y − p) of a policy gradient.
+
+    In the form of tinker-cookbook, slime and prime-rl: −ratio·A with advantage A = −a, held fixed, and ratio = p_y over
+    what it was when y was sampled. A step here makes one update from its own samples, so the ratio is 1 and its
+    gradient that of log p_y. The mean over y drawn from p is the reverse KL's, of the value and of the gradient, since
+    E[1_y − p] = 0; a single draw is off by as much as a varies over the vocabulary. The value may be negative.
+    """
+    centre_(student_BV), centre_(teacher_BV)
+    place_B1 = token_ids_B[:, None]
+    apart_B = (student_BV.gather(1, place_B1) - teacher_BV.gather(1, place_B1)).squeeze(1)
+    student_B, teacher_B = exp_(student_BV, student_BV), exp_(teacher_BV, teacher_BV)
+    a_B = apart_B - (student_B / teacher_B).log_()
+    student_BV.mul_(-a_B[:, None]).scatter_add_(1, place_B1, (a_B * student_B)[:, None])
+    return a_B, student_B
+
+
+def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, parameter: float) -> Tensor:
     """The same divergence in nats [B], written as its definition and differentiated by autograd."""
+    if divergence == "eopd":
+        unsure_B = -(log_q_BV.exp() * log_q_BV).sum(-1) > parameter
+        reverse_B, forward_B = (plain_divergence(f"{kl}_kl", log_p_BV, log_q_BV, 0.0) for kl in ("reverse", "forward"))
+        return reverse_B + unsure_B * forward_B
     if divergence == "reverse_kl":
         return (log_p_BV.exp() * (log_p_BV - log_q_BV)).sum(-1)
     if divergence == "forward_kl":
         return (log_q_BV.exp() * (log_q_BV - log_p_BV)).sum(-1)
-    p_BV, q_BV = log_p_BV.exp(), log_q_BV.exp()
+    p_BV, q_BV, beta = log_p_BV.exp(), log_q_BV.exp(), parameter
     log_m_BV = torch.lerp(p_BV, q_BV, beta).clamp_min(torch.finfo(p_BV.dtype).tiny).log()
     teacher_kl_B = (q_BV * (log_q_BV - log_m_BV)).sum(-1)
     return beta * teacher_kl_B + (1.0 - beta) * (p_BV * (log_p_BV - log_m_BV)).sum(-1)
@@ -140,8 +186,8 @@ def plain_divergence(divergence: str, log_p_BV: Tensor, log_q_BV: Tensor, beta: 
 
 def check_divergence(divergence: str, beta: float, temperature: float) -> None:
     """Raises UserError for an unknown divergence, a β outside (0, 1) under jsd, or a temperature not above 0."""
-    if divergence not in GRADIENTS:
-        raise UserError(f"unknown divergence {divergence!r}: give one of {', '.join(GRADIENTS)}")
+    if divergence not in (*GRADIENTS, SAMPLED):
+        raise UserError(f"unknown divergence {divergence!r}: give one of {', '.join(GRADIENTS)}, {SAMPLED}")
     if divergence == "jsd" and not 0.0 < beta < 1.0:
         raise UserError(f"beta {beta} for jsd: give a share in (0, 1); its ends are reverse_kl and forward_kl")
     if not 0.0 < temperature < float("inf"):

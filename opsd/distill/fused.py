@@ -109,7 +109,10 @@ def differentiate(
             chunks, held = _projected(trained, chunk) if held is None else _held(trained, held), None
             for part, logits, out_CW in chunks:
                 where = trained.where(part)
-                found = differentiate_(logits, trained.spec, None if weight_K is None else weight_K[part], out_CW)
+                weight_C = None if weight_K is None else weight_K[part]
+                ids_C = None if inputs.scored_ids_N is None else inputs.scored_ids_N[where]
+                found = differentiate_(logits, trained.spec, weight_C, out_CW, ids_C)
+                head.part_(found.gradient_CW, inputs.student_ND[where])
                 loss_K[part], hidden_CD = found.loss_C, inputs.student_ND[where]
                 if found.scale_C1 is not None:
                     hidden_CD = hidden_CD * found.scale_C1
@@ -127,12 +130,12 @@ def _projected(trained: Trained, chunk: int) -> Iterator[tuple[slice, Logits, Te
     gradient goes."""
     inputs = trained.inputs
     student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection()
-    work = Workspace.allocate(inputs, chunk)
+    work = Workspace.allocate(inputs, chunk, kernels=trained.spec.has_kernels)
     gradient_CW = gradient_buffer(work, chunk, inputs.student_type)
     for part in slices(trained.rows, chunk):
         where, count = trained.where(part), part.stop - part.start
         student_CW = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
-        teacher_CW = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
+        teacher_CW = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CW)
         yield part, Logits(work, student_CW, teacher_CW), gradient_CW[:count]
 
 
@@ -142,6 +145,7 @@ def _held(trained: Trained, held: HeldLogits) -> Iterator[tuple[slice, Logits, T
     teacher_CW = work.teacher_CV
     if not held.has_teacher:
         teacher_CW = work.student_CV.new_empty(trained.rows, work.student_CV.shape[1])
-        inputs.teacher_projection().project_(inputs.teacher_NE[trained.where(everything)], teacher_CW)
+        where = trained.where(everything)
+        inputs.teacher_projection().project_(inputs.teacher_NE[where], teacher_CW, work.student_CV[where])
     out_KW = gradient_buffer(work, trained.rows, inputs.student_type, picked=kept_K is not None)
     yield everything, Logits(work, work.student_CV, teacher_CW, held=True, kept_C=kept_K), out_KW

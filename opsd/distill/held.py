@@ -39,11 +39,11 @@ def hold_logits(inputs: Inputs, spec: LossSpec, teacher: bool) -> HeldLogits | N
     if not rows or not may_hold(spec.chunk_tokens, rows, inputs.vocab_size, like, inputs.wide):
         return None
     try:
-        work = Workspace.allocate(inputs, rows, teacher, copies=True)
+        work = Workspace.allocate(inputs, rows, teacher, copies=True, kernels=spec.has_kernels)
         with torch.autocast(like.device.type, enabled=False):
             inputs.student_projection().project_(like, work.student_CV)
             if teacher:
-                inputs.teacher_projection().project_(inputs.teacher_NE, work.teacher_CV)
+                inputs.teacher_projection().project_(inputs.teacher_NE, work.teacher_CV, work.student_CV)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

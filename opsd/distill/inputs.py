@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
-from opsd.distill.divergence import check_divergence
-from opsd.distill.matmul import Projection, product_dtype
-from opsd.types import Head
+from opsd.distill.divergence import SAMPLED, check_divergence
+from opsd.distill.matmul import Joined, Projection, product_dtype
+from opsd.distill.top_log_probs import TopLogProbs
+from opsd.types import NO_STOPS, PLAIN, Head, Stops, Transform
 from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
+ENTROPY_THRESHOLD = 0.8
+"""Nats; what arXiv 2603.07079 takes."""
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Which divergence, at which temperature, in chunks of at most how many tokens; memory: see `distill_loss`.
+    """Which divergence, at which temperature, in chunks of at most how many tokens; the rest: see `distill_loss`.
 
     Raises UserError for values that are not allowed.
     """
@@ -28,8 +31,21 @@ class LossSpec:
     temperature: float = 1.0
     chunk_tokens: ChunkTokens = "auto"
     memory: str = "fused"
+    entropy_threshold: float = ENTROPY_THRESHOLD
+
+    @property
+    def parameter(self) -> float:
+        """What the divergence reads beside the logits: jsd's β, eopd's τ."""
+        return self.entropy_threshold if self.divergence == "eopd" else self.beta
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton's kernels know this divergence; else torch's operations take its rows on CUDA too."""
+        return self.divergence != SAMPLED
 
     def __post_init__(self) -> None:
+        if self.divergence == SAMPLED and self.memory != "fused":
+            raise UserError(f"memory {self.memory!r} with {SAMPLED}: give fused")
         check_divergence(self.divergence, self.beta, self.temperature)
         if self.memory not in MEMORIES:
             raise UserError(f"memory {self.memory!r}: give fused or whole")
@@ -39,16 +55,18 @@ class LossSpec:
 class Inputs:
     """Both models' final hidden states and heads, checked, and the vocabulary they share.
 
-    student_ND, teacher_NE: hidden states. student_head, teacher_head: heads in full height.
+    student_ND, teacher_NE: hidden states. student_head, teacher_head: heads in full height. Without a teacher's
+    head its "states" are some log-probabilities (`top_log_probs.packed`).
     vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
     wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
     to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
+    stops: the tokens that end a turn. temperature: the one that stops are joined at.
     """
 
     student_ND: Tensor
     student_head: Head
     teacher_NE: Tensor
-    teacher_head: Head
+    teacher_head: Head | None
     vocab_size: int
     student_type: torch.dtype
     teacher_type: torch.dtype
@@ -56,10 +74,26 @@ class Inputs:
     rollout_N: Tensor
     token_ids_N: Tensor | None
     weight_N: Tensor | None
+    stops: Stops = NO_STOPS
+    temperature: float = 1.0
 
     @property
     def rows(self) -> int:
         return self.student_ND.shape[0]
+
+    @property
+    def stop_N(self) -> Tensor | None:
+        """Which of the sampled tokens end a turn, bool [N]; None where tokens or stops are not known."""
+        if self.token_ids_N is None or not self.stops.ids:
+            return None
+        return _any_of(self.token_ids_N, self.stops.ids)
+
+    @property
+    def scored_ids_N(self) -> Tensor | None:
+        """The sampled tokens as the distributions know them: joined stops by the column that stands for them."""
+        if self.token_ids_N is None or not self.stops.joined:
+            return self.token_ids_N
+        return self.token_ids_N.masked_fill(_any_of(self.token_ids_N, self.stops.ids), self.stops.ids[0])
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -70,39 +104,56 @@ class Inputs:
         """The student's products, cut to the shared vocabulary, outside autograd."""
         return self._projection(self.student_head, self.student_type)
 
-    def teacher_projection(self) -> Projection:
+    @property
+    def transforms(self) -> tuple[Transform, Transform]:
+        """What makes the student's and the teacher's logits of their products."""
+        return self.student_head.transform, PLAIN if self.teacher_head is None else self.teacher_head.transform
+
+    def teacher_projection(self) -> Projection | TopLogProbs:
         """The teacher's products, cut to the shared vocabulary, outside autograd."""
+        if self.teacher_head is None:
+            return TopLogProbs(self.vocab_size, self.student_head.transform)
         return self._projection(self.teacher_head, self.teacher_type)
 
     def _projection(self, head: Head, product: torch.dtype) -> Projection:
         bias_V = None if head.bias_V is None else head.bias_V.detach()[: self.vocab_size]
-        return Projection(head.weight_VD.detach()[: self.vocab_size], product, self.wide, bias_V)
+        # In products, which the head's scale still multiplies.
+        joined = Joined(self.stops.ids, self.temperature / head.transform.scale) if self.stops.joined else None
+        return Projection(head.weight_VD.detach()[: self.vocab_size], product, self.wide, bias_V, joined)
 
 
 def check_inputs(
     student_ND: Tensor,
     student_head: Tensor | Head,
     teacher_NE: Tensor,
-    teacher_head: Tensor | Head,
+    teacher_head: Tensor | Head | None,
     *,
     vocab_size: int | None = None,
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
     weight_N: Tensor | None = None,
+    stops: Stops = NO_STOPS,
+    temperature: float = 1.0,
 ) -> Inputs:
-    """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit."""
+    """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit.
+
+    temperature: the loss's, which joined stops are joined at.
+    """
     student_head = _checked("student", student_ND, student_head)
-    teacher_head = _checked("teacher", teacher_NE, teacher_head)
+    teacher_head = None if teacher_head is None else _checked("teacher", teacher_NE, teacher_head)
+    if stops.joined and not (teacher_head is not None and can_join(student_head, teacher_head)):
+        who = "no head" if teacher_head is None else "a head with a soft cap"
+        raise UserError(f"{who} has no logit for joined stops: give stops that are not joined")
     if student_ND.shape[0] != teacher_NE.shape[0]:
         raise UserError(
             f"{student_ND.shape[0]} student tokens but {teacher_NE.shape[0]} teacher tokens: "
             "give both models' hidden states at the same positions"
         )
-    shared = min(student_head.weight_VD.shape[0], teacher_head.weight_VD.shape[0])
+    shared = min(head.weight_VD.shape[0] for head in (student_head, teacher_head) if head is not None)
     if vocab_size is not None and not 1 <= vocab_size <= shared:
         raise UserError(f"vocab_size {vocab_size} but the smaller head has {shared} rows: give 1 to {shared}")
     student_type = product_dtype(student_ND, student_head.weight_VD)
-    teacher_type = product_dtype(teacher_NE, teacher_head.weight_VD)
+    teacher_type = torch.float32 if teacher_head is None else product_dtype(teacher_NE, teacher_head.weight_VD)
     wide = torch.float32
     if torch.float64 in (student_type, teacher_type):
         student_type = teacher_type = wide = torch.float64
@@ -126,7 +177,14 @@ def check_inputs(
         rollout_N.to(torch.int64),
         per_row("token_ids_N", token_ids_N),
         per_row("weight_N", weight_N),
+        stops,
+        temperature,
     )
+
+
+def can_join(*heads: Head) -> bool:
+    """Whether joined stops have a logit behind these heads: a capped one cannot rise above its cap."""
+    return all(head.transform.softcap is None for head in heads)
 
 
 def _checked(name: str, hidden: Tensor, given: Tensor | Head) -> Head:
@@ -153,3 +211,11 @@ def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | Non
     if tuple(values_N.shape) != (rows,):
         raise UserError(f"{name} has shape {tuple(values_N.shape)} for {rows} tokens: give one value per token")
     return values_N.to(like_ND.device)
+
+
+def _any_of(token_ids_N: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Which of the ids are among `tokens`; the device is not waited for."""
+    found_N = torch.zeros_like(token_ids_N, dtype=torch.bool)
+    for token in tokens:
+        found_N |= token_ids_N == token
+    return found_N

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from opsd.distill.chunks import ChunkTokens
-from opsd.distill.divergence import Divergence
+from opsd.distill.divergence import SAMPLED, Divergence
 from opsd.distill.fused import FusedLoss, Trained
-from opsd.distill.inputs import Inputs, LossSpec, check_inputs, on_rows
+from opsd.distill.inputs import ENTROPY_THRESHOLD, Inputs, LossSpec, check_inputs, on_rows
 from opsd.distill.materialized import materialized_loss
 from opsd.distill.select import Choice, choose, mask_of
+from opsd.distill.stats import check_needs
 from opsd.selection import Selection, TokenSelector, TokenStats, field_of, with_defaults
 from opsd.types import Head
 from opsd.utils.errors import UserError
@@ -40,7 +41,7 @@ def distill_loss(
     student_hidden_ND: Tensor,
     student_head_VD: Tensor | Head,
     teacher_hidden_NE: Tensor,
-    teacher_head_VE: Tensor | Head,
+    teacher_head_VE: Tensor | Head | None,
     *,
     rollout_N: Tensor | None = None,
     token_ids_N: Tensor | None = None,
@@ -54,25 +55,30 @@ def distill_loss(
     temperature: float = 1.0,
     chunk_tokens: ChunkTokens = "auto",
     seed: int = 0,
+    entropy_threshold: float = ENTROPY_THRESHOLD,
 ) -> DistillResult:
     """Divergence between student and teacher, summed over the tokens a selector keeps (paper Eq. 1, 7/9).
 
     student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens; the heads make logits of
-    them: weights [V, D] and [V, E], or a `Head` for a bias, a scale or a soft cap. Gradients flow to the student's
+    them: weights [V, D] and [V, E], or a `Head` for a bias, a scale or a soft cap; None for a teacher of which
+    teacher_hidden_NE holds some log-probabilities (`top_log_probs.packed`). Gradients flow to the student's
     hidden states, weight and bias. Divide loss_sum once, by the kept count of
     the whole step. rollout_N: each token's rollout id (None: one rollout). selector, or kept_N instead: the mask as
     given, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.
-    divergence: reverse_kl = KL(P_S‖P_T), forward_kl, or jsd with `beta`. temperature divides both logits; gradients
+    divergence: reverse_kl = KL(P_S‖P_T), forward_kl, jsd with `beta`, eopd (the reverse KL, and the forward KL too
+    where the teacher's entropy is above `entropy_threshold` nats), or sampled_token (the log-ratio at token_ids_N, as
+    a policy gradient takes it; see `divergence.sampled_token_`). temperature divides both logits; gradients
     carry 1/T. memory: fused is flat in N, whole keeps K×V logits. vocab_size: rows of the heads that count (None:
     the lower head's). chunk_tokens bounds the rows worked on at once and does not change the result.
     Errors: UserError for arguments that do not fit, naming them.
     """
-    spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory)
+    spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory, entropy_threshold)
     if selector is not None and kept_N is not None:
         raise UserError("both a selector and kept_N were given: give one of them")
     models = (student_hidden_ND, student_head_VD, teacher_hidden_NE, teacher_head_VE)
-    about = {"rollout_N": rollout_N, "token_ids_N": token_ids_N, "weight_N": weight_N}
-    inputs = check_inputs(*models, vocab_size=vocab_size, **about)
+    inputs = check_inputs(
+        *models, vocab_size=vocab_size, rollout_N=rollout_N, token_ids_N=token_ids_N, weight_N=weight_N
+    )
     selection = None if kept_N is None else Selection(kept_N)
     rule = None if selector is None else with_defaults(selector)
     return distill(inputs, Choice(rule, selection, seed), spec)
@@ -80,6 +86,9 @@ def distill_loss(
 
 def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
     """See `distill_loss`, on inputs that were checked. They know what products are taken in: autocast is off here."""
+    if spec.divergence == SAMPLED:
+        # As a statistic that reads them: they must be there, and in the vocabulary.
+        check_needs(frozenset({"teacher_rank_N"}), inputs)
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
         stats, selection, held = choose(inputs, choice, spec)
         kept_N = mask_of(selection.kept_N, inputs)

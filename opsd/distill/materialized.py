@@ -16,6 +16,7 @@ from opsd.distill.chunks import chunk_rows, row_width
 from opsd.distill.divergence import plain_divergence
 from opsd.distill.fused import Trained
 from opsd.distill.inputs import Inputs
+from opsd.distill.matmul import Projection
 from opsd.types import PLAIN
 
 
@@ -25,15 +26,14 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
     student_KD, teacher_KE = inputs.student_ND, inputs.teacher_NE
     if kept_K is not None:
         student_KD, teacher_KE = student_KD[kept_K], teacher_KE[kept_K]
-    heads = inputs.student_head, inputs.teacher_head
     logits_KV = _Project.apply(student_KD, *inputs.leaves[1:], inputs)
     with torch.no_grad():
         teacher_KV = _project(inputs, teacher_KE, teacher=True)
-    if any(head.transform != PLAIN for head in heads):
+    if any(transform != PLAIN for transform in inputs.transforms):
         # What is beyond the vocabulary must not be scaled or capped.
         logits_KV, teacher_KV = (
-            head.transform(products_KW[:, : inputs.vocab_size])
-            for head, products_KW in zip(heads, (logits_KV, teacher_KV), strict=True)
+            transform(products_KW[:, : inputs.vocab_size])
+            for transform, products_KW in zip(inputs.transforms, (logits_KV, teacher_KV), strict=True)
         )
     rows = student_KD.shape[0]
     chunk = chunk_rows(spec.chunk_tokens, rows, inputs.vocab_size, student_KD, inputs.wide)
@@ -43,7 +43,7 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
         for student_CV, teacher_CV in zip(logits_KV.split(chunk), teacher_KV.split(chunk), strict=True):
             log_p_CV = log_softmax(student_CV / spec.temperature, -1)
             log_q_CV = log_softmax(teacher_CV / spec.temperature, -1)
-            losses.append(plain_divergence(spec.divergence, log_p_CV, log_q_CV, spec.beta))
+            losses.append(plain_divergence(spec.divergence, log_p_CV, log_q_CV, spec.parameter))
         loss_K = torch.cat(losses)
         loss_sum = (loss_K if weight_K is None else loss_K * weight_K).sum()
     return loss_sum, loss_K.detach().clamp_min(0.0)
@@ -52,6 +52,7 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
 def _project(inputs: Inputs, hidden_KD: Tensor, teacher: bool) -> Tensor:
     """All rows' products [K, W] over the shared vocabulary, in the wide type; rows may be wider than that."""
     head = inputs.teacher_projection() if teacher else inputs.student_projection()
+    assert isinstance(head, Projection), "whole logits are formed from hidden states alone"
     width = row_width(hidden_KD.device.type, inputs.vocab_size)
     out_KW = torch.empty(hidden_KD.shape[0], width, dtype=inputs.wide, device=hidden_KD.device)
     with torch.autocast(hidden_KD.device.type, enabled=False):
@@ -72,6 +73,9 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_KD, head_VD, bias_V = ctx.saved_tensors
         head, height = ctx.inputs.student_projection(), ctx.inputs.vocab_size
+        if head.joined is not None:
+            grad_KV = grad_KV.clone()  # autograd's own
+            head.part_(grad_KV, hidden_KD)
         grad_VD = total_VD = grad_V = None
         if ctx.needs_input_grad[1]:
             grad_VD = torch.zeros_like(head_VD, dtype=ctx.inputs.wide)

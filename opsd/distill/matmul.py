@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,16 +60,48 @@ def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(left_MK, right_NK, None, "none", [], "")
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Tokens that count as one: its chance is the sum of theirs. The first one's column stands for it.
+
+    temperature: what the products are divided by on their way to log-probabilities.
+    """
+
+    ids: tuple[int, ...]
+    temperature: float = 1.0
+
+    def join_(self, products_CW: Tensor) -> Tensor:
+        """T·ln Σ exp(x/T) of these tokens in the first one's column, and no chance for the others."""
+        first, *rest = self.ids
+        own_EC = torch.stack([products_CW[:, token] for token in self.ids])
+        products_CW[:, first] = torch.logsumexp(own_EC / self.temperature, 0) * self.temperature
+        for token in rest:
+            products_CW[:, token] = BEYOND
+        return products_CW
+
+    def part_(self, grad_CW: Tensor, products_CE: Tensor) -> None:
+        """Spread the gradient of the one token over them all, by their own products: the chain rule of `join_`."""
+        whole_C = grad_CW[:, self.ids[0]].clone()
+        share_CE = torch.softmax(products_CE / self.temperature, -1)
+        for place, token in enumerate(self.ids):
+            grad_CW[:, token] = whole_C * share_CE[:, place]
+
+
 class Projection:
     """A head's weight [V, D] read in `product` precision, with results in `wide` precision, and its bias [V] if any.
 
-    Holds no copy of the weight, except where CUDA needs it cast.
+    Holds no copy of the weight, except where CUDA needs it cast. joined: tokens whose logits come out as one.
     """
 
     def __init__(
-        self, weight_VD: Tensor, product: torch.dtype, wide: torch.dtype, bias_V: Tensor | None = None
+        self,
+        weight_VD: Tensor,
+        product: torch.dtype,
+        wide: torch.dtype,
+        bias_V: Tensor | None = None,
+        joined: Joined | None = None,
     ) -> None:
-        self.product, self.wide = product, wide
+        self.product, self.wide, self.joined = product, wide, joined
         self.bias_V = None if bias_V is None else bias_V.to(wide)
         self.on_cuda = weight_VD.is_cuda
         self.weight_VD = weight_VD.to(product) if self.on_cuda else weight_VD
@@ -93,8 +126,26 @@ class Projection:
             if span.stop > span.start:
                 yield span
 
-    def project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
-        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows."""
+    def project_(self, hidden_CD: Tensor, out_CW: Tensor, student_CW: Tensor | None = None) -> Tensor:
+        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows.
+
+        student_CW: for a teacher of few log-probabilities alone, which stands in a head's place.
+        """
+        self._project_(hidden_CD, out_CW)
+        return out_CW if self.joined is None else self.joined.join_(out_CW)
+
+    def part_(self, grad_CW: Tensor, hidden_CD: Tensor) -> None:
+        """Turn the gradient by what `project_` gave into that by the head's own; hidden_CD: as given there."""
+        if self.joined is None:
+            return
+        ids = list(self.joined.ids)
+        own = Projection(
+            self.weight_VD[ids], self.product, self.wide, None if self.bias_V is None else self.bias_V[ids]
+        )
+        products_CE = torch.empty(hidden_CD.shape[0], len(ids), dtype=self.wide, device=hidden_CD.device)
+        self.joined.part_(grad_CW, own.project_(hidden_CD, products_CE))
+
+    def _project_(self, hidden_CD: Tensor, out_CW: Tensor) -> Tensor:
         hidden_CD = hidden_CD.to(self.product)
         height = self.weight_VD.shape[0]
         if out_CW.shape[1] > height:

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd.distill.divergence import GRADIENTS, SCRATCH_BUFFERS, logits_, through_cap_, token_fields_
+from opsd.distill.divergence import (
+    GRADIENTS,
+    SAMPLED,
+    SCRATCH_BUFFERS,
+    logits_,
+    sampled_token_,
+    through_cap_,
+    token_fields_,
+)
 from opsd.distill.inputs import LossSpec
 from opsd.distill.workspace import Workspace
 
@@ -89,8 +97,10 @@ def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bo
     return torch.empty_like(logits_CW, dtype=product)
 
 
-def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor) -> Differentiated:
-    """Loss and gradient of the rows that are meant, in out_CW (see `gradient_buffer`).
+def differentiate_(
+    logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor, token_ids_C: Tensor | None = None
+) -> Differentiated:
+    """Loss and gradient of the rows that are meant, in out_CW (see `gradient_buffer`). token_ids_C: what was sampled.
 
     With torch's operations held gradients are gathered at the head of the student's buffer: the k-th kept row never
     stands before the k-th place, so a block overwrites nothing that a later one reads.
@@ -104,7 +114,11 @@ def differentiate_(logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_
         tanh_BW = None if transform.softcap is None else scratch_SBW[SCRATCH_BUFFERS]
         student_BW, teacher_BW = logits.block(block, spec.temperature, tanh_BW)
         assert teacher_BW is not None
-        loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.beta)
+        if spec.divergence == SAMPLED:
+            assert token_ids_C is not None
+            loss_B, mass_B = sampled_token_(student_BW, teacher_BW, scratch_SBW, token_ids_C[block])
+        else:
+            loss_B, mass_B = GRADIENTS[spec.divergence](student_BW, teacher_BW, scratch_SBW, spec.parameter)
         losses.append(loss_B)
         masses.append(mass_B)
         if tanh_BW is not None:

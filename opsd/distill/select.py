@@ -10,6 +10,7 @@ import dataclasses
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +22,15 @@ from opsd.selection import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.oom import is_out_of_memory
 
+StopToken = Literal["as_scored", "always", "never"]
+
 
 @dataclass(frozen=True)
 class Choice:
     """Which rows are trained on: those of `selection`, else those that `selector` keeps, else all.
 
     seed: decides random choices. watch: fields that are reported over all rows besides. whole_step: these rows are all
-    of the step's, so scope "batch" is fitted on them here.
+    of the step's, so scope "batch" is fitted on them here. stop_token: see `with_stops`.
     """
 
     selector: TokenSelector | None = None
@@ -35,37 +38,54 @@ class Choice:
     seed: int = 0
     watch: frozenset[str] = frozenset()
     whole_step: bool = False
+    stop_token: StopToken = "as_scored"
 
 
-def choose(inputs: Inputs, choice: Choice, spec: LossSpec) -> tuple[TokenStats, Selection, HeldLogits | None]:
-    """The selection with its weights, the statistics it was made from, and the logits where they are held."""
-    selector = choice.selector
-    needs = frozenset() if selector is None else check_needs(selector.needs, inputs)
+def choose(
+    inputs: Inputs, choice: Choice, spec: LossSpec, known: dict[str, Tensor] | None = None
+) -> tuple[TokenStats, Selection, HeldLogits | None]:
+    """The selection with its weights, the statistics it was made from, and the logits where they are held.
+
+    known: statistics [N] that need not be computed any more.
+    """
+    selector, known = choice.selector, known or {}
+    needs = frozenset() if selector is None else check_needs(selector.needs, inputs) - known.keys()
     held = None
     if needs and spec.memory == "fused":
         held = hold_logits(inputs, spec, teacher=bool(needs & TEACHER_FIELDS))
-    fields = score_rows(inputs, needs, spec, held=held)
-    watched = check_needs(choice.watch, inputs) - needs
+    fields = known | score_rows(inputs, needs, spec, held=held)
+    watched = check_needs(choice.watch, inputs) - fields.keys()
     # What is watched must not change what is trained, to the last bit: it decides nothing about what is held.
     readable = held is not None and (held.has_teacher or not watched & TEACHER_FIELDS)
     fields |= score_rows(inputs, watched, spec, held=held if readable else None)
     stats = build_stats(inputs, fields)
     if selector is None:
-        return stats, choice.selection or Selection(_all_rows(inputs)), held
+        everything = Selection(_all_rows(inputs))
+        return stats, choice.selection or with_stops(everything, stats, choice.stop_token), held
     if choice.whole_step and selector.normalise_over == "batch":
         prepare(selector, stats)
-    selection = pick(selector, stats, choice.seed)
+    selection = pick(selector, stats, choice.seed, choice.stop_token)
     return *_weigh(inputs, selector, stats, selection, spec), held
 
 
-def pick(selector: TokenSelector, stats: TokenStats, seed: int) -> Selection:
-    """The selector's choice. Raises UserError where it is not a Selection, RunStopped where the selector fails."""
+def pick(selector: TokenSelector, stats: TokenStats, seed: int, stop_token: StopToken = "as_scored") -> Selection:
+    """The selector's choice, `with_stops`. Raises UserError where it is no Selection, RunStopped where it fails."""
     with _rule(selector):
         selection: object = selector(stats, seed)
     if not isinstance(selection, Selection):
         name, kind = type(selector).__name__, type(selection).__name__
         raise UserError(f"selector {name} returned {kind}; its __call__ must return a Selection")
-    return selection
+    return with_stops(selection, stats, stop_token)
+
+
+def with_stops(selection: Selection, stats: TokenStats, stop_token: StopToken) -> Selection:
+    """The selection, in which tokens that end a turn are kept as the rule chose, always, or never."""
+    stop_N = stats.stop_N
+    if stop_token == "as_scored" or stop_N is None:
+        return selection
+    kept_N = selection.kept_N
+    stop_N = stop_N.to(kept_N.device)
+    return dataclasses.replace(selection, kept_N=kept_N | stop_N if stop_token == "always" else kept_N & ~stop_N)
 
 
 def weigh(selector: TokenSelector, stats: TokenStats, selection: Selection) -> Selection:

@@ -13,9 +13,21 @@ from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import Logits, score_
 from opsd.distill.workspace import Workspace
-from opsd.selection import GIVEN_FIELDS, REQUIRED_FIELDS, SAMPLED_FIELDS, STATISTICS, TEACHER_FIELDS, TokenStats
+from opsd.selection import (
+    ALL_STATISTICS,
+    GIVEN_FIELDS,
+    REQUIRED_FIELDS,
+    SAMPLED_FIELDS,
+    STOP_FIELDS,
+    TEACHER_FIELDS,
+    TokenStats,
+)
 from opsd.types import Head
+from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
+
+# Rows whose exponentials exist at once where the mass of a row of logits is summed up.
+STOP_ROWS = 64
 
 
 @torch.no_grad()
@@ -49,9 +61,9 @@ def token_stats(
 
 def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
     """The fields of `needs` that must be computed. Raises UserError for one that cannot be."""
-    unknown = needs - STATISTICS.keys() - GIVEN_FIELDS
+    unknown = needs - ALL_STATISTICS.keys() - GIVEN_FIELDS
     if unknown:
-        known = ", ".join(sorted(STATISTICS))
+        known = ", ".join(sorted(ALL_STATISTICS))
         raise UserError(f"unknown statistic {sorted(unknown)[0]!r}: ask for {known}")
     if sampled := sorted(needs & SAMPLED_FIELDS):
         ids_N, vocab_size = inputs.token_ids_N, inputs.vocab_size
@@ -59,6 +71,8 @@ def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
             raise UserError(f"{sampled[0]} needs the sampled tokens: give token_ids_N")
         if ids_N.numel() and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab_size:
             raise UserError(f"token_ids_N reach beyond the shared vocabulary of {vocab_size}: check the tokenizers")
+    if needs & STOP_FIELDS and not inputs.stops.ids:
+        raise UserError(f"{min(needs & STOP_FIELDS)} needs to know which tokens end a turn: give stops")
     return needs - GIVEN_FIELDS
 
 
@@ -88,7 +102,9 @@ def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: Hel
     """The named fields [N] of all rows, from logits that are left as they are."""
     work = held.work
     teacher_NW = work.teacher_CV if needs & TEACHER_FIELDS else None
-    return score_(needs, Logits(work, work.student_CV, teacher_NW, held=True), spec.temperature, inputs.token_ids_N)
+    logits = Logits(work, work.student_CV, teacher_NW, held=True)
+    stops = _stop_fields(needs, inputs, logits, spec.temperature)
+    return stops | score_(needs - STOP_FIELDS, logits, spec.temperature, inputs.scored_ids_N)
 
 
 def _scored_chunks(
@@ -98,6 +114,7 @@ def _scored_chunks(
     rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
     work = Workspace.allocate(inputs, chunk, teacher)
     student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection() if teacher else None
+    ids_N = inputs.scored_ids_N
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
         for part in slices(rows, chunk):
             where = part if kept_K is None else kept_K[part]
@@ -105,23 +122,45 @@ def _scored_chunks(
             student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
             teacher_CV = None
             if teacher_head is not None:
-                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count])
-            ids_C = None if inputs.token_ids_N is None else inputs.token_ids_N[where]
-            yield where, score_(needs, Logits(work, student_CV, teacher_CV), temperature, ids_C)
+                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CV)
+            ids_C = None if ids_N is None else ids_N[where]
+            logits = Logits(work, student_CV, teacher_CV)
+            stops = _stop_fields(needs, inputs, logits, temperature)
+            # From here the logits are used up.
+            yield where, stops | score_(needs - STOP_FIELDS, logits, temperature, ids_C)
+
+
+def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperature: float) -> dict[str, Tensor]:
+    """Those of `STOP_FIELDS` that are named [C], from logits that are left as they are."""
+    student, teacher = inputs.transforms
+    models = {
+        "stop_log_prob_N": (student, logits.student_CW),
+        "teacher_stop_log_prob_N": (teacher, logits.teacher_CW),
+    }
+    found = {}
+    for name in needs & STOP_FIELDS:
+        transform, products_CW = models[name]
+        assert products_CW is not None
+        parts = []
+        for products_BW in products_CW.split(STOP_ROWS):
+            logits_BV = transform(products_BW[:, : inputs.vocab_size]) / temperature
+            ends_BE = torch.stack([logits_BV[:, token] for token in inputs.stops.ids], -1)
+            parts.append(ends_BE.logsumexp(-1) - logits_BV.logsumexp(-1))
+        found[name] = torch.cat(parts)
+    return found
 
 
 def _blank(name: str, inputs: Inputs) -> Tensor:
-    dtype = STATISTICS[name].dtype
+    dtype = ALL_STATISTICS[name].dtype
     fill = float("nan") if dtype.is_floating_point else 0
     return torch.full((inputs.rows,), fill, dtype=dtype, device=inputs.student_ND.device)
 
 
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
     """TokenStats from what is known; fields nobody asked for are None."""
-    values = {name: fields.get(name) for name in STATISTICS}
-    return TokenStats(
-        rollout_N=inputs.rollout_N, token_ids_N=inputs.token_ids_N, vocab_size=inputs.vocab_size, **values
-    )
+    values = {name: fields.get(name) for name in ALL_STATISTICS}
+    known = {"token_ids_N": inputs.token_ids_N, "stop_N": inputs.stop_N}
+    return TokenStats(rollout_N=inputs.rollout_N, vocab_size=inputs.vocab_size, **known, **values)
 
 
 def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
@@ -138,3 +177,12 @@ def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
         whole = field.name != "vocab_size" and all(value is not None for value in values)
         joined[field.name] = torch.cat([value.to(device) for value in values]) if whole else None
     return TokenStats(**{**joined, "vocab_size": parts[0].vocab_size})
+
+
+def join_ranks(parts: Sequence[TokenStats], ranks: Ranks) -> TokenStats:
+    """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
+    own = concatenate_stats(parts)
+    fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
+    common = set.intersection(*ranks.gather(set(fields)))
+    joined = {name: ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
+    return dataclasses.replace(own, **joined)

@@ -13,6 +13,7 @@ from torch import Tensor
 from opsd.distill.chunks import attempts, row_width, slices
 from opsd.distill.divergence import logits_
 from opsd.distill.inputs import Inputs, LossSpec
+from opsd.distill.matmul import Projection
 from opsd.utils.errors import UserError
 
 
@@ -58,10 +59,9 @@ def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, c
     """`chunk` rows at a time; one buffer serves both models in turn."""
     device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
     buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
-    models = (
-        (inputs.student_ND, inputs.student_projection(), inputs.student_head.transform),
-        (inputs.teacher_NE, inputs.teacher_projection(), inputs.teacher_head.transform),
-    )
+    teacher, (own, its) = inputs.teacher_projection(), inputs.transforms
+    assert isinstance(teacher, Projection), "the likeliest tokens are taken from hidden states alone"
+    models = ((inputs.student_ND, inputs.student_projection(), own), (inputs.teacher_NE, teacher, its))
     with torch.autocast(device.type, enabled=False):
         for part in slices(inputs.rows, chunk):
             for (hidden, projection, transform), top in zip(models, tops, strict=True):

@@ -240,6 +240,10 @@ def gradient_kernel(
         g = tl.where(p > 0.0, p * ((s - t) - tl.load(ROW + MEAN_U * rows + row)), 0.0) * (scale / s_sum)
     elif DIVERGENCE == "forward_kl":
         g = (p / s_sum - tl.exp(t) / t_sum) * scale
+    elif DIVERGENCE == "eopd":  # JSD: 1 where the forward KL joins, else 0
+        gate = tl.load(JSD + row)
+        mean = tl.load(ROW + MEAN_U * rows + row) - gate
+        g = tl.where(p > 0.0, p * ((s - t) - mean), 0.0) * (scale / s_sum) - tl.exp(t) * (gate * scale / t_sum)
     else:  # jsd, whose SCALE has the factor 1-beta
         shift = (tl.log(s_sum) - tl.log(t_sum)) + logit_beta
         soft, _ = _softplus((t - s) + shift)

@@ -30,6 +30,8 @@ from opsd.distill.triton_kernels import (
 )
 from opsd.types import Transform
 
+EOPD_READS = ("reverse_kl", "forward_kl", "teacher_entropy")
+
 if TYPE_CHECKING:
     from opsd.distill.rows import Logits
 
@@ -103,6 +105,10 @@ def _differentiate_(pair: _Pair, spec: LossSpec, scale_C: Tensor, out_CW: Tensor
         mixing = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
         loss_C = (mixing - beta * jsd[1] - (1.0 - beta) * jsd[0]).clamp_min_(0.0)
         scale_C = scale_C * (1.0 - beta)
+    elif spec.divergence == "eopd":
+        reverse_C, forward_C, teacher_C = (row[NAMES.index(f"{name}_N")] for name in EOPD_READS)
+        jsd = (teacher_C > spec.parameter).to(row.dtype)
+        loss_C = reverse_C + jsd * forward_C
     else:
         loss_C = row[NAMES.index(f"{spec.divergence}_N")]
     pair.gradient(spec, row, jsd, scale_C, out_CW)

@@ -35,11 +35,15 @@ class Workspace:
     kernels: bool = False
 
     @classmethod
-    def allocate(cls, inputs: Inputs, rows: int, teacher: bool = True, copies: bool = False) -> Workspace:
-        """Buffers for `rows` of the inputs' tokens, on their device; without a teacher its buffer is empty."""
-        like, wide = inputs.student_ND, inputs.wide
-        kernels = has_row_kernels(like, wide)
-        transforms = inputs.student_head.transform, inputs.teacher_head.transform
+    def allocate(
+        cls, inputs: Inputs, rows: int, teacher: bool = True, copies: bool = False, kernels: bool = True
+    ) -> Workspace:
+        """Buffers for `rows` of the inputs' tokens, on their device; without a teacher its buffer is empty.
+
+        kernels: whether they may do the work, where they can.
+        """
+        like, wide, transforms = inputs.student_ND, inputs.wide, inputs.transforms
+        kernels = kernels and has_row_kernels(like, wide)
         used = SCRATCH_BUFFERS + (transforms[0].softcap is not None)
         # Whole rows for each thread, and as many for one as for another.
         threads = 1 if like.is_cuda else torch.get_num_threads()

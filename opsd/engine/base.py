@@ -66,6 +66,25 @@ class Engine(Protocol):
         """
         ...
 
+    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's share of each trained weight in fp32, by name: the weight itself, or an equal flat part of it.
+
+        A part where ZeRO shares out the optimiser's state. Who keeps a share copies it.
+        """
+        ...
+
+    def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Within it the model computes with weights of these shares, as `master` gives them, in place of its own."""
+        ...
+
+    def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole tensors of such shares on the first rank, {} on the others."""
+        ...
+
+    def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of `join`; every rank is given the whole."""
+        ...
+
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Optimiser state as named whole tensors, on the first rank ({} on the others), and JSON values.
 
@@ -117,3 +136,16 @@ def optimizer_of(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> to
         return torch.optim.SGD(groups, lr=optim.lr)
     # Fused: one pass over weights, gradients and moments, without copies; on a CPU in a quarter of the time.
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+@contextlib.contextmanager
+def swapped(named: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Within it the parameters hold these tensors, whole, in their own shape; what they held comes back."""
+    own = {name: parameter.data for name, parameter in named.items()}
+    for name, parameter in named.items():
+        parameter.data = tensors[name]
+    try:
+        yield
+    finally:
+        for name, parameter in named.items():
+            parameter.data = own[name]

@@ -16,7 +16,7 @@ import torch
 from opsd.config import EngineConfig, OptimConfig
 from opsd.data.packing import empty
 from opsd.distill import DistillResult
-from opsd.engine.base import optimizer_of, settled
+from opsd.engine.base import optimizer_of, settled, swapped
 from opsd.model.files import as_saved
 from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
@@ -139,6 +139,34 @@ class DeepSpeedEngine:
             with self._whole(plain) as tensor:
                 yield from as_saved(self.student.model, plain.name, tensor.to(plain.weight.dtype))
 
+    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Engine.master."""
+        return ((name, self._share(self._full_weight(parameter))) for name, parameter in self._named.items())
+
+    @contextlib.contextmanager
+    def lent(self, shares: dict[str, torch.Tensor]) -> Iterator[None]:
+        """See Engine.lent. Under ZeRO-3 it is the shards that change, and weights that are always whole are gathered
+        anew; under ZeRO-1 and 2 a second copy of the weights is there meanwhile, in the compute type."""
+        if self._stage < 3:
+            whole = {name: self._whole_of(share, self._named[name]) for name, share in shares.items()}
+            with swapped(self._named, whole):
+                yield
+            return
+        own = {name: parameter.ds_tensor.clone() for name, parameter in self._named.items()}  # pyright: ignore
+        self._set_shards(shares)
+        try:
+            yield
+        finally:
+            self._set_shards(own)
+
+    def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See Engine.join."""
+        return self._collect((name, self._joined(share, self._named[name])) for name, share in shares.items())
+
+    def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See Engine.part."""
+        return {name: self._share(whole[name].to(self.device)).clone() for name in self._named}
+
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""
         return self._collect(self._state() if self._moments else ()), {"kind": "torch"}
@@ -224,6 +252,34 @@ class DeepSpeedEngine:
     def _full_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """A trained parameter, whole and in fp32."""
         return parameter.data if self._stage == 0 else self._tensor_api("safe_get_full_fp32_param")(parameter)
+
+    def _share(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor, cut as ZeRO-3 cuts it: flat, filled up with zeros; under ZeRO-0 all of it."""
+        if self._stage == 0:
+            return whole.detach()
+        size = math.ceil(whole.numel() / self.ranks.world_size)
+        part = whole.detach().flatten()[self.ranks.rank * size :][:size]
+        return torch.nn.functional.pad(part, (0, size - part.numel()))
+
+    def _joined(self, share: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """All ranks' parts as one tensor in the parameter's shape."""
+        if self._stage == 0:
+            return share
+        shape = parameter.ds_shape if self._stage == 3 else parameter.shape  # pyright: ignore
+        return self.ranks.concatenate(share)[: math.prod(shape)].view(shape)
+
+    def _whole_of(self, share: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The same in the parameter's type."""
+        return self._joined(share.to(parameter.dtype), parameter)
+
+    def _set_shards(self, shares: dict[str, torch.Tensor]) -> None:
+        """ZeRO-3: set every shard while no weight is whole; then gather again what DeepSpeed keeps whole."""
+        offload = self._engine.optimizer.parameter_offload
+        offload.partition_all_parameters()
+        for name, parameter in self._named.items():
+            parameter.ds_tensor.copy_(shares[name])  # pyright: ignore
+        if offload.persistent_parameters:
+            offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimiser's state in turn, as named whole tensors."""

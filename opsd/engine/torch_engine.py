@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from opsd.config import EngineConfig, OptimConfig
-from opsd.engine.base import optimizer_of, settled
+from opsd.engine.base import optimizer_of, settled, swapped
 from opsd.model.files import as_saved
 from opsd.model.lora import has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
@@ -84,6 +84,22 @@ class TorchEngine:
         for plain in plain_weights(self.student.model, remove_duplicate=False):
             weight = plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
             yield from as_saved(self.student.model, plain.name, weight)
+
+    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Engine.master."""
+        return ((name, parameter.detach()) for name, parameter in self._named.items())
+
+    def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """See Engine.lent."""
+        return swapped(self._named, shares)
+
+    def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See Engine.join."""
+        return shares
+
+    def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See Engine.part."""
+        return {name: whole[name].to(self.device) for name in self._named}
 
     def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """See Engine.optimizer_state. Names are `parameter/moment`."""

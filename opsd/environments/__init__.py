@@ -3,6 +3,7 @@
 Each is found by its entry point in group `opsd.environments`, as selectors are; the trainer imports none of them.
 """
 
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
@@ -35,12 +36,24 @@ class Environment(Protocol):
         context: Any,
         ranks: Ranks,
         vocab_size: int | None = None,
+        ends: Sequence[int] | None = None,
     ) -> RolloutEngine:
         """Episodes, turn by turn, over `engine`, which samples single answers of `model`.
 
         context: within what it generates; batch_rollouts: how many episodes side by side; vocab_size: only ids below it
-        are sampled.
+        are sampled; ends: what ends a turn (None: what the model's own files name).
         """
+        ...
+
+    def asked(self, tokenizer: Any) -> Callable[[Any, str], list[int]]:
+        """From one of `prompts` and a text: the ids that the episode begins with where the text is what it asks.
+
+        For a teacher with a context of its own; tokenizer: its.
+        """
+        ...
+
+    def column(self, prompt: Any, name: str) -> Any:
+        """What a context may show of a prompt's task by name; None where it has no such thing."""
         ...
 
 

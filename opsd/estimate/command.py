@@ -96,8 +96,11 @@ def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
     adapters: say how much of the student they lie on, which takes seconds.
     """
     run, coverage = config.run, _adapters(config.run) if adapters else []
+    (teacher, *others) = run.teacher_paths().values()
+    if others:
+        raise UserError("a plan knows one teacher: give the largest of --teachers as --teacher")
     try:
-        shapes = find_shape(run.student, "--student"), find_shape(run.teacher.model, "--teacher")
+        shapes = find_shape(run.student, "--student"), find_shape(teacher, "--teacher")
     except UserError as error:
         raise UserError("; ".join([str(error), *coverage])) from error
     hardware = hardware_of(config, shapes[0])

@@ -16,7 +16,7 @@ GIB = 2**30
 WIDE = 4  # bytes of a logit, a master weight and a moment: all fp32
 # Whole [K, V] fp32 buffers alive at the worst moment of --loss.memory whole: both models' logits, and what autograd
 # keeps for backward.
-WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8}
+WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8, "eopd": 8, "forward_then_reverse": 5, "sampled_token": 5}
 # DeepSpeed's defaults, in numbers: gradients on their way, and weights gathered at once under ZeRO-3.
 REDUCE_BUCKET, LIVE_WEIGHTS = 500_000_000, 1_000_000_000
 # Assumed, not measured: CUDA's context, NCCL and the allocator's holes. On a CPU: Python with torch and transformers.
@@ -47,7 +47,9 @@ class MemoryEstimate:
 
     @property
     def longest(self) -> int:
-        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_new_tokens
+        r, t = self.config.rollout, self.config.teacher
+        prompt = r.max_prompt_tokens if t.context is None else max(r.max_prompt_tokens, t.max_prompt_tokens)
+        return prompt + r.max_new_tokens
 
     @property
     def step_tokens(self) -> int:
@@ -181,11 +183,19 @@ class MemoryEstimate:
         block = min(rows, max(1, BLOCK_BYTES[kind] // ((2 + SCRATCH_BUFFERS) * width * WIDE)))
         return logits + scratch * block * width * WIDE
 
+    @property
+    def in_student(self) -> bool:
+        """Whether the teacher is the student's own model, at other weights or with its adapters off."""
+        c = self.config.teacher
+        return c.follows or (c.is_student and self.config.lora.rank > 0 and c.kind == "local" and not c.shard)
+
     def teacher_weights(self, working: bool) -> float:
         """Bytes of the teacher's weights on a rank, while it computes or not; its head is always there."""
         t, i, c = self.teacher, self.itemsize, self.config.teacher
         head = t.head_parameters * i
-        if c.kind == "vllm":
+        if self.in_student:
+            return self.trained * WIDE / self.share(1) if c.weights == "ema" or c.every > 1 else 0.0
+        if c.kind != "local":
             return head
         if c.shard:
             spread = 0 if c.offload else t.parameters * i / self.hardware.gpus
@@ -195,7 +205,7 @@ class MemoryEstimate:
     def teacher_layer(self) -> float:
         """Bytes of one of its layers at work, where it works here."""
         t, c, tokens = self.teacher, self.config.teacher, self.micro_tokens
-        if c.kind == "vllm":
+        if c.kind != "local":
             return 0.0
         mask = tokens if c.shard and not self.hardware.flash else 0
         return tokens * self.itemsize * (t.query_width * 2 + 3 * t.ffn + 4 * t.hidden + mask)
@@ -312,5 +322,5 @@ class MemoryEstimate:
         token_s = max(read_s, products_s) + s.layers * (LAYER_CALL_S if r.engine == "hf" else 0.0)
         student = forward(s, self.masked) * (4 if self.config.engine.gradient_checkpointing else 3)
         sharded = self.config.teacher.shard and not h.flash
-        teacher = 0.0 if self.config.teacher.kind == "vllm" else forward(t, sharded)
+        teacher = 0.0 if self.config.teacher.kind != "local" else forward(t, sharded)
         return {"rollout": batches * r.max_new_tokens * token_s, "teacher": teacher, "student": student}

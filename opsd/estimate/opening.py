@@ -20,8 +20,9 @@ def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
     """
     run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_prompt_tokens=longest_prompt))
     size = run.prompts_per_step * run.rollout.samples_per_prompt
+    teachers = "itself" if run.teacher.is_student else " and ".join(map(_name, run.teacher_paths().values()))
     who = (
-        f"{Path(run.out).name}: {_name(run.student)} learns from {_name(run.teacher.model)}, {run.engine.dtype}, "
+        f"{Path(run.out).name}: {_name(run.student)} learns from {teachers}, {run.engine.dtype}, "
         f"{size} answers per step of at most {run.rollout.max_new_tokens:,} tokens"
     )
     try:

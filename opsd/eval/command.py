@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
 from opsd.data.prompts import PromptFormat, digest
@@ -22,9 +22,9 @@ from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.checks import Span, check_positions, length_switches
 from opsd.model.loading import load_model, load_tokenizer, running
-from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows
+from opsd.model.stops import generation_of, stated_stops, turn_ends
+from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows, vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
-from opsd.rollout.hf import eos_token_ids
 from opsd.run.began import time_of_run
 from opsd.run.console import progress_bar
 from opsd.types import Prompt, Sampling
@@ -78,17 +78,17 @@ def evaluate(config: EvalCommand) -> None:
     clock = Clock(ranks.broadcast(Clock(files.time() or time_of_run(Path(config.model))).time))
     steady(tokenizer, clock)
     suites = load_suites(config.suite, tokenizer, _prompt_format(config), config.limit, "--suite")
-    grader = load_grader(config.grader, "--grader")
+    grader, ends = load_grader(config.grader, "--grader"), _ends(config, tokenizer)
     header = _header(config, suites, device, ranks, clock)
     result = files.check(header)
     # Before the first rank writes, all have looked.
     ranks.gather(None)
     if result is None:
-        engine = _engine(config, tokenizer, suites, device, ranks)
+        engine = _engine(config, tokenizer, suites, device, ranks, ends)
         groups = _groups(suites, config, ranks)
         plan = [[(group.suite, problem.id) for problem in group.problems] for group in groups]
         done = ranks.broadcast(files.begin(header, plan) if ranks.is_main else [])
-        done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks)
+        done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks, frozenset(ends))
         if ranks.is_main:
             records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
             result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
@@ -145,6 +145,7 @@ def _run_groups(
     tokenizer: Any,
     config: EvalCommand,
     ranks: Ranks,
+    ends: frozenset[int],
 ) -> Iterator[DoneProblem]:
     """Generate, grade and save every group that is not among `done`; all but generating is the first rank's."""
     finished = {(one.suite, one.record.id) for one in done}
@@ -164,7 +165,7 @@ def _run_groups(
             for place, problem in enumerate(group.problems):
                 own = rollouts[place * samples : (place + 1) * samples]
                 texts = [tokenizer.decode(rollout.response_ids) for rollout in own] if config.save_responses else None
-                new.append(DoneProblem(group.suite, score_problem(problem, own, grader, tokenizer), texts))
+                new.append(DoneProblem(group.suite, score_problem(problem, own, grader, tokenizer, ends), texts))
             files.append(new)
             bar.advance(task, len(new))
             yield from new
@@ -181,6 +182,8 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
         "weights": _weights_digest(Path(config.model)),
         "suite": {suite.name: digest(suite.problems) for suite in suites},
     }
+    if config.stop_tokens:
+        settings["stop_tokens"] = list(config.stop_tokens)
     if clock.asked:
         settings["time"] = clock.time.isoformat()
     return {"model": config.model, "step": None, "sampling": sampling, "settings": settings}
@@ -204,12 +207,12 @@ def _weights_digest(folder: Path) -> str | None:
 
 
 def _engine(
-    config: EvalCommand, tokenizer: Any, suites: list[Suite], device: torch.device, ranks: Ranks
+    config: EvalCommand, tokenizer: Any, suites: list[Suite], device: torch.device, ranks: Ranks, ends: list[int]
 ) -> RolloutEngine:
     """The sampler of the settings. Raises UserError for a model that cannot be loaded or cannot hold the responses."""
     longest = max(len(problem.ids) for suite in suites for problem in suite.problems)
     if config.engine == "vllm":
-        return _vllm_engine(config, tokenizer, longest, device, ranks)
+        return _vllm_engine(config, tokenizer, longest, device, ranks, ends)
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     model = load_model(config.model, "--model", dtype, device, config.trust_remote_code)
     check_positions(model.config, _spans(config, longest), f"--model {config.model}")
@@ -218,23 +221,28 @@ def _engine(
     with running(f"--model {config.model}"):
         _check_finite(model, config)
         switches = length_switches(model, longest + config.max_new_tokens)
-    return HFRollout(model, tokenizer, config.generate_batch, ranks=ranks, vocab_size=vocab_size, switches=switches)
+    how = {"ranks": ranks, "vocab_size": vocab_size, "switches": switches, "eos_ids": ends}
+    return HFRollout(model, tokenizer, config.generate_batch, **how)
+
+
+def _ends(config: EvalCommand, tokenizer: Any) -> list[int]:
+    """The tokens that end a response: those that are stated, else what the model's folder names."""
+    stated = stated_stops(config.stop_tokens, tokenizer, vocabulary_size(tokenizer), "--stop_tokens")
+    generation = generation_of(config.model, config.trust_remote_code)
+    return stated or turn_ends(generation, tokenizer, config.prompt_format == "chat")
 
 
 def _vllm_engine(
-    config: EvalCommand, tokenizer: Any, longest_prompt: int, device: torch.device, ranks: Ranks
+    config: EvalCommand, tokenizer: Any, longest_prompt: int, device: torch.device, ranks: Ranks, ends: list[int]
 ) -> RolloutEngine:
     from opsd.rollout.vllm import VLLMSampler
 
     try:
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         check_positions(model_config, _spans(config, longest_prompt), f"--model {config.model}")
-        generation = GenerationConfig.from_model_config(model_config)
-        if (Path(config.model) / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(config.model)
         return VLLMSampler(
             config.model,
-            eos_token_ids(generation, tokenizer),
+            ends,
             device,
             config.dtype,
             longest_prompt + config.max_new_tokens,

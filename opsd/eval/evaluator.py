@@ -71,7 +71,12 @@ def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl"
 
 
 class SuiteRunner(ABC):
-    """Runs the same suites with the same sampling on whatever engine it is given. max_new_tokens: unless config's."""
+    """Runs the same suites with the same sampling on whatever engine it is given. max_new_tokens: unless config's.
+
+    ends: the tokens that end a response, which are no part of what is graded; known once the models are loaded.
+    """
+
+    ends: frozenset[int] = frozenset()
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int) -> None:
         self.suites, self._config = suites, config
@@ -106,18 +111,20 @@ class Evaluator(SuiteRunner):
 
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
         """See `SuiteRunner.statistics`, and the function of that name."""
-        return score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer)
+        return score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer, self.ends)
 
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
         """See `grade_rollouts`."""
-        return grade_rollouts(rollouts, self.grader, self._tokenizer)
+        return grade_rollouts(rollouts, self.grader, self._tokenizer, self.ends)
 
 
-def grade_rollouts(rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> list[float] | None:
+def grade_rollouts(
+    rollouts: list[Rollout], grader: Grader, tokenizer: Any, ends: frozenset[int] = frozenset()
+) -> list[float] | None:
     """1.0 or 0.0 for each rollout; None unless every prompt has a gold answer. A truncated rollout is wrong."""
     if not rollouts or any(rollout.prompt.answer is None for rollout in rollouts):
         return None
-    return [float(not r.truncated and grader.grade(_text(r, tokenizer), str(r.prompt.answer))) for r in rollouts]
+    return [float(not r.truncated and grader.grade(_text(r, tokenizer, ends), str(r.prompt.answer))) for r in rollouts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,26 +142,35 @@ class ProblemRecord:
     truncated: list[bool]
 
 
-def score_problem(problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any) -> ProblemRecord:
+def score_problem(
+    problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any, ends: frozenset[int] = frozenset()
+) -> ProblemRecord:
     """Grade a problem's rollouts. A truncated one is wrong, whatever stands in it."""
-    correct = grade_rollouts(rollouts, grader, tokenizer)
+    correct = grade_rollouts(rollouts, grader, tokenizer, ends)
     assert correct is not None
     gold = str(problem.answer)
     return ProblemRecord(
         id=problem.id,
         gold=gold,
         correct=[value == 1.0 for value in correct],
-        answers=[None if r.truncated else grader.answer(_text(r, tokenizer), gold) for r in rollouts],
+        answers=[None if r.truncated else grader.answer(_text(r, tokenizer, ends), gold) for r in rollouts],
         tokens=[len(r.response_ids) for r in rollouts],
         truncated=[r.truncated for r in rollouts],
     )
 
 
-def score_suite(suite: Suite, rollouts: list[Rollout], samples: int, grader: Grader, tokenizer: Any) -> dict[str, Any]:
+def score_suite(
+    suite: Suite,
+    rollouts: list[Rollout],
+    samples: int,
+    grader: Grader,
+    tokenizer: Any,
+    ends: frozenset[int] = frozenset(),
+) -> dict[str, Any]:
     """Statistics of samples·problems rollouts, problem by problem; see `statistics`."""
     of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
     pairs = zip(suite.problems, of_problem, strict=True)
-    records = [score_problem(problem, own, grader, tokenizer) for problem, own in pairs]
+    records = [score_problem(problem, own, grader, tokenizer, ends) for problem, own in pairs]
     return statistics(records, grader.names_answers)
 
 
@@ -223,5 +239,7 @@ def _majority_is_right(record: ProblemRecord) -> bool:
     return bool(votes) and record.correct[record.answers.index(votes.most_common(1)[0][0])]
 
 
-def _text(rollout: Rollout, tokenizer: Any) -> str:
-    return tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+def _text(rollout: Rollout, tokenizer: Any, ends: frozenset[int]) -> str:
+    """What is graded: without the token that ended it, which need not be a special one."""
+    ids = rollout.response_ids
+    return tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids, skip_special_tokens=True)

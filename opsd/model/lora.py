@@ -7,6 +7,7 @@ merged in and taken out again, so nothing drifts.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,6 +103,20 @@ def coverage_of(path: str, lora: LoraConfig, trust: bool = False) -> str:
 def has_adapters(model: nn.Module) -> bool:
     """Whether `add_adapters` was here."""
     return hasattr(model, "peft_config")
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it adapters add nothing: the model is its base."""
+    scalings: list[dict[str, float]] = [part.scaling for part in model.modules() if hasattr(part, "lora_B")]  # pyright: ignore
+    own = [scaling[_ADAPTER] for scaling in scalings]
+    for scaling in scalings:
+        scaling[_ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for scaling, value in zip(scalings, own, strict=True):
+            scaling[_ADAPTER] = value
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -74,7 +74,7 @@ def _is_written(tokenizer: Any, token: str, number: int) -> bool:
 def check_ids(prompts: Iterable[Prompt], vocab_size: int, where: str) -> None:
     """Raises UserError for a prompt that holds an id which a model has no row for."""
     for prompt in prompts:
-        if (largest := max(prompt.ids)) >= vocab_size:
+        if (largest := max(*prompt.ids, *(prompt.teacher_ids or ()), -1)) >= vocab_size:
             raise UserError(
                 f"{where}: prompt {prompt.id} holds token {largest}, the models know 0 to {vocab_size - 1} (a special "
                 "token of the tokenizer that they lack); mend its text"

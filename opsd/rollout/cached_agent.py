@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.agent import Conversation, Episode
 from opsd.rollout.base import jobs_of
 from opsd.rollout.decode import decode
-from opsd.rollout.hf import eos_token_ids
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks
 
@@ -69,10 +70,11 @@ class CachedAgentRollout:
         context: Any = contextlib.nullcontext,
         ranks: Ranks = ONE_RANK,
         vocab_size: int | None = None,
+        eos_ids: Iterable[int] | None = None,
     ) -> None:
         self._model, self._conversation, self._max_turns = model, conversation, max_turns
         self._batch_rollouts, self._context, self._ranks = batch_rollouts, context, ranks
-        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer))
+        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer) if eos_ids is None else eos_ids)
         self._vocab_size = vocab_size or vocabulary_size(tokenizer)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:

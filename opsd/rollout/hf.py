@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
 from opsd.rollout.decode import decode
@@ -42,9 +44,8 @@ class HFRollout:
     model: a causal language model; it is put into eval mode while sampling. batch_rollouts: rollouts
     generated side by side. context: within it the model generates (compute type, gathered weights); it is entered
     on every rank, with or without work. vocab_size: only ids below it are sampled (None: all of the tokenizer's).
-    switches: see `decode`. Draws depend on (seed, rollout id) alone.
-
-    Of the model's generation config only the end tokens count.
+    switches: see `decode`. Draws depend on (seed, rollout id) alone. eos_ids: what ends a response (None: what the
+    model's generation config and the tokenizer name; nothing else of the former counts).
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class HFRollout:
         ranks: Ranks = ONE_RANK,
         vocab_size: int | None = None,
         switches: frozenset[int] = frozenset(),
+        eos_ids: Iterable[int] | None = None,
     ) -> None:
         self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
-        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer))
+        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer) if eos_ids is None else eos_ids)
         self._switches = switches
         self._vocab_size = vocab_size or vocabulary_size(tokenizer)
 
@@ -74,15 +76,6 @@ class HFRollout:
 
     def sync(self) -> None:
         """Nothing to do: the sampler and the trainer share their weights."""
-
-
-def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: a model's generation config may name several (Llama 3, Qwen)."""
-    named = None if generation is None else generation.eos_token_id
-    ids = [named] if isinstance(named, int) else list(named or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    return ids
 
 
 def cut_at_eos(response: list[int], eos_ids: list[int], max_new_tokens: int) -> tuple[list[int], bool]:

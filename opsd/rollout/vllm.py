@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -14,9 +14,10 @@ from torch import Tensor
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine, settled
 from opsd.model.files import in_pieces
+from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
-from opsd.rollout.hf import cut_at_eos, eos_token_ids
+from opsd.rollout.hf import cut_at_eos
 from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
@@ -145,9 +146,11 @@ class VLLMRollout(VLLMSampler):
         max_model_tokens: int,
         trust: bool = False,
         vocab_size: int | None = None,
+        eos_ids: Sequence[int] | None = None,
     ) -> None:
         compute = settled(compute, engine.device)
-        settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust, vocab_size)
+        how = (rollout, compute, max_model_tokens, trust, vocab_size, eos_ids)
+        settings = sampler_settings(path, tokenizer, engine, *how)
         with trying(f"--rollout.engine vllm: it cannot load {path}"):
             super().__init__(
                 **settings,
@@ -241,14 +244,18 @@ def sampler_settings(
     max_model_tokens: int,
     trust: bool,
     vocab_size: int | None,
+    eos_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """VLLMSampler's arguments for the student of `engine`, so far as they are JSON values.
 
-    vocab_size: only ids below it are sampled (None: all of the tokenizer's).
+    vocab_size: only ids below it are sampled (None: all of the tokenizer's). eos_ids: what ends a response (None: what
+    the model's generation config and the tokenizer name).
     """
+    if eos_ids is None:
+        eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
     return {
         "path": path,
-        "eos_ids": eos_token_ids(engine.student.model.generation_config, tokenizer),
+        "eos_ids": list(eos_ids),
         "dtype": compute.dtype,
         "max_model_tokens": max_model_tokens,
         "batch_rollouts": rollout.generate_batch,

@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -148,13 +148,15 @@ class VLLMProcessRollout:
         max_model_tokens: int,
         trust: bool = False,
         vocab_size: int | None = None,
+        eos_ids: Sequence[int] | None = None,
     ) -> None:
         compute = settled(compute, engine.device)
         self._engine, self._ranks, self._dtype = engine, engine.ranks, getattr(torch, compute.dtype)
         self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
         self._samplers: list[Sampler] = []
         path = str(Path(path).resolve()) if Path(path).exists() else path
-        settings = sampler_settings(path, tokenizer, engine, rollout, compute, max_model_tokens, trust, vocab_size)
+        how = (rollout, compute, max_model_tokens, trust, vocab_size, eos_ids)
+        settings = sampler_settings(path, tokenizer, engine, *how)
         settings["device"] = engine.device.type
         self._eos_ids, self._vocab_size = settings["eos_ids"], settings["vocab_size"]
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers

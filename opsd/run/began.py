@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,7 @@ from typing import Any
 from opsd.config import TrainConfig
 from opsd.data.prompts import digest
 from opsd.data.template import Clock
+from opsd.model.stops import PairStops
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
 
@@ -19,11 +21,13 @@ from opsd.utils.errors import UserError
 class Began:
     """Part of config.json. digests: of "prompts" and of each "eval.suite NAME"; they do not hang on a file's place.
 
-    time: what the chat template saw; None where it did not look.
+    time: what the chat template saw; None where it did not look. stops: what either model ended a turn with, and what
+    was chosen; None in folders of earlier versions, whose rollouts ended where the student does.
     """
 
     digests: dict[str, str]
     time: datetime | None = None
+    stops: PairStops | None = None
 
     @classmethod
     def of(cls, asked: dict[str, list[Prompt]], clock: Clock) -> Began:
@@ -44,7 +48,8 @@ class Began:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {"digests": self.digests, "time": None if self.time is None else self.time.isoformat()}
+        values = {"digests": self.digests, "time": None if self.time is None else self.time.isoformat()}
+        return values | {"stops": None if self.stops is None else dataclasses.asdict(self.stops)}
 
     @classmethod
     def from_json(cls, values: Any) -> Began | None:
@@ -53,9 +58,10 @@ class Began:
             return None
         try:
             digests, time = dict(values["digests"]), values["time"]
+            stops = PairStops.from_json(values.get("stops"))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json: 'began' is damaged ({error!r}); put it back, or start a new run") from error
-        return cls(digests, None if time is None else parse_time(time, "config.json"))
+        return cls(digests, None if time is None else parse_time(time, "config.json"), stops)
 
 
 def parse_time(text: Any, where: str) -> datetime:

@@ -38,7 +38,7 @@ def model_card(config: TrainConfig, step: int, evaluations: dict[str, dict[str, 
     kept = "all tokens" if select.by == ALL_TOKENS else f"{select.by}, {100 * select.retention:g} % of each answer"
     facts = {
         "student at the start": _code(config.student),
-        "teacher": _code(config.teacher.model),
+        "teacher": ", ".join(map(_code, config.teacher_paths().values())),
         "prompts": _code(config.prompts),
         "trained on": kept,
         "loss": f"{config.loss.divergence}, per token",

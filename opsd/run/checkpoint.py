@@ -33,7 +33,7 @@ _CHECKSUMS = Path("trainer") / "checksums.json"
 class TrainerState:
     """What a checkpoint holds beside the model. step: optimiser steps done. selector: its state_dict.
 
-    metrics: the step's own, so far as they were known before its evaluation.
+    metrics: the step's own, so far as they were known before its evaluation. teacher: what it has learnt, as tensors.
     """
 
     step: int
@@ -41,6 +41,7 @@ class TrainerState:
     optimizer_values: dict[str, Any]
     selector: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
+    teacher: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def place(folder: Path, step: int) -> Path:
@@ -105,7 +106,9 @@ def _fill(
         save_adapters(model, adapters, folder / ADAPTER_FOLDER)
     trainer = folder / "trainer"
     trainer.mkdir()
-    save_file({name: t.contiguous() for name, t in state.optimizer_tensors.items()}, trainer / "optimizer.safetensors")
+    for name, tensors in (("optimizer", state.optimizer_tensors), ("teacher", state.teacher)):
+        if tensors or name == "optimizer":
+            save_file({key: t.contiguous() for key, t in tensors.items()}, trainer / f"{name}.safetensors")
     values = {"step": state.step, "optimizer": state.optimizer_values, "selector": state.selector}
     replace(trainer / "state.json", json.dumps({**values, "metrics": state.metrics}))
     write_checksums(folder, folder / _CHECKSUMS)
@@ -155,9 +158,11 @@ def damaged(folder: Path) -> list[Path]:
 def load_state(path: Path) -> TrainerState:
     """The trainer's part of a checkpoint. Raises UserError where it is missing or damaged."""
     try:
-        values = json.loads((path / "trainer" / "state.json").read_text())
-        tensors = load_file(path / "trainer" / "optimizer.safetensors")
-        return TrainerState(values["step"], tensors, values["optimizer"], values["selector"], values["metrics"])
+        trainer = path / "trainer"
+        values = json.loads((trainer / "state.json").read_text())
+        tensors, teacher = load_file(trainer / "optimizer.safetensors"), trainer / "teacher.safetensors"
+        held = load_file(teacher) if teacher.exists() else {}
+        return TrainerState(values["step"], tensors, values["optimizer"], values["selector"], values["metrics"], held)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before"

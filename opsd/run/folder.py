@@ -108,11 +108,15 @@ class RunFolder:
         lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
         return int(max((step for step in map(_step_of, lines) if step < float("inf")), default=0))
 
+    def history(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl so far."""
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
     def skipped_in_row(self) -> int:
         """How many of the newest steps were skipped (--optim.on_nonfinite), counted back from the last line."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        used = (place for place, line in enumerate(reversed(lines)) if not json.loads(line).get("optim/skipped"))
+        lines = self.history()
+        used = (place for place, line in enumerate(reversed(lines)) if not line.get("optim/skipped"))
         return next(used, len(lines))
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
@@ -150,6 +154,7 @@ class RunFolder:
                         "id": rollout.id,
                         "prompt_id": rollout.prompt.id,
                         "prompt_ids": rollout.prompt.ids,
+                        **({} if (own := rollout.prompt.teacher_ids) is None else {"teacher_prompt_ids": own}),
                         "response_ids": rollout.response_ids,
                         "student_mask": rollout.student_mask,
                         "truncated": rollout.truncated,
@@ -191,9 +196,9 @@ class Follower(RunFolder):
     def write_metrics(self, metrics: dict[str, float]) -> None:
         """See finish."""
 
-    def skipped_in_row(self) -> int:
+    def history(self) -> list[dict[str, float]]:
         """Known to the first rank."""
-        return 0
+        return []
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """See finish."""

@@ -25,7 +25,7 @@ def labels(config: TrainConfig, folder: Path) -> dict[str, str]:
     kept = "" if select.by == ALL_TOKENS else f"-{100 * select.retention:g}"
     return {
         "recipe": folder.resolve().parent.name,
-        "pair": f"{_name(config.teacher.model)} to {_name(config.student)}",
+        "pair": f"{'+'.join(map(_name, config.teacher_paths().values()))} to {_name(config.student)}",
         "selector": f"{select.by}{kept}",
         "seed": f"seed-{config.seed}",
     }

@@ -23,6 +23,20 @@ class Teacher(Protocol):
         """What makes logits of them: the teacher's vocabulary projection [V, E]."""
         ...
 
+    def head_for(self, micro: MicroBatch) -> Head | None:
+        """The head of the one that scores this micro-batch; None where it gives no states (`LogprobsTeacher`)."""
+        return self.head()
+
+    def end_step(self, step: int) -> None:
+        """A step is done, whose update was taken or left out; a call of all ranks."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What must survive a checkpoint, as whole tensors on the first rank; a call of all ranks."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse of `state`; every rank is given the whole. Raises KeyError where something is missing."""
+
 
 def cached(hidden_NE: torch.Tensor, where: Cache) -> torch.Tensor:
     """The states as they wait for the student's turn: where they are, or in host memory (pinned beside a GPU)."""

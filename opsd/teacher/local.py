@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from opsd.model.scorer import Scorer
-from opsd.teacher.base import Cache, cached
+from opsd.teacher.base import Cache, Teacher, cached
 from opsd.types import Head, MicroBatch
 
 
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """Teacher on a loaded model, frozen and in eval mode. device: where the micro-batches are computed.
 
     offload: between its turns the model lies in host memory (pinned beside a GPU); only its head and what is small stay

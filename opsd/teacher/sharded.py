@@ -12,12 +12,12 @@ from opsd.engine.deepspeed_engine import import_deepspeed
 from opsd.model.checks import Reach, check_head_alone, check_packing, check_positions, transform_of
 from opsd.model.loading import check_whole, disable_dropout, load_model, running
 from opsd.model.scorer import Scorer
-from opsd.teacher.base import Cache, cached
+from opsd.teacher.base import Cache, Teacher, cached
 from opsd.types import Head, MicroBatch
 from opsd.utils.errors import UserError
 
 
-class ShardedTeacher:
+class ShardedTeacher(Teacher):
     """Teacher whose weights are spread over the ranks, each layer gathered where it is needed.
 
     Every rank calls `hidden` with as many micro-batches. The head is whole on every rank: the loss needs it all along.

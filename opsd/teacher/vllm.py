@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from opsd.config import TeacherConfig
 from opsd.model.checks import Reach, check_positions, find_transform, rope_switch
 from opsd.model.loading import load_ends, running
 from opsd.model.scorer import DistillHead
+from opsd.teacher.base import Teacher
 from opsd.types import Head, MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.going_on import advice
@@ -33,16 +34,20 @@ BACKOFF_S = 0.5
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 
 
-class VLLMTeacher:
-    """Teacher on one or more replicas of a vLLM pooling server. head: its projection, read from the model folder.
+class ServedTeacher(Teacher):
+    """Teacher on one or more replicas of a server: what asks, tries again and puts answers in their places.
 
-    Requests go round the replicas; one that fails is tried again on the next, config.retries times, then the run stops.
+    width, dtype: of what it gives per token. Requests go round the replicas; one that fails is tried again on the next,
+    config.retries times, then the run stops.
     """
 
-    def __init__(self, config: TeacherConfig, head: Head, device: torch.device, rank: int = 0) -> None:
-        self._config, self._rank = config, rank
-        self._head = head.changed(lambda part: part.to(device))
-        self._width, self._dtype = head.weight_VD.shape[1], head.weight_VD.dtype
+    # What must answer, and how to start one.
+    wanted: ClassVar[tuple[str, str]]
+
+    def __init__(
+        self, config: TeacherConfig, width: int, dtype: torch.dtype, device: torch.device, rank: int = 0
+    ) -> None:
+        self._config, self._width, self._dtype, self._rank = config, width, dtype, rank
         # Where the states wait for the student's turn.
         self._waits = device if config.cache == "device" else torch.device("cpu")
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
@@ -63,11 +68,9 @@ class VLLMTeacher:
                 (states,) = self._states(url, [[0]])
             except _NO_ANSWER as error:
                 raise UserError(
-                    f"--teacher.urls {url}: no pooling server answers there ({self._reason(error)}); start one with "
-                    "scripts/serve_teacher.sh"
+                    f"--teacher.urls {url}: no {self.wanted[0]} answers there ({self._reason(error)}); {self.wanted[1]}"
                 ) from error
-            # The last token is never read.
-            if isinstance(most, int) and longest - 1 > most:
+            if isinstance(most, int) and self._asked(longest) > most:
                 raise UserError(
                     f"--teacher.urls {url}: it takes {most} tokens, the run's longest sequence may have {longest}; "
                     "start it with a larger --max-model-len"
@@ -82,14 +85,22 @@ class VLLMTeacher:
         """See Teacher.hidden. Raises RunStopped where no replica answers."""
         return list(self._pool.map(self._of_batch, range(len(batches)), batches))
 
-    def head(self) -> Head:
-        """See Teacher.head."""
-        return self._head
+    def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
+        """[L, width] of each sequence of L tokens, on the CPU."""
+        raise NotImplementedError
+
+    def _sequences(self, micro: MicroBatch) -> list[list[int]]:
+        """What is asked about a micro-batch; the states of its L tokens come back."""
+        return split(micro)
+
+    def _asked(self, longest: int) -> int:
+        """Tokens that a server must take for a sequence of so many: its last token is never read."""
+        return longest - 1
 
     def _of_batch(self, place: int, micro: MicroBatch) -> Tensor:
         if not micro.student_tokens():
-            return self._head.weight_VD.new_zeros(0, self._width)
-        sequences = split(micro)
+            return torch.zeros(0, self._width, dtype=self._dtype, device=self._waits)
+        sequences = self._sequences(micro)
         rows = []
         for first in range(0, len(sequences), SEQUENCES_PER_REQUEST):
             rows += self._with_retries(place, sequences[first : first + SEQUENCES_PER_REQUEST])
@@ -120,6 +131,36 @@ class VLLMTeacher:
             f"with {self._reason(last)}; restart it, then {advice()}"
         ) from last
 
+    def _call(self, url: str, path: str, body: bytes | None) -> tuple[Any, bytes]:
+        request = urllib.request.Request(url.rstrip("/") + path, body, {"Content-Type": "application/json"})
+        if self._key:
+            request.add_header("Authorization", f"Bearer {self._key}")
+        with self._opener.open(request, timeout=self._config.timeout_s) as answer:
+            return answer.headers, answer.read()
+
+    def _reason(self, error: Exception) -> str:
+        """What went wrong, in one line; never the key, which a server's answer may repeat."""
+        if isinstance(error, urllib.error.HTTPError):
+            said = error.read(4096).decode(errors="replace")
+            if self._key:
+                said = said.replace(self._key, "(the key)")
+            return " ".join(["status", str(error.code), *said[:300].split()])
+        return first_line(error)
+
+
+class VLLMTeacher(ServedTeacher):
+    """A vLLM pooling server. head: its projection, read from the model folder."""
+
+    wanted = ("pooling server", "start one with scripts/serve_teacher.sh")
+
+    def __init__(self, config: TeacherConfig, head: Head, device: torch.device, rank: int = 0) -> None:
+        super().__init__(config, head.weight_VD.shape[1], head.weight_VD.dtype, device, rank)
+        self._head = head.changed(lambda part: part.to(device))
+
+    def head(self) -> Head:
+        """See Teacher.head."""
+        return self._head
+
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
         """Final hidden states [L, E] of each sequence, on the CPU."""
         kind = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self._dtype]
@@ -139,22 +180,6 @@ class VLLMTeacher:
                 raise ValueError(f"{part['shape'][0]} states for {len(sequence)} tokens")
             found.append(flat.view(part["shape"]))
         return found
-
-    def _call(self, url: str, path: str, body: bytes | None) -> tuple[Any, bytes]:
-        request = urllib.request.Request(url.rstrip("/") + path, body, {"Content-Type": "application/json"})
-        if self._key:
-            request.add_header("Authorization", f"Bearer {self._key}")
-        with self._opener.open(request, timeout=self._config.timeout_s) as answer:
-            return answer.headers, answer.read()
-
-    def _reason(self, error: Exception) -> str:
-        """What went wrong, in one line; never the key, which a server's answer may repeat."""
-        if isinstance(error, urllib.error.HTTPError):
-            said = error.read(4096).decode(errors="replace")
-            if self._key:
-                said = said.replace(self._key, "(the key)")
-            return " ".join(["status", str(error.code), *said[:300].split()])
-        return first_line(error)
 
 
 def split(micro: MicroBatch) -> list[list[int]]:

@@ -100,6 +100,8 @@ def _rollout(
     if "top1_agree" in group:
         found["a"] = group["top1_agree"].astype(int).tolist()
     found["k"] = group["kept"].astype(int).tolist()
+    if "stop" in group:
+        found["end"] = [at for at, ends in zip(place, group["stop"].tolist(), strict=True) if ends]
     for key, side in (("s", "student"), ("t", "teacher")):
         if f"{side}_top_ids" in group:
             found[key] = [[texts.number(int(i)) for i in ids] for ids in group[f"{side}_top_ids"]]

@@ -127,6 +127,7 @@ function fill(block) {
     token.dataset.place = place;
     if (SPECIAL.test(text)) token.classList.add("special");
     if (!block.rollout.rowAt.has(place)) token.classList.add("tool");
+    if (block.rollout.ends.has(place)) { token.classList.add("stop"); token.title = "the token that ends the turn"; }
     return token;
   });
   block.text.append(...block.tokens);

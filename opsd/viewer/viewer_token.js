@@ -45,6 +45,7 @@ const SPECIAL = /^<[^<>\s]{1,40}>$/;
 // The places in the response that carry statistics, and the other way round.
 for (const rollout of data.rollouts) {
   rollout.rowAt = new Map((rollout.at || rollout.ids.map((_, i) => i)).map((place, row) => [place, row]));
+  rollout.ends = new Set(rollout.end || []);
   rollout.text = rollout.ids.map((i) => data.texts[i]).join("");
 }
 const placeOf = (rollout, row) => (rollout.at ? rollout.at[row] : row);
@@ -78,6 +79,7 @@ function describe(block, place) {
     chip(`${name} ${what}`, colour);
   }
   chip(rollout.k[row] ? "trained on" : "left out", rollout.k[row] ? "var(--kept)" : "var(--soft)");
+  if (rollout.ends.has(place)) chip("■ ends the turn", "var(--accent)");
   const list = make("dl"), line = (name, value) => list.append(make("dt", "", name), make("dd", "", value));
   line("entropy h", `${nats(rollout.h[row])} nats`);
   if (rollout.r) line("reverse KL δ, student‖teacher", `${nats(rollout.r[row])} nats`);

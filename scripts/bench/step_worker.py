@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class Line:
         return json.loads(self._connection.recv_bytes())
 
     def send(self, message: dict[str, Any]) -> None:
+        message = {**message, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         self._connection.send_bytes(json.dumps(message).encode())
 
     @contextmanager
@@ -60,6 +62,7 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
                     self.whole_step.__exit__(None, None, None)
                     metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
                     counts = {"tokens": metrics["rollout/tokens"], "loss_nats": metrics["loss/nats"]}
+                    counts["kept_frac"] = metrics["select/kept_frac"]
                     line.send({"stages": line.stages, **counts})
                 else:
                     line.send({"ready": True})
@@ -82,10 +85,15 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
                 "steps": STEPS,
                 "prompts_per_step": len(settings["prompts"]),
                 "rollout": {
-                    "engine": settings["method"].removeprefix("opsd-"),
+                    "engine": settings["method"].split("-")[1],
                     "samples_per_prompt": 1,
                     "max_prompt_tokens": settings["prompt_tokens"],
                     "max_new_tokens": settings["new_tokens"],
+                },
+                "select": {
+                    "by": settings["selector"] if settings["method"].endswith("-tip") else "all",
+                    "retention": settings["retention"],
+                    "normalise_over": "rollout",
                 },
                 "optim": {"lr": settings["lr"], "schedule": "constant"},
                 "engine": {"device": "cpu"},
@@ -97,21 +105,35 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
     )
 
 
+def trl_trainer(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of TRL's trainer, and the arguments that selection adds to it."""
+    from trl.trainer.distillation_trainer import DistillationTrainer
+
+    engine = settings["method"].partition("-")[2]
+    if not engine:
+        return DistillationTrainer, {}
+    from tip_patch.adapters.trl import tip
+
+    options = {"retention": settings["retention"], "normalise_over": "rollout"}
+    more = {"selector": settings["selector"], "selector_options": options, "engine": engine, "telemetry_every": 0}
+    return tip(DistillationTrainer), more
+
+
 def run_trl(line: Line, settings: dict[str, Any]) -> None:
     """TRL's DistillationTrainer: on-policy, reverse KL, the teacher in the same process."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl.trainer.distillation_config import DistillationConfig
-    from trl.trainer.distillation_trainer import DistillationTrainer
 
+    trainer, selection = trl_trainer(settings)
     tokenizer = AutoTokenizer.from_pretrained(settings["student"], trust_remote_code=False)
     # It needs an end token; min_new_tokens keeps the model from writing it.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.get_vocab().values()))
     given: dict[str, Any] = {"responses": None}
     counts: dict[str, Any] = {}
 
-    class Timed(DistillationTrainer):
+    class Timed(trainer):
         def _generate_single_turn(self, prompt_ids: list[list[int]], *others: Any, **more: Any) -> Any:
             with line.stage("rollout"):
                 ids = given["responses"] or super()._generate_single_turn(prompt_ids, *others, **more)
@@ -136,6 +158,9 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.step.__exit__(None, None, None)
+            done = made.tip.done if selection else []
+            kept = sum(int(part.kept_N.sum()) for part in done)
+            counts["kept_frac"] = kept / counts["tokens"] if selection else 1.0
 
     config = DistillationConfig(
         output_dir=settings["out"],
@@ -162,14 +187,16 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
     )
     dataset = Dataset.from_list([{"prompt": prompt} for prompt in settings["prompts"]])
     with torch.random.fork_rng():
-        Timed(
+        made = Timed(
             settings["student"],
             settings["teacher"],
             config,
             train_dataset=dataset,
             processing_class=tokenizer,
             callbacks=[Baton()],
-        ).train()
+            **selection,
+        )
+        made.train()
 
 
 def run_vllm(line: Line, settings: dict[str, Any]) -> None:
@@ -214,7 +241,8 @@ def main(socket: int) -> None:
 
     torch.set_num_threads(settings["threads"])
     try:
-        {"trl": run_trl, "vllm-alone": run_vllm}.get(settings["method"], run_opsd)(line, settings)
+        family = settings["method"].partition("-")[0]
+        {"trl": run_trl, "vllm": run_vllm, "opsd": run_opsd}[family](line, settings)
     except EOFError:
         return  # nobody asks any more
     except Exception as error:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 # Rules that scale by min and max, and a user's own, which may: for others, normalise_over and clip_quantile change
@@ -16,8 +17,9 @@ from typing import Any
 NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3", "teachability"})
 # What a table may compare beside rules: which settings each axis is made of.
 AXES = {
-    "divergence": ("loss", ("divergence", "beta")),
+    "divergence": ("loss", ("divergence", "beta", "entropy_threshold", "warmup_steps")),
     "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps")),
+    "teacher": ("teacher", ("model", "weights", "ema", "every", "context", "max_prompt_tokens")),
     "horizon": ("rollout", ("horizon", "horizon_steps")),
     "prompts": ("loss", ("prompt_weights",)),
 }
@@ -67,7 +69,8 @@ class CellName:
 
 
 def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
-    """In words, where a run is not what the paper has: reverse KL under AdamW, whole answers, prompts weighed alike."""
+    """In words, where a run is not what the paper has: reverse KL under AdamW, another model, whole answers, prompts
+    weighed alike."""
     loss, optim, rollout = (config.get(part, {}) for part in ("loss", "optim", "rollout"))
     words = []
     if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
@@ -79,7 +82,16 @@ def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
         words += [f"horizon={horizon:g}", f"steps={int(rollout.get('horizon_steps', 0))}"]
     if "prompts" in axes and (weights := loss.get("prompt_weights", "none")) != "none":
         words.append(weights)
-    return words
+    return words + (_teacher(config.get("teacher", {})) if "teacher" in axes else [])
+
+
+def _teacher(teacher: dict[str, Any]) -> list[str]:
+    """In words, where a student teaches itself, or the teacher is asked something else."""
+    words = []
+    if teacher.get("model") == "self":
+        weights, every = teacher.get("weights", "initial"), int(teacher.get("every", 1))
+        words += ["self", *([weights] if weights != "initial" else []), *([f"every={every}"] if every > 1 else [])]
+    return words + ([f"context={PurePath(context).stem}"] if (context := teacher.get("context")) else [])
 
 
 def _selection(select: dict[str, Any]) -> list[str]:
@@ -89,6 +101,7 @@ def _selection(select: dict[str, Any]) -> list[str]:
         words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
         quantile = float(select.get("clip_quantile", 0.98))
         words += [f"clip_quantile={quantile:g}"] if quantile != 0.98 else []
+    words += [f"stop_token={how}"] if (how := select.get("stop_token", "as_scored")) != "as_scored" else []
     return words + [f"{name}={value}" for name, value in sorted(select.get("options", {}).items())]
 
 
@@ -97,7 +110,9 @@ def config_of(flags: str) -> dict[str, dict[str, Any]]:
     config: dict[str, dict[str, Any]] = {}
     for setting in re.split(r"(?:^| )--", flags)[1:]:
         flag, *values = setting.split()
-        part, name = flag.split(".")
+        # A flag without a dot is a part's main setting: --teacher is its model.
+        part, _, name = flag.partition(".")
+        name = name or "model"
         own = dict(zip(values[::2], values[1::2], strict=True)) if name == "options" else values[0]
         config.setdefault(part, {})[name] = own
     return config

@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from reporting.page import Section
-from reporting.plots import costs, curve_names, curves
+from reporting.pictures import warnings
+from reporting.plots import HEALTH_CURVES, costs, curve_names, curves
 from reporting.runs import Run
 from reporting.tables import TextTable
 from reporting.theme import Picture, picture
@@ -29,11 +30,7 @@ NUMBERS: list[tuple[str, str, Callable[[float], str]]] = [
     ("time/step_s", "step, s", "{:.2f}".format),
 ]
 # What has a curve here, beside what a table's runs have.
-FURTHER = [
-    ("rollout/tokens", "tokens written per step"),
-    ("rollout/truncated_frac", "answers cut at the limit"),
-    *((f"quadrant/q{q}_frac", f"share of tokens in Q{q}") for q in (1, 2, 3, 4)),
-]
+FURTHER = tuple((f"quadrant/q{q}_frac", f"share of tokens in Q{q}") for q in (1, 2, 3, 4))
 
 
 def one_run(run: Run) -> Section:
@@ -87,8 +84,11 @@ def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
 
 def pictures(run: Run) -> Iterator[Picture]:
     """Curves, tokens, memory and time; one that has no data is left out."""
-    if curve_names([run]):
-        yield picture("Curves.", "Smoothed over a fortieth of the run.", lambda: curves([run], FURTHER))
+    if names := curve_names([run]) + curve_names([run], FURTHER):
+        yield picture("Curves.", "Smoothed over a fortieth of the run.", lambda: curves([run], names))
+    if health := curve_names([run], HEALTH_CURVES):
+        words = "Lengths, truncation, repetition, and the token that ends a rollout."
+        yield picture("Health.", f"{words} {warnings([run])}", lambda: curves([run], health))
     tokens = read_tokens([run])
     if tokens is not None:
         yield picture("Entropy and divergence of every token.", tokens.words, lambda: plane(tokens))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reporting.paper import BENCHMARKS, Paper
-from reporting.plots import average_and_best, bars, costs, crowded, curve_names, curves, retention
+from reporting.plots import HEALTH_CURVES, average_and_best, bars, costs, crowded, curve_names, curves, retention
 from reporting.runs import Run
 from reporting.stats import CellCost, SuiteReport
 from reporting.theme import Picture, picture
@@ -18,14 +18,29 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
         title = "Figure 2. Entropy and divergence of every token."
         found.append(picture(title, tokens.words, lambda: plane(tokens)))
     found.sort(key=lambda one: one.title)  # by the paper's numbers
-    if curve_names(group):
+    if training := curve_names(group):
         words = "Mean over seeds, shaded from the lowest to the highest, smoothed over a fortieth of the run."
-        found.append(picture("Training curves.", words, lambda: curves(group)))
+        found.append(picture("Training curves.", words, lambda: curves(group, training)))
+    if health := curve_names(group, HEALTH_CURVES):
+        words = "Lengths, truncation, repetition, and the token that ends a rollout; drawn as the training curves are."
+        found.append(picture("Health.", f"{words} {warnings(group)}", lambda: curves(group, health)))
     cells = [cost.cell for cost in cell_costs if cost.peak_gib is not None]
     if cells:
         words = "Peak of the training process; the median step, by stage. log: telemetry, where it is due."
         found.append(picture("Memory and time.", words, lambda: costs(group, cells)))
     return found
+
+
+def warnings(group: list[Run]) -> str:
+    """What --health said in these runs: each warning with its runs and steps."""
+    told = [
+        f"{key.removeprefix('health/')} ({run.path.name}, step {line['step']})"
+        for run in group
+        for line in run.steps
+        for key in line
+        if key.startswith("health/")
+    ]
+    return f"Warned of: {', '.join(told)}." if told else "No run warned of anything."
 
 
 def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +24,16 @@ CURVES = (
     ("student/reverse_kl_nats", "reverse KL over all tokens, nats"),
     ("student/entropy_nats", "student entropy, nats"),
     ("rollout/reward", "mean reward of the step's rollouts"),
+)
+HEALTH_CURVES = (
+    ("length/mean_tokens", "mean length of a rollout, tokens"),
+    ("length/p90_tokens", "length that nine in ten stay below, tokens"),
+    ("rollout/truncated_frac", "rollouts cut off, fraction"),
+    ("repetition/ngram_frac", "tokens inside repeated n-grams, fraction"),
+    ("stop/student_prob", "student's chance of the end, where it ends"),
+    ("stop/delta_nats", "teacher's less student's log-prob. of the end, nats"),
+    ("stop/kept_frac", "ends that are trained on, fraction"),
+    ("stop/score_percentile", "where the rule ranks the end, 0 to 1"),
 )
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 # Line and mark of a rule's variants in the order in which they come.
@@ -249,16 +259,17 @@ def _mean_and_best(ax: Axes, means: dict[CellName, float], best: dict[CellName, 
     ax.set_xlabel("%")
 
 
-def curve_names(group: list[Run]) -> list[tuple[str, str]]:
-    """The metrics that have a curve, each with its title."""
-    names = [(key, title) for key, title in CURVES if any(run.logged(key) for run in group)]
+def curve_names(group: list[Run], asked: tuple[tuple[str, str], ...] = CURVES) -> list[tuple[str, str]]:
+    """Those of the metrics that have a curve, each with its title; beside the training's, every evaluation's."""
+    names = [(key, title) for key, title in asked if any(run.logged(key) for run in group)]
+    if asked is not CURVES:
+        return names
     evaluated = sorted({key for run in group for line in run.steps for key in line if _is_mean(key)})
     return names + [(key, f"{key.split('/')[1]}, {key.split('/')[2]}") for key in evaluated]
 
 
-def curves(group: list[Run], further: Sequence[tuple[str, str]] = ()) -> Figure:
-    """Training curves: a line per cell, the mean over its seeds, smoothed. further: metrics, each with its title."""
-    names = curve_names(group) + [(key, title) for key, title in further if any(run.logged(key) for run in group)]
+def curves(group: list[Run], names: list[tuple[str, str]]) -> Figure:
+    """Curves of the named metrics: a line per cell, the mean over its seeds, smoothed."""
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     cells = list(dict.fromkeys(run.cell for run in group))

@@ -14,7 +14,7 @@ from opsd.utils.errors import UserError
 from reporting.cells import AXES, CellName, off_axes
 
 # What may differ between runs that one table compares; everything else is the protocol they share.
-NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "began"})
+NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "health", "began"})
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,13 @@ def by_protocol(runs: Iterable[Run]) -> list[list[Run]]:
 
 # What each part of a configuration holds where nothing is set.
 _UNSET = to_json(TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out=""))
-_DEFAULTS = {part: values for part, values in _UNSET.items() if isinstance(values, dict) and part != "teacher"}
+_DEFAULTS = {part: values for part, values in _UNSET.items() if isinstance(values, dict)}
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """What makes the protocol. Settings that a folder's version of opsd did not have yet count as unset."""
-    whole = {**config, **{part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}}
+    plain = {name: value for name, value in _UNSET.items() if name in ("teachers", "teacher_field")}
+    whole = {**plain, **config, **{part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}}
     whole["eval"] = {name: value for name, value in whole["eval"].items() if name != "cache"}
     return {name: value for name, value in whole.items() if name not in NOT_PROTOCOL}
 

@@ -132,7 +132,7 @@ def test_bad_input_is_one_line_exit_2_and_writes_nothing(flags, said, folders, t
     ("args", "said"),
     [
         (["trian"], "unknown command 'trian'; give one of: train, eval, inspect, plan, check-model, selectors, push"),
-        (["train"], "missing: --prompts, --out, --student, --teacher"),
+        (["train"], "missing: --prompts, --out, --student"),
         (["train", "--resume"], "--resume: give a path"),
         (["train", "--resume", "RUN", "--optim.lr", "1"], "--resume RUN takes no --optim.lr"),
         (["check-model"], "missing: FOLDER"),

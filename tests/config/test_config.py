@@ -66,7 +66,7 @@ def test_every_part_of_the_configuration_is_read_back_as_such():
         (lambda values: values.update(colour=1.0), "colour is not a setting of this version of opsd"),
         (lambda values: values["optim"].update(rate=1.0), "optim.rate is not a setting of this version of opsd"),
         (lambda values: values.pop("student"), "student is missing"),
-        (lambda values: values["teacher"].pop("model"), "teacher.model is missing"),
+        (lambda values: values["teacher"].update(path="m"), "teacher.path is not a setting of this version of opsd"),
         (lambda values: values.update(optim=3), "optim is 3, not a group of settings"),
         (lambda values: values.update(steps="two"), "steps is 'two'; put back"),
         (lambda values: values.update(steps=True), "steps is True; put back"),

@@ -25,6 +25,7 @@ class Case:
     teacher_head_VE: Tensor
     divergence: str = "reverse_kl"
     beta: float = 0.5
+    entropy_threshold: float = 0.4
     temperature: float = 1.0
     vocab_size: int | None = None
     kept_N: Tensor | None = None
@@ -50,6 +51,7 @@ class Case:
         own = {
             "divergence": self.divergence,
             "beta": self.beta,
+            "entropy_threshold": self.entropy_threshold,
             "temperature": self.temperature,
             "vocab_size": self.vocab_size,
             "kept_N": self.kept_N,
@@ -126,7 +128,11 @@ class Naive:
     """Definitions in fp64; everything of size N×V is simply there."""
 
     @staticmethod
-    def divergence(name: str, logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    def divergence(name: str, logp: Tensor, logq: Tensor, beta: float, threshold: float = 0.4) -> Tensor:
+        if name == "eopd":
+            unsure = -(logq.exp() * logq).sum(-1) > threshold
+            both = [Naive.divergence(kl, logp, logq, beta, threshold) for kl in ("reverse_kl", "forward_kl")]
+            return torch.where(unsure, both[0] + both[1], both[0])
         if name == "reverse_kl":
             return (logp.exp() * (logp - logq)).sum(-1)
         if name == "forward_kl":
@@ -167,7 +173,7 @@ class Naive:
         tokens = student_ND.shape[0]
         kept_N = torch.ones(tokens, dtype=torch.bool) if case.kept_N is None else case.kept_N
         weight_N = torch.ones(tokens) if case.weight_N is None else case.weight_N
-        loss_N = self.divergence(case.divergence, logp_NV, logq_NV, case.beta)
+        loss_N = self.divergence(case.divergence, logp_NV, logq_NV, case.beta, case.entropy_threshold)
         loss_sum = (loss_N * weight_N.double())[kept_N].sum()
         grad_ND, grad_VD, grad_NV = torch.autograd.grad(loss_sum, (student_ND, head_VD, logits_NV))
         size = (self.terms(case, logp_NV, logq_NV).sum(-1) * weight_N)[kept_N].sum()

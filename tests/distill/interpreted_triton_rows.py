@@ -19,11 +19,13 @@ from opsd.types import Transform
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "eopd")
 NATS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N")
 SAMPLED = {"teacher_rank_N", "log_ratio_N"}
 FIELDS = frozenset({*NATS, *SAMPLED, "grad_norm_N", "top1_agree_N", "teacher_mass_N"})
 BETA = 0.3
+# Nats, between the teachers' entropies of these tests.
+THRESHOLD = 1.5
 INF = float("inf")
 PLAIN = (Transform(), Transform())
 # The same claims as for torch's operations.
@@ -64,7 +66,7 @@ def token_fields(needs, student_CV, teacher_CV, temperature, ids_C, **how):
 
 
 def gradient_(divergence, temperature, student_CV, teacher_CV, scale_C, out_CV, **how):
-    spec = LossSpec(divergence, BETA, temperature)
+    spec = LossSpec(divergence, BETA, temperature, entropy_threshold=THRESHOLD)
     return triton_rows.gradient_(rows_of(student_CV, teacher_CV, **how), spec, scale_C, out_CV)
 
 
@@ -80,12 +82,15 @@ def exact(student_CV, teacher_CV, temperature, ids_C=None):
     student_nats = (p * against).sum(-1, keepdim=True)
     forward = (plogp(q, logq) - torch.where(q > 0, q * logp, 0.0)).sum(-1)
     teacher_nats = (plogp(q, logq) - torch.where(q > 0, q * torch.where(q > 0, logm, 0.0), 0.0)).sum(-1)
+    unsure = (-plogp(q, logq).sum(-1) > THRESHOLD).double()
     losses = {
+        "eopd": reverse[:, 0] + unsure * forward,
         "reverse_kl": reverse[:, 0],
         "forward_kl": forward,
         "jsd": BETA * teacher_nats + (1 - BETA) * student_nats[:, 0],
     }
     gradients = {
+        "eopd": (p * (ratio - reverse) + unsure[:, None] * (p - q)) / temperature,
         "reverse_kl": p * (ratio - reverse) / temperature,
         "forward_kl": (p - q) / temperature,
         "jsd": (1 - BETA) * p * (against - student_nats) / temperature,
@@ -189,7 +194,7 @@ def test_a_logit_of_minus_infinity_is_a_probability_of_zero(divergence, assert_c
     student_CV, teacher_CV = logits(3, 201)
     # Of both models for whole blocks, the first one's too; of the student alone elsewhere.
     student_CV[:, :70] = teacher_CV[:, :70] = -INF
-    if divergence != "forward_kl":
+    if divergence not in ("forward_kl", "eopd"):
         student_CV[:, 150:160] = -INF
     losses, gradients, _ = exact(student_CV, teacher_CV, 1.0)
     loss_C, out_CV = loss_and_gradient(divergence, student_CV, teacher_CV)

@@ -8,7 +8,7 @@ from tolerance import MOST, ROUNDOFF, rounding
 
 from opsd.distill import distill_loss
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "eopd")
 
 
 @st.composite
@@ -257,3 +257,29 @@ def test_a_two_token_vocabulary_by_hand(assert_close):
     # Forward KL: ¾·ln(3/2) + ¼·ln(1/2); gradient p − q = (−¼, ¼).
     assert_close(forward, 0.75 * 0.4054651081081644 - 0.25 * 0.6931471805599453, *sums)
     assert_close(torch.autograd.grad(forward, head)[0][:, 0], [-0.25, 0.25], *sums)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("memory", ["fused", "whole"])
+def test_eopd_by_hand_forward_joins_where_the_teacher_is_unsure(memory, assert_close):
+    # Two tokens of the same student, (½, ½). Teacher of the first (0.75, 0.25): 0.562 nats; of the second (0.99, 0.01):
+    # 0.056. Above 0.5 nats is the first alone: reverse ½·ln(4/3) plus forward ¾·ln(3/2) − ¼·ln 2; the second has its
+    # reverse, ½·ln(½/0.99) + ½·ln(½/0.01) = −½·ln(4·0.99·0.01).
+    hidden = torch.ones(2, 1, requires_grad=True)
+    teacher_head = torch.eye(2)
+    teacher = torch.tensor([[0.75, 0.25], [0.99, 0.01]]).log()
+    more = {"divergence": "eopd", "memory": memory, "entropy_threshold": 0.5}
+    first, second = 0.5 * 0.28768207245178085 + 0.75 * 0.4054651081081644 - 0.25 * 0.6931471805599453, 1.6144645
+    head = torch.zeros(2, 1, requires_grad=True)
+    for rows, expected in ((slice(0, 1), first), (slice(1, 2), second), (slice(0, 2), first + second)):
+        loss = distill_loss(hidden[rows], head, teacher[rows], teacher_head, **more).loss_sum
+        assert_close(loss, expected, 1, 2, 2, 2)
+    # The first token's logit gradient: −¼·ln 3 − ¼ and its opposite.
+    (grad,) = torch.autograd.grad(distill_loss(hidden[:1], head, teacher[:1], teacher_head, **more).loss_sum, head)
+    assert_close(grad[:, 0], [-0.25 * 1.0986122886681098 - 0.25, 0.25 * 1.0986122886681098 + 0.25], 1, 2, 2, 1)
+
+
+def test_below_every_threshold_eopd_is_the_reverse_kl_to_the_last_bit(make_case):
+    reverse, gated = (make_case(40, 101, divergence=name) for name in ("reverse_kl", "eopd"))
+    gated.entropy_threshold = 100.0
+    assert all(torch.equal(a, b) for a, b in zip(reverse.gradients(), gated.gradients(), strict=True))

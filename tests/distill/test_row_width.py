@@ -13,7 +13,7 @@ from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.matmul import Projection
 from opsd.distill.topk import top_tokens
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "eopd")
 FIELDS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N", "grad_norm_N")
 pytestmark = pytest.mark.usefixtures("wide_rows")
 # One entry, the rest alone, an aligned part and a rest of 1 and 63, an aligned part alone.

@@ -62,7 +62,7 @@ def variants():
             yield "statistics_kernel", {"TEACHER": teacher, "RANKED": ranked, **caps, **shared}, False
         yield "norm_kernel", {**caps, **shared}, False
         yield "jsd_kernel", {**caps, **shared}, False
-        for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        for divergence in ("reverse_kl", "forward_kl", "jsd", "eopd"):
             for narrow in (True, False):
                 yield "gradient_kernel", {"DIVERGENCE": divergence, **caps, "BLOCK": "GRADIENT_BLOCK"}, narrow
 

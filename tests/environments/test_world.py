@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.config import from_json
+from opsd.data.context import TeacherContext, TeacherPrompts
+from opsd.data.prompts import PromptFormat
 from opsd.environments.travel import TravelTask, generate_tasks, pocket_tasks, write_task_file
 from opsd.environments.travel.evaluate import by_constraint, statistics
 from opsd.environments.travel.score import PlanScore
@@ -120,6 +122,18 @@ def test_the_word_form_samples_on_one_cache_and_the_chat_form_turn_by_turn(setti
     assert isinstance(world.episodes(engine, model, 4, None, ONE_RANK), CachedAgentRollout)
     world._in_words = False
     assert isinstance(world.episodes(engine, model, 4, None, ONE_RANK), AgentRollout)
+
+
+def test_a_teacher_may_be_asked_something_else_than_the_query_with_the_same_tools_behind_it(settings, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(PLANNERS / "student")
+    world = TravelWorld(settings(tmp_path), tokenizer)
+    asking = TeacherPrompts(TeacherContext("{prompt} {prompt}"), tokenizer, PromptFormat(kind="raw"), most=100)
+    first, *_ = asking.of_episodes(world.prompts, world)
+    assert first.teacher_ids == 2 * first.ids and first.task is world.prompts[0].task
+    assert world.column(first, "form") == "words" and world.column(first, "nothing") is None
+    unknown = TeacherPrompts(TeacherContext("{prompt} {lang}"), tokenizer, PromptFormat(kind="raw"), most=100)
+    with pytest.raises(UserError, match="lacks words of the word form"):
+        unknown.of_episodes(world.prompts, world)
 
 
 def test_what_cannot_serve_is_refused_before_anything_is_written(settings, tmp_path):

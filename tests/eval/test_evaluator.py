@@ -276,3 +276,11 @@ def test_a_suite_that_cannot_be_scored_whole_is_refused(write, tokenizer, record
     how = PromptFormat(kind="raw", max_tokens=3, overlong=overlong)
     with pytest.raises(UserError, match=rf"^{path}[^\n]* {said}[^\n]+$"):
         load_suites((f"one={path}",), tokenizer, how, None)
+
+
+def test_the_token_that_ends_a_response_is_not_graded_though_it_is_an_ordinary_one(tokenizer):
+    prompt = Prompt("p", "", [6], "a1")
+    ids = tokenizer("a1;", add_special_tokens=False).input_ids
+    rollouts = [Rollout(0, prompt, ids, False)]
+    assert grade_rollouts(rollouts, SuffixGrader(), tokenizer) == [0.0]
+    assert grade_rollouts(rollouts, SuffixGrader(), tokenizer, frozenset({ids[-1]})) == [1.0]

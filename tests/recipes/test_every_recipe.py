@@ -19,6 +19,7 @@ from reporting.runs import Run
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("table*.sh"))
 SWEEPS = sorted(path.name for path in (ROOT / "recipes").glob("sweep_*.sh"))
+TEACHERS = ["crisp.sh", "multi_teacher.sh", "opsd_privileged.sh"]
 OTHERS = ["scripts/setup.sh", "scripts/slurm/train.sbatch", ".ci/run"]
 # The name a cell has in tables.csv, where it is not our selector's.
 PAPER_NAMES = {"adaptive_kl": "entropy_sample+adaptive_kl"}
@@ -44,22 +45,24 @@ def cells(project, recipe: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "script",
-    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, "grpo_teacher.sh"]), *OTHERS],
+    [*(f"recipes/{r}" for r in ["common.sh", *RECIPES, *SWEEPS, *TEACHERS, "grpo_teacher.sh"]), *OTHERS],
 )
 def test_every_script_parses(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
-@pytest.mark.parametrize("script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, "grpo_teacher.sh"]), *OTHERS])
+@pytest.mark.parametrize(
+    "script", [*(f"recipes/{r}" for r in [*RECIPES, *SWEEPS, *TEACHERS, "grpo_teacher.sh"]), *OTHERS]
+)
 def test_every_script_stops_at_the_first_error(script):
     assert "\nset -euo pipefail\n" in (ROOT / script).read_text()
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
+@pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS, *TEACHERS])
 @pytest.mark.parametrize("scale", ["paper", "pocket"])
 def test_every_flag_is_one_that_the_trainer_takes(project, recipe, scale):
     # The pairs of a sweep differ as a table's do: one is enough.
-    narrow = {"PAIRS": "qwen3"} if recipe in SWEEPS and scale == "paper" else {}
+    narrow = {"PAIRS": "qwen3"} if recipe in [*SWEEPS, *TEACHERS] and scale == "paper" else {}
     done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1", **narrow)
     assert done.returncode == 0, done.stderr
     commands = [line.split("opsd train ")[1] for line in done.stdout.splitlines() if "opsd train " in line]

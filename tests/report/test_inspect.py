@@ -291,3 +291,14 @@ def test_an_installed_package_brings_the_pages_files(tmp_path):
     names = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], capture_output=True, text=True).stdout
     for name in ("viewer.html", "viewer.css", "viewer.js", "viewer_token.js"):
         assert f"opsd/viewer/{name}" in names
+
+
+def test_the_token_that_ends_a_turn_is_marked(token_run, tmp_path):
+    run = token_run()
+    assert data_of(inspect(InspectConfig(run, out=tmp_path / "old.html")))["rollouts"][0].get("end") is None
+    file = run / "tokens" / "step_20.parquet"
+    table = pd.read_parquet(file)
+    table.assign(stop=table["position"] == 5).to_parquet(file, index=False)
+    page = inspect(InspectConfig(run, out=tmp_path / "page.html"))
+    assert [rollout["end"] for rollout in data_of(page)["rollouts"]] == [[5]] * 4
+    assert "ends the turn" in page.read_text()

@@ -171,7 +171,9 @@ def test_the_workspace_groups_by_cell_and_opens_accuracy_and_memory(capsys):
     assert list(named)[:2] == ["Accuracy", "Memory"]
     assert [name for name, bank in named.items() if bank["isOpen"]] == ["Accuracy", "Memory"]
     assert all(
-        bank["panels"] for name, bank in named.items() if name in ("Accuracy", "Memory", "Training", "Selection")
+        bank["panels"]
+        for name, bank in named.items()
+        if name in ("Accuracy", "Memory", "Training", "Selection", "Health")
     )
     grouping = [key["name"] for key in section["runSets"][0]["grouping"]]
     assert grouping == ["recipe.value", "pair.value", "selector.value"]
@@ -193,7 +195,8 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
     assert len(shown) > 20
     root = Path(wandb_run.__file__).parents[2]
     source = "".join(file.read_text() for part in ("opsd", "tip_patch") for file in (root / part).rglob("*.py"))
-    for name in shown:
+    # Means of the rollouts that were rewarded, and of those that were not.
+    for name in (re.sub("_(un)?rewarded$", "", name) for name in shown):
         prefix, _, rest = name.partition("/")
         made = rest[3:] if prefix == "quadrant" else rest
         known = f'"{name}"' in source or (prefix in ("quadrant", "time") and made.removesuffix("_s") in source)

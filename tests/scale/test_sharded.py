@@ -38,6 +38,7 @@ EXACT = [name for name in NAMES if "bfloat16" not in name]
 def settings(folder: Path) -> dict:
     """Settings of a three-step run of the trainer; `out` is where run folders go."""
     pair = tiny_pair(folder)
+    (folder / "context.txt").write_text("{answer}{prompt}")
     return {
         **pair,
         "out": f"{folder}/",
@@ -292,6 +293,22 @@ def test_a_resumed_run_with_adapters_ends_on_the_same_bits(out, kind):
     for file in ("model.safetensors", "adapter/adapter_model.safetensors", "trainer/optimizer.safetensors"):
         ours, whole = (load_file(out / f"{kind} {run}" / "checkpoints/step_3" / file) for run in ("resumed", "whole"))
         assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_a_resumed_run_under_an_average_of_the_students_weights_ends_on_the_same_bits(out):
+    held = Path("checkpoints", "step_3", "trainer", "teacher.safetensors")
+    whole, resumed = (load_file(out / f"self {name}" / held) for name in ("whole", "resumed"))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert metrics_of(out / "self whole") == metrics_of(out / "self resumed")
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_the_average_of_the_students_weights_is_plain_torchs_however_it_is_shared_out(out, results, stage):
+    close(results["self taught"][stage], results["self taught"]["plain"], *TRAINED)
+    one, other = (tensors_of(out, f"self taught {name}", False) for name in (stage, "plain"))
+    assert one.numel() == other.numel() > 0
+    assert float((one - other).norm()) <= rounding(*TRAINED) * float(other.norm())
 
 
 @pytest.mark.numeric

@@ -26,16 +26,16 @@ from tiny_models import tiny_model
 from two_ranks import on_ranks
 
 from bench.updates import trainer_of
-from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
+from opsd.config import EngineConfig, LoraConfig, OptimConfig, TeacherConfig, from_json
 from opsd.data import packing as batch
-from opsd.data.packing import empty, pack, share
+from opsd.data.packing import empty, for_teacher, pack, share
 from opsd.distill import DistillResult
 from opsd.engine import TorchEngine
 from opsd.engine.deepspeed_engine import DeepSpeedEngine
 from opsd.model.lora import add_adapters
 from opsd.model.scorer import Scorer
 from opsd.selection import load_selector
-from opsd.teacher import LocalTeacher
+from opsd.teacher import LocalTeacher, SelfTeacher
 from opsd.train import Trainer, resume, start
 from opsd.types import Prompt, Rollout
 from opsd.utils.distributed import join
@@ -309,6 +309,32 @@ def discarded(ranks) -> dict[str, list]:
     return results
 
 
+def self_taught(ranks, out: Path) -> dict[str, list]:
+    """Losses under an average of the student's weights, behind another prompt, by stage; the averages are kept."""
+    asked = [
+        dataclasses.replace(r, prompt=dataclasses.replace(r.prompt, teacher_ids=[7, *r.prompt.ids])) for r in rollouts()
+    ]
+    results = {}
+    for stage in (None, 0, 1, 2, 3):
+        case = Case("", None if stage is None else EngineConfig(kind="deepspeed", zero_stage=stage))
+        if is_plain(case) and not ranks.is_main:
+            continue
+        engine, *_ = build(case, ranks)
+        teacher = SelfTeacher(engine, TeacherConfig("self", weights="ema", ema=0.5))
+        trainer, batches = trainer_of(engine, teacher, None, None, VOCABULARY, OPTIM, STEPS + 1), layout(case, ranks)
+        losses = []
+        for step in range(1, STEPS + 2):
+            losses.append(trainer.update(batches, teacher.hidden(for_teacher(batches, asked)), step).loss_nats)
+            teacher.end_step(step)
+        name = "plain" if stage is None else str(stage)
+        whole, results[name] = teacher.state(), losses
+        part = engine.part(whole if stage is None else ranks.broadcast(whole))
+        assert all(torch.equal(part[key], teacher._shares[key]) for key in part)
+        if ranks.is_main:
+            keep(out, f"self taught {name}", whole)
+    return results
+
+
 def stopped(config) -> None:
     """A run that ends before its third step is saved."""
     whole = Trainer.save_if_due
@@ -351,6 +377,10 @@ def whole_runs(ranks, settings: Path) -> None:
         start(config(f"{kind} whole", **parts))
         stopped(config(f"{kind} resumed", **parts))
         resume(Path(config(f"{kind} resumed").out))
+    own = {"model": "self", "weights": "ema", "ema": 0.5, "every": 2, "context": f"{values['out']}context.txt"}
+    start(config("self whole", teacher=own, eval={}))
+    stopped(config("self resumed", teacher=own, eval={}))
+    resume(Path(config("self resumed").out))
 
 
 def main(out: Path) -> None:
@@ -369,6 +399,7 @@ def main(out: Path) -> None:
         if ranks.is_main:
             keep(out, case.name, {**found, **moments})
     extra = {"carried over": carry_over(ranks), "not finite": not_finite(ranks), "discarded": discarded(ranks)}
+    extra["self taught"] = self_taught(ranks, out)
     if ranks.is_main:
         (out / "results.json").write_text(json.dumps({"cases": results, **extra}))
     gc.freeze()

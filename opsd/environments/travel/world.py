@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 from opsd.config import TrainConfig
 from opsd.environments.travel.env import TravelEnv
 from opsd.environments.travel.evaluate import TravelEvaluator
-from opsd.environments.travel.talk import Talk
+from opsd.environments.travel.talk import Talk, TravelPrompt
 from opsd.environments.travel.task import read_task_file
 from opsd.eval.evaluator import Suite, suite_pair
 from opsd.rollout import RolloutEngine
@@ -29,10 +31,8 @@ class TravelWorld:
 
     def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer
-        env = config.environment
-        self._talk = Talk(
-            TravelEnv(env.deepplanning_root), tokenizer, config.thinking == "on", env.tool_output_characters
-        )
+        self._env = TravelEnv(config.environment.deepplanning_root)
+        self._talk = self._talk_by(tokenizer)
         self.prompts, self.dropped = self._load(config.prompts, drop=config.rollout.overlong_prompts == "drop")
         self._in_words = all(prompt.task.form == "words" for prompt in self.prompts)
         suites = [self._suite(pair) for pair in config.eval.suite]
@@ -46,13 +46,28 @@ class TravelWorld:
         context: Any,
         ranks: Ranks,
         vocab_size: int | None = None,
+        ends: Sequence[int] | None = None,
     ) -> RolloutEngine:
         """Episodes over `engine`; in the word form, where transformers samples, over one cache on `model` instead."""
         turns = self._config.environment.max_turns
         if self._in_words and self._config.rollout.engine == "hf":
-            where = (batch_rollouts, context, ranks, vocab_size)
+            where = (batch_rollouts, context, ranks, vocab_size, ends)
             return CachedAgentRollout(model, self._tokenizer, self._talk, turns, *where)
         return AgentRollout(engine, self._talk, turns)
+
+    def asked(self, tokenizer: Any) -> Callable[[TravelPrompt, str], list[int]]:
+        """See Environment.asked."""
+        talk = self._talk_by(tokenizer)
+        return lambda prompt, query: talk.prompt(dataclasses.replace(prompt.task, query=query)).ids
+
+    def column(self, prompt: TravelPrompt, name: str) -> Any:
+        """See Environment.column: a task's own values, such as lang."""
+        return prompt.task.to_json().get(name)
+
+    def _talk_by(self, tokenizer: Any) -> Talk:
+        return Talk(
+            self._env, tokenizer, self._config.thinking == "on", self._config.environment.tool_output_characters
+        )
 
     def _suite(self, pair: str) -> Suite:
         name, path = suite_pair(pair, "--eval.suite", "travel=data/travel/held_out.jsonl")

@@ -1,0 +1,150 @@
+"""What the teacher is asked in place of the student's prompt: a text with the record's columns, or a rewarded sample.
+
+The teacher scores the student's own response behind it. So it may see the answer (on-policy self-distillation), another
+sample that was rewarded (SDPO, arXiv 2601.20802), or an instruction that the student is to follow unasked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opsd.data.prompts import PromptFormat, check_template, encode, lookup
+from opsd.types import Prompt, Rollout
+from opsd.utils.errors import UserError
+
+Content = str | list[dict[str, Any]]
+SAMPLE = "rollout"
+# Braces around anything but a column's name, as in \boxed{7} or {}, stand for themselves.
+_NAME = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+# Stands where a sample is to come: no text holds this character.
+_OPEN = "\ufdd0"
+
+
+class TeacherContext:
+    """The text of a file, in which {prompt}, {answer} and any column stand for a record's values, {rollout} for a
+    rewarded sample. It takes the place of the prompt's last message; those before it stay."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        names = set(_NAME.findall(text))
+        self.takes_sample, self._columns = SAMPLE in names, names - {SAMPLE, "prompt", "answer"}
+
+    @classmethod
+    def read(cls, path: str) -> TeacherContext:
+        """The file's text without the newline at its end. Raises UserError where it cannot be read, or is blank."""
+        try:
+            text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--teacher.context {path} cannot be read as text ({error}); give a text file") from error
+        if not text.strip():
+            raise UserError(f"--teacher.context {path} is blank; give a text such as {{prompt}}, or leave the flag out")
+        return cls(text)
+
+    def fill(self, content: Content, answer: str | None, column: Callable[[str], Any], where: str) -> Content:
+        """The prompt's content with the context as its last message. column: a record's value by its name.
+
+        Raises UserError, with `where`, for a record that lacks what the text names.
+        """
+        question = content if isinstance(content, str) else content[-1]["content"]
+        if answer is None and "{answer}" in self._text:
+            raise UserError(f"{where} has no answer, which --teacher.context names; give one, or another context")
+        values = {"prompt": question, "answer": answer, SAMPLE: _OPEN}
+        values |= {name: _plain(column(name), name, where) for name in self._columns}
+        text = _NAME.sub(lambda named: str(values[named[1]]), self._text)
+        return text if isinstance(content, str) else [*content[:-1], {**content[-1], "content": text}]
+
+
+class TeacherPrompts:
+    """How the teacher is asked. tokenizer: its template renders the context. most: tokens of the teacher's prompt."""
+
+    def __init__(self, context: TeacherContext, tokenizer: Any, how: PromptFormat, most: int) -> None:
+        self.context, self._tokenizer, self._most = context, tokenizer, most
+        self._how = dataclasses.replace(how, whose="teacher's")
+        self._render: Callable[[Any, Any], list[int]] = self._of_file
+        check_template(tokenizer, self._how)
+
+    def of_record(self, content: Content, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
+        """The further fields of a prompt, for `load_prompts`. Raises UserError."""
+        asked = self.context.fill(content, answer, lambda name: lookup(record, name, where), where)
+        return self._fields(asked, partial(self._encode, asked, where))
+
+    def of_episodes(self, prompts: list[Any], world: Any) -> list[Any]:
+        """An environment's prompts with those fields: the text in place of what a task asks. Raises UserError."""
+        self._render = render = world.asked(self._tokenizer)
+        found = []
+        for prompt in prompts:
+            column = partial(world.column, prompt)
+            asked = self.context.fill(prompt.text, prompt.answer, column, f"task {prompt.id}")
+            found.append(dataclasses.replace(prompt, **self._fields(asked, partial(render, prompt, asked))))
+        return found
+
+    def fitting(self, prompts: list[Any]) -> tuple[list[Any], int]:
+        """The prompts that are short enough for the teacher, and how many others there were.
+
+        Raises UserError where none is left.
+        """
+        kept = [prompt for prompt in prompts if len(prompt.teacher_ids or ()) <= self._most]
+        if not kept:
+            raise UserError(
+                f"--teacher.max_prompt_tokens {self._most}: all {len(prompts)} prompts are longer as the teacher reads "
+                "them; raise it"
+            )
+        return kept, len(prompts) - len(kept)
+
+    def longest(self, prompts: list[Any]) -> int:
+        """Tokens of the longest prompt that the teacher may read."""
+        return self._most if self.context.takes_sample else max(len(prompt.teacher_ids) for prompt in prompts)
+
+    def with_samples(self, rollouts: list[Rollout], rewards: list[float] | None, samples: int) -> list[Rollout]:
+        """The rollouts, each with a context that shows another sample of its prompt whose reward is whole, 1.
+
+        samples: per prompt. Of several, the next one by id whose context fits: so each is shown about equally often.
+        Where there is none, the teacher reads the student's prompt. Nothing changes for a context without {rollout}.
+        """
+        if not self.context.takes_sample or rewards is None:
+            return rollouts
+        texts = [
+            self._tokenizer.decode(rollout.response_ids, skip_special_tokens=True) if reward >= 1.0 else None
+            for rollout, reward in zip(rollouts, rewards, strict=True)
+        ]
+        found = []
+        for place, rollout in enumerate(rollouts):
+            first = place - place % samples
+            others = [texts[first + (place + k) % samples] for k in range(1, samples)]
+            ids = self._first_that_fits(rollout.prompt, [text for text in others if text])
+            found.append(dataclasses.replace(rollout, prompt=dataclasses.replace(rollout.prompt, teacher_ids=ids)))
+        return found
+
+    def _first_that_fits(self, prompt: Any, samples: list[str]) -> list[int] | None:
+        contexts = (self._render(prompt, _put(prompt, sample)) for sample in samples)
+        return next((ids for ids in contexts if len(ids) <= self._most), None)
+
+    def _fields(self, asked: Content, ids: Callable[[], list[int]]) -> dict[str, Any]:
+        return {"teacher_asked": asked} if self.context.takes_sample else {"teacher_ids": ids()}
+
+    def _of_file(self, prompt: Prompt, asked: Content) -> list[int]:
+        return self._encode(asked, f"prompt {prompt.id}")
+
+    def _encode(self, asked: Content, where: str) -> list[int]:
+        return encode(asked, self._tokenizer, self._how, f"{where}, as the teacher reads it,")
+
+
+def _put(prompt: Prompt, sample: str) -> Content:
+    """The prompt's context with a sample in its open place."""
+    asked = prompt.teacher_asked
+    assert asked is not None
+    if isinstance(asked, str):
+        return asked.replace(_OPEN, sample)
+    return [*asked[:-1], {**asked[-1], "content": asked[-1]["content"].replace(_OPEN, sample)}]
+
+
+def _plain(value: Any, name: str, where: str) -> Any:
+    """A column's value, which must be a text or a number. Raises UserError."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{where}: {name!r} is no text and no number; --teacher.context cannot name it")
+    return value

@@ -1,0 +1,135 @@
+"""Which tokens end a turn: a model's by its files, and a pair's, compared before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from opsd.model.vocabulary import check_ends
+from opsd.types import Stops
+from opsd.utils.errors import UserError
+
+_SAID = "∎said∎"
+# Stops that a line names; config.json has all.
+NAMED = 6
+
+
+def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: a model's generation config may name several (Llama 3, Qwen)."""
+    named = None if generation is None else generation.eos_token_id
+    ids = [named] if isinstance(named, int) else list(named or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def turn_ends(generation: GenerationConfig | None, tokenizer: Any, chat: bool) -> list[int]:
+    """The ids of `eos_token_ids`; where prompts are chats, also what the template puts behind a turn."""
+    ids = eos_token_ids(generation, tokenizer)
+    end = end_of_turn(tokenizer) if chat else None
+    return ids if end is None or end in ids else [*ids, end]
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The control token that a chat template puts behind the assistant's words; None where it puts none."""
+    if not tokenizer.chat_template:
+        return None
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+    except Exception:  # a template is a program; what it refuses in a record is said there
+        return None
+    behind = text.rpartition(_SAID)[2].lstrip()
+    first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
+    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else None
+
+
+def generation_of(path: str, trust: bool) -> GenerationConfig:
+    """The generation config of a model folder whose weights are not here: served, or spread over ranks."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=trust))
+
+
+def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: str) -> list[int]:
+    """The ids of tokens that a flag names, by their spelling or their id. Raises UserError for one that is unknown."""
+    vocabulary, ids = tokenizer.get_vocab(), []
+    for token in tokens:
+        encoded = tokenizer(token, add_special_tokens=False).input_ids
+        if token in vocabulary:
+            found = vocabulary[token]
+        elif len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id:
+            found = encoded[0]
+        elif token.isdecimal():
+            found = int(token)
+        else:
+            found = vocab_size
+        if found >= vocab_size:
+            raise UserError(f"{flag} {token!r}: the models share no such token; give one as the vocabulary spells it")
+        ids.append(found)
+    return list(dict.fromkeys(ids))
+
+
+@dataclass(frozen=True)
+class PairStops:
+    """What either model ends a turn with, and what was chosen. stated: by the user."""
+
+    student: list[int]
+    teacher: list[int]
+    stops: Stops
+    stated: bool = False
+
+    @classmethod
+    def from_json(cls, values: Any) -> PairStops | None:
+        """From what `dataclasses.asdict` gave; None for None."""
+        if values is None:
+            return None
+        stops = Stops(tuple(values["stops"]["ids"]), bool(values["stops"]["joined"]))
+        return cls(list(values["student"]), list(values["teacher"]), stops, bool(values["stated"]))
+
+    def line(self, tokenizer: Any) -> str:
+        """What was found and chosen, for the user."""
+
+        def names(ids: Sequence[int]) -> str:
+            more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+            return " ".join(tokenizer.convert_ids_to_tokens(list(ids[:NAMED]))) + more or "nothing"
+
+        same = set(self.student) == set(self.teacher)
+        if same:
+            found = f"both models end with {names(self.student)}"
+        else:
+            found = f"the student ends with {names(self.student)}, the teacher with {names(self.teacher)}"
+        if same and not self.stated:
+            return f"stops: {found}"
+        source = " (--rollout.stop_tokens)" if self.stated else ""
+        one = ", which the loss takes for one token" if self.stops.joined else ""
+        if not same and not one and len(self.stops.ids) > 1:
+            one = ", which the loss takes apart: a head with a soft cap has no logit for both"
+        return f"stops: {found}; rollouts end with {names(self.stops.ids)}{source}{one}"
+
+
+def reconcile(
+    student: list[int], teacher: list[int], stated: list[int], vocab_size: int, joinable: bool = True
+) -> PairStops:
+    """Where the rollouts of a pair end: at the tokens that are stated, else at any that either model ends with.
+
+    The loss joins them where the two end with different ones, and where their heads let it (joinable). Raises
+    UserError for a pair whose stops cannot be reconciled: one writes no token of its own, or a teacher that ends with
+    nothing would train the student's stop away.
+    """
+    if not stated:
+        check_ends(student, vocab_size, "--student")
+        check_ends(teacher, vocab_size, "--teacher")
+    if student and not teacher and not stated:
+        raise UserError(
+            "--teacher: it names no end token, and would train the student's away; name one as eos_token_id in its "
+            "generation_config.json, or give --rollout.stop_tokens"
+        )
+    differ = set(student) != set(teacher)
+    union = stated or [*student, *(token for token in teacher if token not in student)]
+    ids = tuple(token for token in union if token < vocab_size)
+    return PairStops(student, teacher, Stops(ids, joinable and differ and len(ids) > 1), bool(stated))

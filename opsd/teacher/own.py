@@ -1,0 +1,69 @@
+"""The student as its own teacher, within its own model: nothing but weights that differ is held besides."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from opsd.config import TeacherConfig
+from opsd.engine import Engine
+from opsd.model.lora import without_adapters
+from opsd.teacher.base import Teacher, cached
+from opsd.types import Head, MicroBatch
+
+
+class SelfTeacher(Teacher):
+    """Teacher in the engine's own model. Its weights, by config.weights:
+
+    initial: the base of a student with adapters, which are off meanwhile. current: the student's, as they were at the
+    last refresh. ema: m·(what they were) + (1 − m)·(the student's) from refresh to refresh, in fp32, m = config.ema.
+    What is held lies as the engine's master weights do: a share on each rank where these are shared out. A refresh
+    comes behind every step that config.every divides.
+    """
+
+    def __init__(self, engine: Engine, config: TeacherConfig) -> None:
+        self._engine, self._config = engine, config
+        self._head: Head | None = None
+        self._decay = config.ema if config.weights == "ema" else 0.0
+        # A teacher that is the student itself needs no copy of it.
+        holds = config.weights == "ema" or config.every > 1
+        self._shares = {name: share.clone() for name, share in engine.master()} if holds else {}
+
+    @torch.no_grad()
+    def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
+        """See Teacher.hidden."""
+        with self._weights():
+            return [cached(self._engine.forward(micro, self._states), self._config.cache) for micro in batches]
+
+    def head(self) -> Head:
+        """See Teacher.head: that of the last call of `hidden`."""
+        assert self._head is not None
+        return self._head
+
+    @torch.no_grad()
+    def end_step(self, step: int) -> None:
+        """See Teacher.end_step."""
+        if self._shares and step % self._config.every == 0:
+            for name, own in self._engine.master():
+                self._shares[name].lerp_(own, 1.0 - self._decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """See Teacher.state."""
+        return self._engine.join(self._shares)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """See Teacher.load_state."""
+        if self._shares:
+            self._shares = self._engine.part(state)
+
+    def _weights(self) -> contextlib.AbstractContextManager[None]:
+        if self._config.weights == "initial":
+            return without_adapters(self._engine.student.model)
+        return self._engine.lent(self._shares) if self._shares else contextlib.nullcontext()
+
+    def _states(self, hidden_ND: Tensor, head: Head) -> Tensor:
+        # What stands in the head's place now is let go by its parameter, not overwritten; but ZeRO-3 gathers it anew.
+        self._head = head.changed(lambda part: part.detach().clone() if hasattr(part, "ds_id") else part.detach())
+        return hidden_ND

@@ -1,0 +1,34 @@
+"""Several teachers, each of which scores its own prompts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opsd.teacher.base import Teacher
+from opsd.types import Head, MicroBatch
+
+
+class RoutedTeacher(Teacher):
+    """Teacher made of several, by name; a micro-batch says which one is its own. Their hidden sizes may differ.
+
+    One after another computes: of those that are offloaded, only one is on the device at a time.
+    """
+
+    def __init__(self, teachers: dict[str, Teacher]) -> None:
+        self._teachers = teachers
+
+    def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
+        """See Teacher.hidden."""
+        found: dict[int, Tensor] = {}
+        for name, teacher in self._teachers.items():
+            own = [place for place, micro in enumerate(batches) if micro.teacher == name]
+            found |= zip(own, teacher.hidden([batches[place] for place in own]), strict=True)
+        return [found[place] for place in range(len(batches))]
+
+    def head(self) -> Head:
+        """There is none for all: see head_for."""
+        raise TypeError("several teachers have several heads")
+
+    def head_for(self, micro: MicroBatch) -> Head | None:
+        """See Teacher.head_for."""
+        return self._teachers[micro.teacher].head_for(micro)

@@ -1,0 +1,188 @@
+"""What selection does once per optimiser step of a TRL trainer: metrics, the token record, the selector's state.
+
+Legend: N tokens that the student wrote in a step, over all ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from opsd.config import SelectConfig, TeacherConfig, TrainConfig
+from opsd.distill.stats import join_ranks
+from opsd.run.folder import RunFolder
+from opsd.run.token_record import recorded_rollouts, token_table
+from opsd.selection import REQUIRED_FIELDS, TokenStats, load_telemetry
+from opsd.types import Prompt, Rollout
+from opsd.utils.distributed import Ranks
+from opsd.utils.errors import RunStopped, UserError
+
+# Where the selector's state stands in a checkpoint's trainer_state.json.
+STATE = "token_selection"
+# In TRL's micro-batches: the ids of its answers.
+ROLLOUT = "tip_rollout"
+
+
+class StepEnd(TrainerCallback):
+    """Closes each step of a selecting trainer. every: steps between telemetry, None: as often as TRL logs, 0: never.
+
+    record: folder of the token record, written with the telemetry; None for none.
+    """
+
+    def __init__(self, trainer: Any, every: int | None, record: Path | None) -> None:
+        self._trainer, self._every, self._record = trainer, every, record
+        self._telemetry = load_telemetry()
+        self._folder: RunFolder | None = None
+
+    def watched(self, step: int) -> frozenset[str]:
+        """The statistics that are wanted of every token of this step."""
+        if not self._is_due(step):
+            return frozenset()
+        record = frozenset() if self._record is None else REQUIRED_FIELDS
+        return record.union(*(telemetry.needs for telemetry in self._telemetry))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Of a resumed run: the selector as the checkpoint has it, the record cut off behind it."""
+        selector, saved = self._trainer.tip.selector, _values(state)
+        if selector is not None and state.global_step and STATE in saved:
+            selector.load_state_dict(saved[STATE])
+        if self._record is not None and self._trainer.accelerator.is_main_process:
+            self._folder = self._open(state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Metrics, and what the selector learns. Raises RunStopped where it kept another count than it announced."""
+        tip, step = self._trainer.tip, state.global_step + 1
+        ranks, device = self.ranks(), self._trainer.accelerator.device
+        kept, tokens = self._count()
+        if tip.selector is not None and tip.kept is not None and tip.kept != kept:
+            raise RunStopped(f"the selector kept {kept} tokens, its budget() says {tip.kept}: set fixed_budget False")
+        metrics = {"select/kept_frac": kept / max(tokens, 1)}
+        if tip.selector is not None:
+            tip.selector.end_step(lambda t: self._trainer.accelerator.reduce(t.to(device), "sum").cpu())
+        if self._is_due(step):
+            stats = join_ranks(tip.scored or [part.stats for part in tip.done], ranks)
+            kept_N = ranks.concatenate(torch.cat([part.kept_N for part in tip.done]))
+            rollouts = [] if self._record is None else [one for part in ranks.gather(self._rollouts()) for one in part]
+            if ranks.is_main:
+                metrics |= self._read(stats, kept_N)
+                self._write(step, rollouts, stats, kept_N, metrics)
+        for name, value in metrics.items():
+            self._trainer._metrics["train"][name].append(value)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The selector's state, for a checkpoint of this step."""
+        selector = self._trainer.tip.selector
+        if selector is not None:
+            _values(state)[STATE] = selector.state_dict()
+
+    def _is_due(self, step: int) -> bool:
+        every = self._trainer.state.logging_steps if self._every is None else self._every
+        return bool(every) and step % every == 0
+
+    def ranks(self) -> Ranks:
+        """The trainer's processes."""
+        return Ranks(self._trainer.accelerator.process_index, self._trainer.accelerator.num_processes)
+
+    def _count(self) -> tuple[int, int]:
+        """Kept tokens and tokens of the step. Raises UserError where TRL's loss function was never called."""
+        done = self._trainer.tip.done
+        if not done:
+            raise UserError(f"{type(self._trainer).__name__} computes a loss of its own; give trl.DistillationTrainer")
+        own = [sum(int(part.kept_N.sum()) for part in done), sum(part.kept_N.numel() for part in done)]
+        counts = torch.tensor([own], device=self._trainer.accelerator.device)
+        kept, tokens = self._trainer.accelerator.gather(counts).sum(0).tolist()
+        return kept, tokens
+
+    def _read(self, stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
+        """What the installed telemetry says of the step."""
+        tip, found = self._trainer.tip, {}
+        for telemetry in self._telemetry:
+            if all(getattr(stats, name) is not None for name in telemetry.needs):
+                found |= telemetry(stats, kept_N, tip.selector, tip.seed)
+        return found
+
+    def _rollouts(self) -> list[Rollout]:
+        """This rank's answers of the step."""
+        trainer = self._trainer
+        return [rollout for micro in trainer.tip.micros for rollout in rollouts_of(micro, trainer.eos_token_ids)]
+
+    def _write(
+        self, step: int, rollouts: list[Rollout], stats: TokenStats, kept_N: Tensor, metrics: dict[str, float]
+    ) -> None:
+        """The step's record, where one is asked for."""
+        folder = self._folder
+        if folder is None:
+            return
+        rollouts = sorted(rollouts, key=lambda rollout: rollout.id)
+        labels: dict[str, Tensor] = {}
+        for telemetry in self._telemetry:
+            labels |= telemetry.label_tokens(stats)
+        recorded = recorded_rollouts(rollouts, folder.config.telemetry.max_rollouts_saved)
+        folder.write_tokens(step, token_table(step, rollouts, recorded, stats, kept_N, labels, None))
+        folder.write_rollouts(f"step_{step}", rollouts, self._trainer._tokenizer, None)
+        folder.write_metrics({"step": step, **metrics})
+
+    def _open(self, state: TrainerState) -> RunFolder:
+        """The record's folder, new or gone on with. Raises UserError where it holds something else."""
+        path = self._record
+        assert path is not None
+        if state.global_step and (path / "config.json").is_file():
+            folder = RunFolder.open(path)
+            folder.cut_after(state.global_step)
+            return folder
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"token_record {path}: is not a new or empty folder; give another one")
+        folder = RunFolder.create(self._config(path, state))
+        self._trainer._tokenizer.save_pretrained(folder.config.student)
+        self._trainer.accelerator.unwrap_model(self._trainer.model).config.save_pretrained(folder.config.student)
+        return folder
+
+    def _config(self, path: Path, state: TrainerState) -> TrainConfig:
+        """What `opsd inspect` reads of a run. Its student is the tokenizer's own folder in the record."""
+        trainer, selector = self._trainer, self._trainer.tip.selector
+        student, teacher = (_name(model) for model in (trainer.model, trainer.teacher_model))
+        select = SelectConfig()
+        if selector is not None:
+            name, retention = getattr(selector, "name", type(selector).__name__), getattr(selector, "retention", 1.0)
+            select = SelectConfig(name, retention)
+        return TrainConfig(
+            student=str(path / student),
+            teacher=TeacherConfig(teacher),
+            prompts="",
+            out=str(path),
+            steps=max(state.max_steps, 1),
+            seed=trainer.tip.first_seed,
+            select=select,
+        )
+
+
+def rollouts_of(micro: dict[str, Any], eos_ids: list[int]) -> list[Rollout]:
+    """The answers of a micro-batch of TRL's, without its padding."""
+    found = []
+    for place, number in enumerate(micro[ROLLOUT].tolist()):
+        written = micro["completion_mask"][place].bool()
+        prompt_ids = micro["prompt_ids"][place][micro["prompt_mask"][place].bool()].tolist()
+        ids = micro["completion_ids"][place][written].tolist()
+        mask = micro["tool_mask"][place][written].bool().tolist() if "tool_mask" in micro else None
+        prompt = Prompt(str(number), "", prompt_ids, None)
+        found.append(Rollout(number, prompt, ids, not ids or ids[-1] not in eos_ids, mask))
+    return found
+
+
+def _values(state: TrainerState) -> dict[str, Any]:
+    """What callbacks keep in a checkpoint, by name."""
+    values: Any = state.stateful_callbacks
+    return values
+
+
+def _name(model: Any) -> str:
+    """A model's folder name, or what it is called on the hub."""
+    return Path(getattr(model.config, "_name_or_path", "") or "model").name
