@@ -223,7 +223,7 @@ def check_answers(config: TrainConfig, prompts: list[Prompt], asking: TeacherPro
     missing = next((prompt.id for prompt in prompts if prompt.answer is None), None)
     if missing is None or config.environment.kind != "none":
         return
-    none = f"prompt {missing} of {config.prompts} has no answer to be rewarded for; give answers"
+    none = f"prompt {missing} of {config.prompts} has no gold answer, so it cannot be rewarded; give answers"
     if config.loss.reward_beta:
         raise UserError(f"--loss.reward_beta {config.loss.reward_beta}: {none}, or 0")
     if config.loss.prompt_weights != "none":
@@ -293,15 +293,15 @@ def compare_templates(
     try:
         asked, _ = load_prompts(path, teacher_tokenizer, dataclasses.replace(how, max_tokens=MOST))
     except UserError as problem:
-        return [f"the teacher's chat template would not ask these prompts ({problem}); both are asked by the student's"]
+        return [f"the teacher's chat template cannot render these prompts ({problem}); both models use the student's"]
     others = [prompt for prompt in asked if prompt.id in ours and prompt.ids != ours[prompt.id]]
     if not others:
         return []
     first = others[0]
     written, own = (tokenizer.decode(ids[-40:]) for ids in (first.ids, ours[first.id]))
     return [
-        f"chat templates differ on {len(others)} of {len(ours)} prompts, both models are asked by the student's: "
-        f"prompt {first.id} ends with {own!r}, the teacher's own would end with {written!r}; where the "
+        f"chat templates differ on {len(others)} of {len(ours)} prompts, both models use the student's: "
+        f"prompt {first.id} ends with {own!r}, the teacher's own would end with {written!r}; if the "
         "teacher needs its own, put its template into the student's folder"
     ]
 
@@ -314,10 +314,10 @@ def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: st
     model = student.model
     notes = make_savable(model, tokenizer, path, "--student")
     if student.alone and config.environment.kind != "none":
-        raise UserError(f"--student {path}: sequences beside each other change it; an environment cannot use it")
+        raise UserError(f"--student {path}: batching changes its outputs; an environment cannot use it")
     if student.alone and config.rollout.engine != "hf":
         raise UserError(
-            f"--student {path}: it changes with a sequence's length, not so in vLLM; give --rollout.engine hf"
+            f"--student {path}: its outputs change with sequence length, but not in vLLM; give --rollout.engine hf"
         )
     if student.alone:
         notes.append("the student's sequences are computed one by one: beside others they would be changed")

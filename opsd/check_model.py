@@ -130,7 +130,7 @@ class _Found:
         disable_dropout(self._model)
         if self._config.tokens is None:
             self._reach = _reach(min(TOKENS, positions(self._model.config) or TOKENS))
-        return f"{sum(p.numel() for p in self._model.parameters()):,}, each of them the model's"
+        return f"{sum(p.numel() for p in self._model.parameters()):,} parameters, all of them the model's"
 
     def vocabulary(self) -> str:
         """A row for every token that a text can hold."""
@@ -145,7 +145,7 @@ class _Found:
         try:
             ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template is a program
-            raise UserError(f"{self._name}: its chat template fails ({first_line(error)}); mend it") from error
+            raise UserError(f"{self._name}: its chat template fails ({first_line(error)}); fix it") from error
         return f"a message of {len(self._tokenizer('1+1').input_ids)} tokens becomes {len(ids)}"
 
     def ends(self) -> str:
@@ -154,7 +154,7 @@ class _Found:
         ends = turn_ends(self._model.generation_config, self._tokenizer, chat=True)
         check_ends(ends, size, self._name)
         if not ends:
-            return "none: every response reaches its longest"
+            return "none: every response runs to the length limit"
         return ", ".join(f"{token} ({self._tokenizer.convert_ids_to_tokens(token)})" for token in ends)
 
     def positions(self) -> str:
@@ -174,7 +174,7 @@ class _Found:
         trust = self._config.trust_remote_code
         with running(self._name):
             find_transform(load_ends(self._config.folder, "model", torch.float32, trust), self._name)
-        return "can be read for --teacher.kind vllm"
+        return "can be loaded for --teacher.kind vllm"
 
     def rows(self) -> str:
         """Sequences that do not change each other."""
@@ -184,7 +184,7 @@ class _Found:
             settle_layout(self._scorer, self._name, self._reach)
         tried = ", ".join(map(str, switches(self._model.config, self._reach.longest)))
         past = f"; tried past {tried} tokens" if tried else ""
-        return f"sequences are {self._scorer.layout} and do not change each other{past}"
+        return f"sequences are {self._scorer.layout} and do not affect each other{past}"
 
     def one_row(self) -> str:
         """The same in one row, as ZeRO-3 needs it: what fails here is not a fault of the model."""
@@ -200,7 +200,7 @@ class _Found:
         """One distribution, in training as in evaluation."""
         with running(self._name):
             check_steady(self._scorer, self._name)
-        return "hidden states are the same in both, and each time"
+        return "hidden states are the same in training and evaluation, and in repeated calls"
 
     def saved(self) -> str:
         """A checkpoint that is the model."""
@@ -213,7 +213,7 @@ class _Found:
             gap = difference(self._states(again), own)
         if gap > CLOSE:
             raise UserError(
-                f"{self._name}: what is saved is another model (its logits differ by {gap:.1g} of their size)"
+                f"{self._name}: the saved checkpoint is not the same model (its logits differ by {gap:.1g}, relative)"
             )
         return "; ".join(["a checkpoint has the same logits", *notes])
 
@@ -243,7 +243,7 @@ class _Found:
             sampler.load(piece for name, weight in named for piece in as_saved(self._model, name, weight.detach()))
             second = _mean_gap(sampler.score(ids), own)
         except Exception as error:  # a layer that does not take new weights
-            raise UserError(f"{self._name}: vLLM does not take its weights anew ({first_line(error)})") from error
+            raise UserError(f"{self._name}: vLLM cannot reload its weights ({first_line(error)})") from error
         said = f"log-probabilities differ by {first:.1g} nats per token, by {second:.1g} after all weights were sent"
         if not max(first, second) <= TOLERANCE_NATS["float32"]:
             raise UserError(f"{self._name}: {said}; at most {TOLERANCE_NATS['float32']:g} are allowed")

@@ -89,10 +89,10 @@ def extension(old: TrainConfig, new: TrainConfig, done_steps: int) -> str:
     before, after = (learning_rate(done_steps + 1, config.steps, config.optim) for config in (old, new))
     said = f"extended from {old.steps} to {new.steps} steps"
     if before == after:
-        return f"{said}; the learning rate is constant, so it is as if the run had begun with them"
+        return f"{said}; the learning rate is constant, so the result is as if the run had started with these"
     return (
-        f"{said}; the schedule stretches with them: the learning rate of step {done_steps + 1} is {after:.2e} in place "
-        f"of {before:.2e}, and a run that began with {new.steps} steps would have had other rates before"
+        f"{said}; the schedule stretches: the learning rate of step {done_steps + 1} is {after:.2e} instead "
+        f"of {before:.2e}, and a run started with {new.steps} steps would have used other rates so far"
     )
 
 
@@ -200,7 +200,7 @@ class Trainer:
                 tracker.say(note)
             if self.parts.dropped_prompts and self.ranks.is_main:
                 dropped = self.parts.dropped_prompts
-                tracker.say(f"prompts left out, longer than --rollout.max_prompt_tokens: {dropped}")
+                tracker.say(f"{dropped} prompts dropped, longer than --rollout.max_prompt_tokens")
             if self.done_steps == 0:
                 self.evaluate_before(tracker)
             for line in self.folder.history() if self.done_steps else ():
@@ -240,7 +240,7 @@ class Trainer:
             if leave_out:
                 return
             many = f" ({skipped} steps before it were skipped, --optim.max_skipped_steps)" if skips else ""
-            saved = f"the weights of the newest checkpoint in {folder.checkpoints} are sound"
+            saved = f"the newest checkpoint in {folder.checkpoints} is intact"
             if not any(folder.checkpoints.glob("step_*")):
                 saved = "no checkpoint was saved yet"
             where = folder.path / "rollouts" / f"{name}.jsonl"
@@ -278,7 +278,7 @@ class Trainer:
         if stops and self.ranks.broadcast(bool(warnings)):
             self.save_unless_there(step, metrics)
             saved = f"{checkpoint.place(self.folder.checkpoints, step)} is saved"
-            resume = f"go on with: opsd train --resume {self.folder.path}"
+            resume = f"continue with: opsd train --resume {self.folder.path}"
             raise RunStopped(f"step {step}: stopped by --health stop, {saved}; {resume}")
 
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
@@ -323,7 +323,7 @@ class Trainer:
         name = signal.Signals(number).name
         raise signals.Interrupted(
             number,
-            f"stopped by {name} after step {step}, {saved}; go on with: opsd train --resume {self.folder.path}",
+            f"stopped by {name} after step {step}, {saved}; continue with: opsd train --resume {self.folder.path}",
             orderly=True,
         )
 
@@ -345,8 +345,8 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
     every, reached = folder.config.checkpoint.every, folder.last_step()
     if newest is None and (checkpoint.damaged(folder.checkpoints) or 0 < every < reached):
         raise UserError(
-            f"--resume {folder.path}: no whole checkpoint is left in {folder.checkpoints}, the run's metrics reach "
-            f"step {reached}{''.join(f'; {note}' for note in notes)}; put one back, or start anew with another --out"
+            f"--resume {folder.path}: no intact checkpoint is left in {folder.checkpoints}, the run's metrics reach "
+            f"step {reached}{''.join(f'; {note}' for note in notes)}; put one back, or start again with another --out"
         )
     if newest is None:
         return None, ["no checkpoint was saved yet: starts from the first step"]
@@ -363,5 +363,5 @@ def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) 
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"checkpoint {newest}: its trainer state does not fit this run ({error!r}); "
-            "remove it to resume from the one before"
+            "remove it to resume from the previous one"
         ) from error

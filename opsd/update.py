@@ -190,7 +190,7 @@ class StepPlanner:
         bad = sum(int((~hidden_NE.sum(-1, dtype=torch.float32).isfinite()).sum()) for hidden_NE in teacher)
         found = self._ranks.gather((tokens, bad))
         if not sum(tokens for tokens, _ in found):
-            raise StepUnusable("there is no token to train on: every rollout is empty, or was cut off and left out")
+            raise StepUnusable("there is no token to train on: every rollout is empty, or was truncated and dropped")
         if bad := sum(bad for _, bad in found):
             raise StepUnusable(f"the teacher's states of {bad} tokens are not finite")
 

@@ -31,7 +31,7 @@ class AdaptiveKL(EntropySample):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.importance_weighted:
-            raise UserError("adaptive_kl: importance_weighted True: it sets weights of its own; use entropy_sample")
+            raise UserError("adaptive_kl: importance_weighted True: it sets its own weights; use entropy_sample")
 
     def weigh(self, stats: TokenStats, selection: Selection) -> Selection:
         """Set weight_N from both entropies on the kept rows."""

@@ -23,7 +23,7 @@ def check_parts(config: TrainConfig) -> None:
     r, loss = config.rollout, config.loss
     if loss.divergence == "sampled_token" and (r.temperature, r.top_p, r.top_k) != (loss.temperature, 1.0, 0):
         raise UserError(
-            "--loss.divergence sampled_token wants samples of what is trained: give --rollout.temperature "
+            "--loss.divergence sampled_token needs samples from the trained distribution: give --rollout.temperature "
             f"{loss.temperature:g} (--loss.temperature), --rollout.top_p 1 and --rollout.top_k 0"
         )
     wait_s, sharded = r.timeout_s, config.engine.kind == "deepspeed"
@@ -43,8 +43,7 @@ def _check_teacher(config: TrainConfig) -> None:
     evaluated = config.eval.suite and config.eval.teacher and not teacher.is_student
     if evaluated and (served or teacher.shard or config.teachers):
         raise UserError(
-            "a teacher that is served or sharded gives no answers of its own, several give none together: give "
-            "--eval.teacher False"
+            "a served or sharded teacher cannot generate answers, nor can several together: give --eval.teacher False"
         )
     if teacher.kind == "logprobs":
         _check_logprobs(config)
@@ -57,11 +56,11 @@ def _check_several(config: TrainConfig) -> None:
             raise UserError(f"--teachers {pair}: give NAME=FOLDER, e.g. math=models/math")
     names = config.teacher_paths()
     if len(names) < len(config.teachers):
-        raise UserError(f"--teachers {' '.join(config.teachers)}: names a teacher twice; give each a name of its own")
+        raise UserError(f"--teachers {' '.join(config.teachers)}: names a teacher twice; give each a different name")
     if config.teacher.model:
-        raise UserError(f"--teacher {config.teacher.model} beside --teachers: name it among these, or give it alone")
+        raise UserError(f"--teacher {config.teacher.model} with --teachers: add it to these, or give it alone")
     if config.teacher.context is not None:
-        raise UserError("--teacher.context goes with one teacher; give --teacher in place of --teachers")
+        raise UserError("--teacher.context works with one teacher only; give --teacher instead of --teachers")
     for name in names:
         config.teacher_of(name)  # each has servers, where they are served
 
@@ -73,4 +72,6 @@ def _check_logprobs(config: TrainConfig) -> None:
         ("telemetry.top_tokens", config.telemetry.top_tokens, 0),
     ):
         if value != needed:
-            raise UserError(f"--{flag} {value}: --teacher.kind logprobs knows too little; give {needed}")
+            raise UserError(
+                f"--{flag} {value}: --teacher.kind logprobs does not provide enough for that; give {needed}"
+            )

@@ -1,4 +1,4 @@
-"""A run's config.json, read and looked at before the libraries that go on with the run are loaded."""
+"""A run's config.json, read and looked at before the libraries that continue with the run are loaded."""
 
 from __future__ import annotations
 

@@ -97,15 +97,15 @@ class TeacherConfig(Settings, part="teacher"):
             raise UserError(f"--teacher.every {self.every} needs --teacher self with --teacher.weights ema or current")
         if self.follows and (self.kind != "local" or self.shard or self.offload):
             raise UserError(
-                f"--teacher.weights {self.weights}: this teacher lies in the student, sharded as it is; leave out "
+                f"--teacher.weights {self.weights}: this teacher is held in the student, with its sharding; leave out "
                 "--teacher.kind, --teacher.shard and --teacher.offload"
             )
         if self.kind != "local" and not self.urls:
             raise UserError("--teacher.urls names no server; give at least one, e.g. http://127.0.0.1:8000")
         if any(sign in url for url in self.urls for sign in "@?#"):
             raise UserError(
-                "--teacher.urls holds a user, password or query, which would end up in config.json; give the address "
-                "alone, and the name of the variable that holds the key with --teacher.api_key_env"
+                "--teacher.urls holds a user, password or query, which would end up in config.json; give only the "
+                "address, and with --teacher.api_key_env the name of the variable that holds the key"
             )
 
 
@@ -172,7 +172,7 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
             )
         if self.engine == "vllm_process" and self.tensor_parallel > 1:
             raise UserError(
-                f"--rollout.tensor_parallel {self.tensor_parallel}: a sampler in a process of its own has one GPU; "
+                f"--rollout.tensor_parallel {self.tensor_parallel}: a separate sampler process has one GPU; "
                 "give more --rollout.samplers, or --rollout.engine vllm"
             )
 
@@ -246,7 +246,7 @@ class LossConfig(Settings, part="loss"):
         if (self.divergence == "forward_then_reverse") != (self.warmup_steps > 0):
             raise UserError(
                 f"--loss.divergence {self.divergence} with --loss.warmup_steps {self.warmup_steps}: "
-                "forward_then_reverse needs steps above 0, no other divergence has any"
+                "forward_then_reverse needs steps above 0, other divergences have none"
             )
         if self.divergence == "jsd" and not 0.0 < self.beta < 1.0:
             raise UserError(
@@ -301,7 +301,7 @@ class LoraConfig(Settings, part="lora"):
     def check(self) -> None:
         if self.dropout:
             raise UserError(
-                f"--lora.dropout {self.dropout}: give 0; scores and gradients must speak of one distribution, so this "
+                f"--lora.dropout {self.dropout}: give 0; scoring and training must use the same distribution, so this "
                 "trainer uses no dropout"
             )
         if not self.target_modules or ("all-linear" in self.target_modules and len(self.target_modules) > 1):

@@ -146,5 +146,5 @@ def _put(prompt: Prompt, sample: str) -> Content:
 def _plain(value: Any, name: str, where: str) -> Any:
     """A column's value, which must be a text or a number. Raises UserError."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{where}: {name!r} is no text and no number; --teacher.context cannot name it")
+        raise UserError(f"{where}: {name!r} is neither a text nor a number; --teacher.context cannot name it")
     return value

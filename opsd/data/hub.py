@@ -40,13 +40,13 @@ class HubPlace:
                 snapshot_download(self.name, repo_type="dataset", revision=self.revision, allow_patterns=patterns)
             )
         except Exception as error:  # of the network, the hub, or its cache
-            raise UserError(f"data set {self.name} cannot be had from the hub ({first_line(error)})") from error
+            raise UserError(f"dataset {self.name} cannot be fetched from the hub ({first_line(error)})") from error
         for form in FORMS:
             names = [file.relative_to(folder) for file in folder.rglob(f"*{form}")]
             if found := sorted(name for name in names if self._is_ours(name)):
                 return [folder / name for name in found]
         raise UserError(
-            f"data set {self.name} has no {', '.join(FORMS)} file of a split {self.split!r}; download one and name it"
+            f"dataset {self.name} has no {', '.join(FORMS)} file of a split {self.split!r}; download one and name it"
         )
 
     def pinned(self) -> str:

@@ -60,7 +60,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
             # Not by way of pandas, which makes 3 a 3.0 where another row has no value.
             records = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a whole file") from error
+            raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a complete file") from error
     else:
         records = list(_read_jsonl(path))
     if not records:
@@ -165,9 +165,9 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is not JSON ({error}); give one object a line") from error
+                raise UserError(f"{path} line {number} is not JSON ({error}); give one object per line") from error
             if not isinstance(record, dict):
-                raise UserError(f"{path} line {number} is a {type(record).__name__}; give one object a line")
+                raise UserError(f"{path} line {number} is a {type(record).__name__}; give one object per line")
             yield record
 
 
@@ -215,7 +215,7 @@ def check_template(tokenizer: Any, how: PromptFormat) -> None:
     if how.thinking == "on" and not always:
         raise UserError("--thinking on: the chat template has no thinking mode; give --thinking off")
     if how.thinking == "off" and always:
-        raise UserError("--thinking off: the chat template always starts a thought; give --thinking on")
+        raise UserError("--thinking off: the chat template always starts with thinking; give --thinking on")
 
 
 def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
@@ -264,7 +264,7 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptForm
         text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # a template is a program
         raise UserError(
-            f"{where} does not fit the {how.whose} chat template ({first_line(error)}); mend the messages"
+            f"{where} does not fit the {how.whose} chat template ({first_line(error)}); fix the messages"
         ) from error
     last = messages[-1]
     if last["role"] != "user" and not _shows(text, last["content"]):
@@ -285,11 +285,11 @@ def _check_last(message: dict[str, Any], where: str) -> None:
     """Raises UserError where the last message asks for no answer: it is one, or it says nothing."""
     if message["role"] not in _ASKING:
         raise UserError(
-            f"{where} ends with a message of role {message['role']!r}: no answer is due behind it; "
-            "end the prompt with the user's message, and keep an answer in a field of its own"
+            f"{where} ends with a message of role {message['role']!r}: no answer can follow it; "
+            "end the prompt with the user's message, and put an answer into a separate field"
         )
     if message["role"] == "user" and not message["content"].strip():
-        raise UserError(f"{where} ends with a blank message of the user; give a question")
+        raise UserError(f"{where} ends with an empty user message; give a question")
 
 
 def _check_text(texts: list[str], where: str) -> None:
@@ -299,7 +299,7 @@ def _check_text(texts: list[str], where: str) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{where} holds half of a surrogate pair at character {error.start}; mend the text"
+                f"{where} contains half of a surrogate pair at character {error.start}; fix the text"
             ) from error
 
 

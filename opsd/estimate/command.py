@@ -98,7 +98,7 @@ def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
     run, coverage = config.run, _adapters(config.run) if adapters else []
     (teacher, *others) = run.teacher_paths().values()
     if others:
-        raise UserError("a plan knows one teacher: give the largest of --teachers as --teacher")
+        raise UserError("a plan supports one teacher: give the largest of --teachers as --teacher")
     try:
         shapes = find_shape(run.student, "--student"), find_shape(teacher, "--teacher")
     except UserError as error:
@@ -154,7 +154,7 @@ def _positions(run: TrainConfig, shapes: tuple[ModelShape, ModelShape]) -> str |
         if shape.positions is not None and asked + new > shape.positions:
             return (
                 f"{flag} {shape.name} has {shape.positions:,} positions, and --rollout.max_prompt_tokens {asked} with "
-                f"--rollout.max_new_tokens {new} are more: a run starts only where its longest prompt leaves room"
+                f"--rollout.max_new_tokens {new} exceed them: a run starts only if its longest prompt leaves room"
             )
     return None
 
@@ -207,18 +207,18 @@ def in_short(found: dict[str, Any]) -> str:
 
 def verdict(found: dict[str, Any]) -> str:
     """One line: whether it fits on what, where most of the memory goes, what helps, and how long a run may take."""
-    knob = f" ({found['knob']} takes less)" if not found["fits"] else ""
+    knob = f" ({found['knob']} reduces it)" if not found["fits"] else ""
     step_s, steps = sum(found["rough_seconds"].values()), found["steps"]
     return (
         f"{'fits' if found['fits'] else 'does not fit'} on {_ranks(found)}: peak {found['peak_gib']:.1f} of "
-        f"{found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase, mostly {found['decides']}{knob}; with all "
-        f"answers at their longest very roughly {_span(step_s)} per step, {_span(step_s * steps)} for {steps} steps"
+        f"{found['gpu_gib']:.1f} GiB, in the {found['peak_phase']} phase, mostly {found['decides']}{knob}; if all "
+        f"answers reach the limit, very roughly {_span(step_s)} per step, {_span(step_s * steps)} for {steps} steps"
     )
 
 
 def _ranks(found: dict[str, Any]) -> str:
     name, ranks = found["hardware"], found["gpus"]
-    return name if ranks == 1 else f"{name} for each of {ranks} ranks"
+    return name if ranks == 1 else f"{name} per rank, {ranks} ranks"
 
 
 def _span(seconds: float) -> str:

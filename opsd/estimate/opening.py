@@ -29,14 +29,14 @@ def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
         plan = PlanConfig(run=run, gpus=ranks, hardware="cpu" if run.engine.device == "cpu" else "this")
         found = planned(plan, adapters=False)
     except UserError as error:
-        return [who, f"plan: none ({error})"]
+        return [who, f"no plan: {error}"]
     lines = [who, f"plan: {verdict(found)}"]
     if not found["fits"]:
-        lines.append(f"warning: it may run out of memory; {found['knob']} takes less")
+        lines.append(f"warning: the run may run out of memory; {found['knob']} reduces it")
     if (whole_s := found["steps"] * sum(found["rough_seconds"].values())) > LONG_S:
         lines.append(
-            f"warning: it may take {whole_s / LONG_S:.1f} days where answers get long; fewer --steps, a smaller "
-            "--prompts_per_step, --rollout.samples_per_prompt or --rollout.max_new_tokens take less"
+            f"warning: it may take {whole_s / LONG_S:.1f} days if answers get long; fewer --steps, or a smaller "
+            "--prompts_per_step, --rollout.samples_per_prompt or --rollout.max_new_tokens, shorten it"
         )
     return lines
 

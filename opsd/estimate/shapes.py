@@ -107,7 +107,9 @@ def find_shape(name: str, flag: str) -> ModelShape:
         try:
             return shape_of(json.loads(file.read_text()), name, flag)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{flag} {name}: its config.json lacks a size ({error}); give a whole model's") from error
+            raise UserError(
+                f"{flag} {name}: its config.json lacks a size ({error}); give a complete model's"
+            ) from error
     short = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").removeprefix("meta-")
     if short in BUILT_IN:
         return BUILT_IN[short]
@@ -121,7 +123,9 @@ def shape_of(config: dict[str, Any], name: str, flag: str) -> ModelShape:
     """
     family = str(config.get("model_type"))
     if family not in FAMILIES:
-        raise UserError(f"{flag} {name}: models of type {family!r} cannot be planned; known are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{flag} {name}: models of type {family!r} cannot be planned; supported are {', '.join(FAMILIES)}"
+        )
     heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return ModelShape(
         name=name,

@@ -193,10 +193,12 @@ def _read_answers(file: Path, key: dict[str, Any], prompts: list[Prompt], sample
         of, rows = found["of"], found["answers"]
         answers = [Rollout(number, prompts[number // samples], *row) for number, row in enumerate(rows)]
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(f"--teacher_answers {file} cannot be read ({error!r}); remove it: it is made again") from error
+        raise UserError(
+            f"--teacher_answers {file} cannot be read ({error!r}); remove it, and it is generated again"
+        ) from error
     if of != key or len(answers) != samples * len(prompts):
         raise UserError(
-            f"--teacher_answers {file} holds answers to other prompts, of another teacher or sampled in another way; "
-            "give another file, or remove this one"
+            f"--teacher_answers {file} holds answers to other prompts, from another teacher or with other sampling "
+            "settings; give another file, or remove this one"
         )
     return answers

@@ -39,13 +39,13 @@ def load_suites(
     for pair in pairs:
         name, path = suite_pair(pair, flag)
         if name in {suite.name for suite in suites}:
-            raise UserError(f"{flag} names {name!r} twice; give each suite a name of its own")
+            raise UserError(f"{flag} names {name!r} twice; give each suite a different name")
         # A suite is evaluated whole: dropping its long problems would change what its score means.
         problems, dropped = load_prompts(Path(path), tokenizer, dataclasses.replace(how, overlong="drop"))
         if dropped:
             raise UserError(
-                f"{path}: {dropped} problems are over {how.limit_flag} {how.max_tokens}; raise it, "
-                "a suite is evaluated whole"
+                f"{path}: {dropped} problems are over {how.limit_flag} {how.max_tokens}; raise it: "
+                "suites are evaluated completely"
             )
         unanswered = [problem.id for problem in problems if problem.answer is None]
         if unanswered:
@@ -55,7 +55,7 @@ def load_suites(
             )
         if len({problem.id for problem in problems}) < len(problems):
             twice, _ = Counter(problem.id for problem in problems).most_common(1)[0]
-            raise UserError(f"{path} has several records with the id {twice!r}; give each an id of its own")
+            raise UserError(f"{path} has several records with the id {twice!r}; give each a different id")
         suites.append(Suite(name, problems[:limit]))
     return suites
 
@@ -66,7 +66,9 @@ def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl"
     if not name or not path:
         raise UserError(f"{flag} {pair!r}: give NAME=FILE, e.g. {example}")
     if not _SUITE_NAME.fullmatch(name):
-        raise UserError(f"{flag} {pair!r}: the name {name!r} has other signs than letters, digits, '.', '-' and '_'")
+        raise UserError(
+            f"{flag} {pair!r}: the name {name!r} has characters other than letters, digits, '.', '-' and '_'"
+        )
     return name, path
 
 

@@ -17,7 +17,7 @@ from opsd.utils.markdown import markdown_text
 
 Header = dict[str, Any]
 # What to do where an evaluation that has begun cannot write.
-GO_ON = "mend that, then give the same command again"
+GO_ON = "fix that, then give the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,9 @@ class EvalFiles:
     def __init__(self, out: str) -> None:
         self.result = Path(out)
         if self.result.suffix != ".json":
-            raise UserError(f"--out {out}: give a file that ends in .json; its table and records go beside it")
+            raise UserError(
+                f"--out {out}: give a file that ends in .json; its table and records are written next to it"
+            )
         try:
             there = self.result.is_dir()
         except OSError as error:
@@ -81,7 +83,7 @@ class EvalFiles:
         else:
             for path in (self.records, self.table):
                 if path.exists():
-                    raise UserError(f"--out {self.result}: {path} is in the way; give another --out, or remove it")
+                    raise UserError(f"--out {self.result}: {path} exists already; give another --out, or remove it")
         return None
 
     def time(self) -> datetime | None:

@@ -126,7 +126,7 @@ def _attend(
     asked = {name: kwargs.get(name) for name in ("softcap", "s_aux", "position_bias")} | {"dropout": dropout or None}
     if unable := [name for name, value_of in asked.items() if value_of is not None]:
         raise UserError(
-            f"attention with {unable[0]} is more than torch's kernel of variable length does; "
+            f"torch's variable-length attention kernel does not support {unable[0]}; "
             "install flash-attn (`FLASH_ATTN=1 make setup`), or give --engine.dtype float32"
         )
     wanted = compute_dtype(value)

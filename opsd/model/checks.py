@@ -74,7 +74,7 @@ def check_head_alone(head: Any, name: str) -> None:
     """Make sure that the head is a product with its weight [V, D], plus its bias if any. Raises UserError."""
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype.is_floating_point):
-        raise UserError(f"{name}: its head is no plain matrix ({type(head).__name__}); this trainer needs one")
+        raise UserError(f"{name}: its head is not a plain matrix ({type(head).__name__}); this trainer needs one")
     given = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
     given_LD = given.view(4, -1)
     ours = functional.linear(given_LD, weight, bias)
@@ -146,7 +146,7 @@ def _alike(own: Tensor, ours: Tensor) -> bool:
 
 def _unknown(name: str) -> UserError:
     return UserError(
-        f"{name}: its logits are not hidden·head + bias, scaled and soft-capped; this trainer knows nothing else"
+        f"{name}: its logits are not hidden·head + bias, scaled and soft-capped; this trainer supports nothing else"
     )
 
 
@@ -167,7 +167,8 @@ def check_packing(scorer: Scorer, name: str, reach: Reach | None = None) -> None
             where = "packed into one row" if scorer.packed else "of one batch"
             reached = "" if lengths == SHORT else f" (lengths of {', '.join(map(str, lengths))} tokens)"
             raise UserError(
-                f"{name}: sequences {where} see each other{reached}; this trainer needs a model that keeps them apart"
+                f"{name}: sequences {where} see each other{reached}; this trainer needs a model that keeps them "
+                "separate"
             )
 
 
@@ -262,8 +263,8 @@ def check_steady(scorer: Scorer, name: str) -> None:
     scorer.eval()
     if max(found) > allowed:
         raise UserError(
-            f"{name}: the same tokens give other hidden states each time, or in training (noise or dropout that cannot "
-            "be turned off); this trainer needs a model that gives one distribution"
+            f"{name}: the same tokens give different hidden states each time, or in training (noise or dropout that "
+            "cannot be turned off); this trainer needs a deterministic model"
         )
 
 

@@ -47,7 +47,7 @@ def _belongs(place: Path) -> bool:
 def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -> list[str]:
     """Save all but the weights, for a try, before anything is trained. Returns what had to be changed, a line each.
 
-    A generation config that transformers refuses to save is mended: a run states its sampling by itself, of the file
+    A generation config that transformers refuses to save is fixed: a run states its sampling by itself, of the file
     only the end tokens count. Raises UserError for what cannot be saved, or not be read again.
     """
     notes = [note] if (note := _mend_generation(model, path, flag)) else []
@@ -61,10 +61,10 @@ def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -
                 GenerationConfig.from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # whatever an odd configuration makes transformers raise
             raise UserError(
-                f"{flag} {path}: its checkpoints could not be saved ({first_line(error)}); mend its configuration"
+                f"{flag} {path}: its checkpoints could not be saved ({first_line(error)}); fix its configuration"
             ) from error
     if again.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
-        raise UserError(f"{flag} {path}: its configuration is another one when it was saved; mend it")
+        raise UserError(f"{flag} {path}: its configuration changes when it is saved; fix it")
     return notes
 
 
@@ -128,4 +128,4 @@ def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
 
 
 def _unsampled(path: str, flag: str, why: str) -> UserError:
-    return UserError(f"{flag} {path}: vLLM cannot be sent its weights ({why}); give --rollout.engine hf")
+    return UserError(f"{flag} {path}: its weights cannot be sent to vLLM ({why}); give --rollout.engine hf")

@@ -32,7 +32,7 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
         known = len(tokenizer.get_vocab())
     if known <= len(tokenizer.all_special_ids):
         # What transformers makes of a folder without a tokenizer's files: special tokens alone.
-        raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has no token but special ones); {give}")
+        raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has only special tokens); {give}")
     return tokenizer
 
 
@@ -85,7 +85,9 @@ def running(name: str) -> contextlib.AbstractContextManager[None]:
 
 def reading(path: str, flag: str) -> contextlib.AbstractContextManager[None]:
     """Within it a model is loaded."""
-    return said(f"{flag} {path}: the model cannot be loaded", "give a whole Hugging Face model folder, in safetensors")
+    return said(
+        f"{flag} {path}: the model cannot be loaded", "give a complete Hugging Face model folder, in safetensors"
+    )
 
 
 def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False) -> None:
@@ -219,13 +221,13 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
     if folder.is_dir():
         if (folder / "adapter_config.json").exists():
             raise UserError(
-                f"{flag} {path}: it holds an adapter beside the model (adapter_config.json, "
+                f"{flag} {path}: it holds an adapter next to the model (adapter_config.json, "
                 "adapter_model.safetensors), which was not loaded; merge it into the model, or move it elsewhere"
             )
         code = own_code(folder)
         if code is not None and not trust:
             raise UserError(
-                f"{flag} {path}: it brings code of its own ({code}), which was not run; "
+                f"{flag} {path}: it comes with its own code ({code}), which was not run; "
                 "give --trust_remote_code True if you trust it, or another model"
             )
 

@@ -69,7 +69,7 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
         else:
             found = vocab_size
         if found >= vocab_size:
-            raise UserError(f"{flag} {token!r}: the models share no such token; give one as the vocabulary spells it")
+            raise UserError(f"{flag} {token!r}: the models share no such token; give one as spelled in the vocabulary")
         ids.append(found)
     return list(dict.fromkeys(ids))
 
@@ -106,9 +106,9 @@ class PairStops:
         if same and not self.stated:
             return f"stops: {found}"
         source = " (--rollout.stop_tokens)" if self.stated else ""
-        one = ", which the loss takes for one token" if self.stops.joined else ""
+        one = ", which the loss merges into one token" if self.stops.joined else ""
         if not same and not one and len(self.stops.ids) > 1:
-            one = ", which the loss takes apart: a head with a soft cap has no logit for both"
+            one = ", which the loss keeps separate: a head with a soft cap has no logit for their sum"
         return f"stops: {found}; rollouts end with {names(self.stops.ids)}{source}{one}"
 
 
@@ -126,7 +126,7 @@ def reconcile(
         check_ends(teacher, vocab_size, "--teacher")
     if student and not teacher and not stated:
         raise UserError(
-            "--teacher: it names no end token, and would train the student's away; name one as eos_token_id in its "
+            "--teacher: it names no end token, so training would remove the student's; name one as eos_token_id in its "
             "generation_config.json, or give --rollout.stop_tokens"
         )
     differ = set(student) != set(teacher)

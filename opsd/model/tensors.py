@@ -37,8 +37,8 @@ def dequantised(config: PretrainedConfig, name: str) -> bool:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if found != {"quantization_config"} or not hasattr(known, "dequantize"):
         raise UserError(
-            f"{name}: its weights are quantised ({method or min(found)}), which are not turned back into plain ones "
-            "here; give a folder with plain weights"
+            f"{name}: its weights are quantised ({method or min(found)}), which cannot be dequantised "
+            "here; give a folder with unquantised weights"
         )
     config.quantization_config = {**dict(settings or {}), "dequantize": True}  # pyright: ignore[reportAttributeAccessIssue]
     return True
@@ -53,7 +53,7 @@ def check_tensors(loading: dict[str, Any], path: str, flag: str, ours: Callable[
     if lacking:
         raise UserError(
             f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
-            "give a whole Hugging Face model folder"
+            "give a complete Hugging Face model folder"
         )
     foreign = [key for key in loading["unexpected_keys"] if ours(key) and not key.endswith(LEFT_OVER)]
     if foreign or loading.get("error_msgs"):
@@ -76,7 +76,7 @@ def check_types(path: str, flag: str) -> None:
                 if kind not in PLAIN and (name.endswith((".weight", ".bias")) or kind.startswith("F")):
                     raise UserError(
                         f"{flag} {path}: its {name} is of type {kind}, and config.json does not say how it is "
-                        "quantised; give a folder with plain weights"
+                        "quantised; give a folder with unquantised weights"
                     )
 
 
@@ -88,7 +88,7 @@ def check_shards(path: str, flag: str) -> None:
     if others:
         raise UserError(
             f"{flag} {path}: its model.safetensors.index.json names {min(others)}, which was not loaded; "
-            "give a whole Hugging Face model folder, in safetensors"
+            "give a complete Hugging Face model folder, in safetensors"
         )
 
 

@@ -56,7 +56,7 @@ def usable_rows(tokenizer: Any, height: int, flag: str) -> int:
         if number >= height and _is_written(tokenizer, token, number):
             raise UserError(
                 f"{flag}: the model has {height} vocabulary rows, its tokenizer {size} ({token!r} has id {number}); "
-                "they do not fit"
+                "they do not match"
             )
     return min(size, height)
 
@@ -77,7 +77,7 @@ def check_ids(prompts: Iterable[Prompt], vocab_size: int, where: str) -> None:
         if (largest := max(*prompt.ids, *(prompt.teacher_ids or ()), -1)) >= vocab_size:
             raise UserError(
                 f"{where}: prompt {prompt.id} holds token {largest}, the models know 0 to {vocab_size - 1} (a special "
-                "token of the tokenizer that they lack); mend its text"
+                "token of the tokenizer that they lack); fix its text"
             )
 
 

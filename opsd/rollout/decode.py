@@ -93,7 +93,7 @@ def _decode_batch(
         if not busy:
             return
         if 2 * len(busy) <= len(rows):
-            # Most are finished: go on with the others alone.
+            # Most are finished: continue with the others alone.
             rows, fed = [rows[number] for number in busy], [fed[number] for number in busy]
             batch.keep(busy)
             draws.keep(busy)

@@ -122,7 +122,7 @@ class Sampler:
 
     def _refuse(self, why: str) -> NoReturn:
         self.close()
-        raise RunStopped(f"the sampler process gave what is not an answer ({why})")
+        raise RunStopped(f"the sampler process gave an invalid answer ({why})")
 
     def close(self) -> None:
         """End the process; there is not an answer left that anybody waits for."""

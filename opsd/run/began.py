@@ -41,9 +41,9 @@ class Began:
         for name, began in self.digests.items():
             if now.digests.get(name) != began:
                 raise UserError(
-                    f"--resume {config.out}: {files.get(name, name)} gives other prompts than those that the run began "
-                    f"with (digest of {name}: {now.digests.get(name)}, not {began}); put the old file back, or start a "
-                    "new run"
+                    f"--resume {config.out}: {files.get(name, name)} gives other prompts than those that the run "
+                    f"started with (digest of {name}: {now.digests.get(name)}, not {began}); put the old file back, "
+                    "or start a new run"
                 )
 
     def to_json(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def load_state(path: Path) -> TrainerState:
         return TrainerState(values["step"], tensors, values["optimizer"], values["selector"], values["metrics"], held)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
-            f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before"
+            f"checkpoint {path} cannot be read ({error}); remove it to resume from the previous one"
         ) from error
 
 

@@ -26,7 +26,7 @@ _THREADS = 8
 
 @contextlib.contextmanager
 def writing(
-    what: Path | str, then: str = "mend that, then go on with --resume", raises: type[Exception] = RunStopped
+    what: Path | str, then: str = "fix that, then continue with --resume", raises: type[Exception] = RunStopped
 ) -> Iterator[None]:
     """Where the body cannot write, raises `raises` with one line: `what` that is, why, and what to do `then`."""
     try:

@@ -98,8 +98,8 @@ class Health:
             return None
         before = "" if recent is None else f" ({recent.least:.0%} at best before)"
         return (
-            f"{now:.0%} of the rollouts are cut off at --rollout.max_new_tokens{before}: answers do not end, or are "
-            "longer than that; compare the line of stops at the start (--rollout.stop_tokens), raise the limit, or "
+            f"{now:.0%} of the rollouts are truncated at --rollout.max_new_tokens{before}: answers do not end, or need "
+            "more tokens; check the line about stops at the start (--rollout.stop_tokens), raise the limit, or "
             "give --rollout.truncated mask_tail"
         )
 
@@ -109,7 +109,8 @@ class Health:
             return None
         return (
             f"rollouts have grown from {recent.least:.0f} to {recent.now:.0f} tokens within {LENGTH_STEPS} steps: the "
-            "end is being unlearnt, or the teacher is wordier; give --select.stop_token always, or a smaller --optim.lr"
+            "end is being unlearnt, or the teacher writes longer answers; give --select.stop_token always, or a "
+            "smaller --optim.lr"
         )
 
     def _stop(self) -> str | None:
@@ -117,15 +118,17 @@ class Health:
         recent = self._recent("stop/student_prob")
         if len(deltas) == 2 and max(deltas) <= STOP_DELTA_NATS:
             return (
-                f"where the student ends, the teacher gives the end e^{deltas[-1]:.0f} times the student's chance: the "
-                "stop will be trained away; the two end with different tokens, see the line of stops at the start "
-                "(--rollout.stop_tokens), or student and teacher disagree where to end"
+                f"where the student ends, the teacher gives the end e^{deltas[-1]:.0f} times the student's "
+                "probability: the stop will be trained away; the two end with different tokens, see the line about stops at "
+                "the start "
+                "(--rollout.stop_tokens), or student and teacher disagree on where to end"
             )
         if recent is None or recent.now > STOP_FALL * recent.largest:
             return None
         return (
-            f"the student's chance of ending where it ends has fallen from {recent.largest:.2f} to {recent.now:.2f}: "
-            "the stop is being trained away; give --select.stop_token always, or see --rollout.stop_tokens"
+            f"the student's probability of ending where it ends has fallen from {recent.largest:.2f} to "
+            f"{recent.now:.2f}: the stop is being trained away; give --select.stop_token always, or see "
+            "--rollout.stop_tokens"
         )
 
     def _repetition(self) -> str | None:
@@ -133,7 +136,7 @@ class Health:
         if recent is None or recent.now < recent.least + REPETITION_RISE:
             return None
         return (
-            f"{recent.now:.0%} of the tokens repeat what stands before them ({recent.least:.0%} at best before): "
+            f"{recent.now:.0%} of the tokens repeat earlier text ({recent.least:.0%} at best before): "
             "rollouts loop; give --rollout.truncated mask_tail, or a smaller --optim.lr"
         )
 
@@ -152,6 +155,6 @@ class Health:
             return None
         beside = "" if loss is None else f" while the loss is at {loss.now:.2g} nats ({loss.least:.2g} at best before)"
         return (
-            f"the reward has fallen from {reward.largest:.2f} to {reward.now:.2f}{beside}: what the loss follows no "
-            "longer helps; look at rollouts/, give a smaller --optim.lr, or go on from an earlier checkpoint"
+            f"the reward has fallen from {reward.largest:.2f} to {reward.now:.2f}{beside}: lowering the loss "
+            "no longer helps; look at rollouts/, give a smaller --optim.lr, or continue from an earlier checkpoint"
         )

@@ -95,7 +95,7 @@ class Tracker:
         """The run is over: where its model is, and what to do with it."""
         if self._config.track.progress:
             model, run = place(self._run.checkpoints, self._config.steps), self._run.path
-            self.say(f"finished: the model is {model}; its curves and evaluations: scripts/report.py {run}")
+            self.say(f"finished: the model is in {model}; for curves and evaluations run scripts/report.py {run}")
 
     def say(self, text: str) -> None:
         """One line for the user."""

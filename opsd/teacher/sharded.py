@@ -40,7 +40,9 @@ class ShardedTeacher(Teacher):
         settings, name = _settings(dtype, offload), f"--teacher {path}"
         # In shards transformers does not say which weights the model has no place for.
         if not check_whole(path, "--teacher", trust):
-            raise UserError(f"{name}: its weights are quantised and cannot be sharded; give a folder with plain ones")
+            raise UserError(
+                f"{name}: its weights are quantised and cannot be sharded; give a folder with unquantised ones"
+            )
         model = _load_in_shards(path, dtype, device, settings, trust)
         disable_dropout(model)
         with running(name):

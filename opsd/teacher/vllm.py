@@ -72,12 +72,12 @@ class ServedTeacher(Teacher):
                 ) from error
             if isinstance(most, int) and self._asked(longest) > most:
                 raise UserError(
-                    f"--teacher.urls {url}: it takes {most} tokens, the run's longest sequence may have {longest}; "
+                    f"--teacher.urls {url}: it takes {most} tokens, but the run's longest sequence may have {longest}; "
                     "start it with a larger --max-model-len"
                 )
             if states.shape[1] != self._width:
                 raise UserError(
-                    f"--teacher.urls {url}: it gives {states.shape[1]} numbers per token, the head of --teacher "
+                    f"--teacher.urls {url}: it returns {states.shape[1]} numbers per token, but the head of --teacher "
                     f"{self._config.model} takes {self._width}; serve that model"
                 )
 
@@ -202,7 +202,7 @@ def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach |
     check_positions(model.config, reach.spans, f"--teacher {path}")
     if (switch := rope_switch(model.config)) is not None and reach.longest > switch:
         raise UserError(
-            f"--teacher {path}: its rotary positions are others past {switch} tokens, in vLLM at every length; give "
+            f"--teacher {path}: its rotary embeddings change past {switch} tokens, but in vLLM at every length; give "
             "--teacher.kind local"
         )
     with running(f"--teacher {path}"):

@@ -13,4 +13,4 @@ def can_go_on(how: str) -> None:
 
 def advice() -> str:
     """What to do after a stop, as the end of a sentence."""
-    return "start again, nothing was saved yet" if _from is None else f"go on with {_from}"
+    return "start again, nothing was saved yet" if _from is None else f"continue with {_from}"

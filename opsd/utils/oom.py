@@ -21,17 +21,17 @@ _SAYINGS = (
 )
 # What takes less memory, by stage of a run. No flag of these changes what is learned: a resumed run may take them.
 HELP = {
-    "loading": "--teacher.offload True or --teacher.shard True hold less of the teacher, "
-    "--engine.kind deepspeed with --engine.zero_stage 3 shares the student out",
+    "loading": "--teacher.offload True or --teacher.shard True reduce what the teacher holds, "
+    "--engine.kind deepspeed with --engine.zero_stage 3 shards the student",
     "rollout": "give a smaller --rollout.generate_batch (vllm: another --rollout.gpu_memory_share)",
     "teacher": "give a smaller --engine.micro_batch_tokens, --teacher.cache host or --teacher.offload True",
     "student": "give a smaller --engine.micro_batch_tokens, or --engine.gradient_checkpointing True",
     "loss": "give --loss.memory fused and a smaller --engine.micro_batch_tokens",
     "optimiser": "give --engine.offload_optimizer True or a higher --engine.zero_stage (--engine.kind deepspeed)",
     "evaluation": "give a smaller --eval.generate_batch",
-    "checkpoint": "free host memory: the whole weights and optimiser state are gathered there",
+    "checkpoint": "free host memory: all weights and optimiser state are gathered there",
 }
-WORDS = {"loading": "loading of the models", "student": "student's forward and backward"}
+WORDS = {"loading": "loading stage", "student": "student's forward and backward"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_for(stage: str, then: str = "go on with --resume") -> Iterator[None]:
+def memory_for(stage: str, then: str = "continue with --resume") -> Iterator[None]:
     """Within it, memory that runs out stops the run in one line: RunStopped with the stage and what helps it."""
     try:
         yield

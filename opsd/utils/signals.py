@@ -74,7 +74,7 @@ class _Listener:
         if not self.asked:
             self.asked, self._first_s = number, time.monotonic()
             if self.heeding:
-                _say(f"{name}: saves and stops after this part of the step; a second signal ends it at once")
+                _say(f"{name}: saving and stopping after this stage of the step; a second signal ends the run at once")
         elif time.monotonic() - self._first_s >= REPEAT_S:
             _say(f"{name}, the second signal: ended at once; {advice()}")
             os._exit(128 + number)

@@ -174,7 +174,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); give a whole run folder") from error
+        raise UserError(f"{file} cannot be read ({first_line(error)}); give a complete run folder") from error
 
 
 def _json(text: str, file: Path) -> Any:

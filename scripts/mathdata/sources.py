@@ -134,7 +134,7 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(ROWS_AT_ONCE):
                 yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a whole file") from error
+        raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a complete file") from error
 
 
 def _hub_records(dataset: str, config: str | None, split: str, name: str) -> Iterable[dict[str, Any]]:
@@ -202,5 +202,5 @@ def _whole(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds half a character ({error.reason}); mend the text") from error
+        raise UserError(f"{where} holds half a character ({error.reason}); fix the text") from error
     return text

@@ -67,7 +67,7 @@ def test_the_teachers_own_template_renders_it(make_tokenizer, tokenizer, tmp_pat
     [
         ("{answer}", "record 1 has no answer, which --teacher.context names"),
         ("{solution}", "record 1 has no field 'solution'; it has: prompt, list"),
-        ("{list}", "'list' is no text and no number"),
+        ("{list}", "'list' is neither a text nor a number"),
     ],
 )
 def test_a_record_that_lacks_what_the_context_names_is_said_in_a_line(load, text, said):

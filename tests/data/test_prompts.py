@@ -99,7 +99,7 @@ def test_answers_become_text_and_blank_ones_none(write, tokenizer, answer, gold)
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not JSON"),
         ('\n\n{"prompt": \n', "line 3 is not JSON"),
-        ('{"prompt": "a"}\n["b"]\n', "line 2 is a list; give one object a line"),
+        ('{"prompt": "a"}\n["b"]\n', "line 2 is a list; give one object per line"),
         ('"a"\n', "line 1 is a str"),
         ("", "holds no records"),
         ("\n \n", "holds no records"),
@@ -188,7 +188,7 @@ NEVER = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<assistant>"
     ("template", "thinking", "said"),
     [
         (NEVER, "on", "--thinking on: the chat template has no thinking mode; give --thinking off"),
-        (ALWAYS, "off", "--thinking off: the chat template always starts a thought; give --thinking on"),
+        (ALWAYS, "off", "--thinking off: the chat template always starts with thinking; give --thinking on"),
         (NEVER, "off", None),
         (ALWAYS, "on", None),
     ],
@@ -293,8 +293,8 @@ def turns(*roles):
         (turns("user", "model"), "ends with a message of role 'model'"),
         (turns("user", "assistant", "system"), "ends with a message of role 'system'"),
         (turns("system"), "ends with a message of role 'system'"),
-        ([{"role": "user", "content": " \n"}], "ends with a blank message of the user"),
-        (" \n", "ends with a blank message of the user"),
+        ([{"role": "user", "content": " \n"}], "ends with an empty user message"),
+        (" \n", "ends with an empty user message"),
         ([], "'prompt' is []"),
         (turns("user", "assistant", "tool"), "leaves out the last message, of role 'tool'"),
     ],

@@ -102,7 +102,7 @@ def test_a_run_that_cannot_fit_or_takes_days_is_warned_of_and_not_refused(slow):
 def test_a_model_that_cannot_be_planned_is_said_and_trained_all_the_same(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     lines = opening(run_of(str(tmp_path)), 1, 10)
-    assert len(lines) == 2 and lines[1].startswith("plan: none (--student ") and "gemma2" in lines[1]
+    assert len(lines) == 2 and lines[1].startswith("no plan: --student ") and "gemma2" in lines[1]
 
 
 def test_measuring_costs_no_more_than_it_says(monkeypatch):

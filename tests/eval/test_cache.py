@@ -296,7 +296,7 @@ def test_what_is_not_known_by_its_files_is_not_shared(settings, tmp_path, evalua
     job = jobs_of(models, config)[0]
     for model, reason in (
         (adapter, "is an adapter on another model"),
-        (code, "brings code of its own (auto_map"),
+        (code, "comes with its own code (auto_map"),
         ("a/b", "not found"),
     ):
         entry = entry_of(models, config, dataclasses.replace(job, model=model), Path("cache"))

@@ -291,7 +291,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(groups, run, asked, stop_
     out = tmp_path / "scores.json"
     again = stop_after(groups)
     code, _, error = run(*arguments(out))
-    assert code == 130 and "go on with the same command" in error and not out.exists()
+    assert code == 130 and "continue with the same command" in error and not out.exists()
     kept = records_of(out)
     assert [line["id"] for line in kept] == GROUPED[: 2 * groups]
     again()
@@ -448,7 +448,7 @@ def test_bad_input_is_one_line_exit_2_and_writes_nothing(changed, said, run, pla
 def test_files_of_someone_else_are_not_overwritten(name, run, tmp_path):
     (tmp_path / name).write_text("mine\n")
     code, _, error = run(*arguments(tmp_path / "scores.json"))
-    assert code == 2 and f"{name} is in the way" in error and files_of(tmp_path) == {name: "mine\n"}
+    assert code == 2 and f"{name} exists already" in error and files_of(tmp_path) == {name: "mine\n"}
 
 
 @pytest.mark.parametrize("content", ["no json", "[1]", '{"model": "m"}'])

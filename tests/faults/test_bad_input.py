@@ -248,7 +248,7 @@ FILES = [
     ("no prompt", "null.jsonl", "'prompt' is None"),
     ("Latin-1", "latin.jsonl", "is not JSON"),
     ("UTF-16", "utf16.jsonl", "is not JSON"),
-    ("half of a surrogate pair", "half.jsonl", "half of a surrogate pair"),
+    ("half of a surrogate pair", "half.jsonl", "contains half of a surrogate pair"),
     ("lists 100,000 deep", "deep.jsonl", "is not JSON"),
     ("a message that is a number", "message.jsonl", "give a text or a list of chat messages"),
     ("no messages", "messages.jsonl", "give a text or a list of chat messages"),

@@ -108,7 +108,7 @@ def test_an_evaluation_that_does_not_fit(lacks, tmp_path, monkeypatch, capsys):
             evaluate(tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    line = f"opsd: {tmp_path / 'out' / lacks} cannot be written (File too large); mend that, then give the same command"
+    line = f"opsd: {tmp_path / 'out' / lacks} cannot be written (File too large); fix that, then give the same command"
     assert stop.value.code == 2 and capsys.readouterr().err.strip() == f"{line} again"
     assert not (tmp_path / "out" / "scores.json").exists()
     assert evaluate(tmp_path / "out") == undisturbed
@@ -168,7 +168,7 @@ def test_a_file_system_that_became_read_only(whole, unfinished, disk):
     shutil.move(unfinished, run)
     shutil.rmtree(run / "checkpoints" / "step_2")
     remount("ro")
-    with pytest.raises(RunStopped, match=rf"^{run} cannot be written \(Read-only file system\); mend that[^\n]*$"):
+    with pytest.raises(RunStopped, match=rf"^{run} cannot be written \(Read-only file system\); fix that[^\n]*$"):
         resume(run)
     remount("rw")
     resume(run)
@@ -202,7 +202,7 @@ def test_a_folder_that_may_not_be_written_to(whole, unfinished, tmp_path):
         f"opsd: --out {locked / 'run'} cannot be made (Permission denied); give another folder",
     )
     assert again.returncode == 1 and again.stderr.strip().splitlines()[-1] == (
-        f"opsd: {unfinished} cannot be written (Permission denied); mend that, then go on with --resume"
+        f"opsd: {unfinished} cannot be written (Permission denied); fix that, then continue with --resume"
     )
     assert "Traceback" not in again.stderr and saved(unfinished) == ["step_1"]
     resume(unfinished)
@@ -301,11 +301,11 @@ def test_all_checkpoints_lost(unfinished):
     before = (unfinished / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"^[^\n]*no whole[^\n]* reach step 2;[^\n]*step_2 is[^\n]*step_1 is[^\n]*$"):
         resume(unfinished)
-    with pytest.raises(UserError, match=r"no whole checkpoint is left .* put one back, or start anew"):
+    with pytest.raises(UserError, match=r"no intact checkpoint is left .* put one back, or start again"):
         resume(unfinished)
     assert saved(unfinished) == ["damaged-step_1", "damaged-step_2"]
     shutil.rmtree(unfinished / "checkpoints")
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no intact checkpoint is left"):
         resume(unfinished)
     assert (unfinished / "metrics.jsonl").read_bytes() == before
 

@@ -63,7 +63,7 @@ def check(folder: Path, ranks: int, number: signal.Signals, struck: list[dict]) 
             # A rank falls with another one that was killed, or agrees with it to stop.
             assert all(other in ({1} if code == EXIT[signal.SIGKILL] else {1, code}) for other in others), life
             said_once = number != signal.SIGKILL or ranks == TWO
-            assert life["said"].count("go on with") == said_once, life["said"]
+            assert life["said"].count("continue with") == said_once, life["said"]
             assert life["resumed"] == [0] * ranks, life
         assert_same(run, folder / "whole")
     slowest_s = max(life["took_s"] for life in struck)

@@ -101,7 +101,7 @@ def test_ranks_of_a_launcher_that_are_killed(settings, whole, tmp_path, seen):
             lines = lines_of(run) + 1 + draw.randrange(2)
             said, took_s = strike(launcher, run, lines, draw.random() * 0.3, rank=life % 2)
         slowest_s = max(slowest_s, took_s)
-        assert not (run / "DONE").exists() and "go on with --resume" in said
+        assert not (run / "DONE").exists() and "continue with --resume" in said
         args = ["--resume", run]
     to_its_end(*args)
     assert_same(run, whole)
@@ -116,7 +116,7 @@ def test_a_launcher_that_is_told_to_stop(settings, whole, tmp_path, seen):
     run = tmp_path / "run"
     with launched(*settings, "--out", run) as launcher:
         said, took_s = strike(launcher, run, lines=2, wait_s=0.1, rank=None)
-    (step,) = re.findall(r"opsd: stopped by SIGTERM after step (\d+), .*/step_\1 is saved; go on with: opsd", said)
+    (step,) = re.findall(r"opsd: stopped by SIGTERM after step (\d+), .*/step_\1 is saved; continue with: opsd", said)
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step}"]
     to_its_end("--resume", run)
     assert_same(run, whole)

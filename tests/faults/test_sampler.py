@@ -145,7 +145,7 @@ def test_a_run_whose_sampler_fails(begin, whole, tmp_path, monkeypatch, fault, l
         begin(whole, "")
         ranks.leave()
     run = tmp_path / "run"
-    with pytest.raises(RunStopped, match=rf"^{line}[^\n]*; go on with --resume [^\n]*$"):
+    with pytest.raises(RunStopped, match=rf"^{line}[^\n]*; continue with --resume [^\n]*$"):
         begin(run, f"{fault} 3")
     assert not [child for child in psutil.Process().children() if "fake_sampler" in " ".join(child.cmdline())]
     monkeypatch.delenv("FAULT")

@@ -101,7 +101,7 @@ def test_a_model_that_changes_hidden_states_before_its_head_is_refused():
 def test_a_head_that_is_no_linear_layer_is_refused():
     model = FAMILIES["Qwen3"].build()
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(UserError, match=r"its head is no plain matrix \(Sequential\)"):
+    with pytest.raises(UserError, match=r"its head is not a plain matrix \(Sequential\)"):
         find_transform(model, "M")
 
 

@@ -177,7 +177,7 @@ def test_a_quantised_student_is_trained_and_saved_in_plain_numbers(family, folde
 )
 def test_weights_of_other_kinds_of_quantisation_are_refused(config, student):
     rewrite(student / "config.json", quantization_config=config)
-    with pytest.raises(UserError, match=r"its weights are quantised \([^\n]+give a folder with plain weights$"):
+    with pytest.raises(UserError, match=r"its weights are quantised \([^\n]+give a folder with unquantised weights$"):
         load(student)
 
 
@@ -536,7 +536,7 @@ def test_a_prompt_with_a_token_that_the_model_lacks_is_refused(tmp_path):
 
 def test_an_adapter_beside_the_model_is_said(student):
     (student / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"^--student [^\n]+ holds an adapter beside the model[^\n]+$"):
+    with pytest.raises(UserError, match=r"^--student [^\n]+ holds an adapter next to the model[^\n]+$"):
         load(student)
 
 

@@ -84,7 +84,7 @@ def test_rollouts_end_at_what_either_ends_with_and_the_loss_joins_what_differs(s
     [
         ([1], [99], "--teacher: its end tokens have ids 99, the model knows 0 to 48"),
         ([60], [1], "--student: its end tokens have ids 60"),
-        ([1], [], "--teacher: it names no end token, and would train the student's away; name one as eos_token_id"),
+        ([1], [], "--teacher: it names no end token, so training would remove the student's; name one as eos_token_id"),
     ],
 )
 def test_stops_that_cannot_be_reconciled_are_refused_with_the_remedy(student, teacher, message):
@@ -100,9 +100,11 @@ def test_the_line_says_what_was_found_and_chosen_and_survives_json(tokenizer):
     assert both.line(tokenizer) == "stops: both models end with <eos>"
     assert apart.line(tokenizer) == (
         "stops: the student ends with <eos>, the teacher with <user>; rollouts end with <eos> <user>, which the loss "
-        "takes for one token"
+        "merges into one token"
     )
     assert stated.line(tokenizer).endswith("; rollouts end with <eos> (--rollout.stop_tokens)")
-    assert capped.line(tokenizer).endswith("which the loss takes apart: a head with a soft cap has no logit for both")
+    assert capped.line(tokenizer).endswith(
+        "which the loss keeps separate: a head with a soft cap has no logit for their sum"
+    )
     for pair in (both, apart, stated, capped):
         assert PairStops.from_json(json.loads(json.dumps(dataclasses.asdict(pair)))) == pair

@@ -54,7 +54,7 @@ def test_a_command_can_be_gone_on_with_once_there_is_a_run_folder(config, monkey
     monkeypatch.setattr(going_on, "_from", None)
     assert signals.interrupted() == "interrupted; start again, nothing was saved yet"
     run = RunFolder.create(config)
-    assert signals.interrupted() == f"interrupted; go on with --resume {run.path}"
+    assert signals.interrupted() == f"interrupted; continue with --resume {run.path}"
 
 
 def test_a_new_run_writes_its_resolved_configuration_and_opens_again(run, config):

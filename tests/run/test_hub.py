@@ -64,7 +64,7 @@ def test_a_place_is_pinned_to_its_commit_and_the_commit_is_what_is_read(hub):
     ("place", "said"),
     [
         ("hub:sums", "give hub:OWNER/NAME:SPLIT"),
-        ("hub:owner/none:train", "data set owner/none cannot be had"),
+        ("hub:owner/none:train", "dataset owner/none cannot be fetched"),
         ("hub:owner/sums:validation", "file of a split 'validation'"),
     ],
 )

@@ -225,7 +225,7 @@ def test_sigterm_to_a_recipe_and_its_launcher_saves_and_the_same_recipe_goes_on(
     assert (folder / "struck.log").read_text().splitlines()[-1].endswith("the same command goes on")
     log = run.with_name(f"{run.name}.log").read_text()
     said = [line for line in log.splitlines() if line.startswith("opsd: ")]
-    assert len(said) == 2 and "SIGTERM: saves and stops" in said[0] and "is saved; go on with" in said[1]
+    assert len(said) == 2 and "SIGTERM: saving and stopping" in said[0] and "is saved; continue with" in said[1]
     assert list((run / "checkpoints").glob("step_*")) and not (run / "DONE").exists()
     code, said = finish(command, variables, folder / "again.log")
     assert code == 0 and "resuming" in said, said[-4000:]

@@ -148,20 +148,23 @@ def test_a_run_goes_through_with_statistics_and_a_selector(server, tmp_path):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == 2 and all(line["student/reverse_kl_nats"] > 0 for line in lines)
     longer = values | {"rollout": {**values["rollout"], "max_new_tokens": 60}, "out": str(tmp_path / "long")}
-    with pytest.raises(UserError, match=r"it takes 64 tokens, the run's longest sequence may have 6[3-9]"):
+    with pytest.raises(UserError, match=r"it takes 64 tokens, but the run's longest sequence may have 6[3-9]"):
         start(from_json(longer))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"loss": {"temperature": 0.5}}, "--loss.temperature 0.5: --teacher.kind logprobs knows too little; give 1"),
+        (
+            {"loss": {"temperature": 0.5}},
+            "--loss.temperature 0.5: --teacher.kind logprobs does not provide enough for that; give 1",
+        ),
         ({"loss": {"memory": "whole"}}, "--loss.memory whole: .* give fused"),
         ({"telemetry": {"save_tokens": True, "top_tokens": 3}}, "--telemetry.top_tokens 3: .* give 0"),
         ({"teacher": {"model": "m", "kind": "logprobs", "urls": []}}, "--teacher.urls names no server"),
         (
             {"loss": {"divergence": "sampled_token"}, "rollout": {"top_p": 0.9}},
-            "sampled_token wants samples of what is trained: give --rollout.temperature 1",
+            "sampled_token needs samples from the trained distribution: give --rollout.temperature 1",
         ),
     ],
 )

@@ -188,7 +188,7 @@ def test_no_server_or_one_of_another_width_is_the_users_line():
     with pytest.raises(UserError, match=r"no pooling server answers there .*serve_teacher\.sh"):
         teacher_of("http://127.0.0.1:9").connect()
     other = StandIn(width=6)
-    with pytest.raises(UserError, match="gives 6 numbers per token, the head of --teacher m takes 4"):
+    with pytest.raises(UserError, match="returns 6 numbers per token, but the head of --teacher m takes 4"):
         teacher_of(other).connect()
     other.stop()
 

@@ -398,7 +398,7 @@ def test_a_trainer_with_a_loss_of_its_own_is_told_apart(pair, tip, tmp_path):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return model(inputs["completion_ids"]).logits.sum()
 
-    with pytest.raises(UserError, match="a loss of its own"):
+    with pytest.raises(UserError, match="computes its own loss"):
         pair.run(Own, tmp_path)
 
 
@@ -462,9 +462,9 @@ def test_a_changed_trl_is_told_at_import(adapter):
 
     with pytest.raises(UserError, match="in place of"):
         check_parameters({ChunkedDivergenceFunction.backward: "ctx grad"})
-    with pytest.raises(UserError, match="keeps other things"):
+    with pytest.raises(UserError, match="saves other tensors"):
         check_context(ChunkedDivergenceFunction, ("dtypes", "grad_buffer"), 9)
-    with pytest.raises(UserError, match="keeps other things"):
+    with pytest.raises(UserError, match="saves other tensors"):
         check_context(ChunkedDivergenceFunction, ("dtypes",), 8)
 
 

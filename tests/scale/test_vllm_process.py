@@ -92,6 +92,6 @@ def test_one_that_hangs_is_ended_and_said_so(vllm):
     (sampler,) = vllm._samplers
     sampler._timeout_s = 2.0
     os.kill(sampler._process.pid, signal.SIGSTOP)
-    with pytest.raises(RunStopped, match=r"gave no answer in 2 s \(--rollout.timeout_s\) and was ended; go on with"):
+    with pytest.raises(RunStopped, match=r"gave no answer in 2 s \(--rollout.timeout_s\) and was ended; continue with"):
         vllm.generate(PROMPTS, 1, GREEDY, seed=0)
     assert sampler._process.poll() == -signal.SIGKILL

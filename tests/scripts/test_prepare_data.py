@@ -161,7 +161,7 @@ BAD = [
     (["--sets", "mine={mine}", "mine={mine}"], ["names 'mine' twice"]),
     (["--sets", "mine={folder}/none.jsonl"], ["none.jsonl does not exist"]),
     (["--sets", "mine={folder}/none.parquet"], ["none.parquet does not exist"]),
-    (["--sets", "mine={broken}"], ["broken.parquet cannot be read as parquet", "give a whole file"]),
+    (["--sets", "mine={broken}"], ["broken.parquet cannot be read as parquet", "give a complete file"]),
     (["--sets", "mine={text}"], ["'.txt'", ".jsonl or .parquet"]),
     (["--sets", "mine={other}"], ["row 1 has the columns frage, antwort", "--columns mine=PROBLEM,ANSWER"]),
     (["--sets", "mine={other}", "--columns", "mine=frage,answer"], ["no column 'answer'", "frage, antwort"]),

@@ -65,7 +65,7 @@ def test_a_pair_that_ends_differently_stops_at_either_in_training_and_evaluation
     start(config)
     said = capsys.readouterr().err
     assert said.count("stops: the student ends with <eos>, the teacher with ") == 1
-    assert "which the loss takes for one token" in said
+    assert "which the loss merges into one token" in said
     kept = json.loads((Path(config.out) / "config.json").read_text())["began"]["stops"]
     assert kept["student"] == [1]
     assert kept["teacher"] == [*OFTEN, 1]
@@ -193,7 +193,7 @@ def test_truncated_rollouts_are_left_out_or_cut_and_counted(settings):
 
 def test_health_stop_saves_and_ends_and_the_run_goes_on_from_there(settings, capsys):
     config = settings(ends=[1], steps=7, health="stop", checkpoint__every=0, rollout__max_new_tokens=3)
-    with pytest.raises(RunStopped, match=r"step 5: stopped by --health stop, .*step_5 is saved; go on with: "):
+    with pytest.raises(RunStopped, match=r"step 5: stopped by --health stop, .*step_5 is saved; continue with: "):
         start(config)
     said = capsys.readouterr().err
     assert "step 5: health: " in said

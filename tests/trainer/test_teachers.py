@@ -121,7 +121,7 @@ def test_a_context_that_shows_the_answer_changes_what_is_taught_and_is_recorded(
         patch.setattr("opsd.train.Trainer.evaluate_before", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         start(config)
     written(tmp_path / "context.txt", "{prompt};{answer};")
-    with pytest.raises(UserError, match="gives other prompts than those that the run began with"):
+    with pytest.raises(UserError, match="gives other prompts than those that the run started with"):
         resume(checkpoint.Path(config.out))
 
 
@@ -142,7 +142,7 @@ def test_a_rewarded_sample_is_shown_where_there_is_one(settings, tmp_path, monke
     ("options", "said"),
     [
         ({"rollout__samples_per_prompt": 1}, "another sample of the same prompt: give --rollout.samples_per_prompt 2"),
-        ({"answer_field": "nothing"}, r"has \{rollout\}: prompt 0 of .* has no answer to be rewarded for"),
+        ({"answer_field": "nothing"}, r"has \{rollout\}: prompt 0 of .* has no gold answer"),
         ({"teacher__max_prompt_tokens": 500}, r"a prompt of 500 tokens are over the 256 positions of --teacher"),
     ],
 )
@@ -190,12 +190,12 @@ def test_a_teacher_that_follows_the_student_goes_on_with_the_same_bits(settings,
     assert stopped_then_resumed(broken, monkeypatch) == metrics
     ours, theirs = teacher_of(broken, 4), teacher_of(whole, 4)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # A checkpoint whose teacher is gone does not go on with another one.
+    # A checkpoint whose teacher is gone does not continue with another one.
     shutil.copytree(whole.out, tmp_path / "lost")
     (tmp_path / "lost" / "DONE").unlink()
     for step in (2, 4):
         (tmp_path / "lost" / "checkpoints" / f"step_{step}" / "trainer" / "teacher.safetensors").unlink()
-    with pytest.raises(UserError, match="no whole checkpoint is left"):
+    with pytest.raises(UserError, match="no intact checkpoint is left"):
         resume(tmp_path / "lost")
 
 
@@ -250,7 +250,7 @@ def test_forward_then_reverse_is_the_one_and_then_the_other(settings, monkeypatc
 
 @pytest.mark.parametrize("loss", [{"divergence": "forward_then_reverse"}, {"warmup_steps": 3}])
 def test_warm_up_steps_and_forward_then_reverse_need_each_other(settings, loss):
-    with pytest.raises(UserError, match="forward_then_reverse needs steps above 0, no other divergence has any"):
+    with pytest.raises(UserError, match="forward_then_reverse needs steps above 0, other divergences have none"):
         settings("run", loss=loss)
 
 
@@ -317,8 +317,8 @@ def test_a_run_under_two_teachers_logs_each_and_goes_on_with_the_same_bits(setti
     [
         ({"teachers": ["math"]}, "--teachers math: give NAME=FOLDER"),
         ({"teachers": ["a=x", "a=y"]}, "names a teacher twice"),
-        ({"teacher": {"model": "m"}}, "--teacher m beside --teachers"),
-        ({"teacher": {"context": "c"}}, "--teacher.context goes with one teacher"),
+        ({"teacher": {"model": "m"}}, "--teacher m with --teachers"),
+        ({"teacher": {"context": "c"}}, "--teacher.context works with one teacher only"),
         ({"teacher": {"kind": "vllm"}}, "--teacher.urls names no server"),
         ({"teacher_field": "subject"}, "record 1 has no field 'subject'"),
         ({"teacher_field": "prompt"}, "'prompt' is '0.0='; --teachers has low, high"),

@@ -43,7 +43,7 @@ def check_parameters(hooked: dict[Callable[..., Any], str]) -> None:
     for function, names in hooked.items():
         if (found := " ".join(inspect.signature(function).parameters)) != names:
             raise UserError(
-                f"TRL's {function.__qualname__} takes ({found}) in place of ({names}); install trl{KNOWN} unchanged"
+                f"TRL's {function.__qualname__} takes ({found}) instead of ({names}); install trl{KNOWN} unchanged"
             )
 
 
@@ -54,7 +54,7 @@ def check_context(divergence: Any, names: tuple[str, ...], saved: int) -> None:
     lacking = [name for name in names if not hasattr(context, name)]
     if lacking or len(context.saved_tensors) != saved:
         raise UserError(
-            f"TRL's {divergence.__name__} keeps other things for its backward than trl{KNOWN} does; install that"
+            f"TRL's {divergence.__name__} saves other tensors for its backward pass than in trl{KNOWN}; install that"
         )
 
 

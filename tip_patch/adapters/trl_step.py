@@ -95,7 +95,7 @@ class StepEnd(TrainerCallback):
         """Kept tokens and tokens of the step. Raises UserError where TRL's loss function was never called."""
         done = self._trainer.tip.done
         if not done:
-            raise UserError(f"{type(self._trainer).__name__} computes a loss of its own; give trl.DistillationTrainer")
+            raise UserError(f"{type(self._trainer).__name__} computes its own loss; give trl.DistillationTrainer")
         own = [sum(int(part.kept_N.sum()) for part in done), sum(part.kept_N.numel() for part in done)]
         counts = torch.tensor([own], device=self._trainer.accelerator.device)
         kept, tokens = self._trainer.accelerator.gather(counts).sum(0).tolist()
@@ -139,7 +139,7 @@ class StepEnd(TrainerCallback):
             folder.cut_after(state.global_step)
             return folder
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"token_record {path}: is not a new or empty folder; give another one")
+            raise UserError(f"token_record {path} is not a new or empty folder; give another one")
         folder = RunFolder.create(self._config(path, state))
         self._trainer._tokenizer.save_pretrained(folder.config.student)
         self._trainer.accelerator.unwrap_model(self._trainer.model).config.save_pretrained(folder.config.student)

@@ -41,7 +41,7 @@ class TravelEnv:
         return [{"role": "system", "content": system}, {"role": "user", "content": task.query}]
 
     def call(self, name: Any, arguments: Any, task: TravelTask) -> str:
-        """What a tool answers; a call that cannot be answered gets a line that says what to mend.
+        """What a tool answers; a call that cannot be answered gets a line that says what to fix.
 
         arguments: a dict, or JSON text.
         """

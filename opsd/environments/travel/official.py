@@ -66,7 +66,9 @@ class Official:
     def _file(self, part: str, name: str) -> Path:
         file = self._folder / part / name
         if not file.is_file():
-            raise UserError(f"{self._folder} holds no {part}/{name}; give a whole copy of the DeepPlanning travel part")
+            raise UserError(
+                f"{self._folder} holds no {part}/{name}; give a complete copy of the DeepPlanning travel part"
+            )
         return file
 
 

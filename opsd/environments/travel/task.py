@@ -184,7 +184,7 @@ def read_task_file(path: str | Path) -> list[TravelTask]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); give one task a line") from error
+            raise UserError(f"{path} line {number} is not JSON ({error}); give one task per line") from error
         tasks.append(from_json(values, f"{path} line {number}"))
     if not tasks:
         raise UserError(f"{path} holds no tasks; give at least one")

@@ -65,7 +65,7 @@ ALIASES = {"recommend_around_restaurants": "recommend_restaurants"}
 
 
 class CallError(Exception):
-    """A call that cannot be answered; the message tells the model what to mend."""
+    """A call that cannot be answered; the message tells the model what to fix."""
 
 
 def schemas() -> list[dict[str, Any]]:
