@@ -4,8 +4,8 @@
     python scripts/bench_loss.py --quick             a few small ones, two minutes
     python scripts/bench_loss.py --tokens 1024 --widths 1024 --dtypes bfloat16
 
-Each case is a process of its own, whose first call counts; on CUDA the median of three after a first one. Writes into
---out: cases.jsonl (a line a case, written as it ends; a case that is there already is not run again), table.md and
+Each case runs in its own process and measures its first call; on CUDA the median of three after a warm-up call. Writes into
+--out: cases.jsonl (a line per case, written when it ends; a case that is already there is not run again), table.md and
 figure.png. Ratios hold within one run.
 """
 

@@ -1,4 +1,4 @@
-"""Run the fault suite (tests/faults) and write its table, from the outcomes, into docs/reliability.md."""
+"""Run the fault suite (tests/faults) and write the table of its outcomes into docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class Row:
 def main() -> int:
     """Pytest's exit code: 0 where every fault was survived."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md", help="holds the table's place")
-    parser.add_argument("--short", action="store_true", help="only what `make test` runs too; prints the table")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "reliability.md", help="page that contains the table"
+    )
+    parser.add_argument("--short", action="store_true", help="only the part that `make test` runs too; print the table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

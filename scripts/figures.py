@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Figures 1 to 4 from whatever run folders there are: one page, and a PNG each.
+"""Figures 1 to 4 from the run folders that exist: one page, and a PNG each.
 
     python scripts/figures.py runs --out runs/figures
 

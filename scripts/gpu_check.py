@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""What of this project runs on a GPU, how right it is, how fast, and how much memory it takes: one GPU, eight minutes.
+"""What runs on a GPU, how accurately, how fast, and with how much memory: one GPU, eight minutes.
 
     python scripts/gpu_check.py --docs docs                        all stages on this machine's GPU, into docs/gpu.md
     python scripts/gpu_check.py --only products losses             some of them again
     python scripts/gpu_check.py --device cpu --small               a dry run without a GPU: tiny sizes, no measurements
 
-Needs no network. Each stage is a process with a time limit of its own; one that fails is said so, and the next goes on.
-Writes into --out: <stage>.jsonl (a row a measurement, as they come), <stage>.log (what it said besides), and from all
-rows that are there gpu.json and gpu.md, which docs/gpu.md is. Exit code 1: something failed; 2: bad input.
+Needs no network. Each stage is a process with its own time limit; a failure is reported, and the next stage runs.
+Writes into --out: <stage>.jsonl (one row per measurement), <stage>.log (its other output), and, from all rows
+present, gpu.json and gpu.md (published as docs/gpu.md). Exit code 1: something failed; 2: bad input.
 """
 
 from __future__ import annotations

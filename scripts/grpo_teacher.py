@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""A teacher by GRPO, as the paper's Qwen3 teacher is one: TRL's trainer, this project's prompts and grader.
+"""Train a teacher by GRPO, like the paper's Qwen3 teacher: TRL's trainer, this project's prompts and grader.
 
     python scripts/grpo_teacher.py --model MODEL --prompts prompts.jsonl --out runs/teacher --steps 100
     accelerate launch … scripts/grpo_teacher.py … --vllm colocate --dtype bfloat16
 
 Needs the extra `trl`. Writes OUT/model (a folder that `opsd train --teacher` takes), OUT/metrics.jsonl, OUT/DONE, and
-TRL's checkpoints, from which the same command goes on after an interruption.
+TRL's checkpoints, from which the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoConfig(PromptSettings, LengthSettings, StepSettings):
-    """What is trained on what, and how long; names as in `opsd train`. Each prompt needs its gold answer."""
+    """GRPO on prompts with gold answers; names as in `opsd train`."""
 
     model: str
     """Folder (or hub name) of the model to start from."""
     samples_per_prompt: Annotated[int, Bound(lambda count: count > 1, "2 or more: GRPO compares samples")] = 16
-    """Completions of a prompt, whose rewards are compared with each other."""
+    """Completions per prompt, whose rewards are compared with each other."""
     grader: str = "math"
     """math, suffix or module:function, as --eval.grader of `opsd train`."""
     grade_seconds: PositiveFloat = 300.0
     """Most seconds that one process grades a batch; what is left then counts as wrong, logged as grade/late_frac."""
     temperature: PositiveFloat = 1.0
     lr: PositiveFloat = 1e-6
-    """Peak learning rate; cosine."""
+    """Peak learning rate, with cosine decay."""
     warmup_steps: NonNegativeInt = 0
     beta: NonNegativeFloat = 0.0
     """Weight of the KL to the starting model; 0 is off and loads no second copy."""

@@ -1,10 +1,10 @@
-"""docs/models.md: which families of models run, how, and what is said where they do not.
+"""docs/models.md: which families of models run, in which roles, and the error of those that do not.
 
     python scripts/model_table.py                                          # without vLLM: minutes
     python scripts/model_table.py --ways "teacher, served" "student, vLLM" # needs vLLM; about a minute for each cell
     python scripts/model_table.py --families Mixtral --ways student        # some cells again
 
-A cell is one step of `opsd train` on two tiny random models (scripts/families.py). It is right where the step's loss is
+A cell is one step of `opsd train` on two tiny random models (scripts/families.py). It is right if the step's loss is
 the KL of both models' `model(ids).logits`, as transformers gives them. Cells are kept in docs/results/models.json; the
 page is made from all of them. For a model of your own: `opsd check-model FOLDER`.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Proposition 1 on a small pair of models: what a step along each quadrant's gradient would bring, and a picture.
+"""Proposition 1 on a small pair of models: the descent of a step along each quadrant's gradient, and a figure.
 
     python scripts/oracle.py --student assets/pocket/student --teacher assets/pocket/teacher \\
         --prompts assets/pocket/train.jsonl --out runs/oracle
@@ -52,7 +52,7 @@ class Args:
     prompt_format: str = "raw"
     """raw or chat."""
     rollouts: int = 96
-    """Rollouts, one a prompt, whose tokens are measured."""
+    """Rollouts, one per prompt, whose tokens are measured."""
     held_out: int = 192
     """Rollouts on other prompts that ∇L is taken from."""
     max_new_tokens: int = 48

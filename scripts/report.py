@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A run's report; or run folders to a table of the paper with ours beside; on the terminal and as files.
+"""Report on one run; or on run folders as a table next to the paper's; on the terminal and as files.
 
     python scripts/report.py runs/mine
     python scripts/report.py runs/table5 --table table5 --out runs/table5/report
@@ -177,7 +177,7 @@ def main(
     out: Path | None = None,
     cells: tuple[str, ...] = (),
 ) -> None:
-    """A single run: its curves, tokens, lengths and evaluations. Or runs as a table beside the paper's.
+    """Report on a single run: curves, tokens, lengths and evaluations. Or on several runs, as a table next to the paper's.
 
     On the terminal and as files: report.html and its parts.
 
@@ -190,7 +190,7 @@ def main(
     out = out or runs / "report"
     if table is None:
         if not (runs / "config.json").is_file():
-            raise UserError(f"{runs} is no run folder (it has no config.json); for a folder of runs give --table")
+            raise UserError(f"{runs} is not a run folder (it has no config.json); for a folder of runs give --table")
         show_one(write_one(read_run(runs), out), out)
         return
     if table not in LAYOUTS:
@@ -200,7 +200,7 @@ def main(
     found = [report_group(group, paper, cells) for group in by_protocol(read_runs(runs, layout.axes))]
     groups = [group for group in found if group.runs]
     if not groups:
-        raise UserError(f"{runs} holds none of --cells {' '.join(cells)}; leave the flag out to see what it holds")
+        raise UserError(f"{runs} holds none of --cells {' '.join(cells)}; omit the flag to see what it holds")
     write(groups, layout.title, paper, out)
     show(groups, layout.title, paper, out)
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Finished runs as one small file; the paper's claims judged, and rules ranked, by such files.
+"""Collect finished runs into one small file; judge the paper's claims and rank rules by such files.
 
     python scripts/results.py collect runs/pocket --command "SEEDS='0 1 2' …" --out docs/results/pocket.json
     python scripts/results.py claims pocket=docs/results/pocket.json planning=docs/results/planning.json
     python scripts/results.py leaderboard docs/results/pocket.json --markdown --figure leaderboard.png
 
-`claims` reads docs/results/claims.json, where each claim stands with what was expected before the runs were made.
+`claims` reads docs/results/claims.json, which holds each claim and what was expected before the runs were made.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Collect:
     runs: Positional[Path]
     """Folder that holds the run folders."""
     command: str
-    """What made them, to be written down beside them."""
+    """The command that made them, to be recorded."""
     out: Path
     """File to write."""
     repository: Path = ROOT
-    """Checkout that ran them; its commit is written down."""
+    """Checkout that ran them; its commit is recorded."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Claims:
     """The paper's claims, judged by files of results."""
 
     results: Positional[tuple[str, ...]]
-    """NAME=FILE pairs, by the names that the claims call them."""
+    """NAME=FILE pairs, with the names used in the claims."""
     claims: Path = ROOT / "docs" / "results" / "claims.json"
     """The claims."""
     markdown: bool = False

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""The cells of a table, so many at a time: what recipes/common.sh hands on standard input, by one display.
+"""Run the cells of a table, several in parallel, as recipes/common.sh gives them on standard input, with one display.
 
 Finished cells are skipped, interrupted ones resumed. The first one that fails stops the others, which save a checkpoint
-first; so does Ctrl-C or SIGTERM. The same command goes on.
+first; so does Ctrl-C or SIGTERM. The same command continues.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A pocket student that ends with another token than its teacher: Table 5's rules with and without the remedy.
+"""A pocket student that ends with a different token from its teacher: Table 5's rules with and without the remedy.
 
     python scripts/stops.py --runs runs/stops --out docs/results/stops.json --figure docs/stops.png
 

@@ -44,13 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tip_patch.trl", description=__doc__, allow_abbrev=False, exit_on_error=False
     )
     add = parser.add_argument
-    add("--selector", default="soft_or", help="rule that keeps tokens: a name of `opsd selectors`, or module:Name")
+    add("--selector", default="soft_or", help="selection rule: a name from `opsd selectors`, or module:Name")
     add("--retention", type=float, help="fraction of each answer's tokens that is kept, in (0, 1]; default: the rule's")
-    add("--selector_option", action="append", default=[], metavar="NAME=VALUE", help="a further option of the rule")
+    add("--selector_option", action="append", default=[], metavar="NAME=VALUE", help="an additional option of the rule")
     add("--engine", default="kernel", help="kernel: TRL's own divergence (default); fused: ours")
     add("--selection_seed", type=int, help="seed of random choices; default: TRL's --seed")
     add(
-        "--telemetry_every", type=int, help="steps between quadrant shares and overlaps; 0: never; default: as TRL logs"
+        "--telemetry_every",
+        type=int,
+        help="steps between logs of quadrant shares and overlaps; 0: never; default: TRL's logging steps",
     )
     add("--token_record", metavar="DIR", help="new folder for a record of every token, which `opsd inspect DIR` shows")
     return parser

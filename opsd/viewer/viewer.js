@@ -2,7 +2,7 @@
 function header() {
   byId("run").textContent = `${data.run}, step ${data.step} of ${data.steps}`;
   const tokens = data.rollouts.reduce((sum, r) => sum + r.k.length, 0);
-  const left = data.left_out ? `, ${data.left_out} more left out of the page` : "";
+  const left = data.left_out ? `, ${data.left_out} more not shown` : "";
   byId("facts").textContent = `${data.student} learns from ${data.teacher} · ${data.selector} · `
     + `${data.rollouts.length} rollouts, ${tokens.toLocaleString("en")} tokens${left}`;
 }
@@ -30,7 +30,7 @@ function exampleCards() {
     title.append(make("small", "", kind.what));
     const numbers = make("div", "numbers");
     numbers.append("h ", make("b", "", nats(rollout.h[example.row])), " · δ ", make("b", "", nats(rollout.r[example.row])),
-      ` nats · ${rollout.k[example.row] ? "trained on" : "left out"}`);
+      ` nats · ${rollout.k[example.row] ? "trained on" : "not trained on"}`);
     card.append(title, context(rollout, place, kind), numbers);
     if (rollout.s) card.append(topLists(rollout, example.row));
     card.addEventListener("click", () => goTo(example.rollout, place));
@@ -84,7 +84,7 @@ function listControls() {
   const options = (select, pairs) => pairs.forEach(([value, text]) => select.append(new Option(text, value)));
   options(byId("order"), [["id", "as sampled"], ["r", "most divergence first"], ["h", "most entropy first"], ["long", "longest first"]]);
   options(byId("show"), [["all", "all"], ...(graded ? [["right", "right answers"], ["wrong", "wrong answers"]] : []),
-    ...(data.rollouts.some((r) => r.truncated) ? [["cut", "cut at the limit"]] : [])]);
+    ...(data.rollouts.some((r) => r.truncated) ? [["cut", "truncated"]] : [])]);
   for (const id of ["order", "show", "find"]) byId(id).addEventListener("input", arrange);
   byId("theme").addEventListener("click", () => {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark"
@@ -103,7 +103,7 @@ function build(rollout, index) {
   if (rollout.answer) head.append(make("span", "", `gold answer ${rollout.answer}`));
   head.append(make("span", "", `${rollout.k.length} tokens, ${percent(mean(rollout.k))} kept`),
     make("span", "", `mean h ${nats(mean(rollout.h))}`), make("span", "", `mean δ ${nats(mean(rollout.r))} nats`));
-  if (rollout.truncated) head.append(make("span", "wrong", "cut at the limit"));
+  if (rollout.truncated) head.append(make("span", "wrong", "truncated"));
   node.append(head);
   if (rollout.prompt) node.append(make("div", "prompt", rollout.prompt));
   const text = make("div", "text");
@@ -127,7 +127,7 @@ function fill(block) {
     token.dataset.place = place;
     if (SPECIAL.test(text)) token.classList.add("special");
     if (!block.rollout.rowAt.has(place)) token.classList.add("tool");
-    if (block.rollout.ends.has(place)) { token.classList.add("stop"); token.title = "the token that ends the turn"; }
+    if (block.rollout.ends.has(place)) { token.classList.add("stop"); token.title = "the end-of-turn token"; }
     return token;
   });
   block.text.append(...block.tokens);
@@ -234,5 +234,5 @@ const bar = new ResizeObserver(() => document.documentElement.style.setProperty(
 bar.observe(byId("controls"));
 document.addEventListener("keydown", keyboard);
 byId("detail").classList.add("idle");
-byId("detail").append(make("p", "", "Point at a token, or press it to hold it here: entropy, both divergences, and what both models would have written."));
+byId("detail").append(make("p", "", "Hover over a token, or click to pin it here: entropy, both divergences, and what both models would have written."));
 keysHelp(byId("detail"));

@@ -1,4 +1,4 @@
-"""docs/gpu.md from the rows of all stages: what was aimed at, what failed, and a table per stage."""
+"""docs/gpu.md from the rows of all stages: the targets, what failed, and a table per stage."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from gpu.check import Row
 
 HOW = """`make gpu-check` runs all of this on a machine with one NVIDIA GPU, in at most eight minutes and without a
-network, and writes this page and gpu.json. Each stage is a process with a time limit of its own; one that fails is said
-so here, and the next one goes on. `python scripts/gpu_check.py --help` names the options; `--device cpu --small` is a
+network, and writes this page and gpu.json. Each stage is a separate process with its own time limit; a failure is reported
+here, and the next stage runs. `python scripts/gpu_check.py --help` lists the options; `--device cpu --small` is a
 dry run, which `make test` includes.
 
-Where no package index can be reached, a checkout and a folder of wheels do, for what that machine's Python lacks beside
-PyTorch and transformers: tyro with docstring-parser and typeguard, psutil, safetensors, filelock, xxhash; for the ZeRO
+Without a package index, a checkout and a folder of wheels are enough. Besides PyTorch and transformers it needs
+tyro with docstring-parser and typeguard, psutil, safetensors, filelock, xxhash; for the ZeRO
 runs deepspeed (a wheel built with `DS_BUILD_OPS=0`) with hjson, pydantic and py-cpuinfo; as baselines liger-kernel, and
 trl with datasets and accelerate; pytest. A stage that lacks a package says which.
 
@@ -24,16 +24,16 @@ PYTHONPATH=site python3 scripts/gpu_check.py --docs docs
 
 | stage | what it shows |
 |:--|:--|
-| environment | versions; the card's rate of copying and of square products |
-| products | the loss's products are right against fp64; their rate, also at Qwen3's odd 151,669 tokens; their kernels |
-| exact | loss, gradients and statistics against fp64 at the full vocabulary, fused and whole; choices, scales, caps |
-| losses | time and memory at 16,384 tokens, hidden sizes 2,560 and 4,096, beside TRL's and Liger's functions |
-| attention | packed rollouts see nothing of each other; what lengths cost beside a mask |
-| update | updates of a random Qwen3-4B (1.7B on a smaller card) by an 8B: time, and peak memory beside `opsd plan` |
-| training | `opsd train` of the pocket pair: fp32 beside a CPU, again, bf16, all ZeRO stages over NCCL in one process |
+| environment | versions; the card's copy bandwidth and its rate of square matrix products |
+| products | the loss's matrix products agree with fp64; their rate, also at Qwen3's odd 151,669 tokens; their kernels |
+| exact | loss, gradients and statistics against fp64 at the full vocabulary, fused and whole; selections, scales, caps |
+| losses | time and memory at 16,384 tokens, hidden sizes 2,560 and 4,096, compared with TRL's and Liger's functions |
+| attention | packed rollouts do not see each other; the cost of attention by lengths and by a mask |
+| update | updates of a random Qwen3-4B (1.7B on a smaller card) by an 8B: time, and peak memory compared with `opsd plan` |
+| training | `opsd train` of the pocket pair: fp32 compared with a CPU, repeated, in bf16, all ZeRO stages over NCCL in one process |
 | own_tests | the tests marked `gpu` |
 
-Not part of it, for want of room or of a second card: vLLM and its sleep, flash-attn, several ranks, paper scale.
+Not included, for lack of memory or of a second card: vLLM and its sleep mode, flash-attn, several ranks, paper scale.
 """
 NOT_RUN = "**This has not been run.** No number of this project comes from a GPU.\n\n"
 # Not for the table of a stage: in every row the same, or too long.
@@ -60,14 +60,14 @@ def card(rows: list[Row]) -> str:
     """What the numbers come from."""
     found = next((row for row in rows if row["what"] == "card"), None)
     if found is None:
-        return "A dry run on a CPU: the numbers mean nothing."
+        return "A dry run on a CPU: the numbers are meaningless."
     versions = next((row for row in rows if row["what"] == "versions"), {})
     return f"{found['name']}, {found['gib']:.0f} GiB, CUDA {found['cuda']}, PyTorch {versions.get('torch', '?')}."
 
 
 def aims(rows: list[Row]) -> str:
     """What was aimed at on an H100, and what came out."""
-    lines = ["| aim | found |", "|:--|--:|"]
+    lines = ["| target | measured |", "|:--|--:|"]
     lines += [f"| {aim} | {_shown(found(rows))} |" for aim, found in AIMS.items()]
     return "\n".join(lines)
 

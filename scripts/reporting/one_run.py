@@ -22,8 +22,8 @@ NUMBERS: list[tuple[str, str, Callable[[float], str]]] = [
     ("teacher/entropy_nats", "teacher's entropy, nats", "{:.3f}".format),
     ("select/kept_frac", "tokens trained on", "{:.1%}".format),
     *((f"quadrant/q{q}_frac", f"tokens in Q{q}", "{:.1%}".format) for q in (1, 2, 3, 4)),
-    ("rollout/tokens", "tokens written per step", "{:,.0f}".format),
-    ("rollout/truncated_frac", "answers cut at the limit", "{:.1%}".format),
+    ("rollout/tokens", "tokens generated per step", "{:,.0f}".format),
+    ("rollout/truncated_frac", "truncated answers", "{:.1%}".format),
     ("rollout/reward", "reward", "{:.3f}".format),
     ("optim/grad_norm", "gradient norm", "{:.3g}".format),
     ("mem/peak_gib", "peak memory, GiB", "{:.2f}".format),
@@ -71,7 +71,11 @@ def tables(run: Run) -> Iterator[TextTable]:
             ends = [form(median(part)) for part in (values[:some], values[-some:])]
             rows.append([name, *ends, form(min(values)), form(max(values))])
     if rows:
-        yield TextTable("Numbers, median of a tenth of the steps", ["", "first", "last", "lowest", "highest"], rows)
+        yield TextTable(
+            "Metrics, medians over the first and last tenth of the steps",
+            ["", "first", "last", "lowest", "highest"],
+            rows,
+        )
 
 
 def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
@@ -85,15 +89,15 @@ def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
 def pictures(run: Run) -> Iterator[Picture]:
     """Curves, tokens, memory and time; one that has no data is left out."""
     if names := curve_names([run]) + curve_names([run], FURTHER):
-        yield picture("Curves.", "Smoothed over a fortieth of the run.", lambda: curves([run], names))
+        yield picture("Curves.", "Smoothed over 1/40 of the run.", lambda: curves([run], names))
     if health := curve_names([run], HEALTH_CURVES):
-        words = "Lengths, truncation, repetition, and the token that ends a rollout."
+        words = "Lengths, truncation, repetition, and the end-of-turn token."
         yield picture("Health.", f"{words} {warnings([run])}", lambda: curves([run], health))
     tokens = read_tokens([run])
     if tokens is not None:
         yield picture("Entropy and divergence of every token.", tokens.words, lambda: plane(tokens))
     if run.done and run.logged("mem/peak_gib"):
-        words = "Peak of the process; the median step, by stage."
+        words = "Peak memory of the process; the median step's time by stage."
         yield picture("Memory and time.", words, lambda: costs([run], [run.cell]))
 
 

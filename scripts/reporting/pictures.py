@@ -19,14 +19,14 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
         found.append(picture(title, tokens.words, lambda: plane(tokens)))
     found.sort(key=lambda one: one.title)  # by the paper's numbers
     if training := curve_names(group):
-        words = "Mean over seeds, shaded from the lowest to the highest, smoothed over a fortieth of the run."
+        words = "Mean over seeds, shaded from lowest to highest, smoothed over 1/40 of the run."
         found.append(picture("Training curves.", words, lambda: curves(group, training)))
     if health := curve_names(group, HEALTH_CURVES):
-        words = "Lengths, truncation, repetition, and the token that ends a rollout; drawn as the training curves are."
+        words = "Lengths, truncation, repetition, and the end-of-turn token; drawn like the training curves."
         found.append(picture("Health.", f"{words} {warnings(group)}", lambda: curves(group, health)))
     cells = [cost.cell for cost in cell_costs if cost.peak_gib is not None]
     if cells:
-        words = "Peak of the training process; the median step, by stage. log: telemetry, where it is due."
+        words = "Peak memory of the training process; the median step's time by stage. log: telemetry, on steps that have it."
         found.append(picture("Memory and time.", words, lambda: costs(group, cells)))
     return found
 
@@ -40,7 +40,7 @@ def warnings(group: list[Run]) -> str:
         for key in line
         if key.startswith("health/")
     ]
-    return f"Warned of: {', '.join(told)}." if told else "No run warned of anything."
+    return f"Warnings: {', '.join(told)}." if told else "No run raised a warning."
 
 
 def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
@@ -67,7 +67,7 @@ def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
             )
         )
     if paper.best and any(best is not None for _, best in suite.best):
-        words = "Bars: the mean over tries; diamonds: the best of them."
+        words = "Bars: the mean over tries; diamonds: the best try."
         how = (suite.stats, suite.best, suite.name, paper)
         found.append(picture("Figure 4. Average and best of k.", words, lambda: average_and_best(*how)))
     return found

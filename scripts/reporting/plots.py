@@ -20,20 +20,20 @@ from reporting.theme import QUADRANT_COLOURS, colour_of, ink, tones
 from tip_patch.quadrants import QUADRANT_LABELS
 
 CURVES = (
-    ("loss/nats", "trained divergence, nats a kept token"),
+    ("loss/nats", "trained divergence, nats per kept token"),
     ("student/reverse_kl_nats", "reverse KL over all tokens, nats"),
     ("student/entropy_nats", "student entropy, nats"),
     ("rollout/reward", "mean reward of the step's rollouts"),
 )
 HEALTH_CURVES = (
     ("length/mean_tokens", "mean length of a rollout, tokens"),
-    ("length/p90_tokens", "length that nine in ten stay below, tokens"),
-    ("rollout/truncated_frac", "rollouts cut off, fraction"),
+    ("length/p90_tokens", "90th percentile of length, tokens"),
+    ("rollout/truncated_frac", "truncated rollouts, fraction"),
     ("repetition/ngram_frac", "tokens inside repeated n-grams, fraction"),
-    ("stop/student_prob", "student's chance of the end, where it ends"),
-    ("stop/delta_nats", "teacher's less student's log-prob. of the end, nats"),
-    ("stop/kept_frac", "ends that are trained on, fraction"),
-    ("stop/score_percentile", "where the rule ranks the end, 0 to 1"),
+    ("stop/student_prob", "student's probability of ending, where it ends"),
+    ("stop/delta_nats", "teacher's minus student's log-prob. of the end, nats"),
+    ("stop/kept_frac", "end tokens trained on, fraction"),
+    ("stop/score_percentile", "rank of the end under the rule, 0 to 1"),
 )
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 # Line and mark of a rule's variants in the order in which they come.

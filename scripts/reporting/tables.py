@@ -122,7 +122,7 @@ def cost_table(costs: list[CellCost], paper: Paper) -> TextTable:
         rows.append([str(cost.cell), _percent(cost.kept_frac), *shares, memory, seconds, *theirs])
     heads = ["", "tokens\nkept, %", "Q1, %", "Q2, %", "Q3, %", "Q4, %", "peak\nGiB", "step\ns"]
     return TextTable(
-        "What was trained on, and what it took", [*heads, *[f"paper, GB\n{PAIRS[pair]}" for pair in pairs]], rows
+        "Tokens trained on, memory and time", [*heads, *[f"paper, GB\n{PAIRS[pair]}" for pair in pairs]], rows
     )
 
 

@@ -36,7 +36,7 @@ class Tokens:
         """A picture's caption."""
         return (
             f"Measured: {self.source}. Dashed: where the quadrants are split (means over steps), so a token near a "
-            "line may lie on its other side in its own step. Values under 1e-6 nats are drawn there."
+            "line may be on the other side in its own step. Values below 1e-6 nats are drawn at 1e-6."
         )
 
 

@@ -28,7 +28,7 @@ def test_it_shows_evaluations_and_both_ends_of_every_number_and_nothing_of_the_p
     assert (
         "| before training | 25.0 |" in table and "| after step 20 | 75.0 |" in table and "| teacher | 100.0 |" in table
     )
-    assert "| answers cut at the limit | 50.0% |" in table
+    assert "| truncated answers | 50.0% |" in table
     page = (run / "report" / "report.html").read_text()
     words = re.sub(r"data:image[^\"]+", "", page.partition("</style>")[2])
     for text in (shown, table, words):

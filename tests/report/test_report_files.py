@@ -50,7 +50,7 @@ def test_report_writes_table_json_and_picture_and_shows_the_same(make_run, repor
     assert "| before training | 25.0 ± 0.0 |" in table
     assert "| teacher | 100.0 ± 0.0 |" in table
     # 12.5 is less than 2 · 7.2
-    assert "not told apart from all tokens: soft_or 50 %" in table
+    assert "not distinguishable from all tokens: soft_or 50 %" in table
     assert "One seed" in table
     assert "62.5 ± 16.1" in shown and "+12.5 ± 7.2" in shown
     picture = (folder.parent / "out" / "figure.png").read_bytes()
