@@ -1,4 +1,5 @@
-"""A whole distillation step with a real pair: TRL's DistillationTrainer, opsd sampling by transformers, opsd sampling by vLLM.
+"""A whole distillation step with a real pair: TRL's DistillationTrainer, opsd sampling by transformers, opsd sampling
+by vLLM.
 
     python scripts/bench_step.py                 SmolLM2-135M teaches its own 15 layers; about ten minutes on two cores
     python scripts/bench_step.py --quick         fewer tokens and rounds, about three minutes
@@ -6,11 +7,11 @@
                                                  with selection inside TRL and opsd, see docs/trl.md
 
 Each trainer is a process of its own; they take turns step by step, so that other load on the machine affects all of
-them equally. The same prompts, answers of the same length (no end token), reverse KL, fp32, AdamW. The first step of each is a
-warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing: vLLM alone
-generates as many tokens for the same prompts, the minimum that a rollout by it takes. trl-kernel and trl-fused are TRL
-with selection by either engine, opsd-…-tip is opsd with it; the others train on all tokens. Seconds are wall and
-CPU seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
+them equally. The same prompts, answers of the same length (no end token), reverse KL, fp32, AdamW. The first step of
+each is a warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing:
+vLLM alone generates as many tokens for the same prompts, the minimum that a rollout by it takes. trl-kernel and
+trl-fused are TRL with selection by either engine, opsd-…-tip is opsd with it; the others train on all tokens. Seconds
+are wall and CPU seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
 """
 
 from __future__ import annotations

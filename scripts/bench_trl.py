@@ -2,10 +2,10 @@
 
     python scripts/bench_trl.py --out runs/bench_trl        about ten minutes on a core
 
-The same pair, prompts, numbers of answers and learning rate; 64 answers a step, Soft-OR at 50 % over rollouts. The three
-TRL runs start from one seed and write the same answers in the first step; opsd uses its own sampling seeds. Each trains in
-a process of its own, one after the other, one thread each. curves.json holds, step by step, the loss in nats per
-trained token and the share of tokens that was kept, and for each run its CPU seconds (start and imports included)
+The same pair, prompts, numbers of answers and learning rate; 64 answers a step, Soft-OR at 50 % over rollouts. The
+three TRL runs start from one seed and write the same answers in the first step; opsd uses its own sampling seeds. Each
+trains in a process of its own, one after the other, one thread each. curves.json holds, step by step, the loss in nats
+per trained token and the share of tokens that was kept, and for each run its CPU seconds (start and imports included)
 and its peak of resident memory. For the time of a step at a real vocabulary see scripts/bench_step.py.
 """
 

@@ -5,7 +5,8 @@
 
 Every cell is a process of its own, `opsd train` for two steps (the optimiser's state is there from the second on); its
 peak is `mem/peak_gib`: all of the process on a CPU, memory allocated since loading on a GPU. On a CPU the C library is
-told to return large blocks when they are freed, so that a peak is memory in use. Unknown FLAGS are passed to every `opsd train`. Writes memory.json and memory.md; a cell that has finished is not run again.
+told to return large blocks when they are freed, so that a peak is memory in use. Unknown FLAGS are passed to every
+`opsd train`. Writes memory.json and memory.md; a cell that has finished is not run again.
 """
 
 from __future__ import annotations

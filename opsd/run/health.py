@@ -119,8 +119,8 @@ class Health:
         if len(deltas) == 2 and max(deltas) <= STOP_DELTA_NATS:
             return (
                 f"where the student ends, the teacher gives the end e^{deltas[-1]:.0f} times the student's "
-                "probability: the stop will be trained away; the two end with different tokens, see the line about stops "
-                "at the start (--rollout.stop_tokens), or student and teacher disagree on where to end"
+                "probability: the stop will be trained away; the two end with different tokens, see the line about "
+                "stops at the start (--rollout.stop_tokens), or student and teacher disagree on where to end"
             )
         if recent is None or recent.now > STOP_FALL * recent.largest:
             return None

@@ -26,7 +26,7 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
         found.append(picture("Health.", f"{words} {warnings(group)}", lambda: curves(group, health)))
     cells = [cost.cell for cost in cell_costs if cost.peak_gib is not None]
     if cells:
-        words = "Peak memory of the training process; the median step's time by stage. log: telemetry, on steps that have it."
+        words = "Peak memory of the training process; the median step's time by stage. log: telemetry."
         found.append(picture("Memory and time.", words, lambda: costs(group, cells)))
     return found
 
