@@ -1,5 +1,4 @@
-"""A whole distillation step with a real pair: TRL's DistillationTrainer, opsd sampling by transformers, opsd sampling
-by vLLM.
+"""A whole distillation step with a real pair: TRL's DistillationTrainer, and opsd with either sampler.
 
     python scripts/bench_step.py                 SmolLM2-135M teaches its own 15 layers; about ten minutes on two cores
     python scripts/bench_step.py --quick         fewer tokens and rounds, about three minutes

@@ -9,8 +9,8 @@ from gpu.check import Row
 
 HOW = """`make gpu-check` runs all of this on a machine with one NVIDIA GPU, in at most eight minutes and without a
 network, and writes this page and gpu.json. Each stage is a separate process with its own time limit; failures are
-reported here, and the next stage runs. `python scripts/gpu_check.py --help` lists the options; `--device cpu --small` is a
-dry run, which `make test` includes.
+reported here, and the next stage runs. `python scripts/gpu_check.py --help` lists the options;
+`--device cpu --small` is a dry run, which `make test` includes.
 
 Without a package index, a checkout and a folder of wheels are enough. Besides PyTorch and transformers it needs
 tyro with docstring-parser and typeguard, psutil, safetensors, filelock, xxhash; for the ZeRO
@@ -25,12 +25,12 @@ PYTHONPATH=site python3 scripts/gpu_check.py --docs docs
 | stage | what it shows |
 |:--|:--|
 | environment | versions; the card's copy bandwidth and its rate of square matrix products |
-| products | the loss's products agree with fp64; their rate, also at Qwen3's odd 151,669 tokens; their kernels |
-| exact | loss, gradients and statistics against fp64 at the full vocabulary, fused and whole; selections, scales, caps |
+| products | the loss's products agree with fp64; their rate, also for Qwen3's 151,669 tokens (odd); kernels |
+| exact | loss, gradients and statistics against fp64 at the full vocabulary, fused, whole; selection, scales, caps |
 | losses | time and memory at 16,384 tokens, hidden sizes 2,560 and 4,096, compared with TRL's and Liger's functions |
 | attention | packed rollouts do not see each other; the cost of attention by lengths and by a mask |
 | update | updates of a random Qwen3-4B (1.7B on a smaller card) by an 8B: time, and peak memory against `opsd plan` |
-| training | `opsd train` of the pocket pair: fp32 against a CPU, repeated, bf16, all ZeRO stages over NCCL in one process |
+| training | `opsd train` of the pocket pair: fp32 against a CPU, repeated, bf16, all ZeRO stages (NCCL), one process |
 | own_tests | the tests marked `gpu` |
 
 Not included, for lack of memory or of a second card: vLLM and its sleep mode, flash-attn, several ranks, paper scale.
