@@ -329,13 +329,16 @@ plan_of() {
         sed 's/^/#   /'
 }
 
+# What a recipe makes before its first cell, once all that it was told is checked; one that makes something defines it again.
+prepare() { :; }
+
 # run_table NAME FLAGS…: every chosen pair, seed and cell, then the report.
 run_table() {
     local table=$1 seed pair cell report lanes=${LANES:-}
     shift
     RUNS=${RUNS:-runs/$table}
     choose
-    [[ -n ${DRY_RUN:-} ]] || require
+    [[ -n ${DRY_RUN:-} ]] || { require && prepare; }
     if [[ $SCALE == paper ]]; then
         ((${lanes:=1} == 1)) || fail "LANES=$lanes: at SCALE=paper a cell has all of its GPUs, so give 1; for more at a time \
 start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT"

@@ -15,10 +15,12 @@ TEACHERS="math=${MATH_TEACHER:-\$MATH_TEACHER} code=${CODE_TEACHER:-\$CODE_TEACH
 if [[ $SCALE == pocket ]]; then
     RUNS=${RUNS:-runs/multi_teacher} TEACHERS="plus=assets/pocket/teacher minus=assets/pocket/teacher"
     POCKET_PROMPTS=$RUNS-prompts.jsonl
-    [[ -n ${DRY_RUN:-} ]] || mkdir -p "$(dirname "$RUNS")"
-    # The first sign stands behind the first term, of two digits or a product of two factors.
-    [[ -n ${DRY_RUN:-} ]] || sed -E 's/("prompt": "(..|.\*.)\+.*)}$/\1, "domain": "plus"}/; s/("prompt": "(..|.\*.)-.*)}$/\1, "domain": "minus"}/' \
-        assets/pocket/train.jsonl >"$POCKET_PROMPTS"
+    prepare() {
+        mkdir -p "$(dirname "$RUNS")"
+        # The first sign stands behind the first term, of two digits or a product of two factors.
+        sed -E 's/("prompt": "(..|.\*.)\+.*)}$/\1, "domain": "plus"}/; s/("prompt": "(..|.\*.)-.*)}$/\1, "domain": "minus"}/' \
+            assets/pocket/train.jsonl >"$POCKET_PROMPTS"
+    }
 fi
 
 cell all --teachers $TEACHERS --teacher.offload True --eval.teacher False

@@ -14,7 +14,7 @@ PAPER_PAIRS=(qwen3 qwen25)             # students that one GPU can hold a second
 CONTEXT=recipes/contexts/answer.txt    # our wording
 if [[ $SCALE == pocket ]]; then
     CONTEXT=recipes/contexts/pocket/answer.txt POCKET_STUDENT=${POCKET_STUDENT:-runs/pocket_reader}
-    [[ -n ${DRY_RUN:-} || -d $POCKET_STUDENT ]] || python scripts/pocket/reader.py --out "$POCKET_STUDENT"
+    prepare() { [[ -d $POCKET_STUDENT ]] || python scripts/pocket/reader.py --out "$POCKET_STUDENT"; }
 fi
 
 cell all
