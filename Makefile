@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(P
 	--no-loadscope-reorder
 
 .PHONY: help setup setup-demo demo test test-slow faults check table3 table4 table5 table6 table7 table8 \
-	sweep-retention sweep-selector sweep-divergence sweep-normalise sweep-seeds figures grpo-teacher report bench gpu-check clean
+	sweep-retention sweep-selector bench-selectors sweep-divergence sweep-quadrants sweep-normalise sweep-seeds figures grpo-teacher report bench gpu-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,11 +54,17 @@ table8: $(NEEDS) ## adaptive KL (version 1 of the paper), then divergence alone 
 sweep-retention: $(NEEDS) ## accuracy against retention, five rules (all sweeps: the tables' variables; Figure 3)
 	@recipes/sweep_retention.sh
 
-sweep-selector: $(NEEDS) ## every selection rule at 50 and 20 %
+sweep-selector: $(NEEDS) ## every selection rule at 50 and 20 % (RETENTIONS=, RULES=)
 	@recipes/sweep_selector.sh
+
+bench-selectors: setup-demo ## the same at 50, 20, 10 and 5 %, pocket scale, three seeds; RULES="every mypackage.mod:MyRule" adds one
+	@SCALE=pocket SEEDS="$(or $(SEEDS),0 1 2)" RETENTIONS="$(or $(RETENTIONS),0.5 0.2 0.1 0.05)" recipes/sweep_selector.sh
 
 sweep-divergence: $(NEEDS) ## reverse KL, forward KL and JSD, on all tokens and by Soft-OR
 	@recipes/sweep_divergence.sh
+
+sweep-quadrants: $(NEEDS) ## rules that favour different quadrants, under each divergence, at 20 %
+	@recipes/sweep_quadrants.sh
 
 sweep-normalise: $(NEEDS) ## where Soft-OR takes min and max, and how it tames outliers
 	@recipes/sweep_normalise.sh

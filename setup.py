@@ -77,7 +77,10 @@ setup(
             "adaptive_kl = tip_patch.baselines:AdaptiveKL",
             "first_fraction = tip_patch.baselines:FirstFraction",
             "position_weighted = tip_patch.baselines:PositionWeighted",
+            "iw_opd = tip_patch.baselines:IWOPD",
+            "teachability = tip_patch.baselines:Teachability",
             "verify = tip_patch.baselines:Verify",
+            "rock_bypass = tip_patch.rock_tokens:RockBypass",
         ],
         "opsd.environments": ["travel = opsd.environments.travel.world:TravelWorld"],
         "opsd.telemetry": [

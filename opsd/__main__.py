@@ -26,6 +26,7 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
   opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --config FILE.yaml,
                    or --resume RUN [--steps N]; --dump_config prints such a file
   opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
+  opsd distance    a model's exact divergence from its teacher: --model M --teacher T --prompts FILE --out FILE.json
   opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
   opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
   opsd check-model whether a model can be trained or teach, a line for each check: FOLDER [--tokens N]
@@ -61,6 +62,7 @@ def _command(args: list[str]) -> None:
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "eval": _eval,
+        "distance": _distance,
         "inspect": _inspect,
         "plan": _plan,
         "check-model": _check_model,
@@ -137,6 +139,15 @@ def _eval(args: list[str]) -> None:
 
         leave()
         signals.end(0)
+
+
+def _distance(args: list[str]) -> None:
+    from opsd.eval.distance import DistanceCommand, measure_distance, summary
+
+    config = parse(DistanceCommand, args, "opsd distance")
+    _quiet()
+    print(summary(measure_distance(config)))
+    print(config.out)
 
 
 def _inspect(args: list[str]) -> None:

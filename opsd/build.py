@@ -226,6 +226,8 @@ def check_answers(config: TrainConfig, prompts: list[Prompt], asking: TeacherPro
     none = f"prompt {missing} of {config.prompts} has no answer to be rewarded for; give answers"
     if config.loss.reward_beta:
         raise UserError(f"--loss.reward_beta {config.loss.reward_beta}: {none}, or 0")
+    if config.loss.prompt_weights != "none":
+        raise UserError(f"--loss.prompt_weights {config.loss.prompt_weights}: {none}, or none")
     if asking is not None and asking.context.takes_sample:
         raise UserError(f"--teacher.context {config.teacher.context} has {{rollout}}: {none}, or another context")
 

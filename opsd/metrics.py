@@ -92,6 +92,8 @@ class StepLog:
         }
         if batches:
             metrics["batch/fill_frac"] = packed / (len(batches) * config.engine.micro_batch_tokens)
+        if config.rollout.horizon < 1.0:
+            metrics["rollout/horizon_tokens"] = config.rollout.horizon_at(step)
         if self._parts.asking is not None:
             own = sum(rollout.prompt.teacher_ids is not None for rollout in rollouts)
             metrics["teacher/context_frac"] = own / len(rollouts)

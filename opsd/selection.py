@@ -25,6 +25,8 @@ from opsd.utils.plugins import ALL_TOKENS, SELECTOR_GROUP, check_selector_name, 
 from opsd.utils.plugins import selector_names as selector_names
 
 TELEMETRY_GROUP = "opsd.telemetry"
+# How many of the student's likeliest tokens teacher_mass_N adds up (arXiv 2605.26844: K = 16).
+SUPPORT_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,9 @@ class TokenStats:
     entropy_N: H(P_S). reverse_kl_N: KL(P_S‖P_T), the paper's δ. forward_kl_N: KL(P_T‖P_S).
     teacher_entropy_N: H(P_T). top1_agree_N: bool, both models' most likely token is the same.
     teacher_rank_N: int64, how many tokens the teacher finds more likely than the student's (0 = top).
-    grad_norm_N: L2 norm of the logit gradient of the reverse KL. token_ids_N: int64, the sampled token.
+    grad_norm_N: L2 norm of the logit gradient of the reverse KL. teacher_mass_N: fp32, the teacher's probability of the
+    student's `SUPPORT_TOKENS` likeliest tokens. log_ratio_N: log P_T − log P_S of the sampled token, nats.
+    token_ids_N: int64, the sampled token.
     stop_log_prob_N, teacher_stop_log_prob_N: natural logarithm of the chance that a turn ends here, by any stop token.
     stop_N: bool, the sampled token ends a turn.
     vocab_size: |V| that the probabilities run over.
@@ -52,6 +56,8 @@ class TokenStats:
     top1_agree_N: torch.Tensor | None
     teacher_rank_N: torch.Tensor | None = None
     grad_norm_N: torch.Tensor | None = None
+    teacher_mass_N: torch.Tensor | None = None
+    log_ratio_N: torch.Tensor | None = None
     token_ids_N: torch.Tensor | None = None
     stop_log_prob_N: torch.Tensor | None = None
     teacher_stop_log_prob_N: torch.Tensor | None = None
@@ -70,6 +76,7 @@ class Statistic(NamedTuple):
     dtype: torch.dtype = torch.float32
     teacher: bool = True
     required: bool = True
+    sampled: bool = False
     metric: str | None = None
     divergence: str | None = None
 
@@ -82,8 +89,10 @@ STATISTICS = {
     "forward_kl_N": Statistic(divergence="forward_kl"),
     "teacher_entropy_N": Statistic(metric="teacher/entropy_nats"),
     "top1_agree_N": Statistic(torch.bool),
-    "teacher_rank_N": Statistic(torch.int64, required=False),
+    "teacher_rank_N": Statistic(torch.int64, required=False, sampled=True),
     "grad_norm_N": Statistic(required=False),
+    "teacher_mass_N": Statistic(required=False),
+    "log_ratio_N": Statistic(required=False, sampled=True),
 }
 # Only where the run says which tokens end a turn.
 STOP_STATISTICS = {
@@ -93,6 +102,7 @@ STOP_STATISTICS = {
 ALL_STATISTICS = STATISTICS | STOP_STATISTICS
 STOP_FIELDS = frozenset(STOP_STATISTICS)
 TEACHER_FIELDS = frozenset(name for name, of in ALL_STATISTICS.items() if of.teacher)
+SAMPLED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.sampled)
 REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
 # Known without looking at a logit: a selector may list them in `needs`.
 GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "stop_N", "vocab_size"})

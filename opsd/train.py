@@ -119,7 +119,8 @@ class Trainer:
             self.watch = Stopwatch(self.engine.device)
             with self.stage("rollout"):
                 prompts, seed = parts.prompts.take(step), derive_seed(config.seed, "rollout", step)
-                rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, parts.sampling, seed)
+                sampling = dataclasses.replace(parts.sampling, max_new_tokens=config.rollout.horizon_at(step))
+                rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, sampling, seed)
             self.stop_if_asked(step - 1)
             with self.stage("reward"):
                 rewards = ranks.broadcast(parts.evaluator.rewards(rollouts) if ranks.is_main else None)

@@ -232,11 +232,15 @@ class StepPlanner:
 
 
 def rollout_weights(rollouts: list[Rollout], rewards: list[float] | None, config: TrainConfig) -> Tensor | None:
-    """The loss weight of each of a step's rollouts; None where --loss.reward_beta is 0, or nothing is rewarded."""
-    beta, samples = config.loss.reward_beta, config.rollout.samples_per_prompt
-    if not beta or rewards is None:
+    """The loss weight of each of a step's rollouts; None where the settings name none, or nothing is rewarded."""
+    loss, samples = config.loss, config.rollout.samples_per_prompt
+    if not loss.reads_rewards or rewards is None:
         return None
-    return reward_weights(rewards, [rollout.id // samples for rollout in rollouts], beta)
+    prompts = [rollout.id // samples for rollout in rollouts]
+    weights = torch.ones(len(rewards))
+    if loss.reward_beta:
+        weights = reward_weights(rewards, prompts, loss.reward_beta)
+    return weights * paced_weights(rewards, prompts) if loss.prompt_weights == "paced" else weights
 
 
 def reward_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable], beta: float) -> Tensor:
@@ -258,3 +262,17 @@ def reward_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable], bet
         scaled = torch.tensor([rewards[place] for place in places], dtype=torch.float64) / beta
         weights[places] = (len(places) * scaled.softmax(0)).float()
     return weights
+
+
+def paced_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable]) -> Tensor:
+    """w = p·(1−p) of each rollout's prompt, p its mean reward, scaled to mean 1 over the step's rollouts, fp32.
+
+    After PACED (arXiv 2603.11178): what the student always or never gets right teaches little. Our reading: p is that
+    of this step's rollouts, where the paper measures it beforehand; and where every w is 0, all weights are 1.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt_ids))}
+    prompt_N = torch.tensor([numbers[prompt] for prompt in prompt_ids])
+    reward_N = torch.tensor(rewards, dtype=torch.float64)
+    rate_P = torch.bincount(prompt_N, reward_N) / torch.bincount(prompt_N)
+    weight_N = (rate_P * (1.0 - rate_P)).clamp_min(0.0)[prompt_N]
+    return (weight_N / weight_N.mean()).float() if weight_N.any() else torch.ones(len(rewards))

@@ -12,7 +12,7 @@
 #   LANES                how many cells run at a time (default: at pocket scale the number of cores; at paper scale 1)
 # Flags after the recipe's name go to every `opsd train` as they are.
 #
-# SCALE=paper also reads the base repository's variables (README, "Environment variables") and the models' paths:
+# SCALE=paper also reads the base repository's variables (docs/recipes.md, "Environment variables") and the models' paths:
 #   QWEN3_STUDENT QWEN3_TEACHER LLAMA_STUDENT LLAMA_TEACHER QWEN25_STUDENT QWEN25_TEACHER
 #   (or MODEL_PATH and TEACHER_MODEL_PATH where PAIRS names one pair)
 # DATA_DIR holds what scripts/prepare_data.py makes. CUDA_VISIBLE_DEVICES, MASTER_PORT: which GPUs, e.g. 4,5,6,7 (default: the
@@ -36,6 +36,9 @@ for name in STEPS LANES NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
     MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH OPD_CHUNK_SIZE OPD_MAX_LENGTH; do
     [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: give a whole number above 0"
 done
+
+# What a recipe makes before its runs, once its variables are known to be right; a recipe may define its own.
+prepare() { :; }
 
 # cell SELECTOR [RETENTION] [FLAGS…]: adds a cell. Its name is what CELLS, run folders and the report call it.
 cell() {
@@ -329,16 +332,16 @@ plan_of() {
         sed 's/^/#   /'
 }
 
-# What a recipe makes before its first cell, once all that it was told is checked; one that makes something defines it again.
-prepare() { :; }
-
 # run_table NAME FLAGS…: every chosen pair, seed and cell, then the report.
 run_table() {
     local table=$1 seed pair cell report lanes=${LANES:-}
     shift
     RUNS=${RUNS:-runs/$table}
     choose
-    [[ -n ${DRY_RUN:-} ]] || { require && prepare; }
+    if [[ -z ${DRY_RUN:-} ]]; then
+        require
+        prepare
+    fi
     if [[ $SCALE == paper ]]; then
         ((${lanes:=1} == 1)) || fail "LANES=$lanes: at SCALE=paper a cell has all of its GPUs, so give 1; for more at a time \
 start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT"

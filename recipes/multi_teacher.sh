@@ -17,7 +17,7 @@ if [[ $SCALE == pocket ]]; then
     POCKET_PROMPTS=$RUNS-prompts.jsonl
     prepare() {
         mkdir -p "$(dirname "$RUNS")"
-        # The first sign stands behind the first term, of two digits or a product of two factors.
+        # The first sign follows the first term: two digits, or a product of two factors.
         sed -E 's/("prompt": "(..|.\*.)\+.*)}$/\1, "domain": "plus"}/; s/("prompt": "(..|.\*.)-.*)}$/\1, "domain": "minus"}/' \
             assets/pocket/train.jsonl >"$POCKET_PROMPTS"
     }

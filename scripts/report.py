@@ -23,12 +23,14 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 from opsd.utils.markdown import markdown_text
 from reporting.cells import CellName
 from reporting.csv_files import our_rows, paper_rows, write_csv
+from reporting.leaderboard import gains_of, leaderboard, ranked
 from reporting.one_run import one_run
 from reporting.page import Section, page
 from reporting.paper import BENCHMARKS, LAYOUTS, Paper
 from reporting.pictures import pictures
 from reporting.plots import overview
 from reporting.remarks import remarks
+from reporting.results import Measure
 from reporting.runs import Run, by_protocol, read_run, read_runs
 from reporting.stats import CellCost, SuiteReport, best_of, cell_costs, cell_stats, reference, suite_names
 from reporting.tables import TextTable, accuracy_table, best_table, cost_table, others_tables
@@ -77,6 +79,9 @@ def report_group(group: list[Run], paper: Paper, named: tuple[str, ...] = ()) ->
 def text_tables(group: GroupReport, paper: Paper) -> list[TextTable]:
     """The group's tables in reading order."""
     tables = [accuracy_table(suite.name, suite.stats, suite.before, suite.teacher, paper) for suite in group.suites]
+    for suite in group.suites:
+        if ranked(gains := gains_of(suite.stats)):
+            tables.append(leaderboard(gains, Measure(f"mean@k on {BENCHMARKS.get(suite.name, suite.name)}")))
     if paper.best:
         tables += [best_table(suite.name, suite.best, paper) for suite in group.suites]
     if not any(suite.name in paper.benchmarks for suite in group.suites):

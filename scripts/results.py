@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Finished runs as one small file, and the paper's claims judged by such files.
+"""Finished runs as one small file; the paper's claims judged, and rules ranked, by such files.
 
     python scripts/results.py collect runs/pocket --command "SEEDS='0 1 2' …" --out docs/results/pocket.json
     python scripts/results.py claims pocket=docs/results/pocket.json planning=docs/results/planning.json
+    python scripts/results.py leaderboard docs/results/pocket.json --markdown --figure leaderboard.png
 
 `claims` reads docs/results/claims.json, where each claim stands with what was expected before the runs were made.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 from dataclasses import dataclass
@@ -22,8 +22,11 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
-from reporting.results import Results, collect
+from reporting.leaderboard import gains_in, leaderboard
+from reporting.plots import gains_against_retention
+from reporting.results import Results, collect, write_results
 from reporting.tables import TextTable
+from reporting.theme import png
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,16 +57,39 @@ class Claims:
     """Print the table as Markdown."""
 
 
+@dataclass(frozen=True)
+class Leaderboard:
+    """Rules ranked by what they gain or lose against all tokens, from a file of results."""
+
+    results: Positional[Path]
+    """A file that `collect` or scripts/real_bench.py made."""
+    measure: str | None = None
+    """One of the file's measures; none: its scores."""
+    markdown: bool = False
+    """Print the table as Markdown."""
+    figure: Path | None = None
+    """PNG to write: the same against retention."""
+
+
 def write(args: Collect) -> None:
     """See Collect."""
     commit = subprocess.run(
         ["git", "-C", str(args.repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     values = collect(args.runs, commit, args.command)
-    rows = ",\n".join("  " + json.dumps(run) for run in values.pop("runs"))
-    head = json.dumps(values)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(f'{head[:-1]}, "runs": [\n{rows}\n]}}\n')
+    write_results(args.out, values, values.pop("runs"))
+
+
+def rank(args: Leaderboard) -> None:
+    """See Leaderboard."""
+    results = Results.read(args.results)
+    measure = results.measure(args.measure)
+    gains = gains_in(results, args.measure)
+    if not gains:
+        raise UserError(f"{args.results} has no cell beside all tokens with a seed of theirs; run a recipe with both")
+    print_table(leaderboard(gains, measure), args.markdown)
+    if args.figure is not None:
+        args.figure.write_bytes(png(lambda: gains_against_retention(gains, measure)))
 
 
 def show(args: Claims) -> None:
@@ -81,13 +107,18 @@ def show(args: Claims) -> None:
         ["claim", "of", "difference, points", "seeds", "verdict"],
         rows,
     )
-    if args.markdown:
+    print_table(table, args.markdown)
+
+
+def print_table(table: TextTable, markdown: bool) -> None:
+    """On standard output, for a terminal or as Markdown."""
+    if markdown:
         print(table.markdown())
-    else:
-        # As wide as its rows: a verdict that a narrow terminal cuts off says nothing.
-        console = Console(highlight=False)
-        console.width = max(console.width, 130)
-        console.print(table.rich())
+        return
+    # As wide as its rows: a verdict that a narrow terminal cuts off says nothing.
+    console = Console(highlight=False)
+    console.width = max(console.width, 130)
+    console.print(table.rich())
 
 
 def _row(verdict: Verdict) -> list[str]:
@@ -100,10 +131,17 @@ def _row(verdict: Verdict) -> list[str]:
 
 
 def main(
-    args: Annotated[Collect, subcommand("collect")] | Annotated[Claims, subcommand("claims")],
+    args: Annotated[Collect, subcommand("collect")]
+    | Annotated[Claims, subcommand("claims")]
+    | Annotated[Leaderboard, subcommand("leaderboard")],
 ) -> None:
-    """Results as data, and the claims judged by them."""
-    write(args) if isinstance(args, Collect) else show(args)
+    """Results as data, the claims judged by them, and rules ranked by them."""
+    if isinstance(args, Collect):
+        write(args)
+    elif isinstance(args, Claims):
+        show(args)
+    else:
+        rank(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from opsd.selection import Selection, TokenStats
 from opsd.utils.errors import UserError
 from tip_patch.groups import Rollouts
 from tip_patch.options import check_range
-from tip_patch.selector import Selector, read_field
+from tip_patch.selector import NormalisingSelector, Selector, read_field
 from tip_patch.selectors import EntropySample
 
 
@@ -84,6 +84,57 @@ class PositionWeighted(Selector):
         kept_N = position_N < budget_N
         weight_N = torch.where(kept_N, 1.0 + self.slope * (along_N - 0.5), 1.0)
         return Selection(kept_N, weight_N.float())
+
+
+@dataclass(eq=False)
+class IWOPD(Selector):
+    """Weigh the first ρ of each rollout (ρ = 1: all) by how far it has not yet left the teacher.
+
+    After IW-OPD (arXiv 2606.22600): w_t = 1 + γ·(1 − Σ_{i<t}|a_i| / Σ_i|a_i|) over a rollout, with a = log q − log p of
+    the sampled token: from 1 + γ at the first token down towards 1. Weights are taken as they are, without a mean of 1.
+    The paper keeps all tokens; of fewer, those of the largest weights are the first ones (our reading). A rollout on
+    which both models agree altogether has 1 + γ everywhere. gamma: γ ≥ 0, the paper's 0.5.
+    """
+
+    retention: float = 1.0
+    gamma: float = 0.5
+
+    name: ClassVar[str] = "iw_opd"
+    needs: ClassVar[frozenset[str]] = frozenset({"log_ratio_N", "token_ids_N"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self.name, "gamma", self.gamma, 0.0, float("inf"), open_low=False)
+
+    def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
+        """Keep the first budget_R rows of each rollout and weigh them by the gap that lies before them."""
+        gap_N = read_field(stats, "log_ratio_N", self.name).double().abs()
+        total_N = rollouts.sum(gap_N)[rollouts.index_N]
+        passed_N = rollouts.before(gap_N) / torch.where(total_N > 0, total_N, 1.0)
+        kept_N = rollouts.position_N() < budget_R[rollouts.index_N]
+        weight_N = torch.where(kept_N, 1.0 + self.gamma * (1.0 - passed_N.clamp(0.0, 1.0)), 1.0)
+        return Selection(kept_N, weight_N.float())
+
+
+@dataclass(eq=False)
+class Teachability(NormalisingSelector):
+    """Keep disputed tokens that the teacher settles among the student's candidates.
+
+    After TA-OPD (arXiv 2605.26844): highest δ̂·C, with C the teacher's probability of the student's 16 likeliest tokens.
+    Our reading: δ̂ is the exact reverse KL under min-max, clipped at its 95th percentile (divergence_clip_quantile); the
+    paper sums over the union of both models' top 16 and scales both factors between their 5th and 95th percentiles.
+    C is a probability already and is taken as it is.
+    """
+
+    divergence_clip_quantile: float = 0.95
+
+    name: ClassVar[str] = "teachability"
+    needs: ClassVar[frozenset[str]] = frozenset({"reverse_kl_N", "teacher_mass_N"})
+    normalised_fields: ClassVar[tuple[str, ...]] = ("reverse_kl_N",)
+
+    def score(self, stats: TokenStats, rollouts: Rollouts, seed: int) -> Tensor:
+        mass_N = read_field(stats, "teacher_mass_N", self.name).double()
+        return self.normalised("reverse_kl_N", stats, rollouts) * mass_N
 
 
 @dataclass(eq=False)

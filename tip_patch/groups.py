@@ -55,6 +55,13 @@ class Rollouts:
         zeros_R = torch.zeros(self.ids_R.shape[0], dtype=values_N.dtype, device=values_N.device)
         return zeros_R.index_add(0, self.index_N, values_N)
 
+    def before(self, values_N: Tensor) -> Tensor:
+        """Σ over the rows of its own rollout that stand before each row [N]."""
+        grouped_N = values_N[self.order_N]
+        running_N = grouped_N.cumsum(0) - grouped_N
+        first_R = running_N[self.starts_R]
+        return self._scatter(running_N - torch.repeat_interleave(first_R, self.counts_R))
+
     def quantile(self, values_N: Tensor, quantile: float) -> Tensor:
         """Quantile of each rollout's values [R], interpolated linearly; fp64."""
         sorted_N, _ = self.sort(values_N.double())

@@ -14,6 +14,11 @@ def check_parts(config: TrainConfig) -> None:
     """Raises UserError where two parts of `config` do not fit each other."""
     if config.optim.warmup_steps > config.steps:
         raise UserError(f"--optim.warmup_steps {config.optim.warmup_steps}: give 0 to --steps ({config.steps})")
+    if config.loss.reads_rewards and config.rollout.horizon < 1.0:
+        raise UserError(
+            f"--rollout.horizon {config.rollout.horizon:g} cuts answers before they can earn a reward: give 1, or "
+            "leave out --loss.reward_beta and --loss.prompt_weights"
+        )
     _check_teacher(config)
     r, loss = config.rollout, config.loss
     if loss.divergence == "sampled_token" and (r.temperature, r.top_p, r.top_k) != (loss.temperature, 1.0, 0):

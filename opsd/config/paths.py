@@ -18,7 +18,7 @@ def check_paths(config: TrainConfig) -> None:
     check_new_run(Path(config.out))
     check_selector_name(config.select.by)
     if not config.teachers and not config.teacher.model:
-        raise UserError("no --teacher: give a model folder, self, or several as --teachers NAME=FOLDER")
+        raise UserError("--teacher is empty: give a model folder, self, or several as --teachers NAME=FOLDER")
     teachers = {f"--teachers {name}" if name else "--teacher": path for name, path in config.teacher_paths().items()}
     models = {"--student": config.student, **teachers}
     for flag, path in models.items():

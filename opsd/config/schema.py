@@ -142,12 +142,28 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     nats per token; None: 1e-3 for float32, 0.1 for bfloat16."""
     overlong_prompts: Literal["error", "drop"] = "error"
     """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
+    horizon: Fraction = 1.0
+    """Fraction of max_new_tokens that training answers are written to in the first step, in (0, 1]; evaluations are not
+    cut. What is not written costs nothing (arXiv 2602.15260, 2605.31490)."""
+    horizon_steps: NonNegativeInt = 0
+    """Step from which on answers are written to the end; horizon grows linearly until then. 0: it never grows."""
     truncated: Literal["keep", "drop", "mask_tail"] = "keep"
     """What is trained on of a response that reached max_new_tokens. keep: all of it. drop: nothing. mask_tail: all but
     its tail: the loop that it ends in, from its second round on, and at least its last tenth. What is left out is
     neither scored nor counted in what the loss is divided by; rollout/left_out_tokens says how much it is."""
 
+    def horizon_at(self, step: int) -> int:
+        """Tokens that answers are written to in 1-based `step`, at least 1."""
+        grown = (step - 1) / (self.horizon_steps - 1) if self.horizon_steps else 0.0
+        fraction = min(1.0, self.horizon + (1.0 - self.horizon) * grown)
+        return max(1, int(fraction * self.max_new_tokens + 1e-9))
+
     def check(self) -> None:
+        if self.horizon_steps == 1 or (self.horizon_steps and self.horizon == 1.0):
+            raise UserError(
+                f"--rollout.horizon_steps {self.horizon_steps} with --rollout.horizon {self.horizon:g}: nothing grows; "
+                "give 2 steps or more and a fraction below 1, e.g. 0.1"
+            )
         gpus = self.sampler_gpus.split(",") if self.sampler_gpus else []
         if gpus and (len(gpus) != self.samplers or not all(gpu.strip() for gpu in gpus)):
             raise UserError(
@@ -204,10 +220,18 @@ class LossConfig(Settings, part="loss"):
     """Divides both models' logits."""
     reward_beta: NonNegativeFloat = 0.0
     """Weigh a prompt's n rollouts by n·softmax(reward/β); needs gold answers. 0 is off."""
+    prompt_weights: Literal["none", "paced"] = "none"
+    """paced: weigh each prompt by p·(1−p), p the mean reward of its rollouts in this step, scaled to mean 1 over the
+    step's prompts (arXiv 2603.11178); needs gold answers."""
     memory: Literal["fused", "whole"] = "fused"
     """fused: memory flat in the number of tokens. whole: kept logits live through backward (baseline)."""
     chunk_tokens: PositiveInt | Literal["auto"] = "auto"
     """Most tokens whose logits exist at once; auto asks the free memory."""
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether rewards weigh the loss."""
+        return bool(self.reward_beta) or self.prompt_weights != "none"
 
     def divergence_at(self, step: int) -> str:
         """What is trained in 1-based `step`."""

@@ -15,12 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from opsd.selection import SUPPORT_TOKENS
 from opsd.types import Transform
 from opsd.utils.errors import UserError
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "eopd", "sampled_token"]
 SAMPLED: Divergence = "sampled_token"
 SCRATCH_BUFFERS = 2
+# Statistics that read how both models' exponentials add up.
+_OF_BOTH_MASSES = frozenset({"reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "teacher_mass_N", "log_ratio_N"})
 
 
 def logits_(
@@ -206,6 +209,7 @@ def token_fields_(
     """
     fields: dict[str, Tensor] = {}
     exp_BV, u_BV = scratch_SBV[0], scratch_SBV[1]
+    support_BK = None if "teacher_mass_N" not in needs else likeliest(student_BV)
     if teacher_BV is not None:
         if "top1_agree_N" in needs:
             best_B1 = student_BV.argmax(-1, keepdim=True)
@@ -229,9 +233,14 @@ def token_fields_(
         if "grad_norm_N" in needs:
             weighted_BV.addcmul_(exp_BV, mean_B[:, None], value=-1.0)
             fields["grad_norm_N"] = torch.linalg.vector_norm(weighted_BV, dim=-1) / student_B
-    if needs & {"reverse_kl_N", "forward_kl_N", "teacher_entropy_N"}:
+    if needs & _OF_BOTH_MASSES:
         teacher_B = exp_(teacher_BV, exp_BV)
         apart_B = (student_B / teacher_B).log_()
+        if support_BK is not None:
+            fields["teacher_mass_N"] = exp_BV.gather(-1, support_BK).sum(-1) / teacher_B
+        if "log_ratio_N" in needs:
+            assert token_ids_B is not None
+            fields["log_ratio_N"] = apart_B - u_BV.gather(-1, token_ids_B[:, None]).squeeze(-1)
         if "reverse_kl_N" in needs:
             fields["reverse_kl_N"] = (mean_B - apart_B).clamp_min_(0.0)
         if "forward_kl_N" in needs:
@@ -240,6 +249,11 @@ def token_fields_(
         if "teacher_entropy_N" in needs:
             fields["teacher_entropy_N"] = _entropy(teacher_BV, exp_BV, teacher_B)
     return fields
+
+
+def likeliest(logits_BV: Tensor) -> Tensor:
+    """Ids of each row's `SUPPORT_TOKENS` largest logits [B, K], in no order; all ids where there are no more."""
+    return logits_BV.topk(min(SUPPORT_TOKENS, logits_BV.shape[-1]), sorted=False).indices
 
 
 def _entropy(centred_BV: Tensor, exp_BV: Tensor, mass_B: Tensor) -> Tensor:

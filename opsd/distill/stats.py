@@ -13,7 +13,15 @@ from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
 from opsd.distill.rows import Logits, score_
 from opsd.distill.workspace import Workspace
-from opsd.selection import ALL_STATISTICS, GIVEN_FIELDS, REQUIRED_FIELDS, STOP_FIELDS, TEACHER_FIELDS, TokenStats
+from opsd.selection import (
+    ALL_STATISTICS,
+    GIVEN_FIELDS,
+    REQUIRED_FIELDS,
+    SAMPLED_FIELDS,
+    STOP_FIELDS,
+    TEACHER_FIELDS,
+    TokenStats,
+)
 from opsd.types import Head
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
@@ -38,8 +46,8 @@ def token_stats(
 ) -> TokenStats:
     """Per-token entropies and divergences of two models over their shared vocabulary.
 
-    needs: `TokenStats` fields to compute; None: its five required ones (teacher_rank_N and grad_norm_N only on
-    request, the rank needs token_ids_N). Without a teacher field the teacher is not projected.
+    needs: `TokenStats` fields to compute; None: its five required ones (the others only on request; some need
+    token_ids_N). Without a teacher field the teacher is not projected.
     Other arguments as in `distill_loss`. Values in nats; paper Eq. 2 (without its 1/log|V|) and 3.
     Errors: UserError for an unknown field or shapes that do not fit.
     """
@@ -57,10 +65,10 @@ def check_needs(needs: frozenset[str], inputs: Inputs) -> frozenset[str]:
     if unknown:
         known = ", ".join(sorted(ALL_STATISTICS))
         raise UserError(f"unknown statistic {sorted(unknown)[0]!r}: ask for {known}")
-    if "teacher_rank_N" in needs:
+    if sampled := sorted(needs & SAMPLED_FIELDS):
         ids_N, vocab_size = inputs.token_ids_N, inputs.vocab_size
         if ids_N is None:
-            raise UserError("teacher_rank_N needs the sampled tokens: give token_ids_N")
+            raise UserError(f"{sampled[0]} needs the sampled tokens: give token_ids_N")
         if ids_N.numel() and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab_size:
             raise UserError(f"token_ids_N reach beyond the shared vocabulary of {vocab_size}: check the tokenizers")
     if needs & STOP_FIELDS and not inputs.stops.ids:

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from opsd.distill.divergence import likeliest, logits_
 from opsd.distill.inputs import LossSpec
 from opsd.distill.triton_kernels import (
     GRADIENT_BLOCK,
@@ -40,10 +41,13 @@ def token_fields(
 ) -> dict[str, Tensor]:
     """As `rows.score_`; the logits are left as they are."""
     with torch.cuda.device_of(logits.student_CW):
-        return _fields(_Pair(logits, temperature), needs, token_ids_C)
+        pair = _Pair(logits, temperature)
+        row, found = _fields(pair, needs, token_ids_C)
+        return found | _of_few_tokens(logits, temperature, row, needs, token_ids_C)
 
 
-def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> dict[str, Tensor]:
+def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """What pass 1 leaves, and the fields that kernels make."""
     row = pair.statistics(token_ids_C if "teacher_rank_N" in needs else None)
     found = {name: row[NAMES.index(name)] for name in needs & set(NAMES)}
     if "top1_agree_N" in found:
@@ -52,6 +56,35 @@ def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> d
         found["teacher_rank_N"] = found["teacher_rank_N"].to(torch.int64)
     if "grad_norm_N" in needs:
         found["grad_norm_N"] = pair.gradient_norms(row)
+    return row, found
+
+
+def _of_few_tokens(
+    logits: Logits, temperature: float, row: Tensor, needs: frozenset[str], token_ids_C: Tensor | None
+) -> dict[str, Tensor]:
+    """The fields that read a few logits per row: by torch's operations, beside the sums that pass 1 has left."""
+    found: dict[str, Tensor] = {}
+    height, (student, teacher) = logits.work.vocab_size, logits.work.transforms
+    if not needs & {"teacher_mass_N", "log_ratio_N"} or logits.teacher_CW is None:
+        return found
+    (student_max_C, student_sum_C), (teacher_max_C, teacher_sum_C) = (
+        (row[NAMES.index(f"{model}_max")], row[NAMES.index(f"{model}_sum")]) for model in ("student", "teacher")
+    )
+
+    def picked(products_CW: Tensor, ids_CK: Tensor, transform: Transform) -> Tensor:
+        return logits_(products_CW.gather(-1, ids_CK), transform, ids_CK.shape[1], temperature)
+
+    if "teacher_mass_N" in needs:
+        # What makes logits of products keeps their order.
+        support_CK = likeliest(logits.student_CW[:, :height])
+        exp_CK = (picked(logits.teacher_CW, support_CK, teacher) - teacher_max_C[:, None]).exp()
+        found["teacher_mass_N"] = exp_CK.sum(-1) / teacher_sum_C
+    if "log_ratio_N" in needs:
+        assert token_ids_C is not None
+        ids_C1 = token_ids_C[:, None]
+        log_q_C = picked(logits.teacher_CW, ids_C1, teacher)[:, 0] - teacher_max_C - teacher_sum_C.log()
+        log_p_C = picked(logits.student_CW, ids_C1, student)[:, 0] - student_max_C - student_sum_C.log()
+        found["log_ratio_N"] = log_q_C - log_p_C
     return found
 
 

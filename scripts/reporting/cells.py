@@ -14,12 +14,14 @@ from typing import Any
 
 # Rules that scale by min and max, and a user's own, which may: for others, normalise_over and clip_quantile change
 # nothing. A test holds it against the rules themselves, which take seconds to import.
-NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3"})
+NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3", "teachability"})
 # What a table may compare beside rules: which settings each axis is made of.
 AXES = {
     "divergence": ("loss", ("divergence", "beta", "entropy_threshold", "warmup_steps")),
     "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps")),
     "teacher": ("teacher", ("model", "weights", "ema", "every", "context", "max_prompt_tokens")),
+    "horizon": ("rollout", ("horizon", "horizon_steps")),
+    "prompts": ("loss", ("prompt_weights",)),
 }
 _SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<variant>(?:-.+)?)")
 
@@ -67,13 +69,19 @@ class CellName:
 
 
 def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
-    """In words, where a run is not reverse KL under AdamW and another model, the paper's choice on all axes."""
-    loss, optim, words = config.get("loss", {}), config.get("optim", {}), []
+    """In words, where a run is not what the paper has: reverse KL under AdamW, another model, whole answers, prompts
+    weighed alike."""
+    loss, optim, rollout = (config.get(part, {}) for part in ("loss", "optim", "rollout"))
+    words = []
     if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
         words.append(divergence)
         words += [f"beta={beta:g}"] if divergence == "jsd" and (beta := float(loss.get("beta", 0.5))) != 0.5 else []
     if "optim" in axes and (kind := optim.get("kind", "adamw")) != "adamw":
         words += [kind, f"lr={float(optim.get('lr', 1e-6)):g}"]
+    if "horizon" in axes and (horizon := float(rollout.get("horizon", 1.0))) != 1.0:
+        words += [f"horizon={horizon:g}", f"steps={int(rollout.get('horizon_steps', 0))}"]
+    if "prompts" in axes and (weights := loss.get("prompt_weights", "none")) != "none":
+        words.append(weights)
     return words + (_teacher(config.get("teacher", {})) if "teacher" in axes else [])
 
 

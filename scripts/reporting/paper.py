@@ -33,8 +33,13 @@ class Layout:
 
 SWEEPS = {
     "sweep_retention": Layout("Sweep over retention", ("table3", "table5", "table4", "table8_divergence_only")),
-    "sweep_selector": Layout("Sweep over selection rules", ("table5", "table4", "table8_divergence_only")),
+    "sweep_selector": Layout(
+        "Sweep over selection rules",
+        ("table5", "table4", "table8_divergence_only"),
+        ("divergence", "horizon", "prompts"),
+    ),
     "sweep_divergence": Layout("Sweep over the trained divergence", ("table5",), ("divergence",)),
+    "sweep_quadrants": Layout("Rules by quadrant under each divergence", ("table5", "table4"), ("divergence",)),
     "sweep_normalise": Layout("Sweep over where min and max are taken", ("table5",)),
     "opsd_privileged": Layout("On-policy self-distillation: a teacher that sees the answer", ("table5",), ("teacher",)),
     "crisp": Layout("Self-distillation towards brevity", ("table5",), ("teacher",)),

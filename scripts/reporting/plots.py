@@ -11,7 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reporting.cells import CellName
+from reporting.leaderboard import Gains, error_of
 from reporting.paper import BENCHMARKS, PAIRS, Paper
+from reporting.results import Measure
 from reporting.runs import Run
 from reporting.stats import BASELINE, CellCost, CellStats, Estimate, SuiteReport
 from reporting.theme import QUADRANT_COLOURS, colour_of, ink, tones
@@ -177,6 +179,23 @@ def retention(stats: list[CellStats], before: Estimate | None, suite: str, paper
     named = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     loc = "outside lower center"
     figure.legend(list(named.values()), list(named), loc=loc, ncols=min(6, len(named)), fontsize=8)
+    return figure
+
+
+def gains_against_retention(gains: Gains, measure: Measure) -> Figure:
+    """A line per rule: the difference to all tokens over retention, with errors; all tokens are the line at 0."""
+    figure, (ax,) = _panels(1, height=4.6)
+    figure.set_figwidth(9.0)
+    # At 100 % a rule may weigh what it keeps: only those that do have a point there.
+    _lines(ax, {cell: (measure.scale * gain.mean, measure.scale * error_of(gain)) for cell, gain in gains.items()})
+    ax.axhline(0.0, color=colour_of("all"), linewidth=1, label="all tokens")
+    ax.set_xscale("log")
+    ticks = sorted({100 * cell.retention for cell in gains})
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_ylabel(f"{measure.name} minus all tokens', {measure.unit}")
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -29,6 +29,17 @@ LOGGED = {
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What cells are compared by. scale: what a value is multiplied by to be shown in `unit`, with so many digits."""
+
+    name: str = "mean@k"
+    unit: str = "points"
+    scale: float = 100.0
+    digits: int = 1
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
 class Results:
     """values: the file as JSON values; see `collect`."""
 
@@ -45,21 +56,34 @@ class Results:
             raise UserError(f"{file} holds no results; make it with scripts/results.py collect")
         return cls(values)
 
+    def measure(self, name: str | None) -> Measure:
+        """One of the file's `measures`; None: its scores. Raises UserError where it has none of that name."""
+        if name is None and all("scores" in run for run in self.values["runs"]):
+            return Measure()
+        known = self.values.get("measures", {})
+        if name is None or name not in known:
+            names = ", ".join(known) or "no measures beside its scores"
+            raise UserError(f"--measure {name or ''}: give one that the file has: {names}")
+        return Measure(name, **known[name])
+
     def seeds(self, cell: str) -> list[int]:
         """The seeds that `cell` was run with."""
         return sorted(run["seed"] for run in self.values["runs"] if run["cell"] == cell)
 
-    def scores_SP(self, cell: str, seeds: list[int]) -> np.ndarray:
-        """Scores [S, P] of `cell`, fractions, in the order of `seeds` and of the file's problems."""
-        found = {run["seed"]: run["scores"] for run in self.values["runs"] if run["cell"] == cell}
-        return np.array([found[seed] for seed in seeds])
+    def scores_SP(self, cell: str, seeds: list[int], measure: str | None = None) -> np.ndarray:
+        """Scores [S, P] of `cell`, fractions, in the order of `seeds` and of the file's problems.
 
-    def difference(self, cell: str, minus: str) -> tuple[Estimate, list[int]] | None:
+        measure: another of the file's `measures`, in its unit.
+        """
+        own = {run["seed"]: run for run in self.values["runs"] if run["cell"] == cell}
+        return np.array([own[seed]["scores"] if measure is None else own[seed]["measures"][measure] for seed in seeds])
+
+    def difference(self, cell: str, minus: str, measure: str | None = None) -> tuple[Estimate, list[int]] | None:
         """`cell` minus `minus`, paired by seed and problem, and the seeds that both have; None where there is none."""
         seeds = [seed for seed in self.seeds(cell) if seed in self.seeds(minus)]
         if not seeds:
             return None
-        return estimate(self.scores_SP(cell, seeds) - self.scores_SP(minus, seeds)), seeds
+        return estimate(self.scores_SP(cell, seeds, measure) - self.scores_SP(minus, seeds, measure)), seeds
 
 
 def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
@@ -95,6 +119,13 @@ def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
         "problems": problems,
         "runs": runs,
     }
+
+
+def write_results(file: Path, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """A file of results: a line for what all share, then one for each run."""
+    rows = ",\n".join("  " + json.dumps(run) for run in runs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
 
 
 def _scores(run: Run, evaluation: str, suite: str) -> dict[str, float]:

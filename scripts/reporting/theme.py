@@ -35,6 +35,9 @@ COLOURS = {
     "first_fraction": "#6a51a3",
     "position_weighted": "#2aa5b5",
     "verify": "#b2182b",
+    "teachability": "#1b7837",
+    "iw_opd": "#4d4d9f",
+    "rock_bypass": "#c51b7d",
 }
 OTHER_COLOUR = "#009e73"
 QUADRANT_COLOURS = tuple(label.colour for label in QUADRANT_LABELS)

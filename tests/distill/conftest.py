@@ -199,11 +199,13 @@ class Naive:
             "teacher_entropy_N": -(q_NV * logq_NV).sum(-1),
             "top1_agree_N": logp_NV.argmax(-1) == logq_NV.argmax(-1),
             "size": self.terms(case, logp_NV, logq_NV).sum(-1),
+            "teacher_mass_N": q_NV.gather(-1, logp_NV.argsort(-1)[:, -16:]).sum(-1),
             "grad_norm_N": (p_NV * (logp_NV - logq_NV - reverse_kl_N[:, None])).norm(dim=-1) / case.temperature,
         }
         if token_ids_N is not None:
             own_N1 = logq_NV.gather(-1, token_ids_N[:, None])
             fields["teacher_rank_N"] = (logq_NV > own_N1).sum(-1)
+            fields["log_ratio_N"] = (own_N1 - logp_NV.gather(-1, token_ids_N[:, None])).squeeze(-1)
         return fields
 
 

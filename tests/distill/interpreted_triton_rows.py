@@ -21,7 +21,8 @@ assert os.environ.get("TRITON_INTERPRET") == "1"
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "eopd")
 NATS = ("entropy_N", "teacher_entropy_N", "reverse_kl_N", "forward_kl_N")
-FIELDS = frozenset({*NATS, "grad_norm_N", "top1_agree_N", "teacher_rank_N"})
+SAMPLED = {"teacher_rank_N", "log_ratio_N"}
+FIELDS = frozenset({*NATS, *SAMPLED, "grad_norm_N", "top1_agree_N", "teacher_mass_N"})
 BETA = 0.3
 # Nats, between the teachers' entropies of these tests.
 THRESHOLD = 1.5
@@ -102,9 +103,11 @@ def exact(student_CV, teacher_CV, temperature, ids_C=None):
         "forward_kl_N": losses["forward_kl"],
         "grad_norm_N": gradients["reverse_kl"].norm(dim=-1),
         "top1_agree_N": teacher.gather(-1, best)[:, 0] == teacher.amax(-1),
+        "teacher_mass_N": q.gather(-1, student.topk(min(16, student.shape[-1])).indices).sum(-1),
     }
     if ids_C is not None:
         fields["teacher_rank_N"] = (teacher > teacher.gather(-1, ids_C[:, None])).sum(-1)
+        fields["log_ratio_N"] = (logq - logp).gather(-1, ids_C[:, None])[:, 0]
     return losses, gradients, fields
 
 
@@ -130,6 +133,8 @@ def test_everything_is_its_definition(vocab, temperature, assert_close):
     of_one = {"size": 1e-2, "cancels": True} if vocab == 1 else {}
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], vocab, 20, said=name, **of_one)
+    for name in ("teacher_mass_N", "log_ratio_N"):
+        assert_close(found[name], fields[name], vocab, 20, size=20.0, cancels=True, said=name)
     assert torch.equal(found["top1_agree_N"], fields["top1_agree_N"])
     assert torch.equal(found["teacher_rank_N"], fields["teacher_rank_N"])
     for divergence in DIVERGENCES:
@@ -179,7 +184,7 @@ def test_what_is_beyond_the_vocabulary_changes_nothing_and_has_no_gradient(diver
     assert_close(loss_C, losses[divergence], 201)
     assert_close(out_CW[:, :201], gradients[divergence], 201)
     assert not out_CW[:, 201:].any()
-    found = token_fields(FIELDS - {"teacher_rank_N"}, student_CW, teacher_CW, temperature, None)
+    found = token_fields(FIELDS - SAMPLED, student_CW, teacher_CW, temperature, None)
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], 201, said=name)
 
@@ -239,7 +244,7 @@ def test_nan_stays_nan(divergence):
     loss_C, out_CV = loss_and_gradient(divergence, student_CV, teacher_CV)
     assert loss_C[:2].isnan().all() and out_CV[:2].isnan().any(-1).all()
     assert loss_C[2].isfinite() and out_CV[2].isfinite().all()
-    found = token_fields(FIELDS - {"teacher_rank_N"}, student_CV, teacher_CV, 1.0, None)
+    found = token_fields(FIELDS - SAMPLED, student_CV, teacher_CV, 1.0, None)
     assert found["reverse_kl_N"][:2].isnan().all() and found["grad_norm_N"][:2].isnan().all()
     assert found["entropy_N"][0].isnan() and found["teacher_entropy_N"][1].isnan()
     assert not found["top1_agree_N"][:2].any()
@@ -253,7 +258,7 @@ def test_a_vocabulary_of_152_thousand_costs_no_digits(monkeypatch, assert_close)
         loss_C, out_CV = loss_and_gradient(divergence, student_CV, teacher_CV)
         assert_close(loss_C, losses[divergence], 151_936, said=divergence)
         assert_close(out_CV, gradients[divergence], 151_936, said=divergence)
-    found = token_fields(FIELDS - {"teacher_rank_N"}, student_CV, teacher_CV, 1.0, None)
+    found = token_fields(FIELDS - SAMPLED, student_CV, teacher_CV, 1.0, None)
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], 151_936, said=name)
 
@@ -277,6 +282,8 @@ def test_scales_and_caps_are_taken_as_logits_are_read(transforms, vocab, assert_
     of_one = {"size": 1e-2, "cancels": True} if vocab == 1 else {}
     for name in (*NATS, "grad_norm_N"):
         assert_close(found[name], fields[name], vocab, 20, said=name, **of_one)
+    for name in ("teacher_mass_N", "log_ratio_N"):
+        assert_close(found[name], fields[name], vocab, 20, size=20.0, cancels=True, said=name)
     assert torch.equal(found["top1_agree_N"], fields["top1_agree_N"])
     assert torch.equal(found["teacher_rank_N"], fields["teacher_rank_N"])
     for divergence in DIVERGENCES:

@@ -9,7 +9,7 @@ from opsd.distill import concatenate_stats
 from opsd.utils.errors import UserError
 
 REQUIRED = ("entropy_N", "reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "top1_agree_N")
-ALL = (*REQUIRED, "teacher_rank_N", "grad_norm_N")
+ALL = (*REQUIRED, "teacher_rank_N", "grad_norm_N", "teacher_mass_N", "log_ratio_N")
 
 
 @pytest.mark.numeric
@@ -112,6 +112,20 @@ def test_a_uniform_student_and_a_two_token_teacher_by_hand(make_case, assert_clo
     # Token 2 stands behind the teacher's two; the student's logit gradient is ¼·(r − kl), r − kl = ∓20: norm ¼·20·2.
     assert int(stats.teacher_rank_N) == 2
     assert_close(stats.grad_norm_N, [10.0], *case.sums)
+    # All four tokens are among the student's sixteen likeliest. log q − log p = (−40 − ln 2) + ln 4.
+    assert_close(stats.teacher_mass_N, [1.0], *case.sums)
+    assert_close(stats.log_ratio_N, [ln2 - 40], *case.sums)
+
+
+@pytest.mark.numeric
+def test_the_teachers_mass_on_the_students_sixteen_likeliest_tokens_by_hand(make_case, assert_close):
+    # Twenty tokens, token v has the student's logit v: its likeliest are 4 to 19. The teacher's weights are 3 for the
+    # tokens 0 to 3 and 1 for the others: 16 / (12 + 16).
+    case = make_case(1, 20, width=1, teacher_width=1)
+    case.student_ND, case.student_head_VD = torch.ones(1, 1), torch.arange(20.0)[:, None]
+    case.teacher_NE, case.teacher_head_VE = torch.ones(1, 1), torch.tensor([3.0] * 4 + [1.0] * 16).log()[:, None]
+    stats = case.stats(needs=frozenset({"teacher_mass_N"}))
+    assert_close(stats.teacher_mass_N, [16 / 28], *case.sums)
 
 
 @pytest.mark.numeric
@@ -147,6 +161,7 @@ def test_joining_no_micro_batch_is_refused():
     [
         ({"needs": frozenset({"entropie_N"})}, "unknown statistic 'entropie_N'"),
         ({"needs": frozenset({"teacher_rank_N"})}, "teacher_rank_N needs the sampled tokens: give token_ids_N"),
+        ({"needs": frozenset({"log_ratio_N"})}, "log_ratio_N needs the sampled tokens: give token_ids_N"),
         (
             {"needs": frozenset({"teacher_rank_N"}), "token_ids_N": torch.tensor([0, 1, 20])},
             "token_ids_N reach beyond the shared vocabulary of 20",

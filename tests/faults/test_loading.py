@@ -40,7 +40,7 @@ EXCEPTIONS = {
         "opsd/utils/distributed.py",
         "distributed.all_gather_object",
     ): "values of one run's own ranks",
-    ("opsd/eval/command.py", "GenerationConfig.from_pretrained"): "a JSON file of numbers",
+    ("opsd/model/stops.py", "GenerationConfig.from_pretrained"): "a JSON file of numbers",
     ("scripts/smollm2.py", "AutoModelForCausalLM.from_pretrained"): "a GGUF file, of a package that pip checks",
     ("scripts/smollm2.py", "AutoTokenizer.from_pretrained"): "the same file",
     ("scripts/mathdata/sources.py", "load_dataset"): "datasets runs no code of a data set since its version 4",

@@ -141,3 +141,22 @@ def test_the_sweep_of_seeds_is_table_5_with_five_seeds(project):
     done = project.run(recipe="sweep_seeds.sh", SCALE="pocket", DRY_RUN="1")
     one = project.run(SCALE="pocket", DRY_RUN="1", SEEDS="0 1 2 3 4")
     assert done.stdout == one.stdout and done.stdout.count(" train ") == 25
+
+
+def test_a_rule_of_ones_own_joins_the_sweep_of_rules_at_every_retention(project):
+    common = {"recipe": "sweep_selector.sh", "SCALE": "pocket", "DRY_RUN": "1", "RETENTIONS": "0.5 0.1"}
+    without = project.run(**common).stdout.splitlines()
+    joined = project.run(**common, RULES="every mypackage.mod:MyRule").stdout.splitlines()
+    new = [line for line in joined[:-1] if line not in without]
+    assert [line.split("--select.")[1:] for line in new] == [
+        ["by mypackage.mod:MyRule ", f"retention {retention}"] for retention in ("0.5", "0.1")
+    ]
+    # The report is told of all cells.
+    assert "mypackage.mod:MyRule-50" in joined[-1] and "mypackage.mod:MyRule-10" in joined[-1]
+
+
+def test_the_sweep_of_rules_runs_those_that_are_named(project):
+    done = project.run(recipe="sweep_selector.sh", SCALE="pocket", DRY_RUN="1", RULES="soft_or,iw_opd")
+    named = [line.split(" --out ")[1].split()[0] for line in done.stdout.splitlines() if " train " in line]
+    cells = ("all", "soft_or-50", "iw_opd-50", "soft_or-20", "iw_opd-20", "iw_opd-100")
+    assert named == [f"runs/sweep_selector/pocket-{cell}-seed0" for cell in cells]

@@ -13,13 +13,28 @@ MakeStats = Callable[..., TokenStats]
 
 @pytest.fixture(scope="session")
 def make_stats() -> MakeStats:
-    """TokenStats from lists or arrays; `rollout` defaults to one rollout, unnamed fields are None."""
+    """TokenStats from lists or arrays; `rollout` defaults to one rollout, `mass` to ones and `ratio` to zeros
+    beside a δ, others to None."""
 
     def make(
-        rollout=None, h=None, delta=None, forward=None, teacher=None, grad=None, rank=None, vocab=None
+        rollout=None,
+        h=None,
+        delta=None,
+        forward=None,
+        teacher=None,
+        grad=None,
+        rank=None,
+        vocab=None,
+        ids=None,
+        mass=None,
+        ratio=None,
     ) -> TokenStats:
-        first = next(values for values in (h, delta, forward, teacher, rank, rollout) if values is not None)
+        named = (h, delta, forward, teacher, rank, ratio, ids, rollout)
+        first = next(values for values in named if values is not None)
         rollout = [0] * len(first) if rollout is None else rollout
+        if delta is not None:
+            mass = [1.0] * len(delta) if mass is None else mass
+            ratio = [0.0] * len(delta) if ratio is None else ratio
 
         def floats(values):
             return None if values is None else torch.as_tensor(values, dtype=torch.float32)
@@ -33,6 +48,9 @@ def make_stats() -> MakeStats:
             top1_agree_N=None,
             grad_norm_N=floats(grad),
             teacher_rank_N=None if rank is None else torch.as_tensor(rank, dtype=torch.int64),
+            teacher_mass_N=floats(mass),
+            log_ratio_N=floats(ratio),
+            token_ids_N=None if ids is None else torch.as_tensor(ids, dtype=torch.int64),
             vocab_size=vocab,
         )
 
@@ -53,6 +71,9 @@ def random_stats(make_stats) -> MakeStats:
             teacher=rng.gamma(0.1, 1.0, tokens),
             grad=rng.random(tokens),
             rank=rng.integers(0, 12, tokens),
+            ids=rng.integers(0, 64, tokens),
+            mass=rng.beta(4.0, 1.0, tokens),
+            ratio=rng.normal(0.0, 1.0, tokens),
             vocab=64,
         )
 
@@ -90,6 +111,9 @@ class Naive:
         h_hat = self.scaled(h, rollout, clip, scope)
         if rule == "q3":
             return forward * (1 - h_hat)
+        if rule == "teachability":
+            mass = stats.teacher_mass_N.numpy().astype(np.float64)
+            return self.scaled(delta, rollout, 0.95, scope) * mass
         delta_hat = self.scaled(delta, rollout, delta_clip, scope)
         soft_or = h_hat + delta_hat - h_hat * delta_hat
         return soft_or if rule == "soft_or" else -soft_or

@@ -9,7 +9,7 @@ from tolerance import close
 from opsd.distill import distill_loss
 from opsd.selection import Selection
 from opsd.utils.errors import UserError
-from tip_patch.baselines import AdaptiveKL, FirstFraction, PositionWeighted, Verify
+from tip_patch.baselines import IWOPD, AdaptiveKL, FirstFraction, PositionWeighted, Teachability, Verify
 
 
 class TestAdaptiveKL:
@@ -64,3 +64,32 @@ def test_verify_keeps_what_the_teacher_ranks_high(make_stats):
     selector = Verify(top_k=2)
     assert selector(make_stats(rank=[0, 1, 2, 30])).kept_N.tolist() == [True, True, False, False]
     assert not selector.fixed_budget and selector.budget(7) == 7
+
+
+class TestIWOPD:
+    @pytest.mark.numeric
+    def test_weights_by_hand(self, make_stats):
+        # |a| = 1, 2, 1 of rollout 0: 0, 1/4 and 3/4 of Σ|a| lie before a token, w = 1 + ½·(1 − that); rollout 4 agrees
+        stats = make_stats(rollout=[0, 4, 0, 4, 0], ratio=[1.0, 0.0, -2.0, 0.0, 1.0], ids=[0] * 5)
+        selection = IWOPD()(stats)
+        assert selection.kept_N.all()
+        assert selection.weight_N.tolist() == pytest.approx([1.5, 1.5, 1.375, 1.5, 1.125])
+
+    @pytest.mark.numeric
+    def test_weights_are_the_formula_and_the_first_ones_are_kept(self, random_stats):
+        stats = random_stats(200, 6, seed=4)
+        selection = IWOPD(retention=0.3, gamma=0.7)(stats)
+        for one in stats.rollout_N.unique():
+            rows = (stats.rollout_N == one).nonzero().flatten()
+            gap = [abs(float(a)) for a in stats.log_ratio_N[rows].double()]
+            budget = max(1, int(0.3 * len(rows) + 1e-9))
+            expected = [1 + 0.7 * (1 - sum(gap[:t]) / sum(gap)) for t in range(budget)]
+            assert selection.weight_N[rows[:budget]].tolist() == pytest.approx(expected)
+            assert selection.kept_N[rows].tolist() == [t < budget for t in range(len(rows))]
+
+
+def test_teachability_by_hand(make_stats):
+    # δ̂ = 0.5, 1, 0.25, 0 without a clip; δ̂·C = 0.5, 0.2, 0.25, 0: the most disputed token lies off the student's own
+    stats = make_stats(delta=[2.0, 4.0, 1.0, 0.0], mass=[1.0, 0.2, 1.0, 1.0])
+    kept_N = Teachability(divergence_clip_quantile=1.0)(stats).kept_N
+    assert kept_N.tolist() == [True, False, True, False]

@@ -18,8 +18,8 @@ from opsd.selection import TokenSelector, TokenStats, load_selector, selector_na
 from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError
 
-SCORED = ["entropy", "divergence", "soft_or", "soft_or_bottom", "q3"]
-FIXED = [*SCORED, "entropy_sample", "random", "adaptive_kl", "first_fraction", "position_weighted"]
+SCORED = ["entropy", "divergence", "soft_or", "soft_or_bottom", "q3", "teachability"]
+FIXED = [*SCORED, "entropy_sample", "random", "adaptive_kl", "first_fraction", "position_weighted", "iw_opd"]
 SCOPES = ["micro_batch", "rollout", "batch", "running"]
 
 
@@ -210,6 +210,7 @@ class TestSameMaskWhateverTheLayout:
                 teacher_NE,
                 teacher_VE,
                 rollout_N=rollout_N,
+                token_ids_N=torch.arange(40),
                 selector=load_selector(name),
                 chunk_tokens=chunk,
                 seed=5,
@@ -266,6 +267,9 @@ class TestOptions:
             ("position_weighted", {"slope": 3}),
             ("verify", {"top_k": 2.5}),
             ("verify", {"top_k": 0}),
+            ("iw_opd", {"gamma": -1}),
+            ("rock_bypass", {"decay": 0}),
+            ("rock_bypass", {"most": 0.5}),
         ],
     )
     def test_a_bad_one_is_one_line_that_names_it(self, name, options):
@@ -280,7 +284,9 @@ class TestOptions:
 
     def test_rules_that_normalise_nothing_ask_for_no_scoring_pass(self):
         asked = {name: load_selector(name, normalise_over="batch").normalise_over for name in FIXED}
-        assert {name for name, scope in asked.items() if scope == "batch"} == {"soft_or", "soft_or_bottom", "q3"}
+        assert {name for name, scope in asked.items() if scope == "batch"} == {
+            *("soft_or", "soft_or_bottom", "q3", "teachability")
+        }
 
     def test_selectors_read_only_what_they_name(self, random_stats):
         stats = random_stats(50, 3, seed=0)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from opsd.update import reward_weights
+from opsd.update import paced_weights, reward_weights
 from opsd.utils.errors import UserError
 
 
@@ -23,3 +23,18 @@ class TestRewardWeights:
     def test_what_does_not_fit_is_refused(self, rewards, beta):
         with pytest.raises(UserError):
             reward_weights(rewards, [0, 0], beta)
+
+
+class TestPacedWeights:
+    def test_by_hand(self):
+        # p = ½, 1, ¼ of two, two and four rollouts: p(1−p) = ¼, 0, 3/16; Σ over eight rollouts 5/4, mean 5/32
+        prompts = ["a", "b", "a", "b", "c", "c", "c", "c"]
+        weights = paced_weights([1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0], prompts)
+        assert weights.tolist() == pytest.approx([1.6, 0.0, 1.6, 0.0, 1.2, 1.2, 1.2, 1.2])
+
+    def test_partial_scores_count_as_rates(self):
+        assert paced_weights([0.25, 0.75, 0.5], [0, 0, 1]).tolist() == pytest.approx([1.0, 1.0, 1.0])
+
+    @pytest.mark.parametrize("rewards", [[0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    def test_where_no_prompt_is_in_between_all_weigh_one(self, rewards):
+        assert paced_weights(rewards, ["a", "b"]).tolist() == [1.0, 1.0]

@@ -16,6 +16,7 @@ from opsd.data import packing as batch
 from opsd.eval.command import EvalCommand, evaluate
 from opsd.eval.evaluator import Evaluator
 from opsd.model import scorer as student
+from opsd.rollout import HFRollout
 from opsd.run import checkpoint
 from opsd.teacher import LocalTeacher
 from opsd.train import Trainer, resume, start
@@ -388,6 +389,44 @@ def test_bfloat16_trains_fp32_weights(settings, tmp_path):
     start(settings(tmp_path / "run", steps=1, engine__dtype="bfloat16", eval__suite=[]))
     weights = weights_of(tmp_path / "run" / "checkpoints" / "step_1")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_answers_are_written_to_a_growing_horizon_and_evaluations_are_not_cut(settings, tmp_path, monkeypatch):
+    asked = []
+
+    class Watched(HFRollout):
+        def generate(self, prompts, samples, sampling, seed):
+            asked.append(sampling.max_new_tokens)
+            return super().generate(prompts, samples, sampling, seed)
+
+    monkeypatch.setattr("opsd.build.HFRollout", Watched)
+    # 6 tokens: ⌊6·(⅓ + ⅔·0)⌋ = 2, ⌊6·(⅓ + ⅔·½)⌋ = 4, then all
+    growing = {"rollout__horizon": 1 / 3, "rollout__horizon_steps": 3, "eval__at_start": False, "eval__teacher": False}
+    start(settings(tmp_path / "run", **growing))
+    assert asked == [2, 4, 6, 6, 6]
+    trained = metrics_of(tmp_path / "run")[1:]  # the first line is of what was there before training
+    assert trained[0]["rollout/tokens"] <= 12 and trained[1]["rollout/tokens"] <= 24
+    assert [line["rollout/horizon_tokens"] for line in trained] == [2, 4, 6, 6]
+
+
+def test_a_run_that_leaves_out_rock_tokens_resumes_to_the_same_numbers(settings, tmp_path, monkeypatch):
+    select = {"by": "rock_bypass", "options": {"after_steps": "1", "most_of_tokens": "0.5"}}
+    start(settings(tmp_path / "whole", select=select))
+    whole = metrics_of(tmp_path / "whole")
+    assert min(line["select/kept_frac"] for line in whole[1:]) < 1.0
+    step = Trainer.update
+
+    def dies(self, micros, teacher, number, *rest):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, micros, teacher, number, *rest)
+
+    monkeypatch.setattr(Trainer, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        start(settings(tmp_path / "broken", select=select))
+    monkeypatch.undo()
+    resume(tmp_path / "broken")
+    assert metrics_of(tmp_path / "broken") == whole
 
 
 @pytest.mark.numeric

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from opsd.distill.divergence import GRADIENTS, check_divergence, token_fields_
 from opsd.distill.select import pick, weigh
-from opsd.selection import STATISTICS, Selection, TokenSelector, TokenStats, with_defaults
+from opsd.selection import SAMPLED_FIELDS, STATISTICS, Selection, TokenSelector, TokenStats, with_defaults
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
 
@@ -66,7 +66,7 @@ def _check(selector: TokenSelector) -> None:
             f"normalise_over {selector.normalise_over!r} sees a whole step: give {' or '.join(SCOPES)} here"
         )
     unknown = (selector.needs | selector.needs_kept) - STATISTICS.keys() - {"rollout_N", "vocab_size"}
-    unknown |= (selector.needs | selector.needs_kept) & {"teacher_rank_N"}
+    unknown |= (selector.needs | selector.needs_kept) & SAMPLED_FIELDS
     if unknown:
         raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another one here")
 

