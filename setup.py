@@ -48,7 +48,7 @@ TEST = [
 
 setup(
     name="opsd-tip",
-    version="0.1.0",
+    version="0.2.0",
     description="On-policy distillation that trains on the tokens that matter",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,3 +1,3 @@
 """On-policy distillation: a student writes, a frozen teacher scores every token, the student learns."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -24,16 +24,16 @@ from opsd.utils.paths import check_model_name
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
   opsd train       train a student: --student M --teacher M --prompts FILE --out RUN …, or --config FILE.yaml,
-                   or --resume RUN [--steps N]; --dump_config prints such a file
-  opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; the same again goes on where it was
-  opsd distance    a model's exact divergence from its teacher: --model M --teacher T --prompts FILE --out FILE.json
-  opsd inspect     a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
-  opsd plan        memory and time of a run before it starts: the flags of train, --gpus N; loads no weights
-  opsd check-model whether a model can be trained or teach, a line for each check: FOLDER [--tokens N]
+                   or --resume RUN [--steps N]; --dump_config prints a YAML file
+  opsd eval        evaluate a model: --model M --suite NAME=FILE … --out FILE.json; run again to continue
+  opsd distance    exact divergence of a model from its teacher: --model M --teacher T --prompts FILE --out FILE.json
+  opsd inspect     show a step's tokens as coloured text in one HTML file: RUN [--step N] [--out FILE]
+  opsd plan        estimate a run's memory and time before it starts: the flags of train, --gpus N; loads no weights
+  opsd check-model check whether a model can be trained or be a teacher, one line per check: FOLDER [--tokens N]
   opsd push        upload a run's newest checkpoint with its model card: RUN OWNER/NAME
-  opsd selectors   list the rules that choose tokens
+  opsd selectors   list the rules that select tokens
 
-`opsd train --help` and `opsd eval --help` list all flags; `opsd --version` says which version this is."""
+`opsd train --help` and `opsd eval --help` list all flags; `opsd --version` prints the version."""
 
 
 def main() -> None:

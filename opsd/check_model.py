@@ -43,19 +43,20 @@ TOKENS = 512
 
 @dataclass(frozen=True)
 class CheckModelConfig(Settings):
-    """Whether a model can be trained or teach: the checks of `opsd train`, one line each; exit code 0 or 2."""
+    """Check whether a model can be trained or serve as a teacher: the checks of `opsd train`, one line each; exit code
+    0 or 2."""
 
     folder: Positional[str]
     """Model folder in the Hugging Face format."""
     tokens: PositiveInt | None = None
-    """Longest sequence of the run in question, in tokens: lengths at which a model changes are tried up to it. None:
-    512, or as many as the model has positions, if these are fewer."""
+    """Longest sequence of the planned run, in tokens: lengths at which a model's behaviour changes are tested up to it.
+    None: 512, or as many as the model has positions, if fewer."""
     vllm: bool = True
-    """Also ask vLLM, where it is installed; it takes half a minute to start."""
+    """Also check vLLM, if it is installed; it takes half a minute to start."""
     trust_remote_code: bool = False
-    """Run the code that the folder brings along (auto_map); else such a folder is refused."""
+    """Run the code that comes with the folder (auto_map); otherwise such a folder is refused."""
     device: str = "auto"
-    """auto takes CUDA where it is available; else cpu or cuda."""
+    """auto: CUDA if available, else the CPU; or cpu, or cuda."""
 
 
 @dataclass

@@ -16,12 +16,12 @@ from opsd.utils.paths import check_old_run
 
 @dataclass(frozen=True)
 class ResumeConfig(Settings):
-    """Go on with a run."""
+    """Continue a run."""
 
     resume: Path
     """The run's folder."""
     steps: PositiveInt | None = None
-    """A later end, in optimiser steps, for a run that is to go on past its own."""
+    """New total number of optimiser steps, to extend the run beyond its original end."""
 
 
 def parse_resume(args: list[str]) -> ResumeConfig:

@@ -41,44 +41,44 @@ class TeacherConfig(Settings, part="teacher"):
     """The frozen model that scores every token."""
 
     model: Annotated[str, arg(name="")] = ""
-    """Folder (or hub name) of the teacher; self: the student. Several: --teachers."""
+    """Folder (or hub name) of the teacher; self: the student teaches itself. For several teachers use --teachers."""
     weights: Literal["initial", "ema", "current"] = "initial"
-    """self: the weights that the student started from (with adapters: the base, without them, at no memory), an average
-    of those that it had, in fp32, or those that it has."""
+    """self: the student's starting weights (with adapters: the base model without them, at no extra memory), an
+    exponential moving average of its weights in fp32, or its current weights."""
     ema: FractionBelowOne = 0.99
     """self, ema: at each refresh the average becomes ema times itself plus 1 - ema times the student."""
     every: PositiveInt = 1
     """self, ema or current: steps between refreshes."""
     context: str | None = None
-    """A text file: what the teacher is asked in place of a prompt's last message, where it is to see more than the
-    student. {prompt}, {answer} and {any column} stand for the record's values, {rollout} for another sample of the same
-    prompt and step that was rewarded (where there is none, the teacher reads the student's prompt)."""
+    """A text file that replaces a prompt's last message for the teacher, so that it sees more than the student.
+    {prompt}, {answer} and {any column} stand for the record's values, {rollout} for another sample of the same prompt
+    and step that was rewarded (if there is none, the teacher reads the student's prompt)."""
     max_prompt_tokens: PositiveInt = 8192
     """With context: longest prompt of the teacher, in tokens. A prompt whose context is longer is dropped and counted;
-    a sample whose context would be is not shown."""
+    a {rollout} that would make it longer is not used."""
     kind: Literal["local", "vllm", "logprobs"] = "local"
-    """local: in these processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both give hidden states, and the
-    loss the exact divergence over the whole vocabulary. logprobs: any server that answers /v1/completions with
-    prompt_logprobs (vLLM's), of whose model only the tokenizer is needed here: the likeliest tokens, and one
-    bucket for all others."""
+    """local: in the training processes. vllm: served elsewhere (scripts/serve_teacher.sh). Both return hidden states,
+    so the divergence is exact over the whole vocabulary. logprobs: any server that answers /v1/completions with
+    prompt_logprobs (as vLLM does); only the teacher's tokenizer and config.json are needed here. It returns the
+    likeliest tokens; all others form one bucket."""
     top_logprobs: PositiveInt = 20
-    """logprobs: likeliest tokens asked for at each place; the sampled one comes besides. At most what the server allows
-    (vLLM: --max-logprobs)."""
+    """logprobs: number of likeliest tokens requested per position, in addition to the sampled one. At most what the
+    server allows (vLLM: --max-logprobs)."""
     shard: bool = False
-    """local: spread its weights over the processes (ZeRO-3), where one GPU cannot hold it; needs engine.kind
-    deepspeed."""
+    """local: shard its weights over the processes (ZeRO-3), for a teacher that does not fit on one GPU; needs
+    engine.kind deepspeed."""
     offload: bool = False
-    """local: keep the teacher in host memory but while it computes; its head stays on the device."""
+    """local: keep the teacher in host memory except during its forward pass; its head stays on the device."""
     cache: Literal["device", "host"] = "device"
-    """Where its hidden states wait for the student's turn; host memory is pinned beside a GPU."""
+    """Where its hidden states are kept until the student's stage; host memory is pinned if there is a GPU."""
     urls: tuple[str, ...] = ("http://127.0.0.1:8000",)
-    """vllm, logprobs: one or more replicas; of several teachers NAME=URL."""
+    """vllm, logprobs: address of one or more replicas; with several teachers NAME=URL."""
     api_key_env: str | None = None
     """vllm, logprobs: the environment variable that holds the servers' key; the key is never written anywhere."""
     timeout_s: PositiveFloat = 300.0
-    """vllm, logprobs: seconds that a request may take."""
+    """vllm, logprobs: timeout of a request, in seconds."""
     retries: NonNegativeInt = 3
-    """vllm, logprobs: further tries of a request that failed, each on the next replica, before the run stops."""
+    """vllm, logprobs: how often a failed request is retried, each time on the next replica, before the run stops."""
 
     @property
     def is_student(self) -> bool:
@@ -111,46 +111,46 @@ class TeacherConfig(Settings, part="teacher"):
 
 @dataclass(frozen=True)
 class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
-    """How the student writes its answers."""
+    """How the student generates its answers."""
 
     engine: Literal["hf", "vllm", "vllm_process"] = "hf"
-    """hf: transformers generate on the training weights. vllm: vLLM in the training processes. vllm_process: vLLM in
-    processes of its own on this machine, which the first rank starts and sends new weights to."""
+    """hf: transformers generates with the training weights. vllm: vLLM in the training processes. vllm_process: vLLM in
+    separate processes on this machine, which the first rank starts and sends new weights to."""
     samples_per_prompt: PositiveInt = 4
     """Rollouts per prompt and step; 16 in the paper."""
     max_prompt_tokens: PositiveInt = 1024
     """Longest prompt accepted, in tokens; 2048 in the paper."""
     max_new_tokens: PositiveInt = 512
-    """Longest response, in tokens; one that reaches it is truncated, and counted as such. 8192 in the paper."""
+    """Longest response, in tokens; a longer one is truncated and counted as such. 8192 in the paper."""
     generate_batch: PositiveInt = 64
-    """Rollouts generated side by side (vllm: by each sampler)."""
+    """Rollouts generated in one batch (vllm: by each sampler)."""
     tensor_parallel: PositiveInt = 1
-    """vllm: processes that share one sampler; divides their number."""
+    """vllm: number of ranks that share one sampler; must divide the number of ranks."""
     gpu_memory_share: ProperFraction = 0.4
     """vllm, vllm_process: fraction of each GPU's memory for its weights and key-value cache."""
     samplers: PositiveInt = 1
-    """vllm_process: how many; they share a step's rollouts."""
+    """vllm_process: number of samplers; they split a step's rollouts among themselves."""
     sampler_gpus: str = ""
-    """vllm_process: the GPU of each, e.g. 6,7; empty: whatever the trainer sees."""
+    """vllm_process: one GPU per sampler, e.g. 6,7; empty: the first GPU that the trainer sees, for all."""
     timeout_s: PositiveFloat = 1200.0
-    """vllm_process: longest wait for an answer, in seconds; then the sampler is ended and the run stops. Below
-    engine.wait_s, for which the other ranks wait meanwhile."""
+    """vllm_process: longest wait for an answer, in seconds; then the sampler is killed and the run stops. Must be below
+    engine.wait_s, because the other ranks wait meanwhile."""
     sleep: bool = True
-    """vllm: give the GPU's memory back while the student is trained."""
+    """vllm: free the sampler's GPU memory while the student is trained."""
     probe_tolerance: PositiveFloat | None = None
-    """vllm: after each sync, how far the sampler's log-probabilities may be from the trainer's on a probe, in mean
-    nats per token; None: 1e-3 for float32, 0.1 for bfloat16."""
+    """vllm: largest allowed difference between the sampler's and the trainer's log-probabilities on a probe after each
+    sync, in mean nats per token; None: 1e-3 for float32, 0.1 for bfloat16."""
     overlong_prompts: Literal["error", "drop"] = "error"
-    """A prompt over max_prompt_tokens stops the run, or is dropped and counted. It is never cut."""
+    """A prompt above max_prompt_tokens stops the run, or is dropped and counted. It is never truncated."""
     horizon: Fraction = 1.0
-    """Fraction of max_new_tokens that training answers are written to in the first step, in (0, 1]; evaluations are not
-    cut. What is not written costs nothing (arXiv 2602.15260, 2605.31490)."""
+    """Fraction of max_new_tokens that training answers may use in the first step, in (0, 1]; evaluations are not
+    affected. Tokens that are not generated cost nothing (arXiv 2602.15260, 2605.31490)."""
     horizon_steps: NonNegativeInt = 0
-    """Step from which on answers are written to the end; horizon grows linearly until then. 0: it never grows."""
+    """First step with the full max_new_tokens; horizon grows linearly until then. 0: it never grows."""
     truncated: Literal["keep", "drop", "mask_tail"] = "keep"
-    """What is trained on of a response that reached max_new_tokens. keep: all of it. drop: nothing. mask_tail: all but
-    its tail: the loop that it ends in, from its second round on, and at least its last tenth. What is left out is
-    neither scored nor counted in what the loss is divided by; rollout/left_out_tokens says how much it is."""
+    """How a response that reached max_new_tokens is trained on. keep: all of it. drop: none of it. mask_tail: all but
+    its tail, i.e. the loop that it ends in, from the second repetition on, and at least its last tenth. Masked tokens
+    are neither scored nor counted in the loss's denominator; rollout/left_out_tokens says how many there are."""
 
     def horizon_at(self, step: int) -> int:
         """Tokens that answers are written to in 1-based `step`, at least 1."""
@@ -182,22 +182,23 @@ class SelectConfig(Settings, part="select"):
     """Which tokens are trained on."""
 
     by: str = "all"
-    """A selector's name (`opsd selectors` lists them) or module:Name; all keeps every token."""
+    """Name of a selector (`opsd selectors` lists them) or module:Name; all keeps every token."""
     retention: Fraction = 0.5
     """Fraction of each rollout's tokens that is kept (the paper's ρ), in (0, 1]."""
     normalise_over: Literal["micro_batch", "rollout", "batch", "running"] = "batch"
-    """Where rules that scale by min and max take them; to others it means nothing. batch is the paper's word and costs
-    one more pass over the step, without gradients. rollout and running cost none; micro_batch costs none either, but
-    depends on how rollouts were packed."""
+    """The tokens over which rules that scale by min and max take these; other rules ignore it. batch is the paper's
+    choice and costs one extra pass over the step, without gradients. rollout and running cost nothing; micro_batch
+    costs nothing either, but depends on how rollouts were packed."""
     clip_quantile: Fraction = 0.98
-    """Entropy is clipped at this quantile before min-max; 1.0 is off."""
+    """Entropy is clipped at this quantile before min-max scaling; 1.0 is off."""
     stop_token: Literal["as_scored", "always", "never"] = "as_scored"
-    """The token that ends a response. as_scored: a token like others, which the rule keeps or not (the paper's).
-    always: it is trained on besides what the rule keeps, so when to end is learnt from every response. never: it is
-    left out, so when to end is learnt only where the response went on. What is trained on is what the loss is divided
-    by. A rule whose count follows from lengths then costs a forward pass more, unless it normalises over the batch."""
+    """The end-of-turn token of a response. as_scored: like any other token, kept or not by the rule (the paper's).
+    always: trained on in addition to what the rule keeps, so every response teaches when to end. never: masked out, so
+    when to end is learnt only from tokens at which the response continued. The loss is divided by the number of tokens
+    trained on. With always and never, rules whose count follows from lengths cost an extra forward pass, unless they
+    normalise over the batch."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further options of the selector, as KEY VALUE pairs."""
+    """Additional options of the selector, as KEY VALUE pairs."""
 
 
 @dataclass(frozen=True)
@@ -207,26 +208,28 @@ class LossConfig(Settings, part="loss"):
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "eopd", "forward_then_reverse", "sampled_token"] = (
         "reverse_kl"
     )
-    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta. eopd: reverse_kl, and
-    forward_kl too where the teacher is unsure. forward_then_reverse: forward_kl for warmup_steps, then reverse_kl.
-    sampled_token: a policy gradient by the log-ratio at the sampled token, whose mean is that of reverse_kl."""
+    """reverse_kl = KL(student‖teacher); forward_kl = KL(teacher‖student); jsd mixes them by beta. eopd: reverse_kl,
+    plus forward_kl where the teacher is uncertain. forward_then_reverse: forward_kl for warmup_steps, then reverse_kl.
+    sampled_token: a policy gradient with the log-ratio at the sampled token, equal to reverse_kl's gradient in
+    expectation."""
     entropy_threshold: NonNegativeFloat = 0.8
-    """eopd: nats of the teacher's entropy above which forward_kl joins; 0.8 is the paper's (arXiv 2603.07079)."""
+    """eopd: teacher entropy in nats above which forward_kl is added; 0.8 is that paper's (arXiv 2603.07079)."""
     warmup_steps: NonNegativeInt = 0
-    """forward_then_reverse: steps under forward_kl, before reverse_kl."""
+    """forward_then_reverse: steps of forward_kl before reverse_kl."""
     beta: float = 0.5
     """Teacher's share of the JSD mixture, in (0, 1)."""
     temperature: PositiveFloat = 1.0
-    """Divides both models' logits."""
+    """Both models' logits are divided by it."""
     reward_beta: NonNegativeFloat = 0.0
-    """Weigh a prompt's n rollouts by n·softmax(reward/β); needs gold answers. 0 is off."""
+    """Weight a prompt's n rollouts by n·softmax(reward/β); needs gold answers. 0 is off."""
     prompt_weights: Literal["none", "paced"] = "none"
-    """paced: weigh each prompt by p·(1−p), p the mean reward of its rollouts in this step, scaled to mean 1 over the
-    step's prompts (arXiv 2603.11178); needs gold answers."""
+    """paced: weight each prompt by p·(1−p), where p is the mean reward of its rollouts in this step, scaled to mean 1
+    over the step's prompts (arXiv 2603.11178); needs gold answers."""
     memory: Literal["fused", "whole"] = "fused"
-    """fused: memory flat in the number of tokens. whole: kept logits live through backward (baseline)."""
+    """fused: memory does not grow with the number of tokens. whole: the kept tokens' logits stay in memory until the
+    backward pass (a baseline)."""
     chunk_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Most tokens whose logits exist at once; auto asks the free memory."""
+    """Maximum number of tokens whose logits exist at once; auto chooses it by free memory."""
 
     @property
     def reads_rewards(self) -> bool:
@@ -256,44 +259,44 @@ class OptimConfig(Settings, part="optim"):
     """AdamW or plain SGD, with warm-up and cosine decay."""
 
     kind: Literal["adamw", "sgd"] = "adamw"
-    """adamw scales every weight's step to about lr, however small its gradient. sgd (without momentum) does not: a
-    tiny gradient stays a tiny step. It wants an lr of another size, reads no beta or eps and keeps no state."""
+    """adamw scales every weight's step to about lr, however small its gradient. sgd (without momentum) does not: a tiny
+    gradient stays a tiny step. sgd needs a different lr, ignores beta and eps and keeps no state."""
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine towards min_lr_fraction, reached one step behind the last; or constant."""
+    """After warm-up: cosine decay towards min_lr_fraction, which is reached one step after the last; or constant."""
     min_lr_fraction: FractionFromZero = 0.0
-    """Where the cosine ends, as a fraction of lr."""
+    """Final learning rate of the cosine, as a fraction of lr."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     beta1: FractionBelowOne = 0.9
     beta2: FractionBelowOne = 0.999
     eps: NonNegativeFloat = 1e-8
     max_grad_norm: NonNegativeFloat = 1.0
-    """Global gradient norm is clipped here; 0 is off."""
+    """The global gradient norm is clipped to this; 0 is off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite, or that has no token to train on: stop the run, or leave the
-    step out (optim/skipped is then 1, its rollouts are kept)."""
+    """For a step whose loss or gradient is NaN or infinite, or that has no token to train on: stop the run, or skip the
+    step (optim/skipped is then 1 and its rollouts are saved)."""
     max_skipped_steps: NonNegativeInt = 10
-    """skip: most steps in a row that are left out; one more stops the run."""
+    """skip: maximum number of consecutive skipped steps; one more stops the run."""
 
 
 @dataclass(frozen=True)
 class LoraConfig(Settings, part="lora"):
-    """Low-rank adapters on a frozen student, in place of training all of its weights. Off unless a rank is given."""
+    """Low-rank adapters on a frozen student, instead of training all of its weights. Off unless a rank is given."""
 
     rank: NonNegativeInt = 0
     """Rank of the adapters; 0 trains all weights."""
     alpha: PositiveFloat = 32.0
     """An adapter's output is multiplied by alpha/rank."""
     use_rslora: bool = False
-    """Multiply by alpha/√rank instead: the output's size then does not depend on the rank."""
+    """Multiply by alpha/√rank instead, so that the output's size does not depend on the rank."""
     dropout: float = 0.0
-    """Stays 0: scores and gradients must speak of one distribution."""
+    """Must stay 0: scoring and training must use the same distribution."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Last names of the layers that get an adapter, e.g. q_proj v_proj; all-linear is all but the head."""
+    """Last part of the names of the layers that get an adapter, e.g. q_proj v_proj; all-linear: all but the LM head."""
 
     def check(self) -> None:
         if self.dropout:
@@ -313,29 +316,30 @@ class LoraConfig(Settings, part="lora"):
 
 @dataclass(frozen=True)
 class EngineConfig(Settings, part="engine"):
-    """What holds the weights and runs the step."""
+    """Where weights are held and how a step runs."""
 
     kind: Literal["torch", "deepspeed"] = "torch"
     """torch: one process, plain PyTorch. deepspeed: any number of processes, started by torchrun or deepspeed."""
     zero_stage: Literal[0, 1, 2, 3] = 3
-    """deepspeed: what is shared out over the processes. 0: nothing; 1: the optimiser's state; 2: gradients too;
-    3: weights too."""
+    """deepspeed: what is sharded over the processes. 0: nothing; 1: optimiser state; 2: gradients too; 3: weights too.
+    """
     offload_optimizer: bool = False
-    """deepspeed, zero_stage 1 to 3: keep the optimiser's state and fp32 weights in host memory."""
+    """deepspeed, zero_stage 1 to 3: keep optimiser state and fp32 master weights in host memory."""
     offload_parameters: bool = False
-    """deepspeed, zero_stage 3: keep weights in host memory while no layer needs them."""
+    """deepspeed, zero_stage 3: keep weights in host memory while no layer uses them."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; under bfloat16 the optimiser works on fp32 master weights. auto: bfloat16 on a GPU that has it,
-    else float32; config.json says which it was."""
+    """Compute dtype; with bfloat16 the optimiser updates fp32 master weights. auto: bfloat16 on a GPU that supports it,
+    else float32; config.json records which one was used."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where it is available."""
+    """auto: CUDA if available, else the CPU."""
     micro_batch_tokens: PositiveInt = 4096
-    """Most tokens (prompt and response) packed into one forward pass; 16384 in the paper."""
+    """Maximum number of tokens (prompt and response) packed into one forward pass; 16384 in the paper."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     wait_s: PositiveFloat = 1800.0
-    """deepspeed: seconds that a process waits for the others before the run stops. One that dies ends all at once; this
-    is for one that hangs. Longer than an evaluation or a checkpoint takes the slowest process more than the fastest."""
+    """deepspeed: how long a process waits for the others before the run stops, in seconds. A process that dies ends all
+    others at once; this is for one that hangs. It must exceed the time by which the slowest process may lag behind the
+    fastest in an evaluation or checkpoint."""
 
     def check(self) -> None:
         sharded = self.kind == "deepspeed"
@@ -354,17 +358,17 @@ class EvalConfig(EvaluationSettings, part="eval"):
     every: NonNegativeInt = 0
     """Steps between evaluations; 0 evaluates at the start and the end only. Needs a suite."""
     suite: tuple[str, ...] = ()
-    """NAME=FILE pairs, e.g. math500=data/math500.jsonl; a place on the hub as for --prompts will do."""
+    """NAME=FILE pairs, e.g. math500=data/math500.jsonl; hub:… works as for --prompts."""
     max_new_tokens: PositiveInt | None = None
-    """Longest response in tokens; None takes rollout.max_new_tokens."""
+    """Longest response, in tokens; None: rollout.max_new_tokens."""
     at_start: bool = True
     """Evaluate before the first step."""
     teacher: bool = True
-    """Evaluate the teacher once, as the student is asked, so that the room for improvement is known. A student that
-    teaches itself is evaluated as it starts (at_start)."""
+    """Evaluate the teacher once, on the student's prompts, to show the room for improvement. A student that teaches
+    itself is evaluated at the start (at_start)."""
     cache: str | None = None
-    """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): one
-    that is there for the same models, problems, settings and versions is taken, not made again. None is off."""
+    """Folder in which runs share the evaluations before training (the teacher's, and the student's at the start): an
+    existing one for the same models, problems, settings and versions is reused. None is off."""
 
     def check(self) -> None:
         if self.every and not self.suite:
@@ -373,18 +377,20 @@ class EvalConfig(EvaluationSettings, part="eval"):
 
 @dataclass(frozen=True)
 class EnvironmentConfig(Settings, part="environment"):
-    """Episodes of several turns with tools, in place of single answers. Off unless a kind is named."""
+    """Episodes of several turns with tools, instead of single answers. Off unless a kind is given."""
 
     kind: str = "none"
-    """The name of an installed environment. travel: --prompts and --eval.suite name travel task files, which
-    python -m opsd.environments.travel writes; a response is a whole episode, and rollout.max_new_tokens counts the
-    tools' tokens too."""
+    """Name of an installed environment. travel: --prompts and --eval.suite name travel task files, which python -m
+    opsd.environments.travel writes; a response is a whole episode, and rollout.max_new_tokens includes the tools'
+    tokens."""
     max_turns: PositiveInt = 50
-    """Turns of the student in an episode; one that needs more is cut off and has no plan."""
+    """Maximum number of student turns in an episode; a longer one is truncated and has no plan."""
     tool_output_characters: NonNegativeInt = 1024
-    """Most characters of a tool's output that the student sees, half from its head, half from its tail; 0 is all."""
+    """Maximum number of characters of a tool's output that the student sees, half from its start, half from its end; 0:
+    all."""
     deepplanning_root: str | None = None
-    """Your copy of the DeepPlanning benchmark: its prompt and schemas for its tasks, its commonsense score."""
+    """Your copy of the DeepPlanning benchmark; its prompts, tool schemas and commonsense score are used for its tasks.
+    """
 
     def check(self) -> None:
         if self.deepplanning_root is not None and self.kind != "travel":
@@ -393,30 +399,30 @@ class EnvironmentConfig(Settings, part="environment"):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings, part="checkpoint"):
-    """Checkpoints are ordinary model folders plus the trainer's state; each appears whole or not at all."""
+    """Checkpoints are ordinary model folders plus the trainer's state; each is written completely or not at all."""
 
     every: NonNegativeInt = 50
-    """Steps between checkpoints; the last step always saves. 0 saves the last step only."""
+    """Steps between checkpoints; the last step is always saved. 0 saves the last step only."""
     keep: PositiveInt = 2
-    """How many of the newest are kept."""
+    """How many of the newest checkpoints are kept."""
 
 
 @dataclass(frozen=True)
 class TelemetryConfig(Settings, part="telemetry"):
-    """Numbers beyond the loss: quadrant shares, overlap of selectors, teacher entropy."""
+    """Metrics beyond the loss: quadrant shares, overlap of selectors, teacher entropy."""
 
     every: NonNegativeInt = 10
-    """Steps between telemetry; it scores all tokens with both models. 0 is off."""
+    """Steps between telemetry, which scores all tokens with both models. 0 is off."""
     save_tokens: bool = False
     """Write each telemetry step's per-token statistics to tokens/ (parquet); `opsd inspect` shows them."""
     top_tokens: NonNegativeInt = 0
-    """How many likeliest tokens of both models stand beside each token in tokens/; 0 is none. Costs a forward pass."""
+    """Number of likeliest tokens of both models recorded for each token in tokens/; 0 is none. Costs a forward pass."""
     max_rollouts_saved: PositiveInt = 64
-    """Rollouts in each file of tokens/, spread evenly over the step's."""
+    """Maximum number of rollouts in each file of tokens/, spread evenly over the step's."""
     save_rollouts_every: NonNegativeInt = 10
     """Steps between rollouts/step_N.jsonl files; 0 is off."""
     options: dict[str, str] = field(default_factory=dict)
-    """Further options of the telemetry, such as its thresholds, as KEY VALUE pairs."""
+    """Additional options of the telemetry, such as its thresholds, as KEY VALUE pairs."""
 
     def check(self) -> None:
         if self.top_tokens and not (self.save_tokens and self.every):
@@ -428,33 +434,33 @@ class TelemetryConfig(Settings, part="telemetry"):
 
 @dataclass(frozen=True)
 class TrackConfig(Settings, part="track"):
-    """metrics.jsonl is always written; wandb on request."""
+    """metrics.jsonl is always written; wandb is optional."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "opsd"
     progress: bool = True
-    """Show a progress bar on a terminal."""
+    """Print the start lines and show progress: a bar on a terminal, lines elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PromptSettings, StepSettings):
     """On-policy distillation of one student from one teacher.
 
-    Beside the flags below: --config FILE.yaml reads settings from a file, over which flags stand; --dump_config prints
-    all settings as such a file and ends; --resume RUN goes on with a run, --resume RUN --steps N past its end.
+    In addition to the flags below: --config FILE.yaml reads settings from a file, which flags override; --dump_config
+    prints all settings as such a file and exits; --resume RUN continues a run, --resume RUN --steps N extends it.
     """
 
     student: str
     """Folder (or hub name) of the student to start from."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: tuple[str, ...] = ()
-    """Several teachers in place of --teacher, as NAME=FOLDER pairs, e.g. math=M code=C; each scores the prompts whose
-    record names it. What --teacher.* says holds for each."""
+    """Several teachers instead of --teacher, as NAME=FOLDER pairs, e.g. math=M code=C; each scores the prompts whose
+    record names it. --teacher.* applies to each of them."""
     teacher_field: str = "domain"
-    """Column that names a prompt's teacher, where there are several."""
+    """Column that names a prompt's teacher if there are several."""
     trust_remote_code: bool = False
-    """Run the code that a model folder brings along (auto_map), of student and teacher; else such a folder is refused.
-    """
+    """Run the code that comes with a model folder (auto_map), for student and teacher; otherwise such a folder is
+    refused."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -467,8 +473,9 @@ class TrainConfig(PromptSettings, StepSettings):
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     health: Literal["warn", "stop", "off"] = "warn"
-    """Watches lengths, truncation, stops, repetition, entropy, loss and reward, and says once, in a line, what goes
-    wrong and which flag helps (docs/stops.md has the bounds). stop: saves there and ends the run; it can be resumed."""
+    """Watch lengths, truncation, end tokens, repetition, entropy, loss and reward, and print once, in one line, what
+    goes wrong and which flag helps (docs/stops.md has the bounds). stop: also save and end the run; it can be resumed.
+    """
 
     def teacher_paths(self) -> dict[str, str]:
         """By name, folder (or hub name) of each teacher's weights, or of those that it starts from; one has no name."""

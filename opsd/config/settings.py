@@ -115,23 +115,23 @@ class LengthSettings(Settings):
     max_prompt_tokens: PositiveInt = 2048
     """Longest prompt accepted, in tokens."""
     max_new_tokens: PositiveInt = 8192
-    """Longest response, in tokens; one that reaches it is truncated: counted as such, and wrong in an evaluation."""
+    """Longest response, in tokens; a longer one is truncated: counted as such, and wrong in an evaluation."""
     stop_tokens: tuple[str, ...] = ()
-    """What ends a response, as the vocabulary spells it, e.g. '<|im_end|>', or as an id. None given: whatever a model
-    ends a turn with by its generation_config, its tokenizer and its chat template; in training either of the two
-    models, and where they differ the loss takes all of these for one token (docs/stops.md)."""
+    """Tokens that end a response, as spelled in the vocabulary, e.g. '<|im_end|>', or as ids. By default those with
+    which the model ends a turn according to its generation_config, tokenizer and chat template; in training those of
+    either model, and if the two models' differ the loss merges them into one token (docs/stops.md)."""
 
 
 @dataclass(frozen=True)
 class SamplingSettings(Settings):
-    """How a response is drawn. Stated, never inherited from training or from a model's generation_config."""
+    """How a response is sampled. Set here, never inherited from training or from a model's generation_config."""
 
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 1.0 samples from the distribution that is trained, 0 is greedy."""
     top_p: Fraction = 1.0
-    """Nucleus mass; 1.0 is off."""
+    """Nucleus sampling mass; 1.0 is off."""
     top_k: NonNegativeInt = 0
-    """Most likely tokens sampled from; 0 is off."""
+    """Sample only from this many most likely tokens; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,14 @@ class EvaluationSettings(SamplingSettings):
     samples: PositiveInt = 4
     """Responses per problem (the k of mean@k); 16 in the paper."""
     generate_batch: PositiveInt = 64
-    """Responses generated side by side; `opsd eval` also grades and saves so many together."""
+    """Responses generated in one batch; `opsd eval` also grades and saves this many together."""
     limit: PositiveInt | None = None
-    """Only the first so many problems of each suite."""
+    """Use only the first N problems of each suite."""
     grader: str = "math"
     """math: math-verify on the last boxed or final answer. suffix: the response ends with the gold answer.
     Or module:function(response, gold) -> bool."""
     seed: int = 1234
-    """Sampling seed of evaluations, apart from a run's: cells of a table share it."""
+    """Sampling seed of evaluations, separate from the run's seed: all cells of a table share it."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ class PromptSettings(Settings):
     """How records of prompt files become token ids."""
 
     prompt_format: Literal["chat", "raw"] = "chat"
-    """chat applies the tokenizer's template; raw encodes the prompt as it stands."""
+    """chat applies the tokenizer's chat template; raw encodes the prompt as it is."""
     thinking: Literal["on", "off"] = "off"
     """Thinking mode of the chat template, the same for student and teacher."""
     prompt_field: str = "prompt"
     """Column that holds the prompt (a string or a list of chat messages)."""
     answer_field: str = "answer"
-    """Column that holds the gold answer, where there is one."""
+    """Column that holds the gold answer, if there is one."""
 
     def check(self) -> None:
         if self.thinking == "on" and self.prompt_format == "raw":
@@ -174,8 +174,8 @@ class StepSettings(Settings):
     """What is trained on, and how long."""
 
     prompts: str
-    """Training prompts: a .jsonl or .parquet file, or a data set of the hub as hub:OWNER/NAME:SPLIT or
-    hub:OWNER/NAME:CONFIG:SPLIT; config.json then holds its commit."""
+    """Training prompts: a .jsonl or .parquet file, or a dataset on the hub as hub:OWNER/NAME:SPLIT or
+    hub:OWNER/NAME:CONFIG:SPLIT; config.json then records its commit."""
     out: str
     """Folder to write to; a run's must be new or empty."""
     steps: PositiveInt = 100
@@ -183,4 +183,4 @@ class StepSettings(Settings):
     prompts_per_step: PositiveInt = 8
     """Prompts per optimiser step."""
     seed: int = 0
-    """Decides prompt order, sampling and random selection; the same seed gives the same run."""
+    """Determines prompt order, sampling and random selection; the same seed gives the same run."""

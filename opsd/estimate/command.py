@@ -49,25 +49,25 @@ _ANY_RUN = TrainConfig(student=MISSING, teacher=TeacherConfig(model=MISSING), pr
 
 @dataclass(frozen=True)
 class PlanConfig(Settings):
-    """Estimate a training run's memory and time; takes the flags of `opsd train` and these. Loads no weights."""
+    """Estimate a training run's memory and time. Takes the flags of `opsd train` and those below. Loads no weights."""
 
     run: Annotated[TrainConfig, arg(name="")] = _ANY_RUN
     gpus: PositiveInt = 1
     """Ranks, one per GPU."""
     hardware: Literal["this", "cpu", "h200", "h100", "a100", "a100-40", "b200", "l40s", "rtx4090"] = "this"
-    """What each rank runs on. this: the GPU of this machine, or its CPU where it has none (cpu: in any case); its
-    rates are measured, in about half a second. A GPU's name: what its data sheet says."""
+    """What each rank runs on. this: this machine's GPU, or its CPU if it has none; cpu: its CPU. Their rates are
+    measured, in about half a second. A GPU's name: as in its data sheet."""
     gpu_gib: PositiveFloat | None = None
-    """Memory per rank in GiB, in place of what the hardware has."""
+    """Memory per rank in GiB; overrides the hardware's."""
     tflops: PositiveFloat | None = None
-    """Dense bf16 TFLOP/s of a GPU, in place of the data sheet's; 0.4 of it are assumed to be reached."""
+    """Dense bf16 TFLOP/s of a GPU; overrides the data sheet. A step is assumed to reach 0.4 of it."""
     bandwidth_gbs: PositiveFloat | None = None
-    """Memory bandwidth of a GPU in GB/s, in place of the data sheet's; 0.6 of it are assumed to be reached."""
+    """Memory bandwidth of a GPU in GB/s; overrides the data sheet. A step is assumed to reach 0.6 of it."""
     attention: Literal["sdpa", "flash"] = "flash"
-    """flash: of variable length, which the trainer takes on CUDA under bfloat16. sdpa: GPUs before Ampere, or a model
-    that torch's kernel does not fit."""
+    """flash: variable-length attention, which the trainer uses on CUDA with bfloat16. sdpa: for GPUs before Ampere, or
+    a model that torch's kernel does not support."""
     brief: bool = False
-    """Print the phases' sums and the verdict alone."""
+    """Print only the phases' sums and the verdict."""
     json: bool = False
     """Print one JSON object."""
 

@@ -35,29 +35,32 @@ from opsd.utils.seeding import derive_seed
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand(PromptSettings, EvaluationSettings, LengthSettings):
-    """Evaluate a model on suites of problems: FILE.json, FILE.md (a table), FILE.records.jsonl (every problem)."""
+    """Evaluate a model on suites of problems. Writes FILE.json, FILE.md (a table) and FILE.records.jsonl (every
+    problem)."""
 
     model: str
     """Folder (or hub name) of the model."""
     suite: tuple[str, ...]
-    """NAME=FILE pairs, e.g. math500=data/math500.jsonl aime24=data/aime24.jsonl. A suite is evaluated whole: a problem
-    over max_prompt_tokens is an error."""
+    """NAME=FILE pairs, e.g. math500=data/math500.jsonl aime24=data/aime24.jsonl. Suites are evaluated completely: a
+    problem above max_prompt_tokens is an error."""
     out: str
-    """The result, FILE.json; table and records go beside it. The same command again goes on where it was."""
+    """Result file, FILE.json; the table and the records are written next to it. The same command continues an
+    interrupted evaluation."""
     trust_remote_code: bool = False
-    """Run the code that the model folder brings along (auto_map); else such a folder is refused."""
+    """Run the code that comes with the model folder (auto_map); otherwise such a folder is refused."""
     engine: Literal["hf", "vllm"] = "hf"
-    """hf: transformers generate. vllm: faster, where it is installed."""
+    """hf: transformers generates. vllm: faster, if it is installed."""
     gpu_memory_share: ProperFraction = 0.9
-    """vllm: fraction of the GPU's memory that it may take."""
+    """vllm: fraction of the GPU's memory that it may use."""
     tensor_parallel: PositiveInt = 1
-    """vllm: ranks that share one sampler's weights. Started by a launcher, all samplers share the responses out."""
+    """vllm: ranks that share one sampler's weights. With several samplers (started by a launcher), they split the
+    responses."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights; auto is what the model's config.json says."""
+    """Dtype of the weights; auto: as in the model's config.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where it is available."""
+    """auto: CUDA if available, else the CPU."""
     save_responses: bool = False
-    """Keep the responses' texts in the records."""
+    """Store the responses' texts in the records."""
     progress: bool = True
     """Show a progress bar on a terminal."""
 

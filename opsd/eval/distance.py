@@ -45,31 +45,31 @@ TOKEN_MEASURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class DistanceCommand(PromptSettings, EvaluationSettings, LengthSettings):
-    """A model's exact divergence from its teacher on held-out prompts: FILE.json, with a number for each prompt."""
+    """A model's exact divergence from its teacher on held-out prompts. Writes FILE.json, with a value per prompt."""
 
     model: str
     """Folder (or hub name) of the model."""
     teacher: str
-    """Folder (or hub name) of the teacher; it shares the model's vocabulary."""
+    """Folder (or hub name) of the teacher; it must share the model's vocabulary."""
     prompts: str
-    """Held-out prompts: .jsonl or .parquet. Where all have gold answers, the model's own answers are graded."""
+    """Held-out prompts: .jsonl or .parquet. If all have gold answers, the model's own answers are graded."""
     out: str
-    """The result, FILE.json."""
+    """Result file, FILE.json."""
     samples: PositiveInt = 1
-    """Answers per prompt, of the model and of the teacher."""
+    """Answers per prompt, from the model and from the teacher."""
     generate_batch: PositiveInt = 64
-    """Answers generated side by side."""
+    """Answers generated in one batch."""
     teacher_answers: str | None = None
-    """File that keeps the teacher's answers: made where it is not there, read where it is, so that all models of a
-    comparison are measured on the same ones. None makes them anew."""
+    """File with the teacher's answers, created if missing and read if present, so that all models of a comparison are
+    measured on the same ones. None generates them anew."""
     micro_batch_tokens: PositiveInt = 4096
-    """Most tokens (prompt and answer) in one forward pass."""
+    """Maximum number of tokens (prompt and answer) in one forward pass."""
     trust_remote_code: bool = False
-    """Run the code that a model folder brings along (auto_map); else such a folder is refused."""
+    """Run the code that comes with a model folder (auto_map); otherwise such a folder is refused."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of both models' weights and products."""
+    """Dtype of both models' weights and matrix products."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where it is available."""
+    """auto: CUDA if available, else the CPU."""
 
 
 def measure_distance(config: DistanceCommand) -> dict[str, Any]:

@@ -17,16 +17,16 @@ from opsd.utils.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class PushConfig(Settings):
-    """Upload a run's newest checkpoint to the hub: weights, tokenizer and model card, not the optimiser's state."""
+    """Upload a run's newest checkpoint to the hub: weights, tokenizer and model card, without the optimiser state."""
 
     run: Positional[Path]
     """Run folder."""
     name: Positional[str]
-    """Repository, OWNER/NAME; it is made where it is not there."""
+    """Repository, OWNER/NAME; it is created if it does not exist."""
     private: bool = True
-    """Whether a repository that is made is private."""
+    """Whether a newly created repository is private."""
     message: str = ""
-    """Of the commit; empty names the run and the step."""
+    """Commit message; empty: the run's name and the step."""
 
 
 def push(config: PushConfig) -> str:

@@ -16,7 +16,8 @@ from opsd.viewer.page import data_page
 
 @dataclass(frozen=True)
 class InspectConfig(Settings):
-    """A step's rollouts as coloured text: entropy, divergence, quadrant, kept; one HTML file, no network."""
+    """Show a step's rollouts as coloured text (entropy, divergence, quadrant, kept), in one HTML file that needs no
+    network."""
 
     run: Positional[Path]
     """Run folder; its tokens/ must hold a record (train with --telemetry.save_tokens True)."""
@@ -25,9 +26,10 @@ class InspectConfig(Settings):
     out: Path | None = None
     """File to write; RUN/inspect_step_N.html by default."""
     rollouts: PositiveInt = 200
-    """Most rollouts shown."""
+    """Maximum number of rollouts shown."""
     tokens: PositiveInt = 200_000
-    """Most tokens shown; whole rollouts are left out past it, and the page says how many. 10,000 are about 1.5 MB."""
+    """Maximum number of tokens shown; beyond it whole rollouts are left out, and the page says how many. 10,000 tokens
+    take about 1.5 MB."""
 
 
 def inspect(config: InspectConfig) -> Path:

@@ -16,7 +16,7 @@ from opsd.utils.errors import UserError
 from reporting.results import Results
 from reporting.stats import Estimate
 
-HOLDS, FAILS, OPEN, MISSING = "reproduced", "not reproduced", "cannot be told", "not run"
+HOLDS, FAILS, OPEN, MISSING = "reproduced", "not reproduced", "inconclusive", "not run"
 EXPECTED = ("above", "below", "not_below", "not_above")
 
 

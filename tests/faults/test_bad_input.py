@@ -371,9 +371,9 @@ def listing(place: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "bad input through the command line: models, prompt files, suites, flags, selectors, graders, tasks, damaged runs, "
-    "plans",
-    "exit code 2, one line on stderr with what came and what to do, no traceback, nothing written",
+    "bad input through the command line: models, prompt files, suites, flags, selectors, graders, tasks, damaged "
+    "runs, plans",
+    "exit code 2; one line on stderr with the value received and the fix; no traceback; nothing written",
 )
 @pytest.mark.parametrize(("args", "said"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_bad_input_ends_in_one_line(args, said, place, monkeypatch, capfd):
@@ -432,7 +432,7 @@ OF_TABLES = ("PAIRS", "CELLS", "SEEDS")
 
 @pytest.mark.fault(
     "bad variables to every recipe: SCALE, PAIRS, CELLS, SEEDS, STEPS, NUM_GPUS, a command in a number, nothing at all",
-    "exit code 2, one line with what came and what to give, no program started, nothing written",
+    "exit code 2, one line with the value received and the fix, no program started, nothing written",
 )
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_bad_variables_stop_a_recipe_in_one_line(recipe, tmp_path):

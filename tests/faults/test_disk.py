@@ -86,7 +86,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 @pytest.mark.e2e
 @pytest.mark.fault(
     "`opsd eval` cannot write its records, or its result (RLIMIT_FSIZE); then the same command without the limit",
-    "exit 2 with one line that names the file; the old files are whole; the end is the undisturbed evaluation's",
+    "exit 2 with one line that names the file; the old files are intact; the result equals the undisturbed "
+    "evaluation's",
 )
 @pytest.mark.parametrize("lacks", ["scores.records.jsonl", "scores.json"])
 def test_an_evaluation_that_does_not_fit(lacks, tmp_path, monkeypatch, capsys):
@@ -135,9 +136,9 @@ def disk(tmp_path) -> Iterator[tuple[Path, Callable[[str], None]]]:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "a file system that is full, at several sizes, so that one file or another is the first that lacks room; then "
-    "`--resume` with more room",
-    "one line names the file; what was saved is whole; the resumed run ends like the undisturbed one, to the bit",
+    "a full file system, at several sizes, so that a different file is the first to run out of space; then "
+    "`--resume` with more space",
+    "one line names the file; what was saved is intact; the resumed run matches the undisturbed one bit for bit",
 )
 def test_a_full_file_system(whole, disk, seen):
     place, remount = disk
@@ -158,8 +159,8 @@ def test_a_full_file_system(whole, disk, seen):
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "the file system of a run became read-only, as Linux makes one whose disk fails; then it is mended",
-    "`--resume` gives one line with the cause; the next one ends like the undisturbed run, to the bit",
+    "the run's file system becomes read-only, as Linux does when a disk fails; then it is repaired",
+    "`--resume` gives one line with the cause; the next resume matches the undisturbed run bit for bit",
 )
 def test_a_file_system_that_became_read_only(whole, unfinished, disk):
     place, remount = disk
@@ -176,8 +177,8 @@ def test_a_file_system_that_became_read_only(whole, unfinished, disk):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "a folder that may not be written to (mode 0555): around `--out`; of a run that is to be resumed",
-    "exit 2 with one line, before anything is trained; exit 1 with one line, and all as it was",
+    "a folder without write permission (mode 0555): the parent of `--out`; a run folder to be resumed",
+    "exit 2 with one line, before anything is trained; exit 1 with one line, nothing changed",
 )
 def test_a_folder_that_may_not_be_written_to(whole, unfinished, tmp_path):
     # Modes do not bind root, unless it is without its capabilities.
@@ -228,9 +229,10 @@ def check_that_the_one_before_is_taken(run: Path, whole: Path, said: str, told: 
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "a byte flipped, a file cut in half or gone, in the newest checkpoint's weights, model configuration, optimiser "
-    "state and trainer state; then `--resume`",
-    "the file is named, the checkpoint put aside, the one before taken; the end is the undisturbed run's, to the bit",
+    "a byte flipped, or a file cut in half or removed, in the newest checkpoint's weights, model configuration, "
+    "optimiser state and trainer state; then `--resume`",
+    "the file is named, the checkpoint set aside and the previous one used; the result matches the undisturbed "
+    "run bit for bit",
 )
 @pytest.mark.parametrize(
     ("damage", "file"),
@@ -250,7 +252,7 @@ def test_a_damaged_checkpoint(whole, unfinished, capsys, damage, file):
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "the newest checkpoint's list of checksums is gone, cut, of another kind or no text; then `--resume`",
+    "the newest checkpoint's list of checksums is missing, cut short, of another kind or not text; then `--resume`",
     "what cannot be checked is not trusted: as above",
 )
 @pytest.mark.parametrize(
@@ -274,8 +276,9 @@ def test_damaged_checksums(whole, unfinished, capsys, content, said):
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "the last line of metrics.jsonl is cut, its evaluation and token record are gone or cut; then `--resume`",
-    "the step is trained again where its records are lost: the undisturbed run's, to the bit",
+    "the last line of metrics.jsonl is cut short, its evaluation and token record are missing or cut short; then "
+    "`--resume`",
+    "the step is trained again if its records are lost; the result matches the undisturbed run bit for bit",
 )
 def test_damaged_records(whole, unfinished):
     shutil.rmtree(unfinished / "checkpoints" / "step_2")
@@ -289,8 +292,8 @@ def test_damaged_records(whole, unfinished):
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "every checkpoint is damaged, or the folder of checkpoints is gone; then `--resume`, twice",
-    "exit 2 with a line that names all of them: never starts again unasked",
+    "every checkpoint is damaged, or the checkpoints folder is missing; then `--resume`, twice",
+    "exit 2 with a line that names all of them; the run never starts over unasked",
 )
 def test_all_checkpoints_lost(unfinished):
     for step in (1, 2):
@@ -341,8 +344,8 @@ def put_and_die(folder: Path, step: int, model: torch.nn.Module, change: int) ->
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "kill -9 while the only checkpoint (`--checkpoint.keep 1`) is replaced, before every change of a name or folder",
-    "the old one or the new one is there, whole: none is gone before its successor is complete",
+    "kill -9 while the only checkpoint (`--checkpoint.keep 1`) is replaced, before every rename and removal",
+    "the old or the new one is there, intact: none is removed before its successor is complete",
 )
 def test_none_is_gone_before_its_successor_is_complete(tmp_path, seen):
     model, found, lived = tiny_model(True, 0), [], False

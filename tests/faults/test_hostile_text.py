@@ -108,9 +108,11 @@ ANSWERS = (
 
 
 @pytest.mark.fault(
-    "the math grader gets code in 41 costumes (Python, LaTeX, shell, templates, YAML, pickles), numbers, powers of "
-    "powers, brackets 10,000 deep, odd characters and megabytes: as text, answer and gold; then 150 drawn mixtures",
-    "right or wrong, never an error; nothing runs; at most four questions to the grading process, each with its limit",
+    "the math grader gets code in 41 guises (Python, LaTeX, shell, templates, YAML, pickles), numbers, towers of "
+    "powers, brackets 10,000 deep, odd characters and megabytes, as text, answer and gold answer; then 150 "
+    "random mixtures",
+    "right or wrong, never an error; nothing runs; at most four requests to the grading process, each with its "
+    "time limit",
 )
 @pytest.mark.parametrize(
     "kind", [pytest.param("corpus", marks=pytest.mark.slow), pytest.param("drawn", marks=pytest.mark.e2e)]
@@ -155,9 +157,8 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "the same code to the grading process, and a call in each of 26 places of LaTeX, with Python's audit hook as a "
-    "witness",
-    "no process, socket, pickle or file; what sympy compiles holds none of it",
+    "the same code to the grading process, and a call in each of 26 LaTeX positions, watched by Python's audit hook",
+    "no process, socket, pickle or file; what sympy compiles contains none of it",
 )
 def test_sympy_compiles_nothing_that_a_model_wrote():
     texts = [*CODE, *(place % CANARY for place in PLACES)]
@@ -213,7 +214,7 @@ LINES = (
 
 
 @pytest.mark.fault(
-    "a plan that holds the corpus in each of its places, and 150 drawn ones",
+    "a plan with these texts in each of its fields, and 150 random ones",
     "a score from 0 to 1, never an error; Python opens, imports, compiles and starts nothing",
 )
 @pytest.mark.parametrize("kind", ["corpus", "drawn"])
@@ -233,9 +234,9 @@ PARTS = (
 
 
 @pytest.mark.fault(
-    "a tool call that holds the corpus as name, arguments, key or JSON: dunder names, paths, 1e999, NaN, brackets "
-    "10,000 deep, 5,000 digits; and 150 drawn ones",
-    "a line for the model, never an error; Python opens, imports, compiles and starts nothing",
+    "a tool call with these texts as name, arguments, key or JSON: dunder names, paths, 1e999, NaN, brackets "
+    "10,000 deep, 5,000 digits; and 150 random ones",
+    "a line of feedback for the model, never an error; Python opens, imports, compiles and starts nothing",
 )
 @pytest.mark.parametrize("kind", ["corpus", "drawn"])
 def test_a_tool_call_is_answered_whatever_it_holds(kind):
@@ -260,9 +261,9 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.fault(
-    "a tool's answer repeats what the model named: half a surrogate pair, control tokens, NULs, code; 4,000 calls in a "
-    "turn",
-    "the episode goes on; no control token comes back; the chat template's code sees text",
+    "a tool's answer repeats the model's text: half a surrogate pair, control tokens, NULs, code; 4,000 calls in "
+    "a turn",
+    "the episode continues; no control token comes back; the chat template sees plain text",
 )
 def test_an_answer_that_repeats_the_corpus_is_plain_text():
     tokenizer = chat_tokenizer()
@@ -292,8 +293,8 @@ FILLINGS = [
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "1,650 texts of 20,000 signs that make a regular expression look at every part of a text again and again",
-    "each reader takes time in proportion to the text",
+    "1,650 texts of 20,000 characters that are built to make regular expressions backtrack",
+    "each parser's time grows in proportion to the text",
 )
 def test_no_pattern_takes_the_square_of_a_text(monkeypatch, seen):
     monkeypatch.setattr(math_verify_process.WORKER, "equal", lambda *_, **__: False)
@@ -364,9 +365,9 @@ def hostile_token_run(folder: Path) -> Path:
 @pytest.mark.e2e
 @pytest.mark.skipif(binary() is None, reason="needs Chromium or Chrome, e.g. apt-get install chromium")
 @pytest.mark.fault(
-    'rollouts, answers, rules, suites, models and run folders named `<script>…`, `"><img onerror=…>`, `</title>`: the '
-    "token viewer and the report in headless Chromium",
-    "shown as text; no script of theirs runs, no image is asked for, nothing is complained of",
+    'rollouts, answers, rules, suites, models and run folders named `<script>…`, `"><img onerror=…>`, '
+    "`</title>`: the token viewer and the report in headless Chromium",
+    "shown as text; no script of theirs runs, no image is requested, nothing is reported in the console",
 )
 def test_pages_show_hostile_names_as_text(tmp_path):
     report_script.main(hostile_runs(tmp_path), "table5", tmp_path / "out")
@@ -385,9 +386,9 @@ def test_pages_show_hostile_names_as_text(tmp_path):
 
 
 @pytest.mark.fault(
-    "the same names, and some with `|`, backticks, `[/bold]` and `$`, in the report's Markdown, pictures and on the "
-    "terminal",
-    "each is shown as it is: no HTML, no cell too many, no formula, no mark-up",
+    "the same names, and some with `|`, backticks, `[/bold]` and `$`, in the report's Markdown, pictures and on "
+    "the terminal",
+    "each is shown literally: no HTML, no extra cell, no formula, no mark-up",
 )
 def test_markdown_and_terminal_show_hostile_names_as_they_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")

@@ -15,7 +15,9 @@ STAGES = ["rollout", "scoring", "backward", "weight sync", "checkpoint", "evalua
 EXIT = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGSTOP: -9}
 ALONE, TWO = 1, 2
 WAIT_S = 5
-SAME = "resumed, metrics, masks, rollouts, evaluations, weights and optimiser are the undisturbed run's, to the bit"
+SAME = (
+    "after resuming, metrics, masks, rollouts, evaluations, weights and optimiser match the undisturbed run bit for bit"
+)
 
 
 def live(
@@ -69,7 +71,7 @@ def check(folder: Path, ranks: int, number: signal.Signals, struck: list[dict]) 
     assert any(life["codes"][0] for life in struck)
     return (
         f"{len(struck)} moments ({', '.join(f'{stage} {count}' for stage, count in stages.items())}); "
-        f"all processes had ended {slowest_s:.1f} s after the signal at the latest"
+        f"all processes had ended within {slowest_s:.1f} s of the signal"
     )
 
 
@@ -99,7 +101,7 @@ def test_interrupt_alone(tmp_path, seen):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "kill -9 of one of two ranks at random moments (DeepSpeed over gloo, nobody else to end the other)",
+    "kill -9 of one of two ranks at random moments (DeepSpeed over gloo, no launcher to end the other)",
     f"the other ends too, with one line; {SAME}",
 )
 def test_kill_one_of_two(tmp_path, seen):
@@ -126,7 +128,7 @@ def test_interrupt_one_of_two(tmp_path, seen):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    f"one of two ranks freezes at random moments (SIGSTOP), `--engine.wait_s {WAIT_S}`, nobody else to end anything",
+    f"one of two ranks freezes at random moments (SIGSTOP), `--engine.wait_s {WAIT_S}`, no launcher to end anything",
     f"the other waits {WAIT_S} s and ends with one line; {SAME}",
 )
 def test_freeze_one_of_two(tmp_path, seen):
@@ -138,7 +140,10 @@ def test_freeze_one_of_two(tmp_path, seen):
 
 
 @pytest.mark.e2e
-@pytest.mark.fault("SIGTERM in a step whose checkpoint is not due, one process", "that step is saved and gone on from")
+@pytest.mark.fault(
+    "SIGTERM in a step whose checkpoint is not due, one process",
+    "that step is saved, and the resumed run continues from it",
+)
 def test_terminate_saves_a_step_that_was_not_due(tmp_path):
     (life,) = struck = live(tmp_path, ALONE, signal.SIGTERM, ["backward"], itself=True)
     check(tmp_path, ALONE, signal.SIGTERM, struck)

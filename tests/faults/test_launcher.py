@@ -89,8 +89,8 @@ def whole(settings, tmp_path_factory) -> Path:
 
 
 @pytest.mark.fault(
-    "kill -9 of one of torchrun's two ranks at a random moment; resumed and struck again, four times in all",
-    "torchrun ends within a minute, no process is left; the end is the undisturbed run's, to the bit",
+    "kill -9 of one of torchrun's two ranks at a random moment; resumed and killed again, four times in all",
+    "torchrun ends within a minute, no process is left; the result matches the undisturbed run bit for bit",
 )
 def test_ranks_of_a_launcher_that_are_killed(settings, whole, tmp_path, seen):
     run, draw, slowest_s = tmp_path / "run", random.Random(0), 0.0
@@ -105,12 +105,12 @@ def test_ranks_of_a_launcher_that_are_killed(settings, whole, tmp_path, seen):
         args = ["--resume", run]
     to_its_end(*args)
     assert_same(run, whole)
-    seen(f"all processes had ended {slowest_s:.1f} s after the kill at the latest")
+    seen(f"all processes had ended within {slowest_s:.1f} s of the kill")
 
 
 @pytest.mark.fault(
     "SIGTERM to torchrun itself, as Slurm sends it; then `--resume`",
-    "both ranks save and stop, one line says where; the end is the undisturbed run's, to the bit",
+    "both ranks save and stop, one line says where; the result matches the undisturbed run bit for bit",
 )
 def test_a_launcher_that_is_told_to_stop(settings, whole, tmp_path, seen):
     run = tmp_path / "run"
@@ -120,4 +120,4 @@ def test_a_launcher_that_is_told_to_stop(settings, whole, tmp_path, seen):
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step}"]
     to_its_end("--resume", run)
     assert_same(run, whole)
-    seen(f"all processes had ended {took_s:.1f} s after the signal")
+    seen(f"all processes had ended within {took_s:.1f} s of the signal")

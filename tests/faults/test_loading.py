@@ -89,8 +89,8 @@ def faults_in(source: str, file: str) -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.fault(
     "a walk over every call in opsd/, tip_patch/, scripts/ and examples/",
-    "no pickle, no eval, no shell; `torch.load` only with weights_only; weights in safetensors; remote code stated at "
-    "every load, and never on by itself",
+    "no pickle, no eval, no shell; `torch.load` only with weights_only; weights in safetensors; remote code is "
+    "set explicitly at every load, and never on by default",
 )
 def test_no_call_loads_what_could_run(seen):
     files = [file for part in ("opsd", "tip_patch", "scripts", "examples") for file in (ROOT / part).rglob("*.py")]
@@ -182,9 +182,10 @@ def bring(folder: Path, files: dict) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "a model folder with code (auto_map, a kernel of the hub, custom_generate, a chat template) or pickles (torch "
-    "weights alone, beside, behind an index, under a wrong name, as an adapter) that write a marker, to train and eval",
-    "refused in one line with exit code 2, or left alone; the marker is never there",
+    "a model folder with code (auto_map, a kernel of the hub, custom_generate, a chat template) or pickles "
+    "(torch weights alone, next to safetensors, through an index, under a wrong name, as an adapter) that would "
+    "write a marker, given to train and eval",
+    "refused in one line with exit code 2, or ignored; the marker is never written",
 )
 @pytest.mark.parametrize("what", FOLDERS)
 def test_nothing_that_a_folder_brings_is_run(what, pair, tmp_path, monkeypatch, capfd):
@@ -215,7 +216,10 @@ def test_nothing_that_a_folder_brings_is_run(what, pair, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.fault("a folder's own code with `--trust_remote_code True`", "it runs: the flag is what keeps it off")
+@pytest.mark.fault(
+    "a folder's own code with `--trust_remote_code True`",
+    "it runs, so it is the flag that blocks it",
+)
 def test_the_flag_lets_a_folders_code_run(pair, tmp_path, monkeypatch):
     place = Path(pair["prompts"]).parent
     shutil.copytree(place / "student", tmp_path / "model")
@@ -270,9 +274,10 @@ def leaks(*places: Path) -> list[str]:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "keys in WANDB_API_KEY, HF_TOKEN, VLLM_API_KEY and the variable of `--teacher.api_key_env`, wandb offline: a run "
-    "that ends, one whose teacher answers 401 and repeats the key, one with a password in the address",
-    "the key reaches the teacher; no file of the run, of wandb or of the home folder, no line and no error holds one",
+    "keys in WANDB_API_KEY, HF_TOKEN, VLLM_API_KEY and the variable of `--teacher.api_key_env`, wandb offline: a "
+    "run that finishes, one whose teacher answers 401 and repeats the key, one with a password in the URL",
+    "the key reaches the teacher; no file of the run, of wandb or of the home folder, no line and no error "
+    "contains one",
 )
 def test_no_key_is_written_or_said(tmp_path, monkeypatch, capfd):
     (tmp_path / "home").mkdir()

@@ -77,8 +77,8 @@ class Fails:
 
 
 @pytest.mark.fault(
-    "memory runs out in the loss, before or behind any of its products, in the first, a middle or several chunks",
-    "half of the rows in a chunk from then on; loss and gradients are those of the smaller chunk, to the bit",
+    "memory runs out in the loss, before or after any of its products, in the first, a middle or several chunks",
+    "chunks have half as many rows from then on; loss and gradients equal those of the smaller chunk bit for bit",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["project_", "gradients_"])
@@ -101,8 +101,8 @@ def test_a_halved_chunk_counts_nothing_twice(monkeypatch, dtype, name, behind, c
 
 
 @pytest.mark.fault(
-    "memory runs out while logits are held for the choice and the loss, or in the loss that reads them",
-    "the pass goes on chunk by chunk, to the same loss and gradients",
+    "memory runs out while logits are kept for selection and the loss, or in the loss that reads them",
+    "the pass continues chunk by chunk, with the same loss and gradients",
 )
 @pytest.mark.parametrize(("owner", "name", "calls"), [(Workspace, "allocate", {1}), (Projection, "gradients_", {1})])
 def test_held_logits_that_do_not_fit_are_done_without(monkeypatch, owner, name, calls):
@@ -125,7 +125,7 @@ def test_held_logits_that_do_not_fit_are_done_without(monkeypatch, owner, name, 
 
 @pytest.mark.fault(
     "memory runs out while tokens are scored, or while the likeliest tokens are recorded",
-    "the same statistics with half of the rows in a chunk",
+    "the same statistics, with half as many rows per chunk",
 )
 def test_scores_with_a_halved_chunk_are_the_same(monkeypatch):
     tensors = [tensor.detach() for tensor in case()[0]]
@@ -147,7 +147,7 @@ def test_scores_with_a_halved_chunk_are_the_same(monkeypatch):
 
 @pytest.mark.fault(
     "memory runs out on a single row of the loss; an error that is not about memory",
-    "it is raised, never swallowed, and not tried for ever",
+    "it is raised, never swallowed, and not retried for ever",
 )
 def test_what_halving_cannot_help_is_raised(monkeypatch):
     tensors, more = case()
@@ -162,7 +162,8 @@ def test_what_halving_cannot_help_is_raised(monkeypatch):
 
 
 @pytest.mark.fault(
-    "every form in which torch and Python say that memory ran out", "one function knows them all, and nothing else"
+    "every form in which torch and Python report that memory ran out",
+    "one function recognises them all, and nothing else",
 )
 def test_out_of_memory_is_known_in_every_form():
     assert all(is_out_of_memory(error) for error in SAYINGS)
@@ -192,7 +193,7 @@ def values(tmp_path_factory) -> dict:
 @pytest.mark.e2e
 @pytest.mark.fault(
     "memory runs out in the rollout, the teacher, the student, the optimiser, the evaluation or the checkpoint",
-    "one line names the part and the flag that helps; exit code 1; what was saved is sound",
+    "one line names the part and the flag that helps; exit code 1; what was saved is intact",
 )
 @pytest.mark.parametrize(
     ("owner", "name", "call", "part", "flag"),
@@ -218,7 +219,7 @@ def test_out_of_memory_names_the_part_and_the_flag(values, tmp_path, monkeypatch
 @pytest.mark.e2e
 @pytest.mark.fault(
     "memory runs out in the loss of step 2 of a run",
-    "the run ends; `loss/chunk_halvings` is 1 in step 2 and 0 elsewhere",
+    "the run finishes; `loss/chunk_halvings` is 1 in step 2 and 0 elsewhere",
 )
 def test_a_run_counts_its_halvings_and_goes_on(values, tmp_path, monkeypatch):
     run, seen = tmp_path / "run", []
@@ -269,7 +270,7 @@ print(bound.tokens, bound.halvings, *(abs(a - b) / abs(b) for a, b in zip(found,
 @pytest.mark.e2e
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc are Linux's")
 @pytest.mark.fault(
-    "a real limit of address space (RLIMIT_AS), with room for a part of the loss's logits only",
+    "a real address-space limit (RLIMIT_AS), with room for only part of the loss's logits",
     "the chunk is halved until it fits; loss and gradients as without a limit",
 )
 def test_a_real_limit_halves_the_chunk_until_it_fits(seen):

@@ -69,7 +69,7 @@ def moments_at(run: Path, step: int) -> bytes:
 
 @pytest.mark.fault(
     "the teacher gives NaN, inf or −inf in one state of step 2, `--optim.on_nonfinite skip`",
-    "step 2 is left out and counted, its rollouts are kept, weights and optimiser stay; the run ends",
+    "step 2 is skipped and counted, its rollouts are saved, weights and optimiser do not change; the run finishes",
 )
 @pytest.mark.parametrize(
     "by", [math.nan, pytest.param(math.inf, marks=pytest.mark.e2e), pytest.param(-math.inf, marks=pytest.mark.e2e)]
@@ -92,7 +92,7 @@ def test_a_skipped_step_moves_nothing_and_is_counted(values, spoil, tmp_path, by
 @pytest.mark.e2e
 @pytest.mark.fault(
     "the teacher gives NaN in steps 2, 3 and 4, `--optim.max_skipped_steps 2`; then `--resume`",
-    "stops in step 4 with one line, also where the first skips were before the resume",
+    "stops in step 4 with one line, also if the first skips were before the resume",
 )
 def test_too_many_skips_in_a_row_stop_the_run_and_a_resume_remembers_them(values, spoil, tmp_path):
     run = tmp_path / "run"
@@ -114,7 +114,7 @@ def test_too_many_skips_in_a_row_stop_the_run_and_a_resume_remembers_them(values
 @pytest.mark.e2e
 @pytest.mark.fault(
     "the teacher gives NaN in step 2, `--optim.on_nonfinite stop` (the default)",
-    "stops with one line and the step's rollouts; a resume ends like a run that nothing stopped",
+    "stops with one line and the step's rollouts; a resumed run ends like an undisturbed one",
 )
 def test_a_stopped_run_goes_on_to_the_same_numbers(values, spoil, tmp_path):
     stops = {**values, "optim": {"lr": 1e-2}}
@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(values, spoil, tmp_path):
 @pytest.mark.e2e
 @pytest.mark.fault(
     "every response of step 2 is empty; every response is one token; every response hits the limit",
-    "the empty step is skipped and counted, the others train as usual and say so",
+    "the empty step is skipped and counted, the others train as usual, and their metrics show it",
 )
 @pytest.mark.parametrize("length", [0, 1, 5])
 def test_empty_short_and_cut_off_responses(values, tmp_path, monkeypatch, length):
@@ -180,9 +180,9 @@ def of_two_ranks(tmp_path_factory) -> dict:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "two ranks under DeepSpeed; the loss, the gradient or the teacher is not finite on the second alone, or no rank "
-    "has a token: before each of two good steps",
-    "both ranks skip; weights and optimiser state equal to the bit those of a run without the bad steps",
+    "two ranks under DeepSpeed; the loss, the gradient or the teacher is not finite on the second rank only, or "
+    "no rank has a token, before each of two good steps",
+    "both ranks skip; weights and optimiser state equal those of a run without the bad steps bit for bit",
 )
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero2, offloaded", "zero3, bfloat16"])
 def test_every_rank_skips_and_no_shard_moves(of_two_ranks, engine):

@@ -57,7 +57,10 @@ def test_every_fault_is_one_line_and_leaves_no_process(does, line, monkeypatch):
     assert sampler._process.poll() is not None
 
 
-@pytest.mark.fault("a sampler process takes no weights: the line to it is full", "one line, in time")
+@pytest.mark.fault(
+    "a sampler process takes no weights: its socket is full",
+    "one line, in time",
+)
 def test_one_that_takes_no_weights_is_ended_too(monkeypatch):
     sampler = start_sampler(monkeypatch, "time.sleep(60)", TIMEOUT_S)
     sampler.send_bytes(bytes(2**24))  # more than a socket holds
@@ -107,9 +110,11 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "in step 3 the sampler process dies or freezes, while it writes, takes weights or is checked; or its answer is no "
-    f"JSON, of another form, of another length, or names tokens that there are not; `--rollout.timeout_s {TIMEOUT_S}`",
-    "one line, in time, no process left; resumed, metrics, masks and weights are the undisturbed run's, to the bit",
+    "in step 3 the sampler process dies or freezes, while it writes, takes weights or is checked; or its answer is not "
+    "JSON, has another form or length, or contains token ids that do not exist; "
+    f"`--rollout.timeout_s {TIMEOUT_S}`",
+    "one line, in time, no process left; after resuming, metrics, masks and weights match the undisturbed run bit for "
+    "bit",
 )
 @pytest.mark.parametrize(
     ("fault", "line"),
@@ -180,7 +185,8 @@ def models(tmp_path_factory) -> Path:
 @pytest.mark.vllm
 @pytest.mark.fault(
     "a vLLM sampler misses the new weights of step 2",
-    "the probe says so in one line; resumed, metrics, masks and weights are the undisturbed run's, to the bit",
+    "the probe reports it in one line; after resuming, metrics, masks and weights match the undisturbed run bit "
+    "for bit",
 )
 def test_vllm_with_stale_weights(models, tmp_path, monkeypatch):
     words = flags(

@@ -61,7 +61,10 @@ def teacher_of(*servers):
 BATCHES = pack([Rollout(0, Prompt("0", "", [3, 4], None), [5, 6, 7], True)], 16)
 
 
-@pytest.mark.fault("one replica of a served teacher fails, in ten ways", "the next one is asked; the states are right")
+@pytest.mark.fault(
+    "one replica of a served teacher fails, in ten ways",
+    "the next replica is asked; the states are right",
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_next_replica_is_asked(pair, fault):
     teacher = teacher_of(*pair)
@@ -85,7 +88,10 @@ def test_without_another_the_run_stops(pair, fault):
 
 
 @pytest.mark.e2e
-@pytest.mark.fault("a served teacher's states are NaN", "the run stops in front of the update, in one line")
+@pytest.mark.fault(
+    "a served teacher's states are NaN",
+    "the run stops before the update, in one line",
+)
 def test_states_that_are_no_numbers(pair, tmp_path):
     pair[0].value = float("nan")
     teacher = {"model": str(POCKET / "teacher"), "kind": "vllm", "urls": [pair[0].url]}
@@ -116,7 +122,7 @@ def served(folder, *flags, **environment):
 
 
 @pytest.mark.fault(
-    "a teacher is served with nothing said, with a HOST, with a key, with the key as a flag",
+    "a teacher is served with no options, with HOST, with a key, with the key as a flag",
     "it listens on this machine unless HOST opens it; a key guards every path; a flag that shows the key is refused",
 )
 @pytest.mark.parametrize("case", ["plain", "open", "key", "flag"])
@@ -136,8 +142,8 @@ def test_a_teacher_is_served_to_this_machine_unless_told_otherwise(case, tmp_pat
 
 
 @pytest.mark.fault(
-    "requests without the key, with another and with the right one, on every path of a served teacher",
-    "status 401 before anything is computed, but for the right key; /health says that it is up",
+    "requests without the key, with a wrong one and with the right one, on every path of a served teacher",
+    "status 401 before anything is computed, except with the right key; /health answers",
 )
 @pytest.mark.parametrize(
     "path", ["/pooling", "/v1/models", "/metrics", "/docs", "/health/../pooling", "/health", "//health"]
@@ -170,7 +176,7 @@ def test_a_request_without_the_key_is_refused(path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.fault(
-    "vLLM serves a real model with a key: states and names are asked for without it, with another, with it",
+    "vLLM serves a real model with a key: states and model names are requested without it, with a wrong one, with it",
     "status 401, 401, 200; the socket is bound to 127.0.0.1; the log holds no key",
 )
 def test_a_real_server_asks_for_its_key(smollm2, tmp_path):

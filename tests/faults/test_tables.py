@@ -49,7 +49,7 @@ def wait_for(what, *processes: subprocess.Popen | Command) -> None:
 @pytest.mark.slow
 @pytest.mark.fault(
     "kill -9 of one of a table's two cells; then the same command",
-    "the other cell saves and stops, exit 137 with one line; all cells end like the undisturbed ones, to the bit",
+    "the other cell saves and stops, exit 137 with one line; all cells match the undisturbed ones bit for bit",
 )
 def test_a_cell_is_killed(tmp_path, seen):
     undisturbed, struck = tmp_path / "undisturbed", tmp_path / "struck"
@@ -75,8 +75,8 @@ def test_a_cell_is_killed(tmp_path, seen):
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "kill -9 of a run that makes the teacher's evaluation, for which another one waits (`--eval.cache`)",
-    "the other one, which made the student's meanwhile, makes it too, and ends like a run that shares nothing",
+    "kill -9 of a run that computes the teacher's evaluation while another run waits for it (`--eval.cache`)",
+    "the waiting run, which computed the student's meanwhile, computes it too, and ends like a run that shares nothing",
 )
 def test_the_maker_of_a_shared_evaluation_is_killed(tmp_path):
     cache = tmp_path / "evaluations"
