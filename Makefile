@@ -57,7 +57,7 @@ sweep-retention: $(NEEDS) ## accuracy against retention, five rules (all sweeps:
 sweep-selector: $(NEEDS) ## every selection rule at 50 and 20 % (RETENTIONS=, RULES=)
 	@recipes/sweep_selector.sh
 
-bench-selectors: setup-demo ## the same at 50, 20, 10 and 5 %, pocket scale, three seeds; RULES="every mypackage.mod:MyRule" adds one
+bench-selectors: $(if $(DRY_RUN),,setup-demo) ## the same at 50, 20, 10 and 5 %, pocket scale, three seeds; RULES="every mypackage.mod:MyRule" adds one
 	@SCALE=pocket SEEDS="$(or $(SEEDS),0 1 2)" RETENTIONS="$(or $(RETENTIONS),0.5 0.2 0.1 0.05)" recipes/sweep_selector.sh
 
 sweep-divergence: $(NEEDS) ## reverse KL, forward KL and JSD, on all tokens and by Soft-OR

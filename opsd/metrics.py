@@ -13,13 +13,14 @@ from torch import Tensor
 from opsd.build import Parts
 from opsd.config import TrainConfig
 from opsd.distill.inputs import LossSpec, check_inputs
+from opsd.distill.stats import stop_metrics
 from opsd.distill.topk import ModelTop, top_tokens
 from opsd.engine import learning_rate
 from opsd.rollout.lengths import length_metrics
 from opsd.run.folder import RunFolder
 from opsd.run.token_record import recorded_rollouts, token_table
 from opsd.run.tracking import peak_gib
-from opsd.selection import REQUIRED_FIELDS, STATISTICS, STOP_FIELDS, TokenStats, TokenTelemetry
+from opsd.selection import REQUIRED_FIELDS, STATISTICS, STOP_FIELDS, TokenTelemetry
 from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import Update
 from opsd.utils.distributed import Ranks
@@ -157,31 +158,6 @@ class StepLog:
         """All installed telemetry where it is due in this step, else none."""
         every = self._config.telemetry.every
         return self._parts.telemetry if every and step % every == 0 else []
-
-
-def stop_metrics(stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
-    """What both models think of ending, and whether it is trained on; nothing where no token ended a turn.
-
-    stop/student_prob, stop/teacher_prob: mean chance that the turn ends where it did; …_before: over all other tokens.
-    stop/delta_nats: median of what the teacher's log-probability of the end is above the student's. stop/kept_frac:
-    fraction of the ends that were trained on. stop/count: how many there are.
-    """
-    stop_N = stats.stop_N
-    if stop_N is None or stats.stop_log_prob_N is None or stats.teacher_stop_log_prob_N is None or not stop_N.any():
-        return {}
-    metrics = {
-        "stop/count": int(stop_N.sum()),
-        "stop/kept_frac": float(kept_N.to(stop_N.device)[stop_N].float().mean()),
-    }
-    for log_prob_N, at, before in (
-        (stats.stop_log_prob_N, "stop/student_prob", "stop/student_prob_before"),
-        (stats.teacher_stop_log_prob_N, "stop/teacher_prob", "stop/teacher_prob_before"),
-    ):
-        metrics[at] = float(log_prob_N[stop_N].exp().mean())
-        if not stop_N.all():
-            metrics[before] = float(log_prob_N[~stop_N].exp().mean())
-    metrics["stop/delta_nats"] = float((stats.teacher_stop_log_prob_N - stats.stop_log_prob_N)[stop_N].median())
-    return metrics
 
 
 def _join(parts: tuple[ModelTop, ...], ranks: Ranks) -> ModelTop:

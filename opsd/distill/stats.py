@@ -150,6 +150,31 @@ def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperat
     return found
 
 
+def stop_metrics(stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
+    """What both models think of ending, and whether it is trained on; nothing where no token ended a turn.
+
+    stop/student_prob, stop/teacher_prob: mean chance that the turn ends where it did; …_before: over all other tokens.
+    stop/delta_nats: median of what the teacher's log-probability of the end is above the student's. stop/kept_frac:
+    fraction of the ends that were trained on. stop/count: how many there are.
+    """
+    stop_N = stats.stop_N
+    if stop_N is None or stats.stop_log_prob_N is None or stats.teacher_stop_log_prob_N is None or not stop_N.any():
+        return {}
+    metrics = {
+        "stop/count": int(stop_N.sum()),
+        "stop/kept_frac": float(kept_N.to(stop_N.device)[stop_N].float().mean()),
+    }
+    for log_prob_N, at, before in (
+        (stats.stop_log_prob_N, "stop/student_prob", "stop/student_prob_before"),
+        (stats.teacher_stop_log_prob_N, "stop/teacher_prob", "stop/teacher_prob_before"),
+    ):
+        metrics[at] = float(log_prob_N[stop_N].exp().mean())
+        if not stop_N.all():
+            metrics[before] = float(log_prob_N[~stop_N].exp().mean())
+    metrics["stop/delta_nats"] = float((stats.teacher_stop_log_prob_N - stats.stop_log_prob_N)[stop_N].median())
+    return metrics
+
+
 def _blank(name: str, inputs: Inputs) -> Tensor:
     dtype = ALL_STATISTICS[name].dtype
     fill = float("nan") if dtype.is_floating_point else 0

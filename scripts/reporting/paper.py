@@ -41,9 +41,9 @@ SWEEPS = {
     "sweep_divergence": Layout("Sweep over the trained divergence", ("table5",), ("divergence",)),
     "sweep_quadrants": Layout("Rules by quadrant under each divergence", ("table5", "table4"), ("divergence",)),
     "sweep_normalise": Layout("Sweep over where min and max are taken", ("table5",)),
-    "opsd_privileged": Layout("On-policy self-distillation: a teacher that sees the answer", (), ("teacher",)),
-    "crisp": Layout("Self-distillation towards brevity", (), ("teacher",)),
-    "multi_teacher": Layout("Several teachers", ()),
+    "opsd_privileged": Layout("On-policy self-distillation: a teacher that sees the answer", ("table5",), ("teacher",)),
+    "crisp": Layout("Self-distillation towards brevity", ("table5",), ("teacher",)),
+    "multi_teacher": Layout("Several teachers", ("table5",)),
 }
 # Table 6's bottom half tells AdamW from SGD.
 LAYOUTS = {

@@ -28,12 +28,12 @@ CURVES = (
 HEALTH_CURVES = (
     ("length/mean_tokens", "mean length of a rollout, tokens"),
     ("length/p90_tokens", "90th percentile of length, tokens"),
-    ("rollout/truncated_frac", "truncated rollouts, fraction"),
+    ("rollout/truncated_frac", "rollouts truncated, fraction"),
     ("repetition/ngram_frac", "tokens inside repeated n-grams, fraction"),
-    ("stop/student_prob", "student's probability of ending, where it ends"),
-    ("stop/delta_nats", "teacher's minus student's log-prob. of the end, nats"),
-    ("stop/kept_frac", "end tokens trained on, fraction"),
-    ("stop/score_percentile", "rank of the end under the rule, 0 to 1"),
+    ("stop/student_prob", "student's probability of its stop"),
+    ("stop/delta_nats", "teacher − student log-prob. of the stop"),
+    ("stop/kept_frac", "stops trained on, fraction"),
+    ("stop/score_percentile", "percentile of the stop in the score, 0 to 1"),
 )
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 # Line and mark of a rule's variants in the order in which they come.
@@ -280,6 +280,7 @@ def curves(group: list[Run], names: list[tuple[str, str]]) -> Figure:
     for ax, (key, title) in zip(grid.flat, names, strict=False):
         ax.set_title(title)
         ax.set_xlabel("step")
+        ax.ticklabel_format(axis="y", useOffset=False)
         for cell in cells:
             curve = _curve([run for run in group if run.cell == cell], key)
             style = {"marker": "o", "markersize": 3} if len(curve) < 12 else {}

@@ -131,7 +131,10 @@ def test_bad_input_is_one_line_exit_2_and_writes_nothing(flags, said, folders, t
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["trian"], "unknown command 'trian'; give one of: train, eval, inspect, plan, check-model, selectors, push"),
+        (
+            ["trian"],
+            "unknown command 'trian'; give one of: train, eval, distance, inspect, plan, check-model, selectors, push",
+        ),
         (["train"], "missing: --prompts, --out, --student"),
         (["train", "--resume"], "--resume: give a path"),
         (["train", "--resume", "RUN", "--optim.lr", "1"], "--resume RUN takes no --optim.lr"),

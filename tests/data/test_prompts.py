@@ -289,7 +289,7 @@ def turns(*roles):
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        (turns("user", "assistant"), "ends with a message of role 'assistant': no answer is due behind it"),
+        (turns("user", "assistant"), "ends with a message of role 'assistant': no answer can follow it"),
         (turns("user", "model"), "ends with a message of role 'model'"),
         (turns("user", "assistant", "system"), "ends with a message of role 'system'"),
         (turns("system"), "ends with a message of role 'system'"),

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 
 TIMEOUT_S, PATIENT_S = 2, 600
 LATE = rf"the sampler process gave no answer in {TIMEOUT_S} s \(--rollout.timeout_s\) and was ended"
-NO_ANSWER = "the sampler process gave what is not an answer"
+NO_ANSWER = "the sampler process gave an invalid answer"
 HALF = "line.sendall(struct.pack('!i', 100) + b'only this')"  # the header of a message of 100 bytes
 FAULTS = {
     "half an answer, then silence": (f"{HALF}; time.sleep(60)", LATE),

@@ -43,7 +43,7 @@ def test_a_run_that_is_not_finished_has_one_too(make_run, capsys):
 
 
 def test_a_folder_of_runs_without_a_table_is_one_line(run):
-    with pytest.raises(UserError, match=r"is no run folder \(it has no config.json\); [^\n]+ give --table"):
+    with pytest.raises(UserError, match=r"is not a run folder \(it has no config.json\); [^\n]+ give --table"):
         report_script.main(run.parent)
     (run / "config.json").write_text(json.dumps([]))
     with pytest.raises(UserError, match="is not a run's configuration"):

@@ -285,7 +285,11 @@ def masks(pair, first: int) -> list[list[int]]:
 
 def test_metrics_and_the_token_record_say_what_was_kept(pair, tip, tmp_path):
     run = tmp_path / "record"
-    ours = pair.run(tip, tmp_path / "out", tools=True, token_record=run, settings={"logging_steps": 2})
+    student, teacher = pair.tiny_model(True, 0), pair.tiny_model(True, 1)
+    # Two of the second step's answers begin with one of these.
+    student.generation_config.eos_token_id = [10, 15]
+    more = {"pair": (student, teacher), "token_record": run, "settings": {"logging_steps": 2}}
+    ours = pair.run(tip, tmp_path / "out", tools=True, **more)
     (line,) = pair.logs(ours)
     table, (first, second) = pd.read_parquet(run / "tokens" / "step_2.parquet"), (masks(pair, 0), masks(pair, 4))
     positions = [place for mask in second for place, own in enumerate(mask) if own]
@@ -304,6 +308,11 @@ def test_metrics_and_the_token_record_say_what_was_kept(pair, tip, tmp_path):
     shares = [sum(max(1, sum(m) // 2) for m in step if m) / sum(map(sum, step)) for step in (first, second)]
     assert line["select/kept_frac"] == pytest.approx(sum(shares) / 2)
     assert 0 <= line["select/jaccard_entropy"] <= 1
+    ends = table.loc[table["stop"]]
+    assert line["stop/count"] == len(ends) > 0
+    assert line["stop/kept_frac"] == pytest.approx(ends["kept"].mean())
+    delta = ends["teacher_stop_log_prob"] - ends["stop_log_prob"]
+    assert line["stop/delta_nats"] == pytest.approx(delta.sort_values().iloc[(len(delta) - 1) // 2])
     assert "soft_or, 50 % kept" in inspect(InspectConfig(run=run)).read_text()
 
 

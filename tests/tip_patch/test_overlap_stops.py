@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from opsd.metrics import stop_metrics
+from opsd.distill.stats import stop_metrics
 from opsd.selection import load_selector
 from tip_patch.groups import Rollouts
 from tip_patch.overlap import ShadowMasks, place_in_rollout

@@ -123,7 +123,7 @@ def test_a_teacher_that_names_no_end_is_refused_before_anything_is_written(setti
         values = json.loads(file.read_text())
         values = {key: value for key, value in values.items() if key not in ("eos_token_id", "eos_token")}
         file.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="--teacher: it names no end token, and would train the student's away"):
+    with pytest.raises(UserError, match="--teacher: it names no end token, so training would remove the student's"):
         start(settings())
     assert not (tmp_path / "run").exists()
 
@@ -134,7 +134,7 @@ def test_a_teacher_that_names_no_end_is_refused_before_anything_is_written(setti
         (CHAT_TEMPLATE, None),
         (
             CHAT_TEMPLATE.replace("<assistant>", "<user>"),
-            "chat templates differ on 2 of 2 prompts, both models are asked",
+            "chat templates differ on 2 of 2 prompts, both models use",
         ),
         ("{{ messages[0]['content'] }}{{ raise_exception('no system message') }}", "(no system message)"),
         (None, "the tokenizer has no chat template"),

@@ -32,10 +32,11 @@ from opsd.distill.inputs import LossSpec
 from opsd.distill.select import Choice, pick, prepare, weigh
 from opsd.distill.stats import join_ranks
 from opsd.selection import TokenSelector, TokenStats, load_selector, with_defaults
+from opsd.types import Stops
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
-from tip_patch.adapters.trl_loss import CONTEXT, ENGINES, SAVED, Call, Returned, Selected, score
-from tip_patch.adapters.trl_step import ROLLOUT, StepEnd
+from tip_patch.adapters.trl_loss import CONTEXT, ENGINES, ROLLOUT, SAVED, Call, Returned, Selected, score
+from tip_patch.adapters.trl_step import StepEnd
 
 # Every function that is hooked into or called, and its parameters in trl 1.16.
 LOSS = "_chunked_divergence_loss"
@@ -85,14 +86,16 @@ class Settings:
 class Tip:
     """How a trainer selects, and its step so far.
 
-    first_seed: decides all random choices. seed: the step's own. micros: the step's micro-batches. choices: how the
-    tokens of each are chosen. kept: the announced count over all ranks; None where it is found within the loss.
-    scored: statistics that were taken beforehand. done: what came of each micro-batch.
+    first_seed: decides all random choices. seed: the step's own. stops: the tokens that end an answer. micros: the
+    step's micro-batches. choices: how the tokens of each are chosen. kept: the announced count over all ranks; None
+    where it is found within the loss. scored: statistics that were taken beforehand. done: what came of each
+    micro-batch.
     """
 
     selector: TokenSelector | None
     engine: Callable[[Call, Choice, LossSpec], tuple[Returned, Selected]]
     first_seed: int
+    stops: Stops
     chunks: ChunkBound = field(default_factory=lambda: ChunkBound("auto"))
     seed: int = 0
     micros: list[Micro] = field(default_factory=list)
@@ -142,7 +145,8 @@ class Selecting(DistillationTrainer):
     def select(self, settings: Settings) -> None:
         """Begin to select; the trainer's own constructor is through."""
         seed, record = settings.seed, settings.token_record
-        self.tip = Tip(settings.rule(), ENGINES[settings.engine], self.args.seed if seed is None else seed)
+        stops = Stops(tuple(token for token in self.eos_token_ids if token is not None))
+        self.tip = Tip(settings.rule(), ENGINES[settings.engine], self.args.seed if seed is None else seed, stops)
         self._closes = StepEnd(self, settings.telemetry_every, None if record is None else Path(record))
         self.add_callback(self._closes)
         self._use, self._planned = self._train_on, None
@@ -171,7 +175,7 @@ class Selecting(DistillationTrainer):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
         def instead(*args: Any, **named: Any) -> Returned:
-            return self._use(Call.of(own, inputs[ROLLOUT], inputs["completion_ids"], args, named))
+            return self._use(Call.of(own, inputs, self.tip.stops, args, named))
 
         own = getattr(distillation_trainer, LOSS)
         with replaced(distillation_trainer, LOSS, instead):

@@ -26,10 +26,12 @@ from opsd.distill.loss import distill
 from opsd.distill.select import Choice, choose, mask_of
 from opsd.distill.stats import build_stats, check_needs, score_rows
 from opsd.selection import TokenStats, field_of
-from opsd.types import Head, Transform
+from opsd.types import Head, Stops, Transform
 
 # What TRL's loss function returns: the loss, the sum of the student's entropies over all tokens, and their number.
 Returned = tuple[Tensor, Tensor, Tensor]
+# In TRL's micro-batches: the ids of its answers.
+ROLLOUT = "tip_rollout"
 SIGNATURE = inspect.signature(_chunked_divergence_loss)
 CONTEXT = ("dtypes", "beta", "mode", "kernel_args", "needs_input_grad")
 SAVED = 9
@@ -70,19 +72,21 @@ class Call:
     """A call of TRL's loss function on a micro-batch.
 
     own: that function. arguments, named: what it was called with. rollout_B: the answers' ids. ids_BL: their tokens.
+    stops: the tokens that end an answer.
     """
 
     own: Callable[..., Returned]
     arguments: inspect.BoundArguments
     rollout_B: Tensor
     ids_BL: Tensor
+    stops: Stops
 
     @classmethod
-    def of(cls, own: Callable[..., Returned], rollout_B: Tensor, ids_BL: Tensor, args: Any, named: Any) -> Call:
-        """With the defaults of what was left out."""
+    def of(cls, own: Callable[..., Returned], micro: dict[str, Any], stops: Stops, args: Any, named: Any) -> Call:
+        """With the defaults of what was left out. micro: TRL's micro-batch."""
         arguments = SIGNATURE.bind(*args, **named)
         arguments.apply_defaults()
-        return cls(own, arguments, rollout_B, ids_BL)
+        return cls(own, arguments, micro[ROLLOUT], micro["completion_ids"], stops)
 
     @cached_property
     def named(self) -> SimpleNamespace:
@@ -121,6 +125,7 @@ class Call:
                 self._head("teacher"),
                 rollout_N=self.at_rows(rollout_BL),
                 token_ids_N=self.at_rows(self.ids_BL),
+                stops=self.stops,
             )
 
     def _head(self, side: str) -> Head:

@@ -13,18 +13,17 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from opsd.config import SelectConfig, TeacherConfig, TrainConfig
-from opsd.distill.stats import join_ranks
+from opsd.distill.stats import join_ranks, stop_metrics
 from opsd.run.folder import RunFolder
 from opsd.run.token_record import recorded_rollouts, token_table
-from opsd.selection import REQUIRED_FIELDS, TokenStats, load_telemetry
+from opsd.selection import REQUIRED_FIELDS, STOP_FIELDS, TokenStats, load_telemetry
 from opsd.types import Prompt, Rollout
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import RunStopped, UserError
+from tip_patch.adapters.trl_loss import ROLLOUT
 
 # Where the selector's state stands in a checkpoint's trainer_state.json.
 STATE = "token_selection"
-# In TRL's micro-batches: the ids of its answers.
-ROLLOUT = "tip_rollout"
 
 
 class StepEnd(TrainerCallback):
@@ -43,7 +42,8 @@ class StepEnd(TrainerCallback):
         if not self._is_due(step):
             return frozenset()
         record = frozenset() if self._record is None else REQUIRED_FIELDS
-        return record.union(*(telemetry.needs for telemetry in self._telemetry))
+        stops = STOP_FIELDS if self._trainer.tip.stops.ids else frozenset()
+        return record.union(stops, *(telemetry.needs for telemetry in self._telemetry))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,8 +102,8 @@ class StepEnd(TrainerCallback):
         return kept, tokens
 
     def _read(self, stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
-        """What the installed telemetry says of the step."""
-        tip, found = self._trainer.tip, {}
+        """What the installed telemetry says of the step, and its stops."""
+        tip, found = self._trainer.tip, stop_metrics(stats, kept_N)
         for telemetry in self._telemetry:
             if all(getattr(stats, name) is not None for name in telemetry.needs):
                 found |= telemetry(stats, kept_N, tip.selector, tip.seed)
