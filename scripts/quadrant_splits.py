@@ -82,7 +82,7 @@ def as_table(found: list[Shares], title: str) -> TextTable:
         numbers = [" / ".join(f"{100 * share:.0f}" for share in part) for part in (one.tokens, one.loss, one.gradient)]
         split = f"h {one.entropy_split} ({one.nats[0]:.3g}), δ {one.divergence_split} ({one.nats[1]:.3g})"
         rows.append([split, *numbers, "yes" if not one.misses else f"{100 * one.misses:.0f} points off"])
-    heads = ["split (nats)", "tokens, %\nQ1 / Q2 / Q3 / Q4", "loss, %", "gradient, %", "as the paper's"]
+    heads = ["split (nats)", "tokens, %\nQ1 / Q2 / Q3 / Q4", "loss, %", "gradient, %", "matches the paper"]
     return TextTable(title, heads, rows)
 
 

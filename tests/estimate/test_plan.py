@@ -271,7 +271,7 @@ def test_what_does_not_fit_exits_1_with_the_knob_and_what_fits_returns(capsys, m
     assert stop.value.code == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(
-        r"does not fit on an H200 for each of 8 ranks: peak [\d.]+ of 120.0 GiB, in the student phase, mostly "
+        r"does not fit on an H200 per rank, 8 ranks: peak [\d.]+ of 120.0 GiB, in the student phase, mostly "
         r"activations \(--engine.gradient_checkpointing",
         last,
     )

@@ -182,7 +182,7 @@ def test_only_the_named_cells_are_shown_in_their_order_and_one_that_did_not_run_
 
 
 def test_cells_of_which_none_was_run_are_one_line(make_run, shown):
-    with pytest.raises(UserError, match="holds none of --cells q3-20; leave the flag out"):
+    with pytest.raises(UserError, match="holds none of --cells q3-20; omit the flag"):
         shown(make_run("all", 1.0, ALL), "table5", "q3-20")
 
 

@@ -113,7 +113,7 @@ def test_the_end_says_where_the_model_is(make_run, capsys):
         tracker.step(metrics_of(3))
     tracker.finished()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"finished: the model is {run.path / 'checkpoints' / 'step_3'};")
+    assert last.startswith(f"finished: the model is in {run.path / 'checkpoints' / 'step_3'};")
 
 
 def test_on_a_terminal_of_80_columns_the_time_left_is_never_cut(make_run, capsys, monkeypatch):
