@@ -36,7 +36,7 @@ class StepLog:
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder) -> None:
         self._config, self._parts, self._folder = config, parts, folder
 
-    def watched(self, step: int) -> frozenset[str]:
+    def statistics_due(self, step: int) -> frozenset[str]:
         """The statistics that this step's telemetry reads, over all tokens."""
         due = self._due(step)
         if not due:

@@ -44,7 +44,7 @@ def start(config: TrainConfig) -> None:
     # What was chosen is what config.json says, and what the run goes on with.
     config = dataclasses.replace(config, engine=settled(config.engine, local_device(config.engine.device)))
     config = pinned(config)
-    ranks = _meet(config)
+    ranks = _join_ranks(config)
     parts = assemble(config, ranks)
     folder = RunFolder.create(config, parts.began) if ranks.is_main else Follower(Path(config.out), config)
     Trainer(config, parts, folder).run()
@@ -58,7 +58,7 @@ def pinned(config: TrainConfig) -> TrainConfig:
 
 
 def resume(path: Path, steps: int | None = None) -> None:
-    """Go on from a run's newest whole checkpoint, with the numbers that the uninterrupted run would have had.
+    """Continue from a run's newest intact checkpoint, with the numbers that the uninterrupted run would have had.
 
     steps: a later end than the run's own; its schedule then stretches to there. Raises UserError where the run is over
     or every checkpoint is lost: a run never starts again unasked.
@@ -66,15 +66,15 @@ def resume(path: Path, steps: int | None = None) -> None:
     check_resumable(path, steps)
     folder = RunFolder.open(path)
     old, config = folder.config, dataclasses.replace(folder.config, steps=steps or folder.config.steps)
-    ranks = _meet(config)
+    ranks = _join_ranks(config)
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(config, ranks, newest, folder.began)
     if state is not None:
         _restore(parts, state, newest)
-    written = ranks.broadcast(folder.cut_after(None if state is None else state.step) if ranks.is_main else False)
+    has_line = ranks.broadcast(folder.cut_after(None if state is None else state.step) if ranks.is_main else False)
     # Where the run ended between a step's checkpoint and its line of metrics, the line is still to come.
-    pending = None if state is None or written else {"step": state.step, **state.metrics}
+    pending = None if state is None or has_line else {"step": state.step, **state.metrics}
     done_steps = 0 if state is None else state.step
     if steps is not None:
         notes = [*notes, extension(old, config, done_steps)]
@@ -134,7 +134,7 @@ class Trainer:
             with self.stage("log"):
                 top = log.top_tokens(step, trained, micros, teacher)
             self.stop_if_asked(step - 1)
-            update, weights, watched = None, rollout_weights(rollouts, rewards, config), log.watched(step)
+            update, weights, watched = None, rollout_weights(rollouts, rewards, config), log.statistics_due(step)
             with self.kept_if_unusable(step, rollouts, rewards, skipped), self.stage("student"):
                 update = self.update(micros, teacher, step, watched, weights)
             skipped = 0 if update is not None else skipped + 1
@@ -176,13 +176,13 @@ class Trainer:
                     return distill(planner.inputs(student_ND, head, m, t, weights), c, spec)
 
                 result = self.engine.forward(micro, loss)
-                self.engine.backward(result.loss_sum, planner.divisor(plan, result))
+                self.engine.backward(result.loss_sum, planner.denominator(plan, result))
                 # The graph is let go.
                 results.append(dataclasses.replace(result, loss_sum=result.loss_sum.detach()))
-            planner.check(plan, results)
+            planner.check_results(plan, results)
             with self.stage("optimiser"):
                 grad_norm = self.engine.step(lr)
-            return planner.finish(plan, micros, results, grad_norm)
+            return planner.end_step(plan, micros, results, grad_norm)
         except StepUnusable:
             planner.forget_step()
             raise
@@ -328,8 +328,8 @@ class Trainer:
         )
 
 
-def _meet(config: TrainConfig) -> Ranks:
-    """This process among those that train; alone under the torch engine."""
+def _join_ranks(config: TrainConfig) -> Ranks:
+    """This process among the training processes; alone under the torch engine."""
     check_engine(config)
     if config.engine.kind != "deepspeed":
         return ONE_RANK

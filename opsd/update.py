@@ -132,12 +132,12 @@ class StepPlanner:
             temperature=self.loss.temperature,
         )
 
-    def divisor(self, plan: StepPlan, result: DistillResult) -> int:
-        """The count over all micro-batches and ranks that the loss is divided by, once."""
+    def denominator(self, plan: StepPlan, result: DistillResult) -> int:
+        """The loss's denominator: the kept tokens over all micro-batches and ranks."""
         plan.kept = plan.kept or self._total(int(result.kept_N.sum()))
         return plan.kept
 
-    def check(self, plan: StepPlan, results: list[DistillResult]) -> None:
+    def check_results(self, plan: StepPlan, results: list[DistillResult]) -> None:
         """Raises, before the optimiser's step, StepUnusable for a loss that is not finite; RunStopped where the
         selector kept another count than it announced."""
         loss_nats = self._loss_nats(plan, results)
@@ -147,10 +147,11 @@ class StepPlanner:
         if (found := int(self._ranks.sum(sum(int(result.kept_N.sum()) for result in results)))) != plan.kept:
             raise RunStopped(f"the selector kept {found} tokens, its budget() says {plan.kept}: set fixed_budget False")
 
-    def finish(
+    def end_step(
         self, plan: StepPlan, micros: list[MicroBatch], results: list[DistillResult], grad_norm: float
     ) -> Update:
-        """What the update did. Raises StepUnusable for a gradient that is not finite: the engine took no step."""
+        """End the selector's step and report the update. Raises StepUnusable for a gradient that is not finite: the
+        engine took no step."""
         if not math.isfinite(grad_norm):
             raise StepUnusable(f"the gradient's norm is {grad_norm}")
         if self._selector is not None:

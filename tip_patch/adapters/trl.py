@@ -191,7 +191,7 @@ class Selecting(DistillationTrainer):
         tip.micros, tip.scored, tip.done = micros, [], []
         tip.seed = derive_seed(tip.first_seed, "select", step)
         alone = self.accelerator.num_processes == 1 and len(micros) == 1
-        watched = self._closes.watched(step)
+        watched = self._closes.statistics_due(step)
         choice = Choice(selector, seed=tip.seed, watch=watched, whole_step=alone)
         tip.choices = [choice] * len(micros)
         if selector is None:

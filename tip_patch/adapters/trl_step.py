@@ -37,7 +37,7 @@ class StepEnd(TrainerCallback):
         self._telemetry = load_telemetry()
         self._folder: RunFolder | None = None
 
-    def watched(self, step: int) -> frozenset[str]:
+    def statistics_due(self, step: int) -> frozenset[str]:
         """The statistics that are wanted of every token of this step."""
         if not self._is_due(step):
             return frozenset()
