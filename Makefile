@@ -26,22 +26,22 @@ help: ## show this list
 setup: ## make .venv with all packages (PYTHON=, ACCELERATOR=cpu|gpu, TORCH_INDEX_URL= override)
 	@scripts/setup.sh
 
-setup-demo: ## the same with what make demo, pocket recipes and reports need alone
+setup-demo: ## the same, with only what make demo, pocket recipes and reports need
 	@scripts/setup.sh demo
 
-demo: setup-demo ## Table 5 at pocket scale, one seed, on this CPU: runs, table, picture (about 4 minutes on two cores with AVX-512)
+demo: setup-demo ## Table 5 at pocket scale, one seed, on this CPU: runs, table, figure (about 4 minutes on two cores with AVX-512)
 	@SCALE=pocket SEEDS=0 recipes/table5_soft_or.sh
 
 table3: $(NEEDS) ## entropy sampling (all tables: SCALE=paper|pocket, PAIRS=, CELLS=, SEEDS=, RUNS=, DRY_RUN=1)
 	@recipes/table3_entropy_sampling.sh
 
-table4: $(NEEDS) ## overconfident tokens alone (Q3)
+table4: $(NEEDS) ## overconfident tokens only (Q3)
 	@recipes/table4_q3.sh
 
 table5: $(NEEDS) ## the main result: all tokens, entropy sampling, Soft-OR
 	@recipes/table5_soft_or.sh
 
-table6: $(NEEDS) ## the upper half by Soft-OR against the lower half
+table6: $(NEEDS) ## the top half by Soft-OR against the bottom half
 	@recipes/table6_top_vs_bottom.sh
 
 table7: $(NEEDS) ## planning with tools
@@ -66,7 +66,7 @@ sweep-divergence: $(NEEDS) ## reverse KL, forward KL and JSD, on all tokens and 
 sweep-quadrants: $(NEEDS) ## rules that favour different quadrants, under each divergence, at 20 %
 	@recipes/sweep_quadrants.sh
 
-sweep-normalise: $(NEEDS) ## where Soft-OR takes min and max, and how it tames outliers
+sweep-normalise: $(NEEDS) ## the tokens over which Soft-OR takes min and max, and how it limits outliers
 	@recipes/sweep_normalise.sh
 
 sweep-seeds: $(NEEDS) ## Table 5 with seeds 0 to 4
@@ -75,13 +75,13 @@ sweep-seeds: $(NEEDS) ## Table 5 with seeds 0 to 4
 grpo-teacher: $(if $(DRY_RUN),,setup) ## the teacher of the pair qwen3: GRPO by TRL, our grader as the reward
 	@recipes/grpo_teacher.sh
 
-figures: $(if $(DRY_RUN),,setup-demo) ## Figures 1 to 4 from the run folders that there are under runs/ (FROM=): a page and PNGs
+figures: $(if $(DRY_RUN),,setup-demo) ## Figures 1 to 4 from the run folders under runs/ (FROM=): a page and PNGs
 	@$(if $(DRY_RUN),echo )$(PY) scripts/figures.py $(FROM) --out $(FROM)/figures
 
-report: setup-demo ## read the run folders of TABLE= (a table or sweep_…) under RUNS= again: table and picture (CELLS= only these)
+report: setup-demo ## report again on the run folders of TABLE= (a table or sweep_…) under RUNS=: table and figure (CELLS=: only these)
 	@$(PY) scripts/report.py $(RUNS) --table $(TABLE) --out $(RUNS)/report $(if $(CELLS),--cells $(subst $(comma), ,$(CELLS)))
 
-test: setup ## all tests but the slow ones
+test: setup ## all tests except the slow ones
 	@$(PYTEST) -m "not slow and not gpu"
 
 test-slow: setup ## the tests that take minutes each
@@ -96,7 +96,7 @@ check: setup ## lint, format, types and the fast tests, about two minutes
 	@.venv/bin/basedpyright --level error & types=$$!; failed=0; \
 		$(PYTEST) -m "not slow and not gpu and not vllm and not e2e" || failed=1; wait $$types && exit $$failed
 
-gpu-check: setup ## on a machine with one NVIDIA GPU: what runs there, how right, how fast, in docs/gpu.md (8 minutes)
+gpu-check: setup ## on a machine with one NVIDIA GPU: what runs, how accurately, how fast, into docs/gpu.md (8 minutes)
 	@$(PY) scripts/gpu_check.py --docs docs
 
 bench: setup-demo ## time and memory of the loss core

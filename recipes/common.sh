@@ -370,7 +370,7 @@ start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT
         if [[ -x .venv/bin/opsd ]]; then
             for pair in "${PAIR_LIST[@]}"; do plan_of "$pair" "$@"; done
         else
-            echo "# make setup enables the plan of memory and time that stands here"
+            echo "# run make setup to see the plan of memory and time here"
         fi
     fi
     report=(python scripts/report.py "$RUNS" --table "$table" --out "$RUNS/report")

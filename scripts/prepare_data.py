@@ -173,14 +173,14 @@ def write(files: dict[Path, str]) -> None:
 _LEDGER = {
     "rows": ("  ", "rows read"),
     "blank": ("− ", "rows without problem or answer"),
-    "exact_copies": ("− ", "copies, the same text"),
-    "spacing_copies": ("− ", "copies that differ in blanks and line breaks"),
+    "exact_copies": ("− ", "copies with the same text"),
+    "spacing_copies": ("− ", "copies that differ in whitespace"),
     "notation_copies": ("− ", "copies that differ in math delimiters, punctuation or case"),
     "conflicting": ("− ", "problems whose copies disagree about the answer"),
     "minus_one": ("− ", "problems with the answer -1"),
     "rounded": ("− ", "problems with an answer beyond 2^53, rounded by a float"),
     "problems": ("= ", "problems"),
-    "in_a_suite": ("− ", "problems that stand in a suite"),
+    "in_a_suite": ("− ", "problems that occur in a suite"),
     "train": ("→ ", "to train on"),
     "held_out": ("→ ", "held out"),
 }
@@ -194,7 +194,7 @@ def show(prepared: list[Prepared]) -> None:
             if name in one.counts and (one.counts[name] or sign != "− "):
                 print(f"  {sign}{one.counts[name]:>9,}  {meaning}")
         if one.counts["instructions"]:
-            print(f"     {one.counts['instructions']:>8,}  rows had an answer instruction, which was taken off")
+            print(f"     {one.counts['instructions']:>8,}  rows had an answer instruction, which was removed")
         print()
 
 

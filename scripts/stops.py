@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "assets" / "pocket"
 END = "<end>"
 # What is given besides: nothing; or the student's own end alone, as if nobody had compared the two.
-ARMS = {"as it comes": (), "student's stop alone": ("--rollout.stop_tokens", END)}
+ARMS = {"defaults": (), "student's end token alone": ("--rollout.stop_tokens", END)}
 SHOWN = (
     ("length/mean_tokens", "mean length of a rollout, tokens"),
     ("rollout/truncated_frac", "rollouts cut off, fraction"),
@@ -94,7 +94,7 @@ def numbers_of(run: Run) -> dict[str, Any]:
 
 
 def draw(arms: dict[str, list[Run]]) -> Figure:
-    """A column a number, a line a cell: as it comes, and dotted without the remedy."""
+    """A column per metric, a line per cell: solid with the defaults, dotted without the remedy."""
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(3.3 * len(SHOWN), 4.0), layout="constrained")
     colours = tones(list(dict.fromkeys(run.cell for runs in arms.values() for run in runs)))
     for ax, (key, title) in zip(axes, SHOWN, strict=True):
@@ -126,7 +126,7 @@ def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 6
         figure: PNG file for the curves.
         steps: Optimiser steps of a run.
         problems: Problems that each run is evaluated on, of 256.
-        sureness: What the student's row of <end> is multiplied by: at 0.5 its mean chance of ending is 0.91; at 1 it is
+        sureness: What the student's row of <end> is multiplied by: at 0.5 its mean probability of ending is 0.91; at 1 it is
             0.99999, where the gradient of the reverse KL nearly vanishes.
     """
     if not (runs / "pair" / "teacher").is_dir():

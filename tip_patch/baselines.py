@@ -60,7 +60,7 @@ class FirstFraction(Selector):
 
 @dataclass(eq=False)
 class PositionWeighted(Selector):
-    """Weigh the first ρ of each rollout (ρ = 1: all) by position, rising or falling, mean 1.
+    """Weight the first ρ of each rollout (ρ = 1: all) by position, rising or falling, mean 1.
 
     After PW-OPSD (arXiv 2605.21606), whose weights increase with the position; the linear form is ours. slope: weights
     run from 1 − slope/2 at the first token to 1 + slope/2 at the last, in [−2, 2]; their mean is 1. A negative slope
@@ -88,7 +88,7 @@ class PositionWeighted(Selector):
 
 @dataclass(eq=False)
 class IWOPD(Selector):
-    """Weigh the first ρ of each rollout (ρ = 1: all) by how far it has not yet left the teacher.
+    """Weight the first ρ of each rollout (ρ = 1: all) by how close it still is to the teacher.
 
     After IW-OPD (arXiv 2606.22600): w_t = 1 + γ·(1 − Σ_{i<t}|a_i| / Σ_i|a_i|) over a rollout, with a = log q − log p of
     the sampled token: from 1 + γ at the first token down towards 1. Weights are taken as they are, without a mean of 1.

@@ -78,7 +78,7 @@ class Entropy(Selector):
 
 @dataclass(eq=False)
 class SoftOr(NormalisingSelector):
-    """Keep what is uncertain or disputed: highest 1 − (1−ĥ)(1−δ̂), the paper's TIP.
+    """Keep uncertain tokens and those on which the models disagree: highest 1 − (1−ĥ)(1−δ̂), the paper's TIP.
 
     Paper v1 Eq. 5, v4 Eq. 7; ĥ is clipped at clip_quantile, so the top 2 % of entropies tie at 1 and among equals the
     earlier position wins. One huge δ shrinks every other δ̂ and turns the ranking into entropy's: see
@@ -134,7 +134,7 @@ class Divergence(Selector):
 
 @dataclass(eq=False)
 class Random(Selector):
-    """Keep tokens at random, all alike: the baseline that costs no statistics."""
+    """Keep tokens uniformly at random: a baseline that needs no statistics."""
 
     name: ClassVar[str] = "random"
 

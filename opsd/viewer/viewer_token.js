@@ -2,7 +2,7 @@
 // Everything that a model or a data set wrote reaches the page through textContent alone.
 const data = JSON.parse(document.getElementById("data").textContent);
 
-const KINDS = { left_out: { name: "Left out", what: "the largest divergence that was not trained on", colour: "var(--kept)" } };
+const KINDS = { left_out: { name: "Not trained on", what: "the largest divergence that was not trained on", colour: "var(--kept)" } };
 // Label columns: names and colours of their values come with the record's telemetry.
 const LABEL_MODES = data.labels.map(({ column, values, splits }) => {
   const labels = new Map(values.map((label) => [label.value, label]));
@@ -78,7 +78,7 @@ function describe(block, place) {
     const { name, what, colour } = labelOf(mode, rollout[mode.key][row]);
     chip(`${name} ${what}`, colour);
   }
-  chip(rollout.k[row] ? "trained on" : "left out", rollout.k[row] ? "var(--kept)" : "var(--soft)");
+  chip(rollout.k[row] ? "trained on" : "not trained on", rollout.k[row] ? "var(--kept)" : "var(--soft)");
   if (rollout.ends.has(place)) chip("■ ends the turn", "var(--accent)");
   const list = make("dl"), line = (name, value) => list.append(make("dt", "", name), make("dd", "", value));
   line("entropy h", `${nats(rollout.h[row])} nats`);
@@ -95,7 +95,7 @@ function describe(block, place) {
 
 function keysHelp(box) {
   const help = make("p", "keys");
-  [["←→", "token"], ["↑↓", "rollout"], ["Enter", "hold"], [`1–${MODES.length}`, "colour"], ["/", "find"]].forEach(([key, what]) => {
+  [["←→", "token"], ["↑↓", "rollout"], ["Enter", "pin"], [`1–${MODES.length}`, "colour"], ["/", "search"]].forEach(([key, what]) => {
     help.append(make("kbd", "", key), ` ${what}  `);
   });
   box.append(help);

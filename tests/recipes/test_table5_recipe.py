@@ -56,7 +56,7 @@ def test_paper_dry_run_needs_no_gpu_no_model_and_no_data(project):
     assert printed[0][:6] == ["deepspeed", "--num_gpus", "8", "--no_local_rank", "--module", "opsd"]
     assert value(printed[0], "--student") == "$QWEN3_STUDENT"
     assert value(printed[0], "--prompts") == "$DATA_DIR/dapo_train.jsonl"
-    assert "# make setup enables the plan of memory and time that stands here" in done.stdout.splitlines()
+    assert "# run make setup to see the plan of memory and time here" in done.stdout.splitlines()
     assert project.calls() == []
 
 

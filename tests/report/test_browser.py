@@ -36,7 +36,7 @@ def test_the_viewer_shows_rollouts_examples_and_numbers(page, token_run, tmp_pat
     page.point(".rollout:nth-child(1) .token:nth-child(6)")
     detail = page.value("document.getElementById('detail').innerText")
     # row 5: h (5 mod 5)/4 = 0, δ 5 mod 4 = 1, forward 0.5, Q4 (h ≤ 0.5, δ ≤ 1), odd rows are left out; "5" at 0.5
-    for said in ("Q4 sure, teacher agrees", "left out", "1.00 nats", "0.50 nats", "token 6 of 6 in rollout 0"):
+    for said in ("Q4 sure, teacher agrees", "not trained on", "1.00 nats", "0.50 nats", "token 6 of 6 in rollout 0"):
         assert said in detail
     assert (
         page.value("[...document.querySelectorAll('#detail .student li')].map(e => e.innerText.split('\\n')[0])")[0]

@@ -118,7 +118,7 @@ def test_decontaminate_leaves_out_what_stands_in_a_suite(files, tmp_path, run_sc
         rows = [*read(tmp_path / name / "dapo_train.jsonl"), *read(tmp_path / name / "math_dapo.jsonl")]
         found[name] = {row["prompt"].removesuffix(INSTRUCTIONS["boxed"]) for row in rows}
     assert found["with"] - found["without"] == {"Find  $a$."} and len(found["without"]) == 40
-    assert code == 0 and "1  problems that stand in a suite" in out
+    assert code == 0 and "1  problems that occur in a suite" in out
     counts = json.loads((tmp_path / "without" / "dapo.counts.json").read_text())
     assert counts["counts"]["in_a_suite"] == 1 and counts["decontaminate"] is True
 
