@@ -272,8 +272,11 @@ class OptimConfig(Settings, part="optim"):
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     beta1: FractionBelowOne = 0.9
+    """adamw: decay rate of the moving average of gradients."""
     beta2: FractionBelowOne = 0.999
+    """adamw: decay rate of the moving average of squared gradients."""
     eps: NonNegativeFloat = 1e-8
+    """adamw: added to the denominator of its step."""
     max_grad_norm: NonNegativeFloat = 1.0
     """The global gradient norm is clipped to this; 0 is off."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -437,7 +440,9 @@ class TrackConfig(Settings, part="track"):
     """metrics.jsonl is always written; wandb is optional."""
 
     wandb: Literal["off", "offline", "online"] = "off"
+    """offline: log to local wandb files. online: log to a wandb server."""
     project: str = "opsd"
+    """wandb project."""
     progress: bool = True
     """Print the start lines and show progress: a bar on a terminal, lines elsewhere."""
 

@@ -462,7 +462,7 @@ def test_a_model_that_gives_other_values_each_time_is_refused(student, monkeypat
     scorer = load(student)
     whole = Qwen3MLP.forward
     monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: whole(self, x + 0.1 * torch.randn_like(x)))
-    with pytest.raises(UserError, match="other hidden states each time"):
+    with pytest.raises(UserError, match="different hidden states each time"):
         check_steady(scorer, "M")
 
 
