@@ -116,7 +116,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     student = load_student(config, student_path, device, teacher_reach if own else reach)
     notes = check_student(config, student, tokenizer, student_path)
     if asked.unfit:
-        left_out = "prompts left out, longer than --teacher.max_prompt_tokens as the teacher reads them"
+        left_out = "prompts dropped, longer than --teacher.max_prompt_tokens in the teacher's form"
         notes.append(f"{left_out}: {asked.unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
     built = {} if own else build_teachers(config, ranks, device, teacher_reach)
@@ -320,7 +320,7 @@ def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: st
             f"--student {path}: its outputs change with sequence length, but not in vLLM; give --rollout.engine hf"
         )
     if student.alone:
-        notes.append("the student's sequences are computed one by one: beside others they would be changed")
+        notes.append("the student's sequences are computed one by one, because batching changes its outputs")
     if config.rollout.engine != "hf":
         check_sampled(model, path, "--student")
     if config.lora.rank:

@@ -223,7 +223,7 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
     unknown = [option for option in options if not _takes(factory, option)]
     if unknown:
         accepted = ", ".join(inspect.signature(factory).parameters) or "none"
-        give = "give its class that argument: every rule is handed it; " if unknown[0] == "retention" else ""
+        give = "give its class that argument: every rule receives it; " if unknown[0] == "retention" else ""
         raise UserError(f"selector {name!r} takes no option {unknown[0]!r}; {give}it takes: {accepted}")
     try:
         selector: Any = factory(**options)

@@ -42,7 +42,7 @@ class TeacherContext:
         except (OSError, ValueError) as error:
             raise UserError(f"--teacher.context {path} cannot be read as text ({error}); give a text file") from error
         if not text.strip():
-            raise UserError(f"--teacher.context {path} is blank; give a text such as {{prompt}}, or leave the flag out")
+            raise UserError(f"--teacher.context {path} is blank; give a text such as {{prompt}}, or omit the flag")
         return cls(text)
 
     def fill(self, content: Content, answer: str | None, column: Callable[[str], Any], where: str) -> Content:
@@ -52,7 +52,7 @@ class TeacherContext:
         """
         question = content if isinstance(content, str) else content[-1]["content"]
         if answer is None and "{answer}" in self._text:
-            raise UserError(f"{where} has no answer, which --teacher.context names; give one, or another context")
+            raise UserError(f"{where} has no answer, which --teacher.context uses; give one, or another context")
         values = {"prompt": question, "answer": answer, SAMPLE: _OPEN}
         values |= {name: _plain(column(name), name, where) for name in self._columns}
         text = _NAME.sub(lambda named: str(values[named[1]]), self._text)

@@ -19,7 +19,7 @@ def check_engine(config: TrainConfig) -> None:
     kind = config.engine.kind
     if kind == "torch" and world_size() > 1:
         raise UserError(
-            f"--engine.kind torch is one process, {world_size()} were started; give --engine.kind deepspeed"
+            f"--engine.kind torch is one process, but {world_size()} were started; give --engine.kind deepspeed"
         )
     if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         raise UserError("--engine.kind deepspeed: DeepSpeed is not installed; run `make setup`, or give torch")

@@ -185,7 +185,7 @@ class _Shared:
             self._release()
             if found is not None:
                 return place, found
-        self._tracker.doing(f"waiting for the {jobs[0].who}'s evaluation by another run")
+        self._tracker.doing(f"waiting for another run to evaluate the {jobs[0].who}")
         time.sleep(POLL_S)
         return None
 
@@ -246,13 +246,13 @@ class _Shared:
         except FileNotFoundError:
             return None
         except IsADirectoryError as error:
-            raise UserError(f"{entry.file} is a folder, where an evaluation is kept; remove it") from error
+            raise UserError(f"{entry.file} is a folder in the place of an evaluation file; remove it") from error
         except (OSError, ValueError):
             stored = None
         if _is_whole(stored, entry):
             return _named({**stored["result"], "model": job.model, "step": job.step}, entry, stored)
         if entry.file not in self._told:
-            self._tracker.say(f"{entry.file} is damaged: the {job.who} is evaluated again")
+            self._tracker.say(f"{entry.file} is damaged: the {job.who} will be evaluated again")
             self._told.add(entry.file)
         return None
 
@@ -294,7 +294,7 @@ def _beyond_its_files(folder: Path) -> str | None:
     if (folder / "adapter_config.json").exists():
         return f"{folder} is an adapter on another model"
     if (code := own_code(folder)) is not None:
-        return f"{folder} brings code of its own ({code})"
+        return f"{folder} comes with its own code ({code})"
     return None
 
 

@@ -78,7 +78,7 @@ def _mend_generation(model: PreTrainedModel, path: str, flag: str) -> str | None
     if _unsavable(config) is not None:
         ends = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**ends)
-        changed = "its special tokens alone"
+        changed = "only its special tokens"
     return f"{flag} {path}: its generation_config.json cannot be saved as it is ({problem}); checkpoints have {changed}"
 
 
@@ -107,7 +107,7 @@ def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
     """Make sure that a sampler which has read the folder takes what `as_saved` gives. Raises UserError."""
     settings = json_object(Path(path) / "config.json")
     if any(settings.get(key) for key in QUANTISED):
-        raise _unsampled(path, flag, "the folder's are quantised, and would be kept so")
+        raise _unsampled(path, flag, "the folder's weights are quantised, and vLLM would keep them so")
     text, head = model.config.get_text_config(), head_of(model)
     if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
         raise _unsampled(path, flag, "config.json ties head and embeddings, which are two in its files")

@@ -80,7 +80,7 @@ def said(what: str, give: str) -> Iterator[None]:
 
 def running(name: str) -> contextlib.AbstractContextManager[None]:
     """Within it a model runs for the first time."""
-    return said(f"{name}: the model cannot be run", "give a model that transformers runs")
+    return said(f"{name}: the model cannot be run", "give a model that transformers can run")
 
 
 def reading(path: str, flag: str) -> contextlib.AbstractContextManager[None]:

@@ -83,11 +83,11 @@ def coverage(model: nn.Module) -> str:
     bare = {name: p.numel() for name, p in layers.items() if not name.endswith(f"{_BASE}weight") and p.dim() >= 2}
     every = sum(p.numel() for p in layers.values())
     if not bare:
-        return f"adapters lie on every matrix of the student's layers ({every:,} weights)"
+        return f"adapters cover every matrix of the student's layers ({every:,} weights)"
     largest = max(bare, key=lambda name: bare[name])
     return (
-        f"adapters lie on {1 - sum(bare.values()) / every:.0%} of the weights in the student's layers; matrices "
-        f"without one stay as they are, such as {largest}"
+        f"adapters cover {1 - sum(bare.values()) / every:.0%} of the weights in the student's layers; matrices "
+        f"without an adapter stay frozen, such as {largest}"
     )
 
 
@@ -182,12 +182,14 @@ def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     known = sorted({name.rpartition(".")[2] for name in layers})
     if not known:
-        raise UserError("--lora.rank: the student has no linear layers (torch.nn.Linear); train all weights, rank 0")
+        raise UserError("--lora.rank: the student has no linear layers (torch.nn.Linear); train all weights (rank 0)")
     if names == (ALL_LINEAR,):
         return known
     for wanted in names:
         if not any(f".{name}".endswith(f".{wanted}") for name in layers):
-            raise UserError(f"--lora.target_modules {wanted}: no linear layer; give {ALL_LINEAR}, or of {known}")
+            raise UserError(
+                f"--lora.target_modules {wanted}: no such linear layer; give {ALL_LINEAR}, or some of {known}"
+            )
     return list(names)
 
 

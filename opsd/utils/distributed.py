@@ -117,7 +117,7 @@ def _meet() -> tuple[Any, int, int]:
         if "EADDRINUSE" not in str(error):
             raise
         raise UserError(
-            f"port {os.environ['MASTER_PORT']}, where the ranks of this run were to meet, is taken, perhaps by another "
+            f"port {os.environ['MASTER_PORT']}, the rendezvous of this run's ranks, is taken, perhaps by another "
             "run on this machine; give the launcher another one (--master_port)"
         ) from None
 
@@ -163,8 +163,8 @@ def contact_lost(error: Exception) -> str | None:
     if not (isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)):
         return None
     late = "imed out" in text or "imeout" in text
-    what = f"did not come within {_wait_s:g} s (--engine.wait_s)" if late else "has ended"
-    return f"another process of the run {what}: look for a message of its own, then {advice()}"
+    what = f"did not respond within {_wait_s:g} s (--engine.wait_s)" if late else "has ended"
+    return f"another process of the run {what}: look for its own message, then {advice()}"
 
 
 def local_device(name: str, flag: str = "--engine.device") -> torch.device:

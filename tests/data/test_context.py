@@ -65,7 +65,7 @@ def test_the_teachers_own_template_renders_it(make_tokenizer, tokenizer, tmp_pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{answer}", "record 1 has no answer, which --teacher.context names"),
+        ("{answer}", "record 1 has no answer, which --teacher.context uses"),
         ("{solution}", "record 1 has no field 'solution'; it has: prompt, list"),
         ("{list}", "'list' is neither a text nor a number"),
     ],

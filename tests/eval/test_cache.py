@@ -334,7 +334,7 @@ def test_a_damaged_file_is_made_again_and_that_is_said(settings, tmp_path, evalu
     file.write_text({"cut": whole[:-40], "empty": "", "other": "[1]", "altered": json.dumps(stored)}[damage])
     start(settings("second"))
     assert evaluated == [TEACHER, STUDENT, AFTER, TEACHER, AFTER]
-    assert f"{file} is damaged: the teacher is evaluated again" in capsys.readouterr().err.splitlines()
+    assert f"{file} is damaged: the teacher will be evaluated again" in capsys.readouterr().err.splitlines()
     again = json.loads(file.read_text())
     assert again["computed_by"] == str(tmp_path / "second") and again["result"] == json.loads(whole)["result"]
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
@@ -425,5 +425,5 @@ def test_a_folder_in_the_place_of_a_shared_evaluation_is_named(settings, tmp_pat
     (entry, *_) = sorted((tmp_path / "cache").glob("teacher-*.json"))
     entry.unlink()
     entry.mkdir()
-    with pytest.raises(UserError, match=r"teacher-.*\.json is a folder, where an evaluation is kept; remove it$"):
+    with pytest.raises(UserError, match=r"teacher-.*\.json is a folder in the place of an evaluation file; remove it$"):
         start(dataclasses.replace(config, out=str(tmp_path / "other")))

@@ -135,7 +135,7 @@ def test_freeze_one_of_two(tmp_path, seen):
     stages = ["evaluation", "rollout", "backward", "checkpoint"]
     struck = live(tmp_path, TWO, signal.SIGSTOP, stages, "--engine.wait_s", str(WAIT_S))
     said = [life["said"] for life in struck if life["codes"][0]]
-    assert all(f"did not come within {WAIT_S} s (--engine.wait_s)" in line for line in said)
+    assert all(f"did not respond within {WAIT_S} s (--engine.wait_s)" in line for line in said)
     seen(check(tmp_path, TWO, signal.SIGSTOP, struck))
 
 

@@ -234,7 +234,7 @@ def test_under_bfloat16_frozen_weights_are_held_in_it_and_adapters_in_fp32(make_
 def test_layers_that_are_not_there_or_not_linear_are_named_in_one_line(make_model, name):
     lora = LoraConfig(rank=2, target_modules=("q_proj", name))
     with pytest.raises(
-        UserError, match=rf"^--lora.target_modules {name}: no linear layer; give [^\n]*down_proj[^\n]*$"
+        UserError, match=rf"^--lora.target_modules {name}: no such linear layer; give [^\n]*down_proj[^\n]*$"
     ):
         add_adapters(Scorer(make_model()).model, lora, 0, "base")
 

@@ -18,13 +18,13 @@ KNOWN = SpecifierSet(">=1.16,<1.17")
 REFUSED = {
     "ServerDistillationTrainer": "its server sends a few log-probabilities per token, not the teacher's distribution",
     "AsyncDistillationTrainer": "its server sends a few log-probabilities per token, not the teacher's distribution",
-    "IWOPDTrainer": "it weighs each token by those in front of it: leaving some out would change other weights",
-    "GKDTrainer": "it divides by the count of the data set's tokens, not of those it trains on; its on-policy half is "
+    "IWOPDTrainer": "it weights each token by those before it: dropping some would change the others' weights",
+    "GKDTrainer": "it divides by the dataset's token count, not by the number it trains on; its on-policy half is "
     "what DistillationTrainer does",
-    "GOLDTrainer": "it divides by the count of the data set's tokens, not of those it trains on; with equal tokenizers "
+    "GOLDTrainer": "it divides by the dataset's token count, not by the number it trains on; with equal tokenizers "
     "DistillationTrainer does the same",
-    "SDFTTrainer": "it averages every answer by itself, so there is no count of kept tokens to divide by",
-    "SDPOTrainer": "it averages every answer by itself, so there is no count of kept tokens to divide by",
+    "SDFTTrainer": "it averages over each answer separately, so there is no count of kept tokens to divide by",
+    "SDPOTrainer": "it averages over each answer separately, so there is no count of kept tokens to divide by",
 }
 
 
@@ -35,7 +35,9 @@ def check_installed() -> None:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"selection inside TRL needs trl{KNOWN}: pip install opsd-tip[trl]") from None
     if not KNOWN.contains(version, prereleases=True):
-        raise UserError(f"trl {version} is installed; selection inside TRL knows trl{KNOWN}: pip install opsd-tip[trl]")
+        raise UserError(
+            f"trl {version} is installed; selection inside TRL supports trl{KNOWN}: pip install opsd-tip[trl]"
+        )
 
 
 def check_parameters(hooked: dict[Callable[..., Any], str]) -> None:
