@@ -67,7 +67,7 @@ def test_a_cosine_stretches_and_the_line_says_from_what_to_what(settings, tmp_pa
     new = dataclasses.replace(old, steps=400)
     line = extension(old, new, 100)
     # Half a cosine over 400 steps, a quarter of it done: 1e-3·(1 + cos(π/4))/2 = 8.54e-4; over 100 steps it is at 0.
-    assert "the learning rate of step 101 is 8.54e-04 in place of 0.00e+00" in line and "\n" not in line
+    assert "the learning rate of step 101 is 8.54e-04 instead of 0.00e+00" in line and "\n" not in line
     assert learning_rate(101, 400, new.optim) == pytest.approx(8.5355e-4, rel=1e-4)
 
 
