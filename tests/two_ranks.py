@@ -19,7 +19,9 @@ from opsd.utils.distributed import leave
 
 def run_ranks(program: Path, *args: Path | str) -> subprocess.CompletedProcess[str]:
     """A program that calls `on_ranks`; each rank has one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    # An engine in this process may have set what launchers set.
+    own = {name: value for name, value in os.environ.items() if name not in place(0, 1, 0)}
+    environment = {**own, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     words = [sys.executable, str(program), *map(str, args)]
     return subprocess.run(words, env=environment, capture_output=True, text=True)
 

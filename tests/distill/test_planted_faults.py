@@ -52,7 +52,9 @@ def drop_last_tile(monkeypatch, name):
     whole, project_ = Projection._tiles, Projection.project_
     monkeypatch.setattr(Projection, "_tiles", lambda self: iter(list(whole(self))[:-1]))
     monkeypatch.setattr(
-        Projection, "project_", lambda self, hidden_CD, out_CV: project_(self, hidden_CD, out_CV.zero_())
+        Projection,
+        "project_",
+        lambda self, hidden_CD, out_CV, *others: project_(self, hidden_CD, out_CV.zero_(), *others),
     )
 
 
@@ -62,7 +64,7 @@ def shift_a_row(monkeypatch, name):
     monkeypatch.setattr(
         Projection,
         "project_",
-        lambda self, hidden_CD, out_CV: out_CV.copy_(project_(self, hidden_CD, out_CV).roll(1, 0)),
+        lambda self, hidden_CD, out_CV, *others: out_CV.copy_(project_(self, hidden_CD, out_CV, *others).roll(1, 0)),
     )
 
 

@@ -82,9 +82,11 @@ def test_a_kernel_compiles_for_an_h100_without_spills(name, constants, narrow, t
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     said = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    # A spill goes to the stack, in local memory. 80 registers: three programs of eight warps per multiprocessor.
+    # A spill goes to the stack, in local memory. 80 registers: three programs of eight warps per multiprocessor; what
+    # few runs take (two soft caps, with ranks or the JSD) has room for two.
+    rare = constants.get("S_CAPPED") and (constants.get("RANKED") or constants.get("DIVERGENCE") == "jsd")
     assert usage["STACK"] == usage["LOCAL"] == 0, said
-    assert usage["REG"] <= 80, said
+    assert usage["REG"] <= (128 if rare else 80), said
     code = subprocess.run([tool, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
     # Four logits per read, whether through registers or straight into shared memory.
     assert re.search(r"LDG\S*\.128|LDGSTS\S*\.128", code), "logits are read one by one"

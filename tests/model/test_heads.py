@@ -117,13 +117,18 @@ def test_a_served_teachers_head_is_the_same_read_without_its_layers(family, tmp_
 
 
 def pair(student, teacher):
-    """Both as a run has them, and copies of theirs in fp64, as transformers makes them."""
+    """Both as a run has them, and copies of theirs as transformers makes them.
+
+    All in fp64: random layers at this scale amplify rounding, by how much depends on the processor.
+    """
     models = FAMILIES[student].build(), FAMILIES[teacher].build(seed=1)
-    scorers = [Scorer(copy.deepcopy(model), transform=find_transform(model, "M")) for model in models]
+    transforms = [find_transform(model, "M") for model in models]
     for model in models:
         if model.config.model_type == "phimoe":
             model.set_experts_implementation("eager")  # the fast one knows no fp64
-    return *scorers, *(model.double() for model in models)
+        model.double()
+    scorers = [Scorer(copy.deepcopy(model), transform=found) for model, found in zip(models, transforms, strict=True)]
+    return *scorers, *models
 
 
 def own_logs(model, rollouts):

@@ -276,9 +276,11 @@ def settings(make_folder, make_model, tmp_path_factory):
 
 
 def files_of(run):
-    """Every file of a checkpoint and of rollouts, as bytes; but for those with the clock's times and their checksum."""
+    """Every file of a checkpoint and of rollouts, as bytes; but for those with the run's name or the clock's times."""
     folders = [run / "checkpoints" / "step_3", run / "rollouts"]
-    files = [p for f in folders for p in sorted(f.rglob("*")) if p.name not in ("state.json", "checksums.json")]
+    files = [
+        p for f in folders for p in sorted(f.rglob("*")) if p.name not in ("state.json", "checksums.json", "README.md")
+    ]
     return {str(p.relative_to(run)): p.read_bytes() for p in files if p.is_file()}
 
 
