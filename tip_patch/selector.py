@@ -19,7 +19,9 @@ def read_field(stats: TokenStats, field: str, reader: str) -> Tensor:
     """A statistic [N]. Raises UserError where it was not computed."""
     values_N = getattr(stats, field)
     if values_N is None:
-        raise UserError(f"{reader} reads {field}, which these statistics lack: name it in token_stats(needs=…)")
+        raise UserError(
+            f"{reader} reads {field}, which was not computed: name it in the rule's `needs`, or in token_stats(needs=…)"
+        )
     return values_N
 
 
@@ -65,8 +67,18 @@ class Selector:
         return self.choose(stats, rollouts, self.budgets(rollouts), seed)
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
-        """Keep budget_R rows of each rollout: here the highest `score`, ties to the earlier position."""
-        return Selection(rollouts.top(self.score(stats, rollouts, seed), budget_R))
+        """Keep budget_R rows of each rollout: here the highest `score`, ties to the earlier position.
+
+        Errors: UserError for a score that is NaN, or of another shape.
+        """
+        score_N, tokens = self.score(stats, rollouts, seed), stats.rollout_N.numel()
+        if score_N.shape != (tokens,):
+            raise UserError(f"selector {self.name}: score returned shape {list(score_N.shape)} for {tokens} tokens")
+        if wrong := int(score_N.isnan().sum()):
+            raise UserError(
+                f"selector {self.name}: score is NaN for {wrong} of {tokens} tokens; is something divided by 0?"
+            )
+        return Selection(rollouts.top(score_N, budget_R))
 
     def score(self, stats: TokenStats, rollouts: Rollouts, seed: int) -> Tensor:
         """What rows are ranked by, highest first [N]; a rule that does not rank overrides `choose` instead.

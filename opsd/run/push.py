@@ -52,4 +52,9 @@ def push(config: PushConfig) -> str:
         raise UserError(
             f"push to {config.name}: {first_line(error)}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
+    except Exception as error:
+        # Where there is no network: httpx's errors, or those of the copy that the hub's library brings.
+        if type(error).__module__.startswith("httpx"):
+            raise UserError(f"push to {config.name}: the hub cannot be reached ({first_line(error)})") from error
+        raise
     return str(done.commit_url)

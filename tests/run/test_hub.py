@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import huggingface_hub.constants
 import pytest
 from hub_stand_in import COMMIT, stand_in
@@ -157,3 +158,14 @@ def test_what_the_hub_refuses_is_one_line(hub, run, tmp_path):
     empty = RunFolder.create(config_of(tmp_path / "empty"))
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         push(PushConfig(empty.path, "owner/name"))
+
+
+def test_a_push_without_a_network_is_one_line(run, monkeypatch):
+    def unreachable(*_, **__):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr("opsd.run.push.HfApi.create_repo", unreachable)
+    with pytest.raises(
+        UserError, match=r"^push to owner/name: the hub cannot be reached \(Name or service not known\)$"
+    ):
+        push(PushConfig(run.path, "owner/name"))

@@ -17,6 +17,7 @@ from opsd.distill import concatenate_stats, distill_loss
 from opsd.selection import TokenSelector, TokenStats, load_selector, selector_names
 from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError
+from tip_patch.selector import Selector
 
 SCORED = ["entropy", "divergence", "soft_or", "soft_or_bottom", "q3", "teachability"]
 FIXED = [*SCORED, "entropy_sample", "random", "adaptive_kl", "first_fraction", "position_weighted", "iw_opd"]
@@ -322,3 +323,17 @@ def test_the_documentation_names_every_rule_and_option():
         if name != "all":
             for option in dataclasses.fields(load_selector(name)):
                 assert f"`{option.name}`" in text
+
+
+@pytest.mark.parametrize(
+    ("score", "said"), [("nan", "score is NaN for 1 of 4 tokens"), ("short", r"shape \[3\] for 4")]
+)
+def test_a_rule_whose_scores_are_no_ranking_is_refused(score, said):
+    class Broken(Selector):
+        name = "broken"
+
+        def score(self, stats, rollouts, seed):
+            return torch.tensor([0.0, torch.nan, 1.0, 2.0]) if score == "nan" else torch.zeros(3)
+
+    with pytest.raises(UserError, match=f"selector broken: .*{said}"):
+        Broken()(TokenStats(torch.zeros(4, dtype=torch.int64), *[None] * 5))
