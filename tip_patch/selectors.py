@@ -78,7 +78,7 @@ class Entropy(Selector):
 
 @dataclass(eq=False)
 class SoftOr(NormalisingSelector):
-    """Keep uncertain tokens and those on which the models disagree: highest 1 − (1−ĥ)(1−δ̂), the paper's TIP.
+    """Keep uncertain tokens and those the models disagree on: highest 1 − (1−ĥ)(1−δ̂).
 
     Paper v1 Eq. 5, v4 Eq. 7; ĥ is clipped at clip_quantile, so the top 2 % of entropies tie at 1 and among equals the
     earlier position wins. One huge δ shrinks every other δ̂ and turns the ranking into entropy's: see

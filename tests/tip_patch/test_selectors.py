@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opsd.data.packing import pack
 from opsd.distill import concatenate_stats, distill_loss
-from opsd.selection import TokenSelector, TokenStats, load_selector, selector_names
+from opsd.selection import REQUIRED_FIELDS, TokenSelector, TokenStats, load_selector, selector_names
 from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError
 from tip_patch.selector import Selector
@@ -336,4 +336,4 @@ def test_a_rule_whose_scores_are_no_ranking_is_refused(score, said):
             return torch.tensor([0.0, torch.nan, 1.0, 2.0]) if score == "nan" else torch.zeros(3)
 
     with pytest.raises(UserError, match=f"selector broken: .*{said}"):
-        Broken()(TokenStats(torch.zeros(4, dtype=torch.int64), *[None] * 5))
+        Broken()(TokenStats(rollout_N=torch.zeros(4, dtype=torch.int64), **dict.fromkeys(REQUIRED_FIELDS)))
