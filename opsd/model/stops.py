@@ -18,12 +18,18 @@ NAMED = 6
 
 
 def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: a model's generation config may name several (Llama 3, Qwen)."""
+    """Every id that ends a response, once: a model's generation config may name several (Llama 3, Qwen).
+
+    Raises UserError for what is no id.
+    """
     named = None if generation is None else generation.eos_token_id
-    ids = [named] if isinstance(named, int) else list(named or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+    ids = [*named] if isinstance(named, list) else [named]
+    if named is not None and any(type(token) is not int or token < 0 for token in ids):
+        raise UserError(
+            f"{tokenizer.name_or_path}: eos_token_id {named!r} is no token's id; give whole numbers from 0 in its "
+            "generation_config.json"
+        )
+    return list(dict.fromkeys(token for token in (*ids, tokenizer.eos_token_id) if token is not None))
 
 
 def turn_ends(generation: GenerationConfig | None, tokenizer: Any, chat: bool) -> list[int]:

@@ -43,6 +43,17 @@ def test_a_chat_ends_with_what_files_and_template_name_and_a_raw_text_with_what_
     assert turn_ends(GenerationConfig(eos_token_id=THINK), tokenizer, chat=True) == [THINK, EOS]
 
 
+def test_an_end_that_is_named_twice_counts_once(tokenizer):
+    assert eos_token_ids(GenerationConfig(eos_token_id=[7, 7, EOS, 7]), tokenizer) == [7, EOS]
+    assert eos_token_ids(GenerationConfig(), tokenizer) == eos_token_ids(None, tokenizer) == [EOS]
+
+
+@pytest.mark.parametrize("named", [-1, [-1, 1], "1", [None], [[1]], 1.0, True, {}])
+def test_what_is_no_id_is_refused_as_an_end(tokenizer, named):
+    with pytest.raises(UserError, match=r"eos_token_id .* is no token's id; give whole numbers from 0"):
+        eos_token_ids(GenerationConfig(eos_token_id=named), tokenizer)
+
+
 def test_a_folder_without_weights_loaded_names_the_same_ends(make_folder, make_model):
     model = make_model()
     model.generation_config.eos_token_id = [1, 5]
