@@ -48,9 +48,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
     except Exception:  # a template is a program; what it refuses in a record is said there
         return None
-    behind = text.rpartition(_SAID)[2].lstrip()
-    first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
-    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else None
+    _, found, behind = text.rpartition(_SAID)
+    first = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids[:1] if found else []
+    control = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
+    return first[0] if first and first[0] in control else None
 
 
 def generation_of(path: str, trust: bool) -> GenerationConfig:

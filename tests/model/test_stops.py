@@ -24,6 +24,10 @@ ENDED = "{% for m in messages %}<user>{{ m['content'] }}<think>\n{% endfor %}"
         ("{% for m in messages %}{{ m['content'] }}. <think>{% endfor %}", None),
         ("{% for m in messages %}{{ m['content'] }}abc{% endfor %}", None),
         ("{{ raise_exception('no') }}", None),
+        # The words are not in the text: changed, or left out.
+        ("{% for m in messages %}<user>{{ m['content'] | upper }}<think>{% endfor %}", None),
+        ("<user>{{ messages[0]['content'] }}<think>", None),
+        ("{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}", None),
         (None, None),
     ],
 )
