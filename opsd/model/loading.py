@@ -28,7 +28,14 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     check_folder(path, flag, trust)
     give = "give a folder that holds one"
     with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        except Exception:
+            if (Path(path) / "config.json").is_file():
+                # It is read on the way to the tokenizer.
+                with said(f"{flag} {path}: its config.json cannot be read", "fix that file"):
+                    AutoConfig.from_pretrained(path, trust_remote_code=trust)
+            raise
         known = len(tokenizer.get_vocab())
     if known <= len(tokenizer.all_special_ids):
         # What transformers makes of a folder without a tokenizer's files: special tokens alone.

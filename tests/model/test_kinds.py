@@ -260,6 +260,16 @@ def test_a_generation_config_that_cannot_even_be_read_is_said(student, text, say
             act(student)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"quantization_config": []}, {"quantization_config": "fp8"}, {"dtype": "float7"}, None], ids=str
+)
+def test_a_config_that_cannot_be_read_is_not_taken_for_the_tokenizers_fault(student, settings):
+    config = student / "config.json"
+    config.write_text(json.dumps((settings and {**json.loads(config.read_text()), **settings}) or []))
+    with pytest.raises(UserError, match=r"its config.json cannot be read \([^\n]+\); fix that file$"):
+        load_tokenizer(str(student), "--student")
+
+
 def test_what_belongs_to_a_model_is_copied_beside_its_weights(student, tmp_path):
     for name in (
         *("preprocessor_config.json", "processor_config.json", "chat_template.json", "spiece.model", "merges.txt"),
