@@ -22,11 +22,11 @@ def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[i
 
     Raises UserError for what is no id.
     """
-    named = None if generation is None else generation.eos_token_id
-    ids = [*named] if isinstance(named, list) else [named]
-    if named is not None and any(type(token) is not int or token < 0 for token in ids):
+    given = None if generation is None else generation.eos_token_id
+    ids = [*given] if isinstance(given, list) else [given]
+    if given is not None and any(type(token) is not int or token < 0 for token in ids):
         raise UserError(
-            f"{tokenizer.name_or_path}: eos_token_id {named!r} is no token's id; give whole numbers from 0 in its "
+            f"{tokenizer.name_or_path}: eos_token_id {given!r} is no token's id; give whole numbers from 0 in its "
             "generation_config.json"
         )
     return list(dict.fromkeys(token for token in (*ids, tokenizer.eos_token_id) if token is not None))
@@ -81,6 +81,11 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
     return list(dict.fromkeys(ids))
 
 
+def named(token: int, tokenizer: Any) -> str:
+    """A token's spelling; its id where it has none."""
+    return tokenizer.convert_ids_to_tokens(token) or f"id {token}"
+
+
 @dataclass(frozen=True)
 class PairStops:
     """What either model ends a turn with, and what was chosen. stated: by the user."""
@@ -103,7 +108,7 @@ class PairStops:
 
         def names(ids: Sequence[int]) -> str:
             more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-            return " ".join(tokenizer.convert_ids_to_tokens(list(ids[:NAMED]))) + more or "nothing"
+            return " ".join(named(token, tokenizer) for token in ids[:NAMED]) + more or "nothing"
 
         same = set(self.student) == set(self.teacher)
         if same:
@@ -131,12 +136,12 @@ def reconcile(
     if not stated:
         check_ends(student, vocab_size, "--student")
         check_ends(teacher, vocab_size, "--teacher")
+    student, teacher = ([token for token in ends if token < vocab_size] for ends in (student, teacher))
     if student and not teacher and not stated:
         raise UserError(
             "--teacher: it names no end token, so training would remove the student's; name one as eos_token_id in its "
             "generation_config.json, or give --rollout.stop_tokens"
         )
     differ = set(student) != set(teacher)
-    union = stated or [*student, *(token for token in teacher if token not in student)]
-    ids = tuple(token for token in union if token < vocab_size)
+    ids = tuple(stated or dict.fromkeys([*student, *teacher]))
     return PairStops(student, teacher, Stops(ids, joinable and differ and len(ids) > 1), bool(stated))

@@ -88,6 +88,8 @@ def test_stops_are_stated_by_spelling_or_by_id(tokenizer):
         ([1], [3], [3, 1], (3, 1), True),
         ([1], [], [1], (1,), False),
         ([1], [3, 99], [], (1, 3), True),
+        ([1, 3, 10**12], [1, 3, 99], [], (1, 3), False),
+        ([99], [1, 99], [1], (1,), False),
     ],
 )
 def test_rollouts_end_at_what_either_ends_with_and_the_loss_joins_what_differs(student, teacher, stated, ids, joined):
@@ -121,5 +123,7 @@ def test_the_line_says_what_was_found_and_chosen_and_survives_json(tokenizer):
     assert capped.line(tokenizer).endswith(
         "which the loss keeps separate: a head with a soft cap has no logit for their sum"
     )
+    assert reconcile([60, 1], [1, 10**12], [], 49).line(tokenizer) == both.line(tokenizer)
+    assert reconcile([50, 1], [1, 50], [], 60).line(tokenizer) == "stops: both models end with id 50 <eos>"
     for pair in (both, apart, stated, capped):
         assert PairStops.from_json(json.loads(json.dumps(dataclasses.asdict(pair)))) == pair
