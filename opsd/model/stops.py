@@ -71,7 +71,7 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
             found = vocabulary[token]
         elif len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id:
             found = encoded[0]
-        elif token.isdecimal():
+        elif token.isascii() and token.isdecimal():
             found = int(token)
         else:
             found = vocab_size
@@ -82,8 +82,11 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
 
 
 def named(token: int, tokenizer: Any) -> str:
-    """A token's spelling; its id where it has none."""
-    return tokenizer.convert_ids_to_tokens(token) or f"id {token}"
+    """A token's spelling, with its id where that is a number; the id alone where it has none."""
+    spelling = tokenizer.convert_ids_to_tokens(token)
+    if spelling is None:
+        return f"id {token}"
+    return f"{spelling} (id {token})" if spelling.isdecimal() else spelling
 
 
 @dataclass(frozen=True)

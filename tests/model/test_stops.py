@@ -71,8 +71,15 @@ def test_stops_are_stated_by_spelling_or_by_id(tokenizer):
     assert stated_stops(["<eos>", ";", "5", "<eos>", "12"], tokenizer, 49, "--rollout.stop_tokens") == [1, 48, 11, 12]
     with pytest.raises(UserError, match=r"--rollout.stop_tokens '<\|im_end\|>': the models share no such token"):
         stated_stops(["<|im_end|>"], tokenizer, 49, "--rollout.stop_tokens")
-    with pytest.raises(UserError, match="'49'"):
-        stated_stops(["49"], tokenizer, 49, "--rollout.stop_tokens")
+    for unknown in ("49", "٣"):
+        with pytest.raises(UserError, match=f"'{unknown}'"):
+            stated_stops([unknown], tokenizer, 49, "--rollout.stop_tokens")
+
+
+def test_the_line_tells_the_token_that_is_a_digit_from_an_id(tokenizer):
+    digit = stated_stops(["7"], tokenizer, 49, "--rollout.stop_tokens")
+    line = reconcile([1], [1], digit, 49).line(tokenizer)
+    assert line.endswith(f"rollouts end with 7 (id {digit[0]}) (--rollout.stop_tokens)")
 
 
 @pytest.mark.parametrize(
