@@ -261,7 +261,7 @@ def settle_stops(
     Where that is more than the student's own folder names, its checkpoints name it: whatever samples from them stops.
     Raises UserError for stops that cannot be reconciled.
     """
-    own = eos_token_ids(student.model.generation_config, tokenizer)
+    own, beyond = eos_token_ids(student.model.generation_config, tokenizer), set[int]()
     if began is not None:
         # A folder of an earlier version: its rollouts end where the student does.
         pair = began.stops or PairStops(own, own, Stops(tuple(own)))
@@ -271,12 +271,14 @@ def settle_stops(
         ours = turn_ends(student.model.generation_config, tokenizer, chat)
         teachers = zip(config.teacher_paths().values(), tokenizers, strict=True)
         theirs = [turn_ends(generation_of(path, trust), its, chat) for path, its in teachers]
+        beyond = {token for ends in (ours, *theirs) for token in ends if token >= vocab_size}
         pair, *others = [reconcile(ours, ends, stated, vocab_size, joinable) for ends in theirs]
         if any(other.stops != pair.stops for other in others):
             raise UserError("--teachers: their turns end with different tokens; give --rollout.stop_tokens")
     if not set(pair.stops.ids) <= set(own) and student.model.generation_config is not None:
         student.model.generation_config.eos_token_id = list(pair.stops.ids)
-    return pair, [pair.line(tokenizer)]
+    told = [f"end tokens that are not in the shared vocabulary, ignored: {sorted(beyond)}"] if beyond else []
+    return pair, [*told, pair.line(tokenizer)]
 
 
 def compare_templates(

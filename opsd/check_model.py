@@ -30,7 +30,7 @@ from opsd.model.checks import (
 from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
 from opsd.model.loading import disable_dropout, load_ends, load_model, load_tokenizer, running, settle_layout
 from opsd.model.scorer import DistillHead, Scorer
-from opsd.model.stops import turn_ends
+from opsd.model.stops import named, turn_ends
 from opsd.model.vocabulary import check_ends, model_vocabulary
 from opsd.types import PLAIN, Head
 from opsd.utils.distributed import local_device
@@ -155,7 +155,8 @@ class _Found:
         check_ends(ends, size, self._name)
         if not ends:
             return "none: every response runs to the length limit"
-        return ", ".join(f"{token} ({self._tokenizer.convert_ids_to_tokens(token)})" for token in ends)
+        known = [named(token, self._tokenizer) if token < size else "not in the vocabulary, ignored" for token in ends]
+        return ", ".join(f"{token} ({name})" for token, name in zip(ends, known, strict=True))
 
     def positions(self) -> str:
         """Positions for the tokens of the run."""

@@ -7,7 +7,7 @@ import pytest
 
 from families import write
 from opsd import __main__ as cli
-from opsd.check_model import CheckModelConfig, check_model
+from opsd.check_model import CheckModelConfig, _Found, check_model
 from opsd.utils.errors import UserError
 
 LINES = (
@@ -28,6 +28,14 @@ def test_a_model_that_can_be_trained_has_a_line_for_each_check(tmp_path, capsys)
     # Libraries may have said something of their own.
     printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]
     assert len(printed) == len(LINES) and all(line.startswith("ok ") for line in printed)
+
+
+def test_ends_beyond_the_vocabulary_are_said_to_be_ignored(tmp_path):
+    folder = write(tmp_path / "model", "Qwen3")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [10**12, 1]}))
+    found = _Found(CheckModelConfig(str(folder), device="cpu"))
+    found.tokenizer(), found.weights()
+    assert found.ends() == "1000000000000 (not in the vocabulary, ignored), 1 (<eos>)"
 
 
 def test_what_cannot_be_is_said_and_the_rest_is_checked_all_the_same(tmp_path):

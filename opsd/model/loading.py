@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.model.attention import attention_for
 from opsd.model.checks import Reach, check_packing, check_positions, check_steady, find_transform
@@ -28,7 +28,14 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     check_folder(path, flag, trust)
     give = "give a folder that holds one"
     with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        except Exception:
+            if (Path(path) / "config.json").is_file():
+                # It is read on the way to the tokenizer.
+                with said(f"{flag} {path}: its config.json cannot be read", "fix that file"):
+                    AutoConfig.from_pretrained(path, trust_remote_code=trust)
+            raise
         known = len(tokenizer.get_vocab())
     if known <= len(tokenizer.all_special_ids):
         # What transformers makes of a folder without a tokenizer's files: special tokens alone.
@@ -214,6 +221,8 @@ def disable_dropout(model: nn.Module) -> None:
 def check_folder(path: str, flag: str, trust: bool = False) -> None:
     """A path must be a model folder, without code of its own unless that is trusted. Raises UserError.
 
+    Nor may its generation config be damaged: transformers would go on without its end tokens.
+
     A hub name (owner/name) is left to transformers, which is told the same about its code.
     """
     check_model_path(path, flag)
@@ -230,6 +239,9 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
                 f"{flag} {path}: it comes with its own code ({code}), which was not run; "
                 "give --trust_remote_code True if you trust it, or another model"
             )
+        if (folder / "generation_config.json").is_file():
+            with said(f"{flag} {path}: its generation_config.json cannot be read", "fix that file"):
+                GenerationConfig.from_pretrained(path)
 
 
 def own_code(folder: Path) -> str | None:

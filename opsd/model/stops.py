@@ -18,12 +18,18 @@ NAMED = 6
 
 
 def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: a model's generation config may name several (Llama 3, Qwen)."""
-    named = None if generation is None else generation.eos_token_id
-    ids = [named] if isinstance(named, int) else list(named or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+    """Every id that ends a response, once: a model's generation config may name several (Llama 3, Qwen).
+
+    Raises UserError for what is no id.
+    """
+    given = None if generation is None else generation.eos_token_id
+    ids = [*given] if isinstance(given, list) else [given]
+    if given is not None and any(type(token) is not int or token < 0 for token in ids):
+        raise UserError(
+            f"{tokenizer.name_or_path}: eos_token_id {given!r} is no token's id; give whole numbers from 0 in its "
+            "generation_config.json"
+        )
+    return list(dict.fromkeys(token for token in (*ids, tokenizer.eos_token_id) if token is not None))
 
 
 def turn_ends(generation: GenerationConfig | None, tokenizer: Any, chat: bool) -> list[int]:
@@ -42,9 +48,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
     except Exception:  # a template is a program; what it refuses in a record is said there
         return None
-    behind = text.rpartition(_SAID)[2].lstrip()
-    first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
-    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else None
+    _, found, behind = text.rpartition(_SAID)
+    first = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids[:1] if found else []
+    control = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
+    return first[0] if first and first[0] in control else None
 
 
 def generation_of(path: str, trust: bool) -> GenerationConfig:
@@ -64,7 +71,7 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
             found = vocabulary[token]
         elif len(encoded) == 1 and encoded[0] != tokenizer.unk_token_id:
             found = encoded[0]
-        elif token.isdecimal():
+        elif token.isascii() and token.isdecimal():
             found = int(token)
         else:
             found = vocab_size
@@ -72,6 +79,14 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
             raise UserError(f"{flag} {token!r}: the models share no such token; give one as spelled in the vocabulary")
         ids.append(found)
     return list(dict.fromkeys(ids))
+
+
+def named(token: int, tokenizer: Any) -> str:
+    """A token's spelling, with its id where that is a number; the id alone where it has none."""
+    spelling = tokenizer.convert_ids_to_tokens(token)
+    if spelling is None:
+        return f"id {token}"
+    return f"{spelling} (id {token})" if spelling.isdecimal() else spelling
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,7 @@ class PairStops:
 
         def names(ids: Sequence[int]) -> str:
             more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-            return " ".join(tokenizer.convert_ids_to_tokens(list(ids[:NAMED]))) + more or "nothing"
+            return " ".join(named(token, tokenizer) for token in ids[:NAMED]) + more or "nothing"
 
         same = set(self.student) == set(self.teacher)
         if same:
@@ -124,12 +139,12 @@ def reconcile(
     if not stated:
         check_ends(student, vocab_size, "--student")
         check_ends(teacher, vocab_size, "--teacher")
+    student, teacher = ([token for token in ends if token < vocab_size] for ends in (student, teacher))
     if student and not teacher and not stated:
         raise UserError(
             "--teacher: it names no end token, so training would remove the student's; name one as eos_token_id in its "
             "generation_config.json, or give --rollout.stop_tokens"
         )
     differ = set(student) != set(teacher)
-    union = stated or [*student, *(token for token in teacher if token not in student)]
-    ids = tuple(token for token in union if token < vocab_size)
+    ids = tuple(stated or dict.fromkeys([*student, *teacher]))
     return PairStops(student, teacher, Stops(ids, joinable and differ and len(ids) > 1), bool(stated))

@@ -45,9 +45,11 @@ def read_calls(text: str) -> list[Call]:
             call, place = _hermes_call(text, place)
             calls.append(call)
         elif tag[0] == "<think>":
-            place = text.find("</think>", place)
-            if place < 0:
-                return []
+            end = text.find("</think>", place)
+            if end < 0:
+                return calls
+            place = end + len("</think>")
+            behind_thoughts = behind_thoughts if calls else place
         else:
             calls, behind_thoughts = [], place
     return _plain_calls(text[behind_thoughts:]) or calls

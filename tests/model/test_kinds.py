@@ -244,10 +244,30 @@ def test_a_generation_config_that_cannot_be_saved_is_mended_before_anything_is_t
     assert make_savable(model, tokens, str(student), "--student") == []
 
 
-def test_a_generation_config_that_cannot_even_be_read_is_said(student):
-    (student / "generation_config.json").write_text(json.dumps({"num_return_sequences": 3, "eos_token_id": 1}))
-    with pytest.raises(UserError, match=r"the model cannot be loaded \([^\n]+num_return_sequences[^\n]+$"):
-        load(student)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"num_return_sequences": 3, "eos_token_id": 1}', "num_return_sequences"),
+        ('{"max_new_tokens": 0}', "max_new_tokens"),
+        ("{", "not a valid JSON file"),
+        ("[]", "mapping"),
+    ],
+)
+def test_a_generation_config_that_cannot_even_be_read_is_said(student, text, says):
+    (student / "generation_config.json").write_text(text)
+    for act in (load, lambda folder: load_tokenizer(str(folder), "--student")):
+        with pytest.raises(UserError, match=rf"its generation_config.json cannot be read \([^\n]*{says}[^\n]*\); fix "):
+            act(student)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quantization_config": []}, {"quantization_config": "fp8"}, {"dtype": "float7"}, None], ids=str
+)
+def test_a_config_that_cannot_be_read_is_not_taken_for_the_tokenizers_fault(student, settings):
+    config = student / "config.json"
+    config.write_text(json.dumps((settings and {**json.loads(config.read_text()), **settings}) or []))
+    with pytest.raises(UserError, match=r"its config.json cannot be read \([^\n]+\); fix that file$"):
+        load_tokenizer(str(student), "--student")
 
 
 def test_what_belongs_to_a_model_is_copied_beside_its_weights(student, tmp_path):

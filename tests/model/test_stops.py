@@ -24,6 +24,10 @@ ENDED = "{% for m in messages %}<user>{{ m['content'] }}<think>\n{% endfor %}"
         ("{% for m in messages %}{{ m['content'] }}. <think>{% endfor %}", None),
         ("{% for m in messages %}{{ m['content'] }}abc{% endfor %}", None),
         ("{{ raise_exception('no') }}", None),
+        # The words are not in the text: changed, or left out.
+        ("{% for m in messages %}<user>{{ m['content'] | upper }}<think>{% endfor %}", None),
+        ("<user>{{ messages[0]['content'] }}<think>", None),
+        ("{% for m in messages %}{{ m['content'] }}<unk>{% endfor %}", None),
         (None, None),
     ],
 )
@@ -43,6 +47,17 @@ def test_a_chat_ends_with_what_files_and_template_name_and_a_raw_text_with_what_
     assert turn_ends(GenerationConfig(eos_token_id=THINK), tokenizer, chat=True) == [THINK, EOS]
 
 
+def test_an_end_that_is_named_twice_counts_once(tokenizer):
+    assert eos_token_ids(GenerationConfig(eos_token_id=[7, 7, EOS, 7]), tokenizer) == [7, EOS]
+    assert eos_token_ids(GenerationConfig(), tokenizer) == eos_token_ids(None, tokenizer) == [EOS]
+
+
+@pytest.mark.parametrize("named", [-1, [-1, 1], "1", [None], [[1]], 1.0, True, {}])
+def test_what_is_no_id_is_refused_as_an_end(tokenizer, named):
+    with pytest.raises(UserError, match=r"eos_token_id .* is no token's id; give whole numbers from 0"):
+        eos_token_ids(GenerationConfig(eos_token_id=named), tokenizer)
+
+
 def test_a_folder_without_weights_loaded_names_the_same_ends(make_folder, make_model):
     model = make_model()
     model.generation_config.eos_token_id = [1, 5]
@@ -56,8 +71,15 @@ def test_stops_are_stated_by_spelling_or_by_id(tokenizer):
     assert stated_stops(["<eos>", ";", "5", "<eos>", "12"], tokenizer, 49, "--rollout.stop_tokens") == [1, 48, 11, 12]
     with pytest.raises(UserError, match=r"--rollout.stop_tokens '<\|im_end\|>': the models share no such token"):
         stated_stops(["<|im_end|>"], tokenizer, 49, "--rollout.stop_tokens")
-    with pytest.raises(UserError, match="'49'"):
-        stated_stops(["49"], tokenizer, 49, "--rollout.stop_tokens")
+    for unknown in ("49", "٣"):
+        with pytest.raises(UserError, match=f"'{unknown}'"):
+            stated_stops([unknown], tokenizer, 49, "--rollout.stop_tokens")
+
+
+def test_the_line_tells_the_token_that_is_a_digit_from_an_id(tokenizer):
+    digit = stated_stops(["7"], tokenizer, 49, "--rollout.stop_tokens")
+    line = reconcile([1], [1], digit, 49).line(tokenizer)
+    assert line.endswith(f"rollouts end with 7 (id {digit[0]}) (--rollout.stop_tokens)")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +95,8 @@ def test_stops_are_stated_by_spelling_or_by_id(tokenizer):
         ([1], [3], [3, 1], (3, 1), True),
         ([1], [], [1], (1,), False),
         ([1], [3, 99], [], (1, 3), True),
+        ([1, 3, 10**12], [1, 3, 99], [], (1, 3), False),
+        ([99], [1, 99], [1], (1,), False),
     ],
 )
 def test_rollouts_end_at_what_either_ends_with_and_the_loss_joins_what_differs(student, teacher, stated, ids, joined):
@@ -106,5 +130,7 @@ def test_the_line_says_what_was_found_and_chosen_and_survives_json(tokenizer):
     assert capped.line(tokenizer).endswith(
         "which the loss keeps separate: a head with a soft cap has no logit for their sum"
     )
+    assert reconcile([60, 1], [1, 10**12], [], 49).line(tokenizer) == both.line(tokenizer)
+    assert reconcile([50, 1], [1, 50], [], 60).line(tokenizer) == "stops: both models end with id 50 <eos>"
     for pair in (both, apart, stated, capped):
         assert PairStops.from_json(json.loads(json.dumps(dataclasses.asdict(pair)))) == pair

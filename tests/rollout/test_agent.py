@@ -147,6 +147,11 @@ def tasks():
         (f"<think>{called({'q': '</tool_call>'})}</think>{CALL}", [LOOK]),
         ('{"name": "a", "arguments": {"q": "<tool_call></think>"}}', [("a", {"q": "<tool_call></think>"})]),
         ('hm</think>{"name": "a", "arguments": {"q": "</tool_call>"}}', [("a", {"q": "</tool_call>"})]),
+        # A thought behind a call, closed or not, does not undo it.
+        (f"{CALL} then <think>x</think>", [LOOK]),
+        (f"{CALL}<think>{called({})}</think>{CALL}", [LOOK] * 2),
+        (f"{CALL}<think>{called({})}", [LOOK]),
+        ('<think>hm</think>{"name": "a", "arguments": {}}', [("a", {})]),
         ("The plan: <plan>x</plan>", []),
         ("", []),
     ],
