@@ -107,7 +107,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     device, r = local_device(config.engine.device), config.rollout
     problems = [problem for suite in evaluator.suites for problem in suite.problems]
     reach = reach_of(config, prompts, problems)
-    farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens)]
+    shorter = {"shorter": "give a smaller --teacher.max_prompt_tokens"}
+    farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens, **shorter)]
     teacher_reach = dataclasses.replace(reach, spans=(*reach.spans, *farther))
     own = lies_in_student(config)
     if ranks.is_main and config.track.progress:

@@ -37,7 +37,8 @@ class Began:
     def check(self, now: Began, config: TrainConfig) -> None:
         """Raises UserError where `now` asks something else."""
         files = {f"eval.suite {pair.partition('=')[0]}": pair.partition("=")[2] for pair in config.eval.suite}
-        files["prompts"] = config.prompts
+        context = f" or {config.teacher.context}" if config.teacher.context else ""
+        files["prompts"] = f"{config.prompts}{context}"
         for name, began in self.digests.items():
             if now.digests.get(name) != began:
                 raise UserError(
