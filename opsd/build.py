@@ -99,7 +99,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     asked = ask(config, tokenizer, tokenizers[0])
     prompts, evaluator, world, asking = asked.prompts, asked.evaluator, asked.world, asked.asking
     suites = {f"eval.suite {suite.name}": suite.problems for suite in evaluator.suites}
-    now = Began.of({"prompts": prompts, **suites}, clock)
+    now = Began.of({"prompts": prompts, **suites}, clock, read_folders(config, checkpoint))
     if began is not None:
         began.check(now, config)
     check_answers(config, prompts, asking)
@@ -368,6 +368,14 @@ def check_adapters(lora: LoraConfig) -> None:
     """Raises UserError where adapters are asked for and peft is not installed."""
     if lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
+
+
+def read_folders(config: TrainConfig, checkpoint: Path | None) -> dict[str, str]:
+    """The models that a run's weights are read from, by flag; what a checkpoint holds is not read there again."""
+    anew = checkpoint is None
+    student = {"--student": config.student} if anew or config.lora.rank else {}
+    teachers = config.teacher_paths() if anew or not config.teacher.follows else {}
+    return student | {f"--teachers {name}" if name else "--teacher": path for name, path in teachers.items()}
 
 
 def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:

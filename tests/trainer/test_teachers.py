@@ -16,6 +16,7 @@ from opsd.data.packing import pack
 from opsd.engine import TorchEngine
 from opsd.model.scorer import Scorer
 from opsd.run import checkpoint
+from opsd.run.began import Began
 from opsd.teacher import LocalTeacher, RoutedTeacher
 from opsd.train import resume, start
 from opsd.types import Prompt, Rollout
@@ -125,6 +126,28 @@ def test_a_context_that_shows_the_answer_changes_what_is_taught_and_is_recorded(
         UserError, match=r"\.jsonl or [^ ]+context\.txt gives other prompts than those that the run started with"
     ):
         resume(checkpoint.Path(config.out))
+
+
+@pytest.mark.parametrize(("flag", "file"), [("student", "model.safetensors"), ("teacher", "config.json")])
+def test_a_run_does_not_go_on_with_another_model_in_the_same_folder(settings, pair, tmp_path, monkeypatch, flag, file):
+    path, place = {"student": ("student", pair["student"]), "teacher": ("teacher__model", pair["teacher"]["model"])}[
+        flag
+    ]
+    folder = shutil.copytree(place, tmp_path / flag)
+    config = settings("run", lora={"rank": 2}, **{path: str(folder)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("opsd.train.Trainer.evaluate_before", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        start(config)
+    changed = bytearray((folder / file).read_bytes())
+    changed[-1] ^= 1 if file == "model.safetensors" else ord("\n") ^ ord(" ")
+    (folder / file).write_bytes(changed)
+    run = checkpoint.Path(config.out)
+    with pytest.raises(UserError, match=f"--resume {run}: the model of --{flag} is not the one that the run started"):
+        resume(run)
+    # A folder of an earlier version does not say it.
+    values = json.loads((run / "config.json").read_text())
+    del values["began"]["models"]
+    assert Began.from_json(values["began"]).models == {}
 
 
 def test_a_rewarded_sample_is_shown_where_there_is_one(settings, tmp_path, monkeypatch):
