@@ -18,7 +18,7 @@ from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.config.settings import MOST
 from opsd.data.context import TeacherContext, TeacherPrompts
 from opsd.data.packing import empty
-from opsd.data.prompts import PromptFormat, PromptStream, checked_route, load_prompts, routed
+from opsd.data.prompts import PromptFormat, PromptStream, checked_route, hidden_messages, load_prompts, routed
 from opsd.data.template import Clock, steady
 from opsd.distill.inputs import can_join
 from opsd.engine import Engine, build_engine, settled
@@ -134,6 +134,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     pair, told = settle_stops(config, student, tokenizer, tokenizers, vocab_size, joinable, goes_on)
     ends = pair.stops.ids
     evaluator.ends = frozenset(ends)
+    if world is None and config.prompt_format == "chat":
+        told += hidden_messages(config.prompts, tokenizer, prompt_format(config))
     if world is None and config.prompt_format == "chat" and asking is None:
         for its in tokenizers:
             told += compare_templates(prompts, config.prompts, tokenizer, its, prompt_format(config), clock)
