@@ -18,7 +18,7 @@ from opsd.config import LoraConfig, RolloutConfig, SelectConfig, TrainConfig
 from opsd.config.settings import MOST
 from opsd.data.context import TeacherContext, TeacherPrompts
 from opsd.data.packing import empty
-from opsd.data.prompts import PromptFormat, PromptStream, checked_route, load_prompts, routed
+from opsd.data.prompts import PromptFormat, PromptStream, checked_route, hidden_messages, load_prompts, routed
 from opsd.data.template import Clock, steady
 from opsd.distill.inputs import can_join
 from opsd.engine import Engine, build_engine, settled
@@ -99,7 +99,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     asked = ask(config, tokenizer, tokenizers[0])
     prompts, evaluator, world, asking = asked.prompts, asked.evaluator, asked.world, asked.asking
     suites = {f"eval.suite {suite.name}": suite.problems for suite in evaluator.suites}
-    now = Began.of({"prompts": prompts, **suites}, clock)
+    now = Began.of({"prompts": prompts, **suites}, clock, read_folders(config, checkpoint))
     if began is not None:
         began.check(now, config)
     check_answers(config, prompts, asking)
@@ -107,7 +107,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     device, r = local_device(config.engine.device), config.rollout
     problems = [problem for suite in evaluator.suites for problem in suite.problems]
     reach = reach_of(config, prompts, problems)
-    farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens)]
+    shorter = {"shorter": "give a smaller --teacher.max_prompt_tokens"}
+    farther = [] if asking is None else [Span(asking.longest(prompts), r.max_new_tokens, **shorter)]
     teacher_reach = dataclasses.replace(reach, spans=(*reach.spans, *farther))
     own = lies_in_student(config)
     if ranks.is_main and config.track.progress:
@@ -133,6 +134,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     pair, told = settle_stops(config, student, tokenizer, tokenizers, vocab_size, joinable, goes_on)
     ends = pair.stops.ids
     evaluator.ends = frozenset(ends)
+    if world is None and config.prompt_format == "chat":
+        told += hidden_messages(config.prompts, tokenizer, prompt_format(config))
     if world is None and config.prompt_format == "chat" and asking is None:
         for its in tokenizers:
             told += compare_templates(prompts, config.prompts, tokenizer, its, prompt_format(config), clock)
@@ -369,6 +372,14 @@ def check_adapters(lora: LoraConfig) -> None:
     """Raises UserError where adapters are asked for and peft is not installed."""
     if lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
+
+
+def read_folders(config: TrainConfig, checkpoint: Path | None) -> dict[str, str]:
+    """The models that a run's weights are read from, by flag; what a checkpoint holds is not read there again."""
+    anew = checkpoint is None
+    student = {"--student": config.student} if anew or config.lora.rank else {}
+    teachers = config.teacher_paths() if anew or not config.teacher.follows else {}
+    return student | {f"--teachers {name}" if name else "--teacher": path for name, path in teachers.items()}
 
 
 def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:

@@ -95,6 +95,8 @@ class TeacherConfig(Settings, part="teacher"):
             raise UserError(f"--teacher.weights {self.weights} needs --teacher self, not {self.model}")
         if self.every > 1 and not self.follows:
             raise UserError(f"--teacher.every {self.every} needs --teacher self with --teacher.weights ema or current")
+        if self.ema != TeacherConfig.ema and self.weights != "ema":
+            raise UserError(f"--teacher.ema {self.ema} needs --teacher self with --teacher.weights ema")
         if self.follows and (self.kind != "local" or self.shard or self.offload):
             raise UserError(
                 f"--teacher.weights {self.weights}: this teacher is held in the student, with its sharding; leave out "
@@ -493,6 +495,8 @@ class TrainConfig(PromptSettings, StepSettings):
         urls = self.teacher.urls
         if self.teachers and self.teacher.kind != "local":
             urls = tuple(url.removeprefix(f"{name}=") for url in urls if url.startswith(f"{name}="))
+            if not urls:
+                raise UserError(f"--teacher.urls has no server of teacher {name}; add {name}=URL")
         return dataclasses.replace(self.teacher, model=self.teacher_paths()[name], urls=urls)
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ Content = str | list[dict[str, Any]]
 SAMPLE = "rollout"
 # Braces around anything but a column's name, as in \boxed{7} or {}, stand for themselves.
 _NAME = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+_UNCLOSED = re.compile(r"\{prompt(?![\w.}])")
 # Stands where a sample is to come: no text holds this character.
 _OPEN = "\ufdd0"
 
@@ -31,19 +32,24 @@ class TeacherContext:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        names = set(_NAME.findall(text))
+        self.named = names = set(_NAME.findall(text))
         self.takes_sample, self._columns = SAMPLE in names, names - {SAMPLE, "prompt", "answer"}
 
     @classmethod
     def read(cls, path: str) -> TeacherContext:
         """The file's text without the newline at its end. Raises UserError where it cannot be read, or is blank."""
         try:
-            text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+            text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"--teacher.context {path} cannot be read as text ({error}); give a text file") from error
         if not text.strip():
             raise UserError(f"--teacher.context {path} is blank; give a text such as {{prompt}}, or omit the flag")
-        return cls(text)
+        context = cls(text)
+        if not context.named:
+            raise UserError(f"--teacher.context {path} names no column; give a text with {{prompt}}")
+        if "prompt" not in context.named and (cut := _UNCLOSED.search(text)):
+            raise UserError(f"--teacher.context {path}: {text[cut.start() :][:20]!r} lacks a brace; write {{prompt}}")
+        return context
 
     def fill(self, content: Content, answer: str | None, column: Callable[[str], Any], where: str) -> Content:
         """The prompt's content with the context as its last message. column: a record's value by its name.

@@ -22,6 +22,8 @@ from opsd.utils.seeding import derive_seed
 
 # Who may speak last in a prompt: behind anyone else's words no answer of the model is due.
 _ASKING = ("user", "tool", "function", "ipython", "observation")
+# In so many records messages are looked for that the template leaves out: it does so nearly everywhere.
+LOOKED_AT = 1000
 
 
 @dataclass(frozen=True)
@@ -260,8 +262,7 @@ def _encode_raw(text: str, tokenizer: Any) -> list[int]:
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
     try:
-        settings = {"add_generation_prompt": True, "enable_thinking": how.thinking == "on"}
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+        text = _rendered(messages, tokenizer, how)
     except Exception as error:  # a template is a program
         raise UserError(
             f"{where} does not fit the {how.whose} chat template ({first_line(error)}); fix the messages"
@@ -273,6 +274,29 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptForm
             "give messages that it shows"
         )
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _rendered(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat) -> str:
+    settings = {"add_generation_prompt": True, "enable_thinking": how.thinking == "on"}
+    return tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+
+
+def hidden_messages(path: str, tokenizer: Any, how: PromptFormat) -> list[str]:
+    """A line where the chat template leaves messages out; the first LOOKED_AT records of a file tell."""
+    found, records = [], read_records(path)[:LOOKED_AT]
+    for number, record in enumerate(records, start=1):
+        content = lookup(record, how.prompt_field, path)
+        messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
+        text = _rendered(messages, tokenizer, how)
+        # What an earlier answer thought is left out on purpose.
+        hidden = [m["role"] for m in messages if not _shows(text, m["content"].rpartition("</think>")[2])]
+        found += [f"record {number} lacks a message of role {hidden[0]!r}"] if hidden else []
+    if not found:
+        return []
+    return [
+        f"the chat template leaves out or changes messages in {len(found)} of {len(records)} prompts looked at: "
+        f"{found[0]}; give messages or a template that shows them"
+    ]
 
 
 def _shows(text: str, content: str) -> bool:

@@ -40,8 +40,11 @@ class TopLogProbs:
     def project_(self, known_C2K: Tensor, out_CW: Tensor, student_CW: Tensor) -> Tensor:
         """The teacher's log-probabilities, `BEYOND` outside the vocabulary. student_CW: the student's products."""
         ids_CK, log_prob_CK = known_C2K.to(out_CW.dtype).chunk(2, 1)
-        # A model may have rows beyond the vocabulary, which its server names too: they belong to the others.
-        empty_CK = (ids_CK < 0) | (ids_CK >= self._vocab_size)
+        # A model may have rows beyond the vocabulary, which its server names too: as a local teacher's, they are cut.
+        beyond_CK = ids_CK >= self._vocab_size
+        beyond_C1 = log_prob_CK.exp().masked_fill(~beyond_CK, 0.0).sum(1, keepdim=True).clamp_max(MOST)
+        log_prob_CK = log_prob_CK - torch.log1p(-beyond_C1)
+        empty_CK = (ids_CK < 0) | beyond_CK
         # An empty entry says what the first full one says: it is written twice, and counted once.
         full_C1 = (~empty_CK).int().argmax(1, keepdim=True)
         ids_CK = torch.where(empty_CK, ids_CK.gather(1, full_C1), ids_CK).to(torch.int64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.checks import Span, check_positions, length_switches
+from opsd.model.files import files_digest
 from opsd.model.loading import load_model, load_tokenizer, running
 from opsd.model.stops import generation_of, stated_stops, turn_ends
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows, vocabulary_size
@@ -182,7 +182,7 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
     settings |= {
         "generate_batch": _side_by_side(config, ranks),
         "device": device.type,
-        "weights": _weights_digest(Path(config.model)),
+        "weights": files_digest(Path(config.model), "*.safetensors"),
         "suite": {suite.name: digest(suite.problems) for suite in suites},
     }
     if config.stop_tokens:
@@ -190,23 +190,6 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
     if clock.asked:
         settings["time"] = clock.time.isoformat()
     return {"model": config.model, "step": None, "sampling": sampling, "settings": settings}
-
-
-def _weights_digest(folder: Path) -> str | None:
-    """Of each weight file's name, size and last MiB: enough to tell a checkpoint from another, without reading it all.
-
-    None for a model that is not a folder here.
-    """
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(file for file in folder.glob("*.safetensors") if file.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as content:
-            content.seek(max(0, size - 2**20))
-            digest.update(content.read())
-    return digest.hexdigest()[:16]
 
 
 def _engine(

@@ -36,11 +36,13 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 
 @dataclass(frozen=True)
 class Span:
-    """A prompt's and a response's longest, in tokens. flag: the option that sets the response's."""
+    """A prompt's and a response's longest, in tokens. flag: the option that sets the response's. shorter: what to
+    give where the prompt alone is too long."""
 
     prompt: int
     response: int
     flag: str = "--rollout.max_new_tokens"
+    shorter: str = "give shorter prompts"
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ def check_positions(config: PretrainedConfig, spans: tuple[Span, ...], name: str
     for span in spans:
         if known is not None and span.prompt + span.response > known:
             room = known - span.prompt
-            fix = f"give at most {room}" if room > 0 else "give shorter prompts"
+            fix = f"give at most {room}" if room > 0 else span.shorter
             raise UserError(
                 f"{span.flag} {span.response} and a prompt of {span.prompt} tokens are over the {known} positions of "
                 f"{name}; {fix}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,23 @@ BELONGS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
 # What does not: adapters, indices of weights and traces of a training.
 FOREIGN = ("adapter_", "trainer_state", "training_args", "optimizer", "scheduler", "all_results", "train_results",
            "eval_results", "quantize_config", "quant_config")  # fmt: skip
+
+
+def files_digest(folder: Path, *patterns: str) -> str | None:
+    """Of each such file's name, size and last MiB: enough to tell a model from another, without reading it all.
+
+    None for a model that is not a folder here.
+    """
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as content:
+            content.seek(max(0, size - 2**20))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
 
 
 def copy_rest(source: Path, folder: Path) -> None:

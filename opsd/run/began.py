@@ -1,10 +1,10 @@
-"""What a run asks and is evaluated on, as it was when it began: a resumed run goes on with the same, or not at all."""
+"""What a run asks, is evaluated on and loads, as when it began: a resumed run goes on with that, or not at all."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from opsd.config import TrainConfig
 from opsd.data.prompts import digest
 from opsd.data.template import Clock
+from opsd.model.files import files_digest
 from opsd.model.stops import PairStops
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
@@ -22,22 +23,28 @@ class Began:
     """Part of config.json. digests: of "prompts" and of each "eval.suite NAME"; they do not hang on a file's place.
 
     time: what the chat template saw; None where it did not look. stops: what either model ended a turn with, and what
-    was chosen; None in folders of earlier versions, whose rollouts ended where the student does.
+    was chosen; None in folders of earlier versions, whose rollouts ended where the student does. models: digests of the
+    folders that are read, by flag; folders of earlier versions lack them.
     """
 
     digests: dict[str, str]
     time: datetime | None = None
     stops: PairStops | None = None
+    models: dict[str, str | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, asked: dict[str, list[Prompt]], clock: Clock) -> Began:
-        """What these prompts are, rendered under `clock`."""
-        return cls({name: digest(own) for name, own in asked.items()}, clock.time if clock.asked else None)
+    def of(cls, asked: dict[str, list[Prompt]], clock: Clock, models: dict[str, str]) -> Began:
+        """What these prompts are, rendered under `clock`, and these models: their folders by flag."""
+        folders = {flag: files_digest(Path(path), "config.json", "*.safetensors") for flag, path in models.items()}
+        return cls(
+            {name: digest(own) for name, own in asked.items()}, clock.time if clock.asked else None, None, folders
+        )
 
     def check(self, now: Began, config: TrainConfig) -> None:
         """Raises UserError where `now` asks something else."""
         files = {f"eval.suite {pair.partition('=')[0]}": pair.partition("=")[2] for pair in config.eval.suite}
-        files["prompts"] = config.prompts
+        context = f" or {config.teacher.context}" if config.teacher.context else ""
+        files["prompts"] = f"{config.prompts}{context}"
         for name, began in self.digests.items():
             if now.digests.get(name) != began:
                 raise UserError(
@@ -45,11 +52,18 @@ class Began:
                     f"started with (digest of {name}: {now.digests.get(name)}, not {began}); put the old file back, "
                     "or start a new run"
                 )
+        for flag, found in now.models.items():
+            if self.models.get(flag) not in (None, found):
+                raise UserError(
+                    f"--resume {config.out}: the model of {flag} is not the one that the run started with (digest of "
+                    f"weights and config.json: {found}, not {self.models[flag]}); put it back, or start a new run"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = {"digests": self.digests, "time": None if self.time is None else self.time.isoformat()}
-        return values | {"stops": None if self.stops is None else dataclasses.asdict(self.stops)}
+        stops = None if self.stops is None else dataclasses.asdict(self.stops)
+        return values | {"stops": stops, "models": self.models}
 
     @classmethod
     def from_json(cls, values: Any) -> Began | None:
@@ -58,10 +72,10 @@ class Began:
             return None
         try:
             digests, time = dict(values["digests"]), values["time"]
-            stops = PairStops.from_json(values.get("stops"))
+            stops, models = PairStops.from_json(values.get("stops")), dict(values.get("models", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"config.json: 'began' is damaged ({error!r}); put it back, or start a new run") from error
-        return cls(digests, None if time is None else parse_time(time, "config.json"), stops)
+        return cls(digests, None if time is None else parse_time(time, "config.json"), stops, models)
 
 
 def parse_time(text: Any, where: str) -> datetime:

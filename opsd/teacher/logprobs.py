@@ -69,11 +69,16 @@ class LogprobsTeacher(ServedTeacher):
             places = choice["prompt_logprobs"][1:]
             if len(places) != len(sequence) - 1:
                 raise ValueError(f"log-probabilities of {len(places)} tokens for {len(sequence) - 1}")
-            found.append(torch.stack([self._entry(known) for known in places]))
+            found.append(torch.stack([self._entry(*one) for one in zip(places, sequence[1:], strict=True)]))
         return found
 
-    def _entry(self, known: dict[str, dict[str, float]]) -> Tensor:
-        """One token's entries in a row: ids, then log-probabilities; -1 and 0 fill what is left."""
+    def _entry(self, known: dict[str, dict[str, float]], own: int) -> Tensor:
+        """One token's entries in a row: ids, then log-probabilities; -1 and 0 fill what is left. own: its id."""
+        if not known or str(own) not in known:
+            raise ValueError(f"no log-probability of a prompt's token {own}")
+        # A NaN fails too; rounding may put a certain token a little above 0.
+        if wrong := [token for token, of in known.items() if not float(of["logprob"]) < 1e-2]:
+            raise ValueError(f"{known[wrong[0]]['logprob']} as the log-probability of token {wrong[0]}")
         most = self._config.top_logprobs + 1
         pairs = [(int(token), max(LEAST, float(of["logprob"]))) for token, of in known.items()][:most]
         pairs += [(-1, 0.0)] * (most - len(pairs))

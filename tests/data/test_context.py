@@ -75,6 +75,21 @@ def test_a_record_that_lacks_what_the_context_names_is_said_in_a_line(load, text
         load(text, {"prompt": "1+1", "list": [1]})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("Think well.", "names no column"), ("{prompt is {answer}", "'{prompt is {answer}' lacks a brace")],
+)
+def test_a_context_that_cannot_show_the_question_is_said_in_a_line(tmp_path, text, said):
+    (tmp_path / "c.txt").write_text(text)
+    with pytest.raises(UserError, match=f"^--teacher.context {tmp_path}/c.txt:? {said}; "):
+        TeacherContext.read(str(tmp_path / "c.txt"))
+
+
+def test_a_byte_order_mark_is_not_part_of_the_context(tmp_path):
+    (tmp_path / "c.txt").write_text("{prompt}\n", encoding="utf-8-sig")
+    assert TeacherContext.read(str(tmp_path / "c.txt")).fill("p", None, lambda _: 0, "here") == "p"
+
+
 def test_contexts_that_are_too_long_are_dropped_and_counted(load, tokenizer):
     prompts = load("{prompt}{prompt}", {"prompt": "1"}, {"prompt": "12"})
     kept, dropped = asking("{prompt}{prompt}", tokenizer, most=3).fitting(prompts)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections import Counter
 from datetime import datetime
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from opsd.data.prompts import PromptFormat, PromptStream, digest, load_prompts, read_records
+from opsd.data.prompts import PromptFormat, PromptStream, digest, hidden_messages, load_prompts, read_records
 from opsd.data.template import Clock, steady
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
@@ -314,6 +315,28 @@ def test_a_tools_answer_may_come_last_where_the_template_shows_it(write, make_to
     messages = [*turns("user", "assistant"), {"role": "tool", "content": ' {"a": "1"}\n'}]
     ((prompt,), _) = load_prompts(write([{"prompt": messages}]), tokenizer, CHAT)
     assert prompt.ids[-1] == 4
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", None),
+        (
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            "1 of 2 .*2 lacks.*'system'",
+        ),
+        ("{{ messages[-1].content }}", "1 of 2 .*record 2 lacks a message of role 'system'"),
+        ("constant", "2 of 2 .*record 1 lacks a message of role 'user'"),
+    ],
+)
+def test_messages_that_the_template_leaves_out_are_counted(write, make_tokenizer, template, said):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    talk = [*turns("system", "user", "assistant"), {"role": "user", "content": " d e\n"}]
+    talk[2]["content"] = "<think>f</think>g"
+    found = hidden_messages(write([{"prompt": "1+1"}, {"prompt": talk}]), tokenizer, CHAT)
+    assert len(found) == bool(said) and all(re.search(said, line) for line in found)
 
 
 # ---- length

@@ -67,6 +67,15 @@ def test_all_log_probabilities_give_the_exact_divergence(make_case, assert_close
 
 
 @pytest.mark.numeric
+def test_what_is_known_beyond_the_vocabulary_is_cut_as_a_local_teachers_rows_are(make_case, assert_close):
+    case = make_case(9, VOCAB)
+    ids_NK = torch.arange(VOCAB).expand(9, VOCAB)
+    local = case.loss(vocab_size=VOCAB - 3)
+    models = (case.student_ND, case.student_head_VD, known(case, ids_NK, ids_NK >= 0), None)
+    assert_close(distill_loss(*models, vocab_size=VOCAB - 3).loss_sum, local.loss_sum, *case.sums)
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_weighed_by_its_probability_every_sampled_token_together_gives_the_reverse_kl(
     temperature, make_case, assert_close

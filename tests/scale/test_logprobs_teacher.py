@@ -178,3 +178,22 @@ def test_no_server_is_said():
     teacher = LogprobsTeacher(TeacherConfig(model="m", kind="logprobs", urls=("http://127.0.0.1:9",)), CPU)
     with pytest.raises(UserError, match="no server with prompt_logprobs answers there"):
         teacher.connect()
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({}, "no log-probability of a prompt's token 0"),
+        (None, "no log-probability of a prompt's token 0"),
+        ({"1000012": {"logprob": -1.0}}, "no log-probability of a prompt's token 0"),
+        ({"0": {"logprob": -1.0}, "8": {"logprob": float("nan")}}, "nan as the log-probability of token 8"),
+        ({"0": {"logprob": 1.0}}, "1.0 as the log-probability of token 0"),
+    ],
+)
+def test_an_answer_without_the_token_or_with_no_log_probability_is_one_line(known, said, monkeypatch):
+    teacher = LogprobsTeacher(TeacherConfig(model="m", kind="logprobs", urls=("http://u",)), CPU)
+    answers = {"/v1/models": {"data": [{"id": "m"}]}, "/v1/completions": {"choices": [{"index": 0}]}}
+    answers["/v1/completions"]["choices"][0]["prompt_logprobs"] = [None, known]
+    monkeypatch.setattr(teacher, "_call", lambda _, path, __: (None, json.dumps(answers[path]).encode()))
+    with pytest.raises(UserError, match=f"no server with prompt_logprobs answers there .{said}"):
+        teacher.connect()

@@ -16,6 +16,7 @@ from opsd.data.packing import pack
 from opsd.engine import TorchEngine
 from opsd.model.scorer import Scorer
 from opsd.run import checkpoint
+from opsd.run.began import Began
 from opsd.teacher import LocalTeacher, RoutedTeacher
 from opsd.train import resume, start
 from opsd.types import Prompt, Rollout
@@ -121,8 +122,32 @@ def test_a_context_that_shows_the_answer_changes_what_is_taught_and_is_recorded(
         patch.setattr("opsd.train.Trainer.evaluate_before", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         start(config)
     written(tmp_path / "context.txt", "{prompt};{answer};")
-    with pytest.raises(UserError, match="gives other prompts than those that the run started with"):
+    with pytest.raises(
+        UserError, match=r"\.jsonl or [^ ]+context\.txt gives other prompts than those that the run started with"
+    ):
         resume(checkpoint.Path(config.out))
+
+
+@pytest.mark.parametrize(("flag", "file"), [("student", "model.safetensors"), ("teacher", "config.json")])
+def test_a_run_does_not_go_on_with_another_model_in_the_same_folder(settings, pair, tmp_path, monkeypatch, flag, file):
+    path, place = {"student": ("student", pair["student"]), "teacher": ("teacher__model", pair["teacher"]["model"])}[
+        flag
+    ]
+    folder = shutil.copytree(place, tmp_path / flag)
+    config = settings("run", lora={"rank": 2}, **{path: str(folder)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("opsd.train.Trainer.evaluate_before", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        start(config)
+    changed = bytearray((folder / file).read_bytes())
+    changed[-1] ^= 1 if file == "model.safetensors" else ord("\n") ^ ord(" ")
+    (folder / file).write_bytes(changed)
+    run = checkpoint.Path(config.out)
+    with pytest.raises(UserError, match=f"--resume {run}: the model of --{flag} is not the one that the run started"):
+        resume(run)
+    # A folder of an earlier version does not say it.
+    values = json.loads((run / "config.json").read_text())
+    del values["began"]["models"]
+    assert Began.from_json(values["began"]).models == {}
 
 
 def test_a_rewarded_sample_is_shown_where_there_is_one(settings, tmp_path, monkeypatch):
@@ -143,7 +168,10 @@ def test_a_rewarded_sample_is_shown_where_there_is_one(settings, tmp_path, monke
     [
         ({"rollout__samples_per_prompt": 1}, "another sample of the same prompt: give --rollout.samples_per_prompt 2"),
         ({"answer_field": "nothing"}, r"has \{rollout\}: prompt 0 of .* has no gold answer"),
-        ({"teacher__max_prompt_tokens": 500}, r"a prompt of 500 tokens are over the 256 positions of --teacher"),
+        (
+            {"teacher__max_prompt_tokens": 500},
+            "of 500 tokens are over the 256 positions of --teacher .*give a smaller --teacher.max_prompt_tokens",
+        ),
     ],
 )
 def test_a_context_that_cannot_be_shown_is_said_before_the_run(settings, tmp_path, options, said):
@@ -225,6 +253,7 @@ def test_under_adapters_the_initial_teacher_is_the_base_without_them_and_nothing
     [
         ({"model": "m", "weights": "ema"}, "--teacher.weights ema needs --teacher self, not m"),
         ({"model": "self", "every": 5}, "--teacher.every 5 needs --teacher self with --teacher.weights ema or current"),
+        ({"model": "self", "ema": 0.5}, "--teacher.ema 0.5 needs --teacher self with --teacher.weights ema"),
         ({"model": "self", "weights": "current", "shard": True}, "leave out --teacher.kind, --teacher.shard"),
         ({"model": "self", "weights": "ema", "ema": 1.0}, "--teacher.ema 1.0: give a fraction in"),
     ],
@@ -317,9 +346,13 @@ def test_a_run_under_two_teachers_logs_each_and_goes_on_with_the_same_bits(setti
     [
         ({"teachers": ["math"]}, "--teachers math: give NAME=FOLDER"),
         ({"teachers": ["a=x", "a=y"]}, "names a teacher twice"),
+        (
+            {"teachers": ["a=x", "b=y"], "teacher": {"kind": "vllm", "urls": ["a=http://u"]}},
+            "--teacher.urls has no server of teacher b; add b=URL",
+        ),
         ({"teacher": {"model": "m"}}, "--teacher m with --teachers"),
         ({"teacher": {"context": "c"}}, "--teacher.context works with one teacher only"),
-        ({"teacher": {"kind": "vllm"}}, "--teacher.urls names no server"),
+        ({"teacher": {"kind": "vllm"}}, "--teacher.urls has no server of teacher low; add low=URL"),
         ({"teacher_field": "subject"}, "record 1 has no field 'subject'"),
         ({"teacher_field": "prompt"}, "'prompt' is '0.0='; --teachers has low, high"),
     ],
