@@ -19,6 +19,7 @@ from opsd.config.settings import PositiveInt, Settings
 from opsd.model.checks import (
     Reach,
     Span,
+    check_causal,
     check_packing,
     check_positions,
     check_steady,
@@ -177,10 +178,11 @@ class _Found:
         return "can be loaded for --teacher.kind vllm"
 
     def rows(self) -> str:
-        """Sequences that do not change each other."""
+        """Sequences that change neither each other nor what stands before a token."""
         # Where the head is unknown this goes on all the same: the other lines are of use.
         self._scorer = Scorer(self._model, transform=self._transform)
         with running(self._name):
+            check_causal(self._scorer, self._name)
             settle_layout(self._scorer, self._name, self._reach)
         tried = ", ".join(map(str, switches(self._model.config, self._reach.longest)))
         past = f"; tried past {tried} tokens" if tried else ""
