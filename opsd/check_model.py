@@ -6,7 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ def check_model(config: CheckModelConfig) -> Report:
         ("head, served", found.served_head),
         ("rows", found.rows),
         ("ZeRO-3", found.one_row),
+        ("sampled", found.sampled),
         ("train = eval", found.steady),
         ("save, reload", found.saved),
         ("sent to vLLM", found.sent),
@@ -197,6 +198,16 @@ class _Found:
         except UserError as error:
             return f"not with --engine.zero_stage 3 ({error})"
         return "sequences can be packed into one row"
+
+    def sampled(self) -> str:
+        """Decoding by transformers that gives what the model does: what fails here may be sampled with vLLM."""
+        from opsd.rollout.decode import needs_like_lengths
+
+        try:
+            alike = needs_like_lengths(self._model, nullcontext)
+        except UserError as error:
+            return f"not with --rollout.engine hf ({error})"
+        return f"rows of {'the same length' if alike else 'any length'} can be decoded side by side on a cache"
 
     def steady(self) -> str:
         """One distribution, in training as in evaluation."""
