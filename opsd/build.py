@@ -145,6 +145,8 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         routed_to = {name: each for name, (each, _, _) in built.items()}
         teacher = SelfTeacher(engine, config.teacher) if own else RoutedTeacher(routed_to)
     rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer, ends)
+    if isinstance(rollout, HFRollout) and rollout.switches and world is not None:
+        raise UserError(f"--student {student_path}: batching changes its outputs; an environment cannot use it")
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
         model, batch = teacher_model.model, config.eval.generate_batch

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from opsd.config.settings import PositiveInt, Settings
 from opsd.model.checks import (
     Reach,
     Span,
+    check_causal,
     check_packing,
     check_positions,
     check_steady,
@@ -96,6 +97,7 @@ def check_model(config: CheckModelConfig) -> Report:
         ("head, served", found.served_head),
         ("rows", found.rows),
         ("ZeRO-3", found.one_row),
+        ("sampled", found.sampled),
         ("train = eval", found.steady),
         ("save, reload", found.saved),
         ("sent to vLLM", found.sent),
@@ -178,10 +180,11 @@ class _Found:
         return "can be loaded for --teacher.kind vllm"
 
     def rows(self) -> str:
-        """Sequences that do not change each other."""
+        """Sequences that change neither each other nor what stands before a token."""
         # Where the head is unknown this goes on all the same: the other lines are of use.
         self._scorer = Scorer(self._model, transform=self._transform)
         with running(self._name):
+            check_causal(self._scorer, self._name)
             settle_layout(self._scorer, self._name, self._reach)
         tried = ", ".join(map(str, switches(self._model.config, self._reach.longest)))
         past = f"; tried past {tried} tokens" if tried else ""
@@ -196,6 +199,16 @@ class _Found:
         except UserError as error:
             return f"not with --engine.zero_stage 3 ({error})"
         return "sequences can be packed into one row"
+
+    def sampled(self) -> str:
+        """Decoding by transformers that gives what the model does: what fails here may be sampled with vLLM."""
+        from opsd.rollout.decode import needs_like_lengths
+
+        try:
+            alike = needs_like_lengths(self._model, nullcontext)
+        except UserError as error:
+            return f"not with --rollout.engine hf ({error})"
+        return f"rows of {'the same length' if alike else 'any length'} can be decoded side by side on a cache"
 
     def steady(self) -> str:
         """One distribution, in training as in evaluation."""

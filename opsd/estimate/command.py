@@ -103,6 +103,9 @@ def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
         shapes = find_shape(run.student, "--student"), find_shape(teacher, "--teacher")
     except UserError as error:
         raise UserError("; ".join([str(error), *coverage])) from error
+    _check_weights(run.student, "--student")
+    if run.teacher.kind != "logprobs":
+        _check_weights(teacher, "--teacher")
     hardware = hardware_of(config, shapes[0])
     estimate = MemoryEstimate(run, *shapes, hardware)
     phases = estimate.phases()
@@ -129,6 +132,17 @@ def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
         "rough_seconds": estimate.seconds(),
         "adapters": coverage,
     }
+
+
+def _check_weights(path: str, flag: str) -> None:
+    """Raises UserError for a folder whose weights are quantised in a way that a run refuses."""
+    from opsd.model.tensors import QUANTISED, dequantised, json_object
+
+    values = json_object(Path(path) / "config.json")
+    if not values.keys().isdisjoint(QUANTISED):
+        from transformers import PretrainedConfig
+
+        dequantised(PretrainedConfig.from_dict(values), f"{flag} {path}")
 
 
 def hardware_of(config: PlanConfig, shape: ModelShape) -> Hardware:

@@ -166,8 +166,14 @@ def check_packing(scorer: Scorer, name: str, reach: Reach | None = None) -> None
     for lengths in probes(scorer.model.config, reach or Reach(), scorer.packed):
         gap, allowed = _leak(scorer, lengths)
         if gap > allowed:
-            where = "packed into one row" if scorer.packed else "of one batch"
             reached = "" if lengths == SHORT else f" (lengths of {', '.join(map(str, lengths))} tokens)"
+            if scorer.alone:
+                raise UserError(
+                    f"{name}: the same sequence alone gives different hidden states each time: they depend on the "
+                    f"longest sequence that the model has seen, or on chance{reached}; give shorter lengths or another "
+                    "model"
+                )
+            where = "packed into one row" if scorer.packed else "of one batch"
             raise UserError(
                 f"{name}: sequences {where} see each other{reached}; this trainer needs a model that keeps them "
                 "separate"
@@ -247,6 +253,20 @@ def difference(ours_LD: Tensor, own_LD: Tensor) -> float:
     blocks = zip(ours_LD.float().split(BLOCK), own_LD.float().split(BLOCK), strict=True)
     found = [float((ours - own).norm() / own.norm().clamp(min=1e-12)) for ours, own in blocks]
     return max(one if one == one else float("inf") for one in found)
+
+
+@torch.no_grad()
+def check_causal(scorer: Scorer, name: str) -> None:
+    """Make sure that no token changes what stands before it. Raises UserError."""
+    scorer.eval()
+    ids = torch.arange(SHORT[0], device=scorer.model.device) % scorer.model.config.get_text_config().vocab_size
+    kept = SHORT[0] // 2
+    own_LD, other_LD = (scorer.hidden_alone(each)[:kept] for each in (ids, torch.cat([ids[:kept], ids[kept:].flip(0)])))
+    if difference(other_LD, own_LD) > ALLOWED.get(compute_dtype(own_LD), ALLOWED_ROUNDED):
+        raise UserError(
+            f"{name}: its hidden states change with the tokens after them (attention in both directions); this trainer "
+            "needs a causal model"
+        )
 
 
 # ---- training mode

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.model.attention import attention_for
-from opsd.model.checks import Reach, check_packing, check_positions, check_steady, find_transform
+from opsd.model.checks import Reach, check_causal, check_packing, check_positions, check_steady, find_transform
 from opsd.model.scorer import Scorer
 from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 from opsd.utils.errors import UserError, first_line
@@ -63,6 +63,7 @@ def load_scorer(
     autocast = compute not in (None, dtype)
     with torch.autocast(device.type, compute) if autocast else contextlib.nullcontext(), running(name):
         scorer = Scorer(model, packed, find_transform(model, name))
+        check_causal(scorer, name)
         settle_layout(scorer, name, reach, packed)
         check_steady(scorer, name)
     check_positions(model.config, reach.spans, name)

@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd.model.attention import compute_dtype
+from opsd.model.checks import ALLOWED, ALLOWED_ROUNDED, difference
+from opsd.model.loading import said
 from opsd.rollout.attention import decode_attention, new_cache
 from opsd.rollout.onednn import onednn_weights
 from opsd.rollout.sampling import Draws
 from opsd.types import Prompt, Sampling
+from opsd.utils.errors import UserError
+from opsd.utils.oom import is_out_of_memory
+
+# Tokens of the probe's prompts, beside longer ones and beside their like, and those that follow.
+UNLIKE, ALIKE, FED = (12, 3), (12, 12), 3
 
 
 class Row(Protocol):
@@ -59,7 +67,8 @@ def decode(
 
     context: entered also where there is no row. A row takes at most sampling.max_new_tokens tokens. switches: lengths
     past which the model gives other values for all of a sequence (`opsd.model.checks.length_switches`); then only rows
-    of the same length go side by side, and everything is read again there.
+    of the same length go side by side, and everything is read again there. 0 among them: rows of the same length alone,
+    to the end of the last one (`needs_like_lengths`).
     """
     rows = sorted(rows, key=lambda row: (len(row.prompt.ids), row.id))
     side_by_side = min(batch_rollouts, len(rows))
@@ -73,6 +82,47 @@ def decode(
         for _, alike in groupby(rows, key=lambda row: len(row.prompt.ids) if switches else 0):
             while some := list(islice(alike, batch_rollouts)):
                 _decode_batch(model, some, sampling, vocab_size, seed, switches)
+
+
+@torch.no_grad()
+def needs_like_lengths(model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Whether only rows of the same length can be decoded side by side: padding changes what the model gives.
+
+    Measured against the model without a cache. Raises UserError where rows of the same length differ from it too.
+    """
+    with _eval_mode(model), context(), decode_attention(model), _inference(model):
+        try:
+            if _decodes(model, UNLIKE):
+                return False
+        except Exception as error:  # of rows that cannot be taken out of a cache; those of one length stay in it
+            if is_out_of_memory(error):
+                raise
+        name = f"model {model.name_or_path}"
+        what, give = f"{name}: it cannot be sampled by transformers here", "give another model, or sample with vLLM"
+        with said(what, give):
+            if _decodes(model, ALIKE):
+                return True
+    raise UserError(f"{what} (token by token, on its cache, it gives other values than for the whole sequence); {give}")
+
+
+def _decodes(model: Any, lengths: tuple[int, ...]) -> bool:
+    """Whether rows decoded side by side have the logits of their whole sequences; of other lengths, the last goes on
+    alone."""
+    ids_BL = torch.arange(5, 5 + len(lengths) * (max(lengths) + FED)) % model.config.get_text_config().vocab_size
+    rows = [ids[: length + FED] for ids, length in zip(ids_BL.view(len(lengths), -1), lengths, strict=True)]
+    whole = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0] for row in rows]
+    batch = _Batch(model, [row[:-FED].tolist() for row in rows], FED)
+    for place in range(-FED, 0):
+        own_BV = torch.stack([logits[place - 1] for logits in whole])
+        gap = difference(batch.logits(), own_BV)
+        # Numbers that are not finite are no fault of the cache; drawing stops at them.
+        if own_BV.isfinite().all() and gap > ALLOWED.get(compute_dtype(own_BV), ALLOWED_ROUNDED):
+            return False
+        if place == -2 and lengths == UNLIKE:
+            batch.keep([1])
+            rows, whole = rows[1:], whole[1:]
+        batch.append([int(row[place]) for row in rows])
+    return True
 
 
 def _decode_batch(
@@ -92,7 +142,7 @@ def _decode_batch(
         busy = [number for number, token in enumerate(fed) if token is not None]
         if not busy:
             return
-        if 2 * len(busy) <= len(rows):
+        if 0 not in switches and 2 * len(busy) <= len(rows):
             # Most are finished: continue with the others alone.
             rows, fed = [rows[number] for number in busy], [fed[number] for number in busy]
             batch.keep(busy)

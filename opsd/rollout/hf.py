@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import gather_rollouts, jobs_of
-from opsd.rollout.decode import decode
+from opsd.rollout.decode import decode, needs_like_lengths
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks
 
@@ -61,8 +62,16 @@ class HFRollout:
     ) -> None:
         self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
         self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer) if eos_ids is None else eos_ids)
-        self._switches = switches
+        self._given = switches
         self._vocab_size = vocab_size or vocabulary_size(tokenizer)
+
+    @cached_property
+    def switches(self) -> frozenset[int]:
+        """See `decode`; 0 among them: only rows of the same length go side by side. Measured once, by every rank.
+
+        Raises UserError where the model cannot be decoded on its cache.
+        """
+        return self._given | ({0} if needs_like_lengths(self._model, self._context) else set())
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
         """See RolloutEngine.generate. Prompts of like length go together, so that little is padded."""
@@ -70,7 +79,7 @@ class HFRollout:
             _Answer(number, prompt, sampling.max_new_tokens, self._eos_ids)
             for number, prompt in jobs_of(prompts, samples, self._ranks)
         ]
-        how = (self._batch_rollouts, self._context, sampling, self._vocab_size, seed, self._switches)
+        how = (self._batch_rollouts, self._context, sampling, self._vocab_size, seed, self.switches)
         decode(self._model, answers, *how)
         return gather_rollouts([answer.rollout() for answer in answers], self._ranks)
 

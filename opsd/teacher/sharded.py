@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opsd.engine.deepspeed_engine import import_deepspeed
-from opsd.model.checks import Reach, check_head_alone, check_packing, check_positions, transform_of
+from opsd.model.checks import Reach, check_causal, check_head_alone, check_packing, check_positions, transform_of
 from opsd.model.loading import check_whole, disable_dropout, load_model, running
 from opsd.model.scorer import Scorer
 from opsd.teacher.base import Cache, Teacher, cached
@@ -56,6 +56,7 @@ class ShardedTeacher(Teacher):
                     deepspeed.utils.set_z3_leaf_module(layer, True)
             deepspeed.initialize(model=self._scorer, config=settings)
             self._scorer.head.transform = transform_of(model, name)
+            check_causal(self._scorer, name)
             check_packing(self._scorer, name, reach)
         check_positions(model.config, (reach or Reach()).spans, name)
         with deepspeed.zero.GatheredParameters(list(self._scorer.head.parameters())):

@@ -1,6 +1,7 @@
 """What a plan takes the machine for, and what a run says of it before it starts."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -78,6 +79,15 @@ def test_a_model_with_too_few_positions_is_said(slow, tmp_path, make_folder, mak
     assert (
         "has 256 positions" in line and "--rollout.max_new_tokens 57" in line and line in in_short(planned(config[1]))
     )
+
+
+def test_quantised_weights_that_a_run_refuses_are_refused_in_its_plan(slow, make_folder, make_model):
+    folder = make_folder(make_model())
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    for flags in (("--student", str(folder)), ("--teacher", str(folder))):
+        with pytest.raises(UserError, match=rf"^{flags[0]} [^\n]* its weights are quantised \(gptq\)"):
+            plan(*flags)
 
 
 def run_of(folder, **changes):

@@ -430,7 +430,7 @@ def test_a_model_that_remembers_the_longest_sequence_is_refused(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}
     student = write(tmp_path / "student", "Llama 3", max_position_embeddings=32, rope_parameters=rope)
     load(student, reach=Reach((Span(16, 16),)))
-    with pytest.raises(UserError, match="see each other"):
+    with pytest.raises(UserError, match="depend on the longest sequence that the model has seen"):
         load(student, reach=Reach((Span(16, 40),)))
 
 

@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     OPTConfig,
 )
 
 from opsd.data.packing import pack
 from opsd.distill import distill_loss
-from opsd.model.checks import check_packing, find_transform
+from opsd.model.checks import check_causal, check_packing, find_transform
 from opsd.model.loading import disable_dropout, load_scorer, load_tokenizer
 from opsd.model.scorer import DistillHead, Scorer
 from opsd.model.vocabulary import shared_vocabulary
@@ -220,6 +221,18 @@ def test_a_model_that_mixes_the_sequences_of_a_batch_is_refused(make_model):
     model.model.norm.register_forward_hook(lambda _module, _inputs, hidden: hidden + 0.1 * hidden.mean(0))
     with pytest.raises(UserError, match=r"^M: sequences of one batch see each other; [^\n]+$"):
         check_packing(Scorer(model), "M")
+
+
+def test_a_model_that_looks_ahead_is_refused(make_model):
+    check_causal(Scorer(make_model()), "M")
+    sizes = SMALL | {"head_dim": 8, "sliding_window": 64, "initializer_range": 0.3}
+    for both in (False, True):
+        scorer = Scorer(from_config(Gemma3TextConfig(**sizes, use_bidirectional_attention=both)))
+        if not both:
+            check_causal(scorer, "M")
+            continue
+        with pytest.raises(UserError, match=r"^M: its hidden states change with the tokens after them [^\n]+$"):
+            check_causal(scorer, "M")
 
 
 @pytest.mark.numeric

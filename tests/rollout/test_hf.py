@@ -4,11 +4,19 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    MiniMaxConfig,
+    OpenAIGPTConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
 from opsd.rollout import HFRollout
 from opsd.rollout.hf import cut_at_eos, eos_token_ids
 from opsd.types import Prompt, Sampling
+from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
 
 EOS = 1
@@ -235,3 +243,52 @@ def test_batches_draw_from_streams_of_their_own(make_model, tokenizer):
     first, second = HFRollout(make_model(), tokenizer, 1).generate(prompts, 1, RANDOM, seed=0)
     assert first.response_ids != second.response_ids
     assert derive_seed(0, "generate", 0) != derive_seed(0, "generate", 1)
+
+
+# ---- models whose caches are their own
+
+SIZES = {"vocab_size": 52, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def own_cache(config):
+    """A model whose matrices are wide enough that what it remembers decides the next token."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                torch.nn.init.normal_(weight, std=0.35)
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RecurrentGemmaConfig(**SIZES, num_key_value_heads=1, lru_width=32, attention_window_size=16),
+        MiniMaxConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_where_padding_or_leaving_rows_out_changes_a_model_rows_of_one_length_go_together(config, tokenizer):
+    prompts = prompts_of("abcdef", "ab", "xyz 1+2=", "q0", "ghijkl", "yz", tokenizer=tokenizer)
+    sampler = HFRollout(model := own_cache(config), tokenizer, 64, eos_ids=(ends := range(2, 49, 8)))
+    assert sampler.switches == {0}
+    written = ids_of(sampler.generate(prompts, 1, GREEDY, seed=0))
+    assert written == [argmax_loop(model, prompt.ids, 12, ends) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OpenAIGPTConfig(vocab_size=52, n_embd=32, n_layer=2, n_head=4),
+        RwkvConfig(vocab_size=52, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_that_cannot_be_decoded_on_a_cache_is_refused(config, tokenizer):
+    with pytest.raises(UserError, match=r"^model [^\n]* cannot be sampled by transformers here [^\n]+$"):
+        HFRollout(own_cache(config), tokenizer, 4).generate(prompts_of("ab", tokenizer=tokenizer), 1, GREEDY, seed=0)
+
+
+def test_a_model_that_is_well_is_sampled_as_without_the_check(model, tokenizer):
+    assert HFRollout(model, tokenizer, 4).switches == frozenset()
