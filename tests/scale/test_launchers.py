@@ -194,7 +194,7 @@ def test_a_port_that_is_taken_is_one_line(folder):
     code, said = done.returncode, done.stdout + done.stderr
     lines = [line for line in said.splitlines() if line.startswith("opsd: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in said
-    assert re.search(rf"port {port}, where .* is taken, .* \(--master_port\)$", lines[0]), said
+    assert re.search(rf"port {port}, the rendezvous of .*, is taken, .* \(--master_port\)$", lines[0]), said
     assert not (folder / "nowhere").exists()
 
 

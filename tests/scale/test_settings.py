@@ -50,7 +50,7 @@ def test_a_served_teacher_and_a_sharded_one_are_accepted():
 def test_the_torch_engine_is_one_process(monkeypatch):
     check_engine(settings())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"torch is one process, 2 were started; give --engine.kind deepspeed"):
+    with pytest.raises(UserError, match=r"torch is one process, but 2 were started; give --engine.kind deepspeed"):
         check_engine(settings())
 
 
