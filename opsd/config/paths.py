@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def check_paths(config: TrainConfig) -> None:
     """What a run that is to begin names: its folder, selector, both models, prompts, suites. Raises UserError."""
+    if not config.out:
+        raise UserError("--out is empty; give a new folder")
     check_new_run(Path(config.out))
     check_selector_name(config.select.by)
     if not config.teachers and not config.teacher.model:
