@@ -406,7 +406,10 @@ BAD = [
     ({"suite": "a={nothing}"}, ["nothing does not exist"]),
     ({"suite": "a={empty}"}, ["holds no records"]),
     ({"suite": "a={unanswered}"}, ["no field 'answer'", "gold answers"]),
-    ({"suite": "a={long}", "max_prompt_tokens": 10}, ["1 problems are over --max_prompt_tokens 10", "whole"]),
+    (
+        {"suite": "a={long}", "max_prompt_tokens": 10},
+        ["1 problems are over --max_prompt_tokens 10", "suites are evaluated completely"],
+    ),
     ({"suite": "a={letters}", "max_prompt_tokens": 1}, ["all 6 prompts are over --max_prompt_tokens 1"]),
     ({"prompt_field": "question"}, ["no field 'question'"]),
     ({"samples": 0}, ["--samples 0", "above 0"]),
