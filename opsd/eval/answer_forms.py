@@ -33,7 +33,7 @@ _UNITS = (
     "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "in inch inche",
     "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram", "kg kilogram", "oz ounce", "lb pound",
     "ml milliliter millilitre", "l liter litre", "ms millisecond", "s sec second", "min minute", "h hr hour", "day",
-    "week", "month", "year", "cent", "dollar", "unit",
+    "week", "month", "year", "cent", "dollar", "unit", "am", "pm", "n newton", "j joule",
 )  # fmt: skip
 _UNIT_OF = {name: names.split()[0] for names in _UNITS for name in names.split()}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}

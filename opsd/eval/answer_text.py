@@ -47,6 +47,8 @@ _REPEATING = (
     re.compile(rf"(?<![\d.,^_])(?P<whole>\d{{0,30}})\.(?P<first>)\((?P<unit>\d{{1,30}})\){_END}"),
     re.compile(r"^(?P<sign>\s*-?\s*)(?P<whole>\d{0,30})\.(?P<first>\d{1,30})\((?P<unit>\d{1,30})\)\s*$"),
 )
+_POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_LARGE = re.compile(rf"(?<=\d)\s*(\\text\s*\{{\s*)?({'|'.join(_POWERS)})(?![a-zA-Z])(?(1)\s*\}}|)")
 # 1e-8 by itself; 2e-3 may be 2·e − 3.
 _SCIENTIFIC = re.compile(r"^\s*(-?(?:\d+\.\d+|1)(?=[eE])|-?\d+(?=E|e[+-]?\d\d))[eE]\+?(-?\d{1,3})\s*$")
 _GOES_ON = re.compile(r"(?<![\d.,^_])(\d{0,30})\.(\d{1,60})\s*(?:\.{3,}|\\(?:l|c)?dots[cbmio]?(?![a-zA-Z]))")
@@ -135,6 +137,7 @@ def _mixed(found: re.Match[str]) -> str:
 
 def _repeating(text: str) -> str:
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r" \\cup ", text)
+    text = _LARGE.sub(lambda found: rf"\times 10^{{{_POWERS[found[2]]}}}", text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = re.sub(r"\{(\\(?:overline|bar|dot)\s*\{\d+\})\}", r"\1", text)
     for pattern in _REPEATING:

@@ -16,6 +16,9 @@ def _patience(monkeypatch):
 
 # Answer | gold.
 RIGHT = r"""
+5\text{ million} | 5000000
+2.5 million | 2500000
+3\text{ million} | 3\times 10^6
 12\text{ inches} | 12\text{ in}
 12\text{ sq in} | 12\text{ in}^2
 12\text{ cm}^2 | 12\text{ square centimeters}
@@ -200,6 +203,10 @@ x ∈ (−∞, 3) | (-\infty,3)
 23_5 | 23_{5}
 """
 WRONG = r"""
+5\text{ million} | 5
+3\text{ thousand} | 3
+2\text{ billion} | 2\text{ million}
+10\text{ am} | 10\text{ pm}
 12\text{ inches}^4 | 12\text{ inches}^2
 12 \text{ cm}^3 | 12 \text{ cm}^2
 12 cm³ | 12 cm^2
