@@ -168,11 +168,11 @@ HUGE = "9" * 20
 # What is damaged, the flags that stand in for those of a command that would run, and what the line must say.
 MODELS = [
     ("config.json is not JSON", ["config-text"], "JSON"),
-    ("config.json is a list", ["config-list"], "cannot be loaded"),
+    ("config.json is a list", ["config-list"], "config.json cannot be read"),
     ("config.json is empty", ["config-empty"], "cannot be loaded"),
-    ("config.json is binary", ["config-bytes"], "cannot be loaded"),
+    ("config.json is binary", ["config-bytes"], "config.json cannot be read"),
     ("an unknown model type", ["config-type"], "zork"),
-    ("a size that is a text", ["config-size"], "cannot be loaded"),
+    ("a size that is a text", ["config-size"], "config.json cannot be read"),
     ("no attention heads", ["config-heads"], "cannot be loaded"),
     ("half of the weights", ["weights-cut"], "safetensors"),
     ("empty weights", ["weights-none"], "safetensors"),

@@ -469,7 +469,7 @@ def test_without_trl_the_command_says_one_line(tmp_path):
 def test_a_changed_trl_is_told_at_import(adapter):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    with pytest.raises(UserError, match="in place of"):
+    with pytest.raises(UserError, match="instead of"):
         check_parameters({ChunkedDivergenceFunction.backward: "ctx grad"})
     with pytest.raises(UserError, match="saves other tensors"):
         check_context(ChunkedDivergenceFunction, ("dtypes", "grad_buffer"), 9)
