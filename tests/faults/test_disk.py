@@ -299,7 +299,7 @@ def test_all_checkpoints_lost(unfinished):
     for step in (1, 2):
         cut_in_half(unfinished / "checkpoints" / f"step_{step}" / "model.safetensors")
     before = (unfinished / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"^[^\n]*no whole[^\n]* reach step 2;[^\n]*step_2 is[^\n]*step_1 is[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*no intact[^\n]* reach step 2;[^\n]*step_2 is[^\n]*step_1 is[^\n]*$"):
         resume(unfinished)
     with pytest.raises(UserError, match=r"no intact checkpoint is left .* put one back, or start again"):
         resume(unfinished)

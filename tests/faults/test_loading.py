@@ -133,16 +133,16 @@ LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj
 # What a folder brings beside or instead of its own files (None: taken away; a dict: added to config.json), and what the
 # line says; "" where the folder is loaded and what it brings is left alone.
 FOLDERS = {
-    "code for the model": ({"config.json": {"auto_map": {"AutoModelForCausalLM": "own.Own"}}}, "code of its own"),
+    "code for the model": ({"config.json": {"auto_map": {"AutoModelForCausalLM": "own.Own"}}}, "its own code"),
     "code for the configuration": (
         {"config.json": {"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}},
-        "code of its own",
+        "its own code",
     ),
     "code for the tokenizer": (
         {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'},
-        "code of its own",
+        "its own code",
     ),
-    "a kernel of the hub": ({"config.json": {"_attn_implementation": "someone/kernel"}}, "code of its own"),
+    "a kernel of the hub": ({"config.json": {"_attn_implementation": "someone/kernel"}}, "its own code"),
     "code for generate": ({"custom_generate/generate.py": OWN}, ""),
     "torch weights alone": ({"model.safetensors": None, "pytorch_model.bin": torch_file()}, "model.safetensors"),
     "a bare pickle": ({"model.safetensors": None, "pytorch_model.bin": PICKLE.encode()}, "model.safetensors"),
