@@ -74,7 +74,10 @@ class Selector:
         score_N, tokens = self.score(stats, rollouts, seed), stats.rollout_N.numel()
         if score_N.shape != (tokens,):
             raise UserError(f"selector {self.name}: score returned shape {list(score_N.shape)} for {tokens} tokens")
-        if wrong := int(score_N.isnan().sum()):
+        # What is not finite in the statistics is the trainer's to skip, on this rank or another.
+        read = [value for name in self.needs if isinstance(value := getattr(stats, name), Tensor)]
+        finite = not self.normalises and all(bool(value.isfinite().all()) for value in read)
+        if finite and (wrong := int(score_N.isnan().sum())):
             raise UserError(
                 f"selector {self.name}: score is NaN for {wrong} of {tokens} tokens; is something divided by 0?"
             )
