@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from tolerance import close, transformer
+from two_ranks import place
 
 import opsd
 from opsd.selection import Selection, load_selector
@@ -37,6 +38,13 @@ RULES = {
 }
 # One step through the two-layer model and back.
 ONE_STEP = transformer(2, 16, backward=1)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """An engine of an earlier test may have set what launchers set; accelerate would take this process for a rank."""
+    for name in place(0, 1, 0):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
