@@ -11,6 +11,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from abc import abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,9 +86,9 @@ class ServedTeacher(Teacher):
         """See Teacher.hidden. Raises RunStopped where no replica answers."""
         return list(self._pool.map(self._of_batch, range(len(batches)), batches))
 
+    @abstractmethod
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
         """[L, width] of each sequence of L tokens, on the CPU."""
-        raise NotImplementedError
 
     def _sequences(self, micro: MicroBatch) -> list[list[int]]:
         """What is asked about a micro-batch; the states of its L tokens come back."""
