@@ -399,7 +399,7 @@ def test_answers_are_written_to_a_growing_horizon_and_evaluations_are_not_cut(se
             asked.append(sampling.max_new_tokens)
             return super().generate(prompts, samples, sampling, seed)
 
-    monkeypatch.setattr("opsd.build.HFRollout", Watched)
+    monkeypatch.setattr("opsd.build.sampler.HFRollout", Watched)
     # 6 tokens: ⌊6·(⅓ + ⅔·0)⌋ = 2, ⌊6·(⅓ + ⅔·½)⌋ = 4, then all
     growing = {"rollout__horizon": 1 / 3, "rollout__horizon_steps": 3, "eval__at_start": False, "eval__teacher": False}
     start(settings(tmp_path / "run", **growing))

@@ -1,0 +1,142 @@
+"""The student and the teachers, loaded and checked."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from opsd.config import LoraConfig, TrainConfig
+from opsd.engine import settled
+from opsd.model.checks import Reach
+from opsd.model.files import check_sampled, make_savable
+from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapters
+from opsd.model.scorer import Scorer
+from opsd.model.vocabulary import check_tokenizers
+from opsd.teacher import LocalTeacher, Teacher
+from opsd.types import Head
+from opsd.utils.distributed import Ranks
+from opsd.utils.errors import UserError
+
+
+def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: str) -> list[str]:
+    """What would fail later fails now: saving, and vLLM's taking of the weights. Returns what to tell, a line each.
+
+    Raises UserError.
+    """
+    model = student.model
+    notes = make_savable(model, tokenizer, path, "--student")
+    if student.alone and config.environment.kind != "none":
+        raise UserError(f"--student {path}: batching changes its outputs; an environment cannot use it")
+    if student.alone and config.rollout.engine != "hf":
+        raise UserError(
+            f"--student {path}: its outputs change with sequence length, but not in vLLM; give --rollout.engine hf"
+        )
+    if student.alone:
+        notes.append("the student's sequences are computed one by one, because batching changes its outputs")
+    if config.rollout.engine != "hf":
+        check_sampled(model, path, "--student")
+    if config.lora.rank:
+        notes.append(coverage(model))
+    return notes
+
+
+def load_student(config: TrainConfig, path: str, device: torch.device, reach: Reach | None = None) -> Scorer:
+    """The student of `path`: config.student, or a checkpoint of this run.
+
+    Under LoRA a checkpoint's own weights are merged ones; training goes on with the base and the adapters.
+    """
+    # As DeepSpeedEngine will have it: what is checked here must be what is used.
+    packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+
+    compute = getattr(torch, settled(config.engine, device).dtype)
+
+    def load(folder: str) -> Scorer:
+        trust = config.trust_remote_code
+        return load_scorer(folder, "--student", torch.float32, device, trust, packed, compute, reach)
+
+    if not config.lora.rank:
+        return load(path)
+    student = load(config.student)
+    add_adapters(student.model, config.lora, config.seed, config.student)
+    if path != config.student:
+        load_adapters(student.model, Path(path) / ADAPTER_FOLDER)
+    return student
+
+
+def check_adapters(lora: LoraConfig) -> None:
+    """Raises UserError where adapters are asked for and peft is not installed."""
+    if lora.rank and importlib.util.find_spec("peft") is None:
+        raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
+
+
+def read_folders(config: TrainConfig, checkpoint: Path | None) -> dict[str, str]:
+    """The models that a run's weights are read from, by flag; what a checkpoint holds is not read there again."""
+    anew = checkpoint is None
+    student = {"--student": config.student} if anew or config.lora.rank else {}
+    teachers = config.teacher_paths() if anew or not config.teacher.follows else {}
+    return student | {f"--teachers {name}" if name else "--teacher": path for name, path in teachers.items()}
+
+
+def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:
+    """Each teacher's own. Raises UserError where one maps other tokens than the student's, `tokenizer`."""
+    found = []
+    for name, path in config.teacher_paths().items():
+        found.append(load_tokenizer(path, f"--teachers {name}" if name else "--teacher", config.trust_remote_code))
+        check_tokenizers(tokenizer, found[-1])
+    return found
+
+
+def build_teachers(
+    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach
+) -> dict[str, tuple[Teacher, Any, Any]]:
+    """Each teacher by name, as `build_teacher` gives it."""
+    return {name: build_teacher(config, ranks, device, reach, name) for name in config.teacher_paths()}
+
+
+def build_teacher(
+    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None, name: str = ""
+) -> tuple[Teacher, Any, Any]:
+    """The teacher that `config` names, what holds its head, and the context within which a local one generates.
+
+    name: which one of several.
+    """
+    t, dtype = config.teacher_of(name), getattr(torch, settled(config.engine, device).dtype)
+    if t.shard:
+        from opsd.teacher.sharded import ShardedTeacher
+
+        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache, config.trust_remote_code, reach)
+        return sharded, as_model(sharded.head()), nullcontext
+    if t.kind == "local":
+        scorer = load_scorer(t.model, "--teacher", dtype, device, config.trust_remote_code, reach=reach)
+        local = LocalTeacher(scorer, device, t.offload, t.cache)
+        return local, scorer, local.present
+    if t.kind == "logprobs":
+        from opsd.teacher.logprobs import LogprobsTeacher
+
+        logprobs = LogprobsTeacher(t, device, ranks.rank)
+        logprobs.connect(reach.longest if reach else 0)
+        return logprobs, None, nullcontext
+    from opsd.teacher.vllm import VLLMTeacher, read_head
+
+    head = read_head(t.model, dtype, config.trust_remote_code, reach)
+    served = VLLMTeacher(t, head, device, ranks.rank)
+    served.connect(reach.longest if reach else 0)
+    return served, as_model(head), nullcontext
+
+
+def lies_in_student(config: TrainConfig) -> bool:
+    """Whether the teacher is the student's own model at other weights, not a model of its own."""
+    t = config.teacher
+    here = t.kind == "local" and not t.shard and not t.offload
+    return t.follows or (t.is_student and config.lora.rank > 0 and here)
+
+
+def as_model(head: Head) -> Any:
+    """A head where a model's is looked for."""
+    return SimpleNamespace(head=SimpleNamespace(weight=head.weight_VD))
