@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from opsd.config.cli import parse
-from opsd.config.schema import TeacherConfig, TrainConfig, to_json
+from opsd.config.schema import TrainConfig, to_json
+from opsd.config.teacher import TeacherConfig
 from opsd.utils.errors import UserError, first_line
 
 # What a run writes into config.json beside its settings.
