@@ -16,22 +16,13 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from opsd.config.settings import PositiveInt, Settings
-from opsd.model.checks import (
-    Reach,
-    Span,
-    check_causal,
-    check_packing,
-    check_positions,
-    check_steady,
-    difference,
-    find_transform,
-    positions,
-    switches,
-)
+from opsd.model.checks import Reach, check_causal, check_packing, check_steady, difference, switches
 from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
 from opsd.model.loading import disable_dropout, load_ends, load_model, load_tokenizer, running, settle_layout
+from opsd.model.positions import Span, check_positions, positions
 from opsd.model.scorer import DistillHead, Scorer
 from opsd.model.stops import named, turn_ends
+from opsd.model.transform import find_transform
 from opsd.model.vocabulary import check_ends, model_vocabulary
 from opsd.types import PLAIN, Head
 from opsd.utils.distributed import local_device

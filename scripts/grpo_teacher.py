@@ -31,7 +31,8 @@ from opsd.config.settings import (
     ProperFraction,
     StepSettings,
 )
-from opsd.data.prompts import PromptFormat, load_prompts, lookup, read_records
+from opsd.data.prompts import load_prompts, read_records
+from opsd.data.rendering import PromptFormat, lookup
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.loading import load_tokenizer
 from opsd.utils.errors import UserError, exits_on_bad_input

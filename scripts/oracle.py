@@ -27,7 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 from tyro.conf import arg
 
 from opsd.data.packing import pack
-from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.model.scorer import Scorer
 from opsd.rollout import HFRollout

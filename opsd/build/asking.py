@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from opsd.config import TrainConfig
 from opsd.data.context import TeacherContext, TeacherPrompts
-from opsd.data.prompts import PromptFormat, checked_route, load_prompts, routed
+from opsd.data.prompts import checked_route, load_prompts, routed
+from opsd.data.rendering import PromptFormat
 from opsd.environments import load_environment
 from opsd.eval.evaluator import Evaluator, load_suites
-from opsd.model.checks import Reach, Span
+from opsd.model.checks import Reach
+from opsd.model.positions import Span
 from opsd.types import Prompt
 from opsd.utils.errors import UserError
 

@@ -31,8 +31,9 @@ from opsd.distill.inputs import can_join
 from opsd.engine import Engine, build_engine
 from opsd.estimate.opening import opening
 from opsd.eval.cache import Models
-from opsd.model.checks import Span, length_switches
+from opsd.model.checks import length_switches
 from opsd.model.loading import load_tokenizer
+from opsd.model.positions import Span
 from opsd.model.vocabulary import check_ids, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.began import Began

@@ -7,7 +7,8 @@ from typing import Any
 
 from opsd.config import TrainConfig
 from opsd.config.settings import MOST
-from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.data.template import Clock, steady
 from opsd.model.scorer import Scorer
 from opsd.model.stops import PairStops, eos_token_ids, generation_of, reconcile, stated_stops, turn_ends

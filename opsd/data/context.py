@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from opsd.data.prompts import PromptFormat, check_template, encode, lookup
+from opsd.data.rendering import PromptFormat, check_template, encode, lookup
 from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError
 

@@ -14,14 +14,16 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
-from opsd.data.prompts import PromptFormat, digest
+from opsd.data.prompts import digest
+from opsd.data.rendering import PromptFormat
 from opsd.data.template import Clock, steady
 from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
-from opsd.model.checks import Span, check_positions, length_switches
+from opsd.model.checks import length_switches
 from opsd.model.files import files_digest
 from opsd.model.loading import load_model, load_tokenizer, running
+from opsd.model.positions import Span, check_positions
 from opsd.model.stops import generation_of, stated_stops, turn_ends
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows, vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine

@@ -17,13 +17,15 @@ import torch
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings
 from opsd.data.packing import pack
-from opsd.data.prompts import PromptFormat, digest, load_prompts
+from opsd.data.prompts import digest, load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.data.template import Clock, steady
 from opsd.distill import concatenate_stats, token_stats
 from opsd.eval.evaluator import score_problem
 from opsd.eval.grading import load_grader
-from opsd.model.checks import Reach, Span, length_switches
+from opsd.model.checks import Reach, length_switches
 from opsd.model.loading import load_scorer, load_tokenizer
+from opsd.model.positions import Span
 from opsd.model.scorer import Scorer
 from opsd.model.vocabulary import check_ids, shared_vocabulary
 from opsd.rollout import HFRollout

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from opsd.config import EvalConfig
-from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.eval.grading import Grader, load_grader
 from opsd.rollout import RolloutEngine
 from opsd.types import Prompt, Rollout, Sampling

@@ -5,19 +5,18 @@ Nothing here goes by a model's name: what its configuration says is only where t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opsd.model.attention import compute_dtype
+from opsd.model.positions import Span, positions
 from opsd.model.scorer import Scorer, body_of
-from opsd.types import MicroBatch, Transform
+from opsd.types import MicroBatch
 from opsd.utils.errors import UserError
 
 # Two ways to the same hidden states: relative difference that rounding explains, over BLOCK tokens. In bfloat16 a
@@ -29,20 +28,6 @@ SHORT, BEYOND = (16, 5), 16
 # Words in the names of settings whose values are lengths at which a model may change what it does; in a packed row
 # positions begin anew with every sequence, its own length can only matter to what goes by places in the row.
 PLACES, SWITCHES = ("window", "chunk"), ("window", "chunk", "position", "length", "context")
-# What configurations call the number of positions that a model was made for.
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length",
-             "seq_length", "model_max_length", "n_ctx")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Span:
-    """A prompt's and a response's longest, in tokens. flag: the option that sets the response's. shorter: what to
-    give where the prompt alone is too long."""
-
-    prompt: int
-    response: int
-    flag: str = "--rollout.max_new_tokens"
-    shorter: str = "give shorter prompts"
 
 
 @dataclass(frozen=True)
@@ -56,103 +41,6 @@ class Reach:
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max((span.prompt + span.response for span in self.spans), default=0)
-
-
-# ---- the head
-
-
-@torch.no_grad()
-def find_transform(model: PreTrainedModel, name: str) -> Transform:
-    """What a model does to its head's output: measured, and proven on logits of its own.
-
-    Raises UserError where it is more than a scale and a soft cap.
-    """
-    check_head_alone(model.get_output_embeddings(), name)
-    return transform_of(model, name)
-
-
-@torch.no_grad()
-def check_head_alone(head: Any, name: str) -> None:
-    """Make sure that the head is a product with its weight [V, D], plus its bias if any. Raises UserError."""
-    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    if not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.dtype.is_floating_point):
-        raise UserError(f"{name}: its head is not a plain matrix ({type(head).__name__}); this trainer needs one")
-    given = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
-    given_LD = given.view(4, -1)
-    ours = functional.linear(given_LD, weight, bias)
-    _check_finite(ours, name)
-    if not _alike(head(given_LD), ours):
-        raise _unknown(name)
-
-
-@torch.no_grad()
-def transform_of(model: PreTrainedModel, name: str) -> Transform:
-    """See `find_transform`, of a model whose head was checked. It is run three times, on four tokens."""
-    ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    head: Any = model.get_output_embeddings()
-    model.eval()
-    # Numbers in the head's place show what becomes of each.
-    given: list[Tensor] = []
-    replaced = head.register_forward_hook(lambda _module, _inputs, output: given.append(_ladder(output)) or given[0])
-    try:
-        seen = model(input_ids=ids, use_cache=False).logits
-    finally:
-        replaced.remove()
-    own, output = (
-        model(input_ids=ids, use_cache=False).logits,
-        head(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state),
-    )
-    _check_finite(output, name)
-    transform = _fit(given[0], seen)
-    if transform is None or not _alike(own, transform(output)):
-        raise _unknown(name)
-    return transform
-
-
-def _ladder(like: Tensor) -> Tensor:
-    """Numbers of both signs from 2^-10 to 2^20, in fp64 and the shape of a head's output; bfloat16 has each of them."""
-    steps = torch.logspace(-10, 20, like.numel() // 2 + 1, base=2.0, dtype=torch.float64, device=like.device)
-    return torch.stack([-steps, steps], 1).flatten()[-like.numel() :].view(like.shape).bfloat16().double()
-
-
-def _fit(given: Tensor, seen: Tensor) -> Transform | None:
-    """The transform that made `seen` of `given`, a `_ladder`; None where none does, to five digits."""
-    if seen.shape != given.shape:
-        return None
-    given, seen = given.flatten(), seen.double().flatten()
-    top, highest, tenth = float(given[-1]), float(seen[-1]), float(seen[(given - given[-1] / 10).abs().argmin()])
-    if not highest > 0.0:
-        return None
-    if highest > 2 * tenth:
-        cap, scale = None, highest / top
-    else:
-        # A cap. What comes out says most of the scale where it is half of it.
-        middle = int((seen / highest - 0.5).abs().argmin())
-        cap, scale = highest, math.atanh(min(float(seen[middle]) / highest, 0.99)) * highest / float(given[middle])
-    # What is 1 is to be 1, whatever rounding has made of it.
-    found = Transform(float(f"{scale:.9g}"), cap)
-    fits = found.scale > 0.0 and torch.allclose(found(given), seen, rtol=1e-5, atol=0.0)
-    return found if fits else None
-
-
-def _check_finite(logits: Tensor, name: str) -> None:
-    if not torch.isfinite(logits).all():
-        raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
-
-
-def _alike(own: Tensor, ours: Tensor) -> bool:
-    """Whether two ways to the same products agree, as far as their type lets them."""
-    allowed = 1e-4 if compute_dtype(ours) == torch.float32 else 1e-2
-    return torch.allclose(own.float(), ours.float(), rtol=allowed, atol=allowed * float(ours.abs().max()))
-
-
-def _unknown(name: str) -> UserError:
-    return UserError(
-        f"{name}: its logits are not hidden·head + bias, scaled and soft-capped; this trainer supports nothing else"
-    )
-
-
-# ---- sequences of a micro-batch
 
 
 @torch.no_grad()
@@ -288,53 +176,3 @@ def check_steady(scorer: Scorer, name: str) -> None:
             f"{name}: the same tokens give different hidden states each time, or in training (noise or dropout that "
             "cannot be turned off); this trainer needs a deterministic model"
         )
-
-
-# ---- positions
-
-
-def check_positions(config: PretrainedConfig, spans: tuple[Span, ...], name: str) -> None:
-    """Raises UserError where a prompt and its response may be longer than a model has positions for.
-
-    Past them it fails, or writes nonsense that would be trained on or count as its score.
-    """
-    known = positions(config)
-    for span in spans:
-        if known is not None and span.prompt + span.response > known:
-            room = known - span.prompt
-            fix = f"give at most {room}" if room > 0 else span.shorter
-            raise UserError(
-                f"{span.flag} {span.response} and a prompt of {span.prompt} tokens are over the {known} positions of "
-                f"{name}; {fix}"
-            )
-
-
-def positions(config: PretrainedConfig) -> int | None:
-    """How many positions a model was made for, rope scaling included; None where nothing says so."""
-    text = config.get_text_config()
-    named = [getattr(text, name, None) for name in POSITIONS]
-    known = next((value for value in named if type(value) is int and value > 0), None)
-    if known is None:
-        return None
-    return max([known, *(int(scaled) for scaled in _scaled(text, known))])
-
-
-def rope_switch(config: PretrainedConfig) -> int | None:
-    """The length past which rotary positions depend on it, by the configuration; None where they never do.
-
-    For a model that cannot be measured here, as one that is served.
-    """
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if one.get("rope_type") in ("longrope", "dynamic"):
-            return one.get("original_max_position_embeddings") or positions(config)
-    return None
-
-
-def _scaled(text: PretrainedConfig, known: int) -> Iterator[float]:
-    """What rope scaling stretches the positions to, for each kind of layer."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if one.get("rope_type") in ("linear", "dynamic", "yarn") and one.get("factor"):
-            yield one["factor"] * (one.get("original_max_position_embeddings") or known)

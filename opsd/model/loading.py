@@ -12,9 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from opsd.model.attention import attention_for
-from opsd.model.checks import Reach, check_causal, check_packing, check_positions, check_steady, find_transform
+from opsd.model.checks import Reach, check_causal, check_packing, check_steady
+from opsd.model.positions import check_positions
 from opsd.model.scorer import Scorer
 from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
+from opsd.model.transform import find_transform
 from opsd.utils.errors import UserError, first_line
 from opsd.utils.oom import is_out_of_memory
 from opsd.utils.paths import check_model_path

@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opsd.engine.deepspeed_engine import import_deepspeed
-from opsd.model.checks import Reach, check_causal, check_head_alone, check_packing, check_positions, transform_of
+from opsd.model.checks import Reach, check_causal, check_packing
 from opsd.model.loading import check_whole, disable_dropout, load_model, running
+from opsd.model.positions import check_positions
 from opsd.model.scorer import Scorer
+from opsd.model.transform import check_head_alone, transform_of
 from opsd.teacher.base import Cache, Teacher, cached
 from opsd.types import Head, MicroBatch
 from opsd.utils.errors import UserError

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from opsd.config import TeacherConfig
-from opsd.model.checks import Reach, check_positions, find_transform, rope_switch
+from opsd.model.checks import Reach
 from opsd.model.loading import load_ends, running
+from opsd.model.positions import check_positions, rope_switch
 from opsd.model.scorer import DistillHead
+from opsd.model.transform import find_transform
 from opsd.teacher.base import Teacher
 from opsd.types import Head, MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line

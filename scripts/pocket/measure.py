@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opsd.config import EvalConfig
-from opsd.data.prompts import PromptFormat
+from opsd.data.rendering import PromptFormat
 from opsd.eval.evaluator import Evaluator, Suite, load_suites
 from opsd.model.loading import load_scorer, load_tokenizer
 from opsd.rollout import HFRollout

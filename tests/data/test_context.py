@@ -8,7 +8,8 @@ from tolerance import close, transformer
 
 from opsd.data.context import TeacherContext, TeacherPrompts
 from opsd.data.packing import for_teacher, pack
-from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.model.scorer import Scorer
 from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from opsd.data.prompts import PromptFormat, PromptStream, digest, hidden_messages, load_prompts, read_records
+from opsd.data.prompts import PromptStream, digest, hidden_messages, load_prompts, read_records
+from opsd.data.rendering import PromptFormat
 from opsd.data.template import Clock, steady
 from opsd.types import Prompt
 from opsd.utils.errors import UserError

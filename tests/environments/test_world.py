@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.config import from_json
 from opsd.data.context import TeacherContext, TeacherPrompts
-from opsd.data.prompts import PromptFormat
+from opsd.data.rendering import PromptFormat
 from opsd.environments.travel import TravelTask, generate_tasks, pocket_tasks, write_task_file
 from opsd.environments.travel.evaluate import by_constraint, statistics
 from opsd.environments.travel.score import PlanScore

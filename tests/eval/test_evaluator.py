@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opsd.config import EvalConfig
-from opsd.data.prompts import PromptFormat
+from opsd.data.rendering import PromptFormat
 from opsd.eval.evaluator import (
     Evaluator,
     Suite,

@@ -13,10 +13,10 @@ from opsd.data.packing import pack
 from opsd.distill import distill_loss, token_stats
 from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.topk import top_tokens
-from opsd.model.checks import find_transform
 from opsd.model.loading import load_scorer
 from opsd.model.lora import add_adapters
 from opsd.model.scorer import Scorer
+from opsd.model.transform import find_transform
 from opsd.teacher import LocalTeacher
 from opsd.teacher.vllm import read_head
 from opsd.types import PLAIN, Transform

@@ -18,9 +18,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model
 from families import FAMILIES, TOKENIZER_IDS, own_kl, tokenizer, write
 from opsd.build import check_student, load_student
 from opsd.config import from_json
-from opsd.model.checks import Reach, Span, check_positions, check_steady, length_switches
+from opsd.model.checks import Reach, check_steady, length_switches
 from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable
 from opsd.model.loading import load_ends, load_model, load_scorer, load_tokenizer
+from opsd.model.positions import Span, check_positions
 from opsd.model.vocabulary import usable_rows
 from opsd.rollout import HFRollout
 from opsd.teacher.vllm import read_head

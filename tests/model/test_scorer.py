@@ -18,9 +18,10 @@ from transformers import (
 
 from opsd.data.packing import pack
 from opsd.distill import distill_loss
-from opsd.model.checks import check_causal, check_packing, find_transform
+from opsd.model.checks import check_causal, check_packing
 from opsd.model.loading import disable_dropout, load_scorer, load_tokenizer
 from opsd.model.scorer import DistillHead, Scorer
+from opsd.model.transform import find_transform
 from opsd.model.vocabulary import shared_vocabulary
 from opsd.types import PLAIN
 from opsd.utils.errors import UserError

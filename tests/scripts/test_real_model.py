@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd import __main__ as cli
 from opsd.data.packing import pack
-from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.rollout import HFRollout
 from opsd.types import Sampling
 from opsd.utils.errors import UserError

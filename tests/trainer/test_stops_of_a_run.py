@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from opsd.build import compare_templates
 from opsd.config import from_json
-from opsd.data.prompts import PromptFormat, load_prompts
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.data.template import Clock
 from opsd.run.folder import RunFolder
 from opsd.train import resume, start
