@@ -29,7 +29,8 @@ def remarks(group: list[Run], suites: list[str], stats: list[CellStats], baselin
             "keeps more, on this task and these models. It cannot show the paper's accuracies: task and models differ."
         )
     lines.append(
-        "The paper's ± is as printed; the paper does not say what it measures. All rows share problems and sampling seed."
+        "The paper's ± is as printed; the paper does not say what it measures. "
+        "All rows share problems and sampling seed."
     )
     lines.append(
         "Q1 unsure and disagreeing with the teacher, Q2 unsure and agreeing, Q3 sure and disagreeing, Q4 sure and "

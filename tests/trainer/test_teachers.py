@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from killed import killed_at_step_3
 from safetensors.torch import load_file
 from tiny_models import build_model, plain_tokenizer, tiny_pair
 from tolerance import close, transformer
@@ -80,17 +81,7 @@ def written(path, text):
 
 def stopped_then_resumed(config, monkeypatch):
     """The run's metrics, where it was killed with step 3 done and step 2 saved, and then went on."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        whole = checkpoint.save
-
-        def save(folder, model, tokenizer, state, *rest):
-            if state.step == 4:
-                raise KeyboardInterrupt
-            return whole(folder, model, tokenizer, state, *rest)
-
-        patch.setattr(checkpoint, "save", save)
-        start(config)
-    resume(checkpoint.Path(config.out))
+    resume(killed_at_step_3(monkeypatch, config))
     return metrics_of(config)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import python
+from killed import killed_at_step_3
 from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
 
@@ -281,25 +282,10 @@ def daily(settings, make_folder, make_model, make_tokenizer, monkeypatch):
     return lambda out, **others: settings(out, **options, **others), lambda day: setattr(Noon, "day", day)
 
 
-def stopped_at_step_3(monkeypatch, config):
-    """The folder of a run that was killed with step 3 done and step 2 saved."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        whole = checkpoint.save
-
-        def save(folder, model, tokenizer, state, *rest):
-            if state.step == 4:
-                raise KeyboardInterrupt
-            return whole(folder, model, tokenizer, state, *rest)
-
-        patch.setattr(checkpoint, "save", save)
-        start(config)
-    return Path(config.out)
-
-
 def test_a_run_goes_on_another_day_with_the_prompts_that_it_began_with(daily, tmp_path, monkeypatch):
     settings, set_day = daily
     start(settings(tmp_path / "whole"))
-    run = stopped_at_step_3(monkeypatch, settings(tmp_path / "broken"))
+    run = killed_at_step_3(monkeypatch, settings(tmp_path / "broken"))
     set_day(2)
     resume(run)
     assert_same_run(run, tmp_path / "whole")
@@ -332,7 +318,7 @@ def test_a_run_whose_prompt_file_was_changed_does_not_go_on(settings, tmp_path, 
     for file in files.values():
         file.write_text("".join(json.dumps(record) + "\n" for record in SUM_TASKS))
     options = {"prompts": str(files["prompts"]), "eval__suite": [f"sums={files['eval.suite sums']}"]}
-    run = stopped_at_step_3(monkeypatch, settings(tmp_path / "run", **options, checkpoint__every=2))
+    run = killed_at_step_3(monkeypatch, settings(tmp_path / "run", **options, checkpoint__every=2))
     files[part].write_text("".join(json.dumps(record) + "\n" for record in reversed(SUM_TASKS)))
     before = (run / "metrics.jsonl").read_text()
     said = rf"^--resume {run}: {files[part]} gives other prompts [^\n]+digest of {part}: \w{{16}}, not \w{{16}}\)"
@@ -350,7 +336,7 @@ def test_a_run_whose_prompt_file_was_changed_does_not_go_on(settings, tmp_path, 
 
 
 def test_a_run_folder_of_a_version_without_digests_still_resumes(finished, settings, tmp_path, monkeypatch):
-    run = stopped_at_step_3(monkeypatch, settings(tmp_path / "old", checkpoint__every=2))
+    run = killed_at_step_3(monkeypatch, settings(tmp_path / "old", checkpoint__every=2))
     values = json.loads((run / "config.json").read_text())
     del values["began"]
     (run / "config.json").write_text(json.dumps(values))
