@@ -1,5 +1,6 @@
 """LoRA: adapters alone are trained, as peft alone would; checkpoints hold the plain model, the adapter beside it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -315,7 +316,7 @@ def test_the_seed_draws_the_adapters(settings, tmp_path):
 
 
 def test_adapters_without_peft_are_one_line_that_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(parts.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     parts.check_adapters(LoraConfig())
     with pytest.raises(UserError, match=r"^--lora.rank 4: peft is not installed; run `make setup`, or give 0$"):
         parts.check_adapters(LoraConfig(rank=4))
