@@ -9,7 +9,7 @@ from tolerance import close, transformer
 from transformers import AutoModelForCausalLM
 
 from bench.updates import trainer_of
-from opsd import build as parts
+from opsd.build.models import check_adapters
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, from_json
 from opsd.data.packing import pack
 from opsd.engine import TorchEngine
@@ -317,6 +317,6 @@ def test_the_seed_draws_the_adapters(settings, tmp_path):
 
 def test_adapters_without_peft_are_one_line_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    parts.check_adapters(LoraConfig())
+    check_adapters(LoraConfig())
     with pytest.raises(UserError, match=r"^--lora.rank 4: peft is not installed; run `make setup`, or give 0$"):
-        parts.check_adapters(LoraConfig(rank=4))
+        check_adapters(LoraConfig(rank=4))
