@@ -161,14 +161,18 @@ def warm_up(options: Options) -> Path:
 
 
 def cells(options: Options, student: Path) -> Iterator[list[Cell]]:
-    """Groups of cells to run and measure together: by seed, then by retention, all tokens and further cells first."""
+    """Groups of cells to run and measure together, small ones, so that a killed bench has measured most of its runs.
+
+    Seed by seed: all tokens and further cells first, then retention by retention.
+    """
+    size = 2 * options.lanes
     for seed in options.seeds:
-        groups = [["--select.by all", *options.cells]]
+        flags = ["--select.by all", *options.cells]
         for retention in options.retentions:
             scope = {rule: " --select.normalise_over batch" * (rule in NORMALISING) for rule in options.rules}
-            groups.append([f"--select.by {r} --select.retention {retention:g}{scope[r]}" for r in options.rules])
-        for group in groups:
-            yield [cell(options, student, flags, seed) for flags in group]
+            flags += [f"--select.by {r} --select.retention {retention:g}{scope[r]}" for r in options.rules]
+        of_seed = [cell(options, student, one, seed) for one in flags]
+        yield from (of_seed[first : first + size] for first in range(0, len(of_seed), size))
 
 
 def cell(options: Options, student: Path, flags: str, seed: int) -> Cell:

@@ -44,9 +44,10 @@ def test_cells_come_by_seed_then_by_retention_and_are_named_as_everywhere(tmp_pa
     options = real_bench.Options(tmp_path, Path("p"), Path("h"), Path("r"), rules=("q3", "random"), seeds=(0, 1))
     groups = list(real_bench.cells(options, Path("student")))
     names = [[cell.name for cell in group] for group in groups]
-    assert len(names) == 2 * 5
-    assert names[0] == ["smollm2-all-seed0"] and names[5] == ["smollm2-all-seed1"]
-    assert names[4] == ["smollm2-q3-5-seed0", "smollm2-random-5-seed0"]
+    flat = [name for group in names for name in group]
+    assert len(flat) == 2 * (1 + 4 * 2) and max(map(len, names)) == 2 * options.lanes
+    assert flat[:2] == ["smollm2-all-seed0", "smollm2-q3-50-seed0"] and flat[9] == "smollm2-all-seed1"
+    assert names[2] == ["smollm2-random-5-seed0"]
 
 
 def test_every_cell_shares_the_protocol_and_differs_in_its_rule_and_seed(options):
