@@ -277,20 +277,20 @@ def test_on_a_terminal_of_80_columns_one_display_shows_the_whole_and_every_runni
         board.begin(one)
     shown = Console(file=io.StringIO(), width=80, color_system=None)
     shown.print(board._render())
-    lines = shown.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = shown.file.getvalue().splitlines()
     assert len(lines) == 3 and all(len(line) <= 80 for line in lines)
     # Left: 280 and 380 s run, then 480 s in the lane that is free after 280, and 480 in the other: 860 s.
     assert lines[0].endswith("step 390/1200  1/5 cells  14 min 20 s left")
     assert lines[1].rstrip().endswith("loss 0.500, reward 0.50, pocket 25.0 %")
     assert "[2/5] pocket-entro" in lines[1] and "95-seed12" in lines[1] and "100/240  loss" in lines[1]
-    assert "50/240" in lines[2] and console.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
+    assert "50/240" in lines[2] and console.file.getvalue() == ""
 
 
 def test_where_there_is_no_terminal_lines_say_what_starts_and_ends_and_how_far_the_whole_is(table, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=False, width=40)
 
     def said() -> list[str]:
-        text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        text = console.file.getvalue()
         console.file = io.StringIO()
         return text.splitlines()
 
