@@ -96,6 +96,7 @@ def test_what_a_cell_says_is_in_its_own_file_and_not_on_the_recipes_output(proje
     assert [log.read_text() for log in logs] == ["from all\nof all\n", "from soft_or-50\nof soft_or-50\n"]
 
 
+@pytest.mark.e2e
 def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on(project):
     stop = "case $cell in\n    all) await ready; echo progress; echo opsd: the disk is full >&2; exit 3 ;;\n"
     program(project, f"{SAVES}{stop}    *) touch ready; await never ;;\nesac{DONE}")
@@ -116,6 +117,7 @@ def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on
     assert project.calls()[:2] == resumed and len(project.calls()) == 6
 
 
+@pytest.mark.e2e
 def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project):
     program(project, "for n in {1..30}; do echo line $n; done\nexit 1\n")
     done = project.run(SCALE="pocket", CELLS="all")
@@ -124,6 +126,7 @@ def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project)
     assert project.run(SCALE="pocket", CELLS="all").stderr.splitlines()[1:] == ["again"]
 
 
+@pytest.mark.e2e
 def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project):
     program(project, f"[[ -e again ]] || {{ touch again; kill -9 $$; }}{DONE}")
     done = project.run(SCALE="pocket", CELLS="all")
@@ -132,6 +135,7 @@ def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project
     assert done.returncode == 0 and "[1/1] pocket-all-seed0: resuming" in done.stdout
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("to", ["recipe", "group"])
 def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(project, number, to):
@@ -153,6 +157,7 @@ def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(proje
     assert done.returncode == 0 and done.stdout.count("resuming") == 2
 
 
+@pytest.mark.e2e
 def test_a_second_signal_is_passed_on(project):
     twice = 'trap \'touch "told-$cell"; trap "exit 99" TERM; while :; do sleep 0.05; done\' TERM\n'
     program(project, f'{twice}touch "ready-$cell"\nawait never{DONE}')
@@ -176,6 +181,7 @@ def test_what_a_cells_first_process_leaves_behind_is_ended_and_waited_for(projec
     assert done.returncode == 137 and (project.root / "child-saved").exists()
 
 
+@pytest.mark.e2e
 def test_a_cell_that_outlives_its_killed_recipe_is_not_run_a_second_time(project):
     program(project, f'touch "ready-$cell"\nawait release{DONE}')
     process = begin(project, CELLS="all")
