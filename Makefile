@@ -90,7 +90,7 @@ test-slow: setup ## the tests that take minutes each
 faults: setup ## the fault suite: kills, full disks, damaged files, hostile input; its table in docs/reliability.md (10 minutes)
 	@$(PY) scripts/faults.py
 
-check: setup ## lint, format, types and the fast tests, about two minutes
+check: setup ## lint, format, types and the fast tests, 90 seconds on two cores
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet . || { echo 'run: $(PY) -m ruff format .' >&2; exit 1; }
 	@.venv/bin/pyrefly check --min-severity error --summary=none

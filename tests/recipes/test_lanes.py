@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from lanes import board as board_module
 from lanes.board import Board, short, time_left
 from lanes.cell import Cell, Progress, read_cells
+from run_cells import Life
 
 # A stand-in for `opsd` that makes a run folder, then does what its text says; $cell is the cell's name without pair and
 # seed, $run its folder. `await FILE` waits for a file of the project; one that never comes is exit code 9.
@@ -179,6 +181,15 @@ def test_what_a_cells_first_process_leaves_behind_is_ended_and_waited_for(projec
     program(project, f"if [[ $cell == all ]]; then ( {child} ) & await child-ready; kill -9 $$; fi{DONE}")
     done = project.run(SCALE="pocket", CELLS="all")
     assert done.returncode == 137 and (project.root / "child-saved").exists()
+
+
+def test_what_ends_before_its_signal_is_sent_is_left_alone(monkeypatch):
+    with subprocess.Popen(["sleep", "60"]) as child:
+        gone = psutil.Process(child.pid)
+        child.kill()
+    life = Life(None, child, None, 0)
+    monkeypatch.setattr(life, "leftovers", lambda: [gone])
+    life.strike(signal.SIGTERM)
 
 
 @pytest.mark.e2e
