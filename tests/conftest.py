@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         for name in OF_TESTS:
             config.pluginmanager.import_plugin(name)
+    else:
+        gc.enable()
 
 
 @dataclass(frozen=True)
