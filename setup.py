@@ -35,7 +35,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.14",
-    "basedpyright>=1.31",
+    "pyrefly>=1.5",
     # What transformers needs to read SmolLM2's GGUF file.
     "gguf>=0.17",
     # The loss's CUDA kernels run in its interpreter, and compile, without a GPU; torch's CPU build does not bring it.

@@ -4,7 +4,6 @@ Each is found by its entry point in group `opsd.environments`, as selectors are;
 """
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -13,6 +12,7 @@ from opsd.config import TrainConfig
 from opsd.rollout import RolloutEngine
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
+from opsd.utils.plugins import installed
 
 GROUP = "opsd.environments"
 
@@ -61,7 +61,7 @@ def load_environment(kind: str, config: TrainConfig, tokenizer: Any) -> Environm
     """The environment of that name; None for "none". Raises UserError for an unknown name."""
     if kind == "none":
         return None
-    found = {point.name: point for point in entry_points(group=GROUP)}
+    found = installed(GROUP)
     if kind not in found:
-        raise UserError(f"--environment.kind {kind}: give none, or one of {', '.join(sorted(found))}")
+        raise UserError(f"--environment.kind {kind}: give none, or one of {', '.join(found)}")
     return found[kind].load()(config, tokenizer)

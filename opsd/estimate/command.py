@@ -153,7 +153,7 @@ def hardware_of(config: PlanConfig, shape: ModelShape) -> Hardware:
         hardware = sheet_hardware(name, config.gpus, flash)
     else:
         hardware = this_hardware(device, config.gpus, flash, (shape.ffn, shape.hidden))
-    stated = {
+    stated: dict[str, Any] = {
         "gib": config.gpu_gib,
         "tflops": config.tflops and SHEET_SHARE[0] * config.tflops,
         "bandwidth_gbs": config.bandwidth_gbs and SHEET_SHARE[1] * config.bandwidth_gbs,

@@ -286,6 +286,7 @@ def stop_after(monkeypatch):
 GROUPED = ["letters0", "letters1", "letters2", "letters3", "letters4", "letters5", "digits0", "digits1", "digits2"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("groups", [0, 1, 2, 4])
 def test_a_killed_evaluation_goes_on_to_the_same_files(groups, run, asked, stop_after, whole, tmp_path):
     out = tmp_path / "scores.json"
@@ -301,6 +302,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(groups, run, asked, stop_
     assert files_of(tmp_path) == whole
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("cut", [1, 30, 200])
 def test_a_line_that_a_kill_has_cut_is_done_again(cut, run, asked, stop_after, whole, tmp_path):
     out = tmp_path / "scores.json"

@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from lanes import board as board_module
 from lanes.board import Board, short, time_left
 from lanes.cell import Cell, Progress, read_cells
+from run_cells import Life
 
 # A stand-in for `opsd` that makes a run folder, then does what its text says; $cell is the cell's name without pair and
 # seed, $run its folder. `await FILE` waits for a file of the project; one that never comes is exit code 9.
@@ -96,6 +98,7 @@ def test_what_a_cell_says_is_in_its_own_file_and_not_on_the_recipes_output(proje
     assert [log.read_text() for log in logs] == ["from all\nof all\n", "from soft_or-50\nof soft_or-50\n"]
 
 
+@pytest.mark.e2e
 def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on(project):
     stop = "case $cell in\n    all) await ready; echo progress; echo opsd: the disk is full >&2; exit 3 ;;\n"
     program(project, f"{SAVES}{stop}    *) touch ready; await never ;;\nesac{DONE}")
@@ -116,6 +119,7 @@ def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on
     assert project.calls()[:2] == resumed and len(project.calls()) == 6
 
 
+@pytest.mark.e2e
 def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project):
     program(project, "for n in {1..30}; do echo line $n; done\nexit 1\n")
     done = project.run(SCALE="pocket", CELLS="all")
@@ -124,6 +128,7 @@ def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project)
     assert project.run(SCALE="pocket", CELLS="all").stderr.splitlines()[1:] == ["again"]
 
 
+@pytest.mark.e2e
 def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project):
     program(project, f"[[ -e again ]] || {{ touch again; kill -9 $$; }}{DONE}")
     done = project.run(SCALE="pocket", CELLS="all")
@@ -132,6 +137,7 @@ def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project
     assert done.returncode == 0 and "[1/1] pocket-all-seed0: resuming" in done.stdout
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("to", ["recipe", "group"])
 def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(project, number, to):
@@ -153,6 +159,7 @@ def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(proje
     assert done.returncode == 0 and done.stdout.count("resuming") == 2
 
 
+@pytest.mark.e2e
 def test_a_second_signal_is_passed_on(project):
     twice = 'trap \'touch "told-$cell"; trap "exit 99" TERM; while :; do sleep 0.05; done\' TERM\n'
     program(project, f'{twice}touch "ready-$cell"\nawait never{DONE}')
@@ -176,6 +183,16 @@ def test_what_a_cells_first_process_leaves_behind_is_ended_and_waited_for(projec
     assert done.returncode == 137 and (project.root / "child-saved").exists()
 
 
+def test_what_ends_before_its_signal_is_sent_is_left_alone(monkeypatch):
+    with subprocess.Popen(["sleep", "60"]) as child:
+        gone = psutil.Process(child.pid)
+        child.kill()
+    life = Life(None, child, None, 0)
+    monkeypatch.setattr(life, "leftovers", lambda: [gone])
+    life.strike(signal.SIGTERM)
+
+
+@pytest.mark.e2e
 def test_a_cell_that_outlives_its_killed_recipe_is_not_run_a_second_time(project):
     program(project, f'touch "ready-$cell"\nawait release{DONE}')
     process = begin(project, CELLS="all")
@@ -277,20 +294,20 @@ def test_on_a_terminal_of_80_columns_one_display_shows_the_whole_and_every_runni
         board.begin(one)
     shown = Console(file=io.StringIO(), width=80, color_system=None)
     shown.print(board._render())
-    lines = shown.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = shown.file.getvalue().splitlines()
     assert len(lines) == 3 and all(len(line) <= 80 for line in lines)
     # Left: 280 and 380 s run, then 480 s in the lane that is free after 280, and 480 in the other: 860 s.
     assert lines[0].endswith("step 390/1200  1/5 cells  14 min 20 s left")
     assert lines[1].rstrip().endswith("loss 0.500, reward 0.50, pocket 25.0 %")
     assert "[2/5] pocket-entro" in lines[1] and "95-seed12" in lines[1] and "100/240  loss" in lines[1]
-    assert "50/240" in lines[2] and console.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
+    assert "50/240" in lines[2] and console.file.getvalue() == ""
 
 
 def test_where_there_is_no_terminal_lines_say_what_starts_and_ends_and_how_far_the_whole_is(table, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=False, width=40)
 
     def said() -> list[str]:
-        text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        text = console.file.getvalue()
         console.file = io.StringIO()
         return text.splitlines()
 

@@ -302,7 +302,7 @@ def selecting(
         own(self, *args, **kwargs)
         if kind is not None:
             self.__class__ = kind
-            Selecting.select(self, settings)  # pyright: ignore[reportArgumentType]
+            Selecting.select(self, settings)  # pyrefly: ignore[bad-argument-type]
 
     with replaced(DistillationTrainer, "__init__", begin):
         yield
