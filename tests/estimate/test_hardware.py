@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,14 @@ def test_this_machine_has_the_memory_that_it_has_and_rates_that_were_measured():
     assert 0 < found.gib * 2**30 <= psutil.virtual_memory().total
     assert found.kind == "cpu" and found.tflops > 0 and found.bandwidth_gbs > 0
     assert this_hardware("cpu", 2, False, (64, 32)).gib == found.gib / 2  # ranks share it
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak can be forgotten on Linux only")
+def test_what_the_rates_are_measured_with_is_no_part_of_a_runs_peak():
+    this_hardware("cpu", 1, False, (64, 32))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak, now = (1024 * int(status[name].split()[0]) for name in ("VmHWM", "VmRSS"))
+    assert peak - now < 64 * 2**20  # reading is measured with 256 MiB
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
