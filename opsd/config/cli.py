@@ -61,7 +61,7 @@ def one_line(box: str, config: type[Settings], args: list[str]) -> str:
     missing = re.search(r"Missing from [^:]+: (.*)", text)
     if missing:
         options = [flag for flag in _OPTION.findall(missing[1]) if flag in flags]
-        # Of arguments without a flag the box has the types alone; they are taken in order, so the last ones are missing.
+        # Of arguments without a flag the box has the types alone; taken in order, the last ones are missing.
         bare = [name.upper() for name in required_of(config) if f"--{name}" not in options]
         lacking = missing[1].count("(required)") - len(options)
         return f"missing: {', '.join([*bare[len(bare) - lacking :], *options])}"

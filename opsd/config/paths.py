@@ -22,8 +22,8 @@ def check_paths(config: TrainConfig) -> None:
     if config.select.by == ALL_TOKENS and (options := config.select.options):
         given = " ".join(word for pair in options.items() for word in pair)
         raise UserError(
-            f"--select.options {given} with --select.by {ALL_TOKENS}, which takes no options: leave them out, or name a "
-            "rule (`opsd selectors`)"
+            f"--select.options {given} with --select.by {ALL_TOKENS}, which takes no options: leave them out, or "
+            "name a rule (`opsd selectors`)"
         )
     if not config.teachers and not config.teacher.model:
         raise UserError("--teacher is empty: give a model folder, self, or several as --teachers NAME=FOLDER")
