@@ -55,6 +55,17 @@ def test_a_gpu_that_is_not_here_is_named_not_guessed():
         plan("--hardware", "h200", "--engine.device", "cpu")
 
 
+def test_several_ranks_on_a_machine_without_a_gpu_are_told_how_to_plan_for_gpus(slow):
+    several = ("--gpus", "8", "--engine.kind", "deepspeed")
+    last = in_short(plan(*several)).splitlines()[-1]
+    assert "8 ranks" in last and last.endswith(
+        "; there is no GPU here: for 8 GPUs add --hardware h200, h100, a100, a100-40, b200, l40s or rtx4090"
+    )
+    for named in (("--hardware", "h200"), ("--hardware", "cpu"), ("--engine.device", "cpu")):
+        assert "no GPU here" not in in_short(plan(*several, *named))
+    assert "no GPU here" not in in_short(plan())
+
+
 def test_a_rate_is_work_over_the_fastest_calls_time():
     calls, clock = [], iter([0.0, 4.0])
     # One call that does not count, and one, however short the time is.
