@@ -57,7 +57,9 @@ def facts(run: Run) -> list[str]:
     lines = [", ".join(models), "; ".join(how)]
     if "prompts_per_step" in config and "samples_per_prompt" in rollout:
         longest = f" of at most {rollout['max_new_tokens']} tokens" if "max_new_tokens" in rollout else ""
-        lines.append(f"{config['prompts_per_step']} prompts × {rollout['samples_per_prompt']} answers{longest} per step")
+        lines.append(
+            f"{config['prompts_per_step']} prompts × {rollout['samples_per_prompt']} answers{longest} per step"
+        )
     return lines + quadrant_lines(run)
 
 
