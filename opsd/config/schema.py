@@ -113,12 +113,14 @@ class TelemetryConfig(Settings, part="telemetry"):
 
 @dataclass(frozen=True)
 class TrackConfig(Settings, part="track"):
-    """metrics.jsonl is always written; wandb is optional."""
+    """metrics.jsonl is always written; trackers are optional."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     """offline: log to local wandb files. online: log to a wandb server."""
     project: str = "opsd"
     """wandb project."""
+    tensorboard: bool = False
+    """Also write every metric as a curve to RUN/tensorboard; `tensorboard --logdir RUN` shows them."""
     progress: bool = True
     """Print the start lines and show progress: a bar on a terminal, lines elsewhere."""
 

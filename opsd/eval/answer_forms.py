@@ -117,7 +117,9 @@ def _in_order(segment: re.Match[str]) -> str:
 
 
 def _units(text: str) -> list[tuple[str, int]]:
-    """The name and the power of each unit behind a number, "m/s" as two; [] where there is none or one is unknown. $5 is in dollars."""
+    """The name and the power of each unit behind a number, "m/s" as two, and of $5; [] where there is none, or one is
+    unknown.
+    """
     found = _UNIT.search(_LAYOUT.sub(" ", text).strip())
     if found is None:
         return [("dollar", 1)] if _PRICE.match(text) else []

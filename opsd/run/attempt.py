@@ -13,7 +13,7 @@ from pathlib import Path
 from opsd.utils.errors import UserError
 
 # What a run writes into its folder. config.json last: without it the rest would be files of no run.
-_WRITTEN = ("metrics.jsonl", "rollouts", "tokens", "eval", "checkpoints", "wandb", "config.json")
+_WRITTEN = ("metrics.jsonl", "rollouts", "tokens", "eval", "checkpoints", "wandb", "tensorboard", "config.json")
 # What the system says of a file system that knows no locks: there nobody can tell who has a run.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 
