@@ -131,7 +131,9 @@ class Board:
             if cell.name in self._done:
                 continue
             progress, since = self._progress[cell.name], self._running.get(cell.name)
-            seconds = (cell.steps - progress.step) * (progress.step_s or common) + self._around.after_s
+            steps = cell.steps - progress.step
+            # The line of the last step comes after the last evaluation.
+            seconds = steps * (progress.step_s or common) + (self._around.after_s if steps else 0.0)
             # One that is resumed does not evaluate first.
             ahead = self._around.start_s if progress.begun else self._around.ahead_of(cell)
             if since is None:

@@ -331,6 +331,8 @@ def test_time_left_has_the_start_of_cells_that_wait_and_the_last_evaluation_of_a
     assert board._left() == (9 * 2 + 12) + (7 + 10 * 2 + 12)
     write(one, *({"step": step, "time/step_s": 2.0} for step in range(2, 11)))
     clock[0] = 54.0
+    board.look()
+    assert board._left() == 7 + 10 * 2 + 12  # the last line comes behind the last evaluation
     board.end(one)  # 23 s after the first step was seen: nine steps of 2 s, and 5 s for what follows
     assert board._left() == 7 + 10 * 2 + 5
     clock[0] = 57.0
