@@ -24,6 +24,7 @@ CORE = [
 ]
 LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
+TENSORBOARD = ["tensorboard>=2.18,<3"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
 # Bounded as tip_patch/adapters/trl_checks.py is: selection hooks into its insides.
 TRL = ["trl>=1.16,<1.17"]
@@ -44,6 +45,7 @@ TEST = [
     *TRL,
     *LORA,
     *WANDB,
+    *TENSORBOARD,
 ]
 
 setup(
@@ -61,6 +63,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "lora": LORA,
         "wandb": WANDB,
+        "tensorboard": TENSORBOARD,
         "test": TEST,
         "trl": TRL,
     },

@@ -1,5 +1,6 @@
 """The cells of a table in lanes: side by side, stopped together, resumed by the same command, shown by one display."""
 
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from lanes import board as board_module
+from lanes.around import Around, evaluations_made
 from lanes.board import Board, short, time_left
 from lanes.cell import Cell, Progress, read_cells
 from run_cells import Life
@@ -322,6 +324,53 @@ def test_where_there_is_no_terminal_lines_say_what_starts_and_ends_and_how_far_t
         assert said() == ["table5: step 390/1200, 1 of 5 cells done, 27 min 00 s left"]
         board.end(table[1])
         assert said() == [f"[2/5] {table[1].name}: done in 0 s, pocket 25.0 %"]
+
+
+def test_time_left_has_the_start_of_cells_that_wait_and_the_last_evaluation_of_all(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: clock[0])
+    one, two = cell(tmp_path, "one", steps=10), cell(tmp_path, "two", steps=10)
+    two = dataclasses.replace(two, command=(*two.command, "--eval.cache", "evaluations"))
+    board = Board("table", [one, two], 1, Console(file=io.StringIO(), force_terminal=True))
+    board.begin(one)
+    (one.run / "eval").mkdir(parents=True)
+    for second, file, text in (
+        (7.0, "config.json", "{}"),
+        (19.0, "eval/teacher.json", "{}"),
+        (31.0, "eval/step_0.json", "{}"),
+        (31.0, "metrics.jsonl", '{"step": 0}\n{"step": 1, "time/step_s": 2.0}\n'),
+    ):
+        clock[0] = second
+        (one.run / file).write_text(text)
+        board.look()
+    # Nine steps of 2 s and an evaluation, which took (31 - 7) / 2; then 7 s, ten steps and another one: the second cell
+    # takes the evaluations before training from the cache.
+    assert board._left() == (9 * 2 + 12) + (7 + 10 * 2 + 12)
+    write(one, *({"step": step, "time/step_s": 2.0} for step in range(2, 11)))
+    clock[0] = 54.0
+    board.look()
+    assert board._left() == 7 + 10 * 2 + 12  # the last line comes behind the last evaluation
+    board.end(one)  # 23 s after the first step was seen: nine steps of 2 s, and 5 s for what follows
+    assert board._left() == 7 + 10 * 2 + 5
+    clock[0] = 57.0
+    board.begin(two)
+    clock[0] = 60.0
+    board.look()
+    assert board._left() == (7 - 3) + 10 * 2 + 5
+
+
+def test_an_evaluation_from_the_cache_says_nothing_of_what_one_takes(tmp_path):
+    one, around = cell(tmp_path, "one"), Around()
+    (one.run / "eval").mkdir(parents=True)
+    for name, maker in (("teacher", "another/run"), ("step_0", str(one.run))):
+        (one.run / "eval" / f"{name}.json").write_text(json.dumps({"shared": {"computed_by": maker}}))
+    assert evaluations_made(one) == 1
+    around.started(one, 7.0)
+    around.evaluated(one, 20.0)
+    assert (around.start_s, around.before_s, around.after_s) == (7.0, 13.0, 13.0)
+    (one.run / "eval" / "step_0.json").unlink()
+    around.evaluated(one, 8.0)
+    assert (around.before_s, around.after_s) == (13.0, 13.0)
 
 
 def test_a_long_name_keeps_its_beginning_and_its_seed():

@@ -101,7 +101,7 @@ def test_a_run_folder_holds_what_was_set_measured_and_made(finished):
     }
     assert json.loads((finished / "config.json").read_text())["select"]["by"] == "soft_or"
     assert {p.name for p in (finished / "eval").iterdir()} == {"teacher.json", "step_0.json", "step_4.json"}
-    assert {p.name for p in (finished / "rollouts").iterdir()} == {"step_2.jsonl", "step_4.jsonl"}
+    assert {p.name for p in (finished / "rollouts").iterdir()} == {f"step_{n}.jsonl" for n in (1, 2, 4)}
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step_3", "step_4"}
 
 
@@ -360,6 +360,31 @@ def test_a_loss_that_is_no_number_stops_with_the_rollouts_saved(settings, tmp_pa
     saved = [json.loads(line) for line in (run / "rollouts" / "stopped_at_step_1.jsonl").read_text().splitlines()]
     assert len(saved) == 6 and all(record["response_ids"] for record in saved)
     assert not (run / "DONE").exists()
+
+
+def test_the_same_command_begins_a_run_anew_that_failed_in_its_first_step(settings, tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path / "run", steps=1)
+
+    def fails(self, *rest):
+        raise UserError("the rule is wrong")
+
+    monkeypatch.setattr(Trainer, "update", fails)
+    with pytest.raises(UserError, match="the rule is wrong"):
+        start(config)
+    monkeypatch.undo()
+    start(config)
+    assert f"its files are in {tmp_path}/run/attempt_1" in " ".join(capsys.readouterr().err.split())
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1]
+    assert (tmp_path / "run" / "attempt_1" / "eval" / "teacher.json").exists()
+    with pytest.raises(UserError, match="holds a run already"):
+        start(config)
+
+
+def test_a_run_shorter_than_the_records_are_apart_has_something_to_show(settings, tmp_path):
+    apart = {"telemetry": {"every": 10, "save_tokens": True, "save_rollouts_every": 10}, "eval__suite": []}
+    start(settings(tmp_path / "run", steps=3, **apart))
+    assert {p.name for p in (tmp_path / "run" / "rollouts").iterdir()} == {"step_1.jsonl", "step_3.jsonl"}
+    assert [p.name for p in (tmp_path / "run" / "tokens").iterdir()] == ["step_3.parquet"]
 
 
 def test_resume_of_a_finished_run_or_of_no_run_says_so(finished, tmp_path):
