@@ -152,9 +152,9 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
             switches = length_switches(model, reach.longest) if teacher.scorer.alone else frozenset[int]()
         teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size, switches, ends)
         if world is not None:
-            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks, vocab_size, ends)
+            teacher_rollout = world.episodes(teacher_rollout)
     if world is not None:
-        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size, ends)
+        rollout = world.episodes(rollout)
     return Parts(
         ranks=ranks,
         began=dataclasses.replace(now, stops=pair),
