@@ -38,11 +38,13 @@ def engine(models):
 
 @pytest.fixture(scope="module")
 def vllm(models, engine):
+    from opsd.rollout.vllm import sampler_settings
     from opsd.rollout.vllm_process import VLLMProcessRollout
 
     settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=600)
     tokenizer = load_tokenizer(str(models / "student"), "--student")
-    return VLLMProcessRollout(str(models / "student"), tokenizer, engine, settings, EngineConfig(), 96)
+    path = str(models / "student")
+    return VLLMProcessRollout(engine, settings, sampler_settings(path, tokenizer, engine, settings, EngineConfig(), 96))
 
 
 def transformers_says(engine, models):
