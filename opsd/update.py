@@ -173,7 +173,6 @@ class StepPlanner:
         return self._ranks.sum(sum(float(result.loss_sum) for result in results)) / plan.kept
 
     def _by_teacher(self, micros: list[MicroBatch], results: list[DistillResult]) -> dict[str, tuple[float, int]]:
-        """See Update.teachers."""
         own: dict[str, tuple[float, int]] = {}
         for micro, result in zip(micros, results, strict=True):
             nats, kept = own.get(micro.teacher, (0.0, 0))

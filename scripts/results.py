@@ -72,7 +72,7 @@ class Leaderboard:
 
 
 def write(args: Collect) -> None:
-    """See Collect."""
+    """Gather the runs into a file of results."""
     commit = subprocess.run(
         ["git", "-C", str(args.repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -81,7 +81,7 @@ def write(args: Collect) -> None:
 
 
 def rank(args: Leaderboard) -> None:
-    """See Leaderboard."""
+    """Print the leaderboard, and draw it."""
     results = Results.read(args.results)
     measure = results.measure(args.measure)
     gains = gains_in(results, args.measure)
@@ -93,7 +93,7 @@ def rank(args: Leaderboard) -> None:
 
 
 def show(args: Claims) -> None:
-    """See Claims."""
+    """Print what our runs say of each claim."""
     results = {}
     for word in args.results:
         name, equals, file = word.partition("=")

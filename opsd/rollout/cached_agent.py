@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from opsd.rollout.agent import Conversation, Episode
-from opsd.rollout.base import jobs_of
+from opsd.rollout.base import RolloutEngine, jobs_of
 from opsd.rollout.hf import HFRollout
 from opsd.types import Prompt, Rollout, Sampling
 
@@ -46,7 +46,7 @@ class _Row:
         return None if self.episode.done else drawn
 
 
-class CachedAgentRollout:
+class CachedAgentRollout(RolloutEngine):
     """RolloutEngine of episodes on the model and with the settings of `engine`.
 
     A rollout is a function of (seed, its id, its prompt, the weights): its stream has a draw for every position.

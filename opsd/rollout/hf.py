@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
-from opsd.rollout.base import gather_rollouts, jobs_of
+from opsd.rollout.base import RolloutEngine, gather_rollouts, jobs_of
 from opsd.rollout.decode import Row, decode, needs_like_lengths
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks
@@ -39,7 +39,7 @@ class _Answer:
         return Rollout(self.id, self.prompt, self.ids, self.ids[-1] not in self.eos_ids)
 
 
-class HFRollout:
+class HFRollout(RolloutEngine):
     """RolloutEngine on a transformers model.
 
     model: a causal language model; it is put into eval mode while sampling. batch_rollouts: rollouts

@@ -16,7 +16,7 @@ from opsd.model.files import in_pieces
 from opsd.model.loading import said
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
-from opsd.rollout.base import gather_rollouts, jobs_of
+from opsd.rollout.base import RolloutEngine, gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos
 from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
@@ -27,7 +27,7 @@ from opsd.utils.seeding import derive_seed
 INSTEAD = "give --rollout.engine hf"
 
 
-class VLLMSampler:
+class VLLMSampler(RolloutEngine):
     """A model folder in vLLM, inside this process: RolloutEngine on weights that stay as they are.
 
     dtype: "float32", "bfloat16" or "auto" (what config.json says). max_model_tokens: longest prompt and response.
@@ -80,7 +80,6 @@ class VLLMSampler:
         before_leaving(self._llm.llm_engine.engine_core.shutdown)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate."""
         samplers = Ranks(self._ranks.rank // self._width, self._ranks.world_size // self._width)
         jobs = jobs_of(prompts, samples, samplers)
         answers = self.sample([(number, prompt.ids) for number, prompt in jobs], sampling, seed)
@@ -156,7 +155,6 @@ class VLLMRollout(VLLMSampler):
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate."""
         self._wake()
         rollouts = super().generate(prompts, samples, sampling, seed)
         self._probe.take(rollouts, self._scores)
@@ -164,7 +162,7 @@ class VLLMRollout(VLLMSampler):
         return rollouts
 
     def sync(self) -> None:
-        """See RolloutEngine.sync: parameter by parameter, so that no second whole copy exists.
+        """RolloutEngine's, parameter by parameter, so that no second whole copy exists.
 
         Raises RunStopped, on every rank, where sampler and trainer then disagree about a probe.
         """

@@ -24,7 +24,7 @@ from opsd.config import RolloutConfig
 from opsd.engine import Engine
 from opsd.model.files import in_pieces
 from opsd.model.loading import said
-from opsd.rollout.base import jobs_of
+from opsd.rollout.base import RolloutEngine, jobs_of
 from opsd.rollout.probe import Probe
 from opsd.rollout.vllm import INSTEAD, rollouts_of
 from opsd.types import Prompt, Rollout, Sampling
@@ -132,7 +132,7 @@ class Sampler:
         self._process.wait()
 
 
-class VLLMProcessRollout:
+class VLLMProcessRollout(RolloutEngine):
     """RolloutEngine over `rollout.samplers` processes that the first rank starts; see RolloutConfig.
 
     settings: of `sampler_settings`, for the model folder that `engine`'s student was loaded from. What fails on the
@@ -163,7 +163,6 @@ class VLLMProcessRollout:
                 self._probe.try_out(self._scores, self._vocab_size)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate."""
 
         def ask() -> list[tuple[int, list[int]]]:
             shares = [jobs_of(prompts, samples, Ranks(number, count)) for number in range(count)]
@@ -185,7 +184,7 @@ class VLLMProcessRollout:
         return rollouts
 
     def sync(self) -> None:
-        """See RolloutEngine.sync: bucket by bucket, so that no second whole copy exists in the trainer.
+        """RolloutEngine's, bucket by bucket, so that no second whole copy exists in the trainer.
 
         Raises RunStopped, on every rank, where a sampler and the trainer then disagree about a probe.
         """
