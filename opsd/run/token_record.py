@@ -10,6 +10,7 @@ Legend: N student tokens of a step, micro-batch by micro-batch; R of them record
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opsd.distill.topk import ModelTop
-from opsd.selection import TokenStats
+from opsd.selection import TokenStats, TokenTelemetry
 from opsd.types import Rollout
 
 
@@ -32,28 +33,31 @@ def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
 def token_table(
     step: int,
     rollouts: list[Rollout],
-    recorded: list[int],
+    most: int,
     stats: TokenStats,
     kept_N: Tensor,
-    labels: dict[str, Tensor],
-    top: tuple[ModelTop, ModelTop] | None,
+    telemetry: Iterable[TokenTelemetry],
+    top: tuple[ModelTop, ModelTop] | None = None,
 ) -> pd.DataFrame:
     """The step's record, one row per token, in the order of rollouts and positions.
 
-    Only `recorded` rollouts are in it; `top` holds their rows alone, in the order that they have in `stats`.
+    At most `most` rollouts are in it (see `recorded_rollouts`); `top` holds their rows alone, in the order that they
+    have in `stats`. telemetry: what labels tokens.
     """
+    recorded = recorded_rollouts(rollouts, most)
     row_R = torch.isin(stats.rollout_N.cpu(), torch.tensor(recorded, dtype=torch.int64)).nonzero().squeeze(1)
     statistics = {
         {"token_ids_N": "token_id"}.get(name, name.removesuffix("_N")): value
         for name, value in vars(stats).items()
         if isinstance(value, torch.Tensor)
     }
-    columns: dict[str, Any] = {
-        name: value.cpu()[row_R].numpy() for name, value in {**statistics, **labels, "kept": kept_N}.items()
-    }
+    for one in telemetry:
+        statistics |= one.label_tokens(stats)
+    statistics["kept"] = kept_N
+    columns: dict[str, Any] = {name: value.cpu()[row_R].numpy() for name, value in statistics.items()}
     if top is not None:
         columns |= _top_columns(*top)
-    places = {rollout.id: _places(rollout) for rollout in rollouts if rollout.id in set(recorded)}
+    places = {rollout.id: _places(rollout) for rollout in rollouts if rollout.id in recorded}
     columns["position"] = _positions(columns["rollout"], places)
     columns["step"] = np.full(len(row_R), step, dtype=np.int64)
     first = ["step", "rollout", "position", "token_id"]
