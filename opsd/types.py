@@ -81,9 +81,14 @@ class Rollout:
     truncated: bool
     student_mask: list[bool] | None = field(default=None)
 
+    @property
+    def by_student(self) -> list[bool]:
+        """For each response token whether the student wrote it."""
+        return [True] * len(self.response_ids) if self.student_mask is None else self.student_mask
+
     def student_tokens(self) -> int:
         """How many response tokens the student wrote."""
-        return len(self.response_ids) if self.student_mask is None else sum(self.student_mask)
+        return sum(self.by_student)
 
 
 @dataclass(frozen=True)

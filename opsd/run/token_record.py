@@ -57,27 +57,16 @@ def token_table(
     columns: dict[str, Any] = {name: value.cpu()[row_R].numpy() for name, value in statistics.items()}
     if top is not None:
         columns |= _top_columns(*top)
-    places = {rollout.id: _places(rollout) for rollout in rollouts if rollout.id in recorded}
-    columns["position"] = _positions(columns["rollout"], places)
+    columns["position"] = np.empty(len(row_R), dtype=np.int64)
+    for rollout in rollouts:
+        # A rollout's rows stand in the order of its tokens.
+        if rollout.id in recorded:
+            columns["position"][columns["rollout"] == rollout.id] = np.flatnonzero(rollout.by_student)
     columns["step"] = np.full(len(row_R), step, dtype=np.int64)
     first = ["step", "rollout", "position", "token_id"]
     order = [*(name for name in first if name in columns), *(name for name in columns if name not in first)]
     table = pd.DataFrame({name: columns[name] for name in order})
     return table.sort_values(["rollout", "position"], kind="stable", ignore_index=True)
-
-
-def _places(rollout: Rollout) -> np.ndarray:
-    """Where in the response the student's own tokens stand."""
-    mask = rollout.student_mask
-    return np.arange(len(rollout.response_ids)) if mask is None else np.flatnonzero(mask)
-
-
-def _positions(rollout_R: np.ndarray, places: dict[int, np.ndarray]) -> np.ndarray:
-    """Each row's place in its response: a rollout's rows stand in the order of its tokens."""
-    position_R = np.empty(len(rollout_R), dtype=np.int64)
-    for number, place_M in places.items():
-        position_R[rollout_R == number] = place_M
-    return position_R
 
 
 def _top_columns(student: ModelTop, teacher: ModelTop) -> dict[str, Any]:

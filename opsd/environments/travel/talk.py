@@ -91,6 +91,6 @@ class Talk(Conversation):
 
 def last_turn(rollout: Rollout) -> list[int]:
     """The ids that the student wrote behind the environment's last token."""
-    mask = rollout.student_mask or [True] * len(rollout.response_ids)
+    mask = rollout.by_student
     start = len(mask) - next((n for n, by_student in enumerate(reversed(mask)) if not by_student), len(mask))
     return rollout.response_ids[start:]
