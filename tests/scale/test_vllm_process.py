@@ -90,7 +90,8 @@ def test_a_signal_to_end_is_the_trainers_affair(models, engine, vllm):
     assert ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0)) == before
 
 
-def test_one_that_hangs_is_ended_and_said_so(vllm):
+def test_one_that_hangs_is_ended_and_said_so(vllm, monkeypatch):
+    monkeypatch.setattr("opsd.utils.going_on._from", "--resume RUN")
     (sampler,) = vllm._samplers
     sampler._timeout_s = 2.0
     os.kill(sampler._process.pid, signal.SIGSTOP)
