@@ -160,13 +160,10 @@ class DeepSpeedEngine(Engine):
     def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self._share(whole[name].to(self.device)).clone() for name in self._named}
 
-    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Engine's, named `parameter/moment` as with the torch engine."""
-        return self._collect(self._state() if self._moments else ()), {"kind": "torch"}
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return self._collect(self._state() if self._moments else ())
 
-    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        if values["kind"] != "torch":
-            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the deepspeed engine")
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         if not tensors:
             return
         optimizer = self._torch_optimizer()

@@ -91,19 +91,15 @@ class TorchEngine(Engine):
     def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: whole[name].to(self.device) for name in self._named}
 
-    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Engine's, named `parameter/moment`."""
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
         state = self._optimizer.state
-        tensors = {
+        return {
             f"{name}/{key}": value
             for name, parameter in self._named.items()
             for key, value in state.get(parameter, {}).items()
         }
-        return tensors, {"kind": "torch"}
 
-    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        if values["kind"] != "torch":
-            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the torch engine")
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             parameter, key = name.rsplit("/", 1)
             self._optimizer.state[self._named[parameter]][key] = tensor.to(self.device)

@@ -36,7 +36,7 @@ ENGINES = {
 
 def state(engine) -> dict[str, torch.Tensor]:
     """Whole weights and optimiser state, copied."""
-    tensors = {**HELPERS["weights"](engine), **engine.optimizer_state()[0]}
+    tensors = {**HELPERS["weights"](engine), **engine.optimizer_state()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
