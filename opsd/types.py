@@ -123,7 +123,7 @@ class MicroBatch:
         return [end - start for start, end in zip(start_S.tolist(), ends, strict=True)]
 
     def student_tokens(self) -> int:
-        """N."""
+        """How many tokens are trained on, N."""
         return self.rows_N.numel()
 
 

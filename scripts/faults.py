@@ -18,7 +18,7 @@ LIMIT_S = 1800.0
 
 @dataclass
 class Row:
-    """One fault: what was done, what must happen, and how its tests (one, or one a variant) ended."""
+    """One fault: what was done, what must happen, and how its tests (one, or one for each variant) ended."""
 
     part: str
     line: int

@@ -43,8 +43,9 @@ class Args:
     teacher: str
     prompts: str
     prompts_per_step: int = 4
+    """Each has one rollout."""
     max_new_tokens: int = 1024
-    """Longest rollout, in tokens; one a prompt. A step is one micro-batch: what `whole` keeps grows with its tokens."""
+    """Longest rollout, in tokens. A step is one micro-batch: what `whole` keeps grows with its tokens."""
 
 
 def cells() -> list[CellName]:

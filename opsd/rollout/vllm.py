@@ -109,7 +109,7 @@ class VLLMSampler(RolloutEngine):
         """Nothing to do: the weights are a folder's."""
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
-        """vLLM's outputs, one a prompt, in order."""
+        """vLLM's output for each prompt, in order."""
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         return self._llm.generate(requests, params, use_tqdm=False) if requests else []
 
