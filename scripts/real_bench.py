@@ -45,21 +45,21 @@ from reporting.results import write_results
 from run_cells import check, run
 
 TRAIN = (sys.executable, "-m", "opsd", "train")
-# Both phases. The lengths are ours: what a CPU can do, long enough for a reasoning step.
+# Both phases. The sizes are ours: minutes per cell on a CPU core, long enough for a reasoning step.
 SHARED = {
-    "rollout.max_prompt_tokens": 192,
+    "rollout.max_prompt_tokens": 128,
     "rollout.overlong_prompts": "drop",
-    "rollout.max_new_tokens": 96,
+    "rollout.max_new_tokens": 64,
     "prompts_per_step": 8,
+    "rollout.samples_per_prompt": 1,
     "optim.max_grad_norm": 1.0,
     "engine.micro_batch_tokens": 1024,
     "engine.device": "cpu",
-    "telemetry.save_rollouts_every": 20,
+    "telemetry.save_rollouts_every": 10,
 }
 # Off-policy: the sampler is the teacher's. A pruned student writes noise, on which nothing can be learnt.
 WARM_UP = SHARED | {
-    "steps": 240,
-    "rollout.samples_per_prompt": 1,
+    "steps": 160,
     "loss.divergence": "forward_kl",
     "optim.lr": 5e-4,
     "optim.warmup_steps": 10,
@@ -68,17 +68,16 @@ WARM_UP = SHARED | {
     "checkpoint.keep": 1,
 }
 PROTOCOL = SHARED | {
-    "steps": 60,
-    "rollout.samples_per_prompt": 2,
+    "steps": 30,
     "optim.lr": 1e-4,
     "optim.warmup_steps": 3,
-    "checkpoint.every": 20,
+    "checkpoint.every": 10,
     "checkpoint.keep": 1,
-    "telemetry.every": 20,
+    "telemetry.every": 10,
     "telemetry.save_tokens": True,
 }
 # Measured on as many held-out prompts, with as many answers, as `opsd distance` is told here.
-MEASURE = {"max_prompt_tokens": 384, "max_new_tokens": 96, "samples": 1, "seed": 1234, "device": "cpu"}
+MEASURE = {"max_prompt_tokens": 256, "max_new_tokens": 64, "samples": 1, "seed": 1234, "device": "cpu"}
 RULES = (
     *("entropy_sample", "soft_or", "q3", "teachability", "divergence", "entropy", "random"),
     *("adaptive_kl", "first_fraction", "position_weighted", "iw_opd", "rock_bypass"),
