@@ -120,7 +120,7 @@ class Options:
     """Seeds of prompt order, sampling and selection."""
     lanes: int = 2
     """Cells that run in parallel; they share the cores."""
-    limit: int = 128
+    limit: int = 64
     """Number of held-out prompts (the first ones)."""
     warm_up: dict[str, str] = field(default_factory=dict)
     """Flags of the warm-up that replace the protocol's, as NAME VALUE pairs; for a try-out."""
