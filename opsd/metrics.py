@@ -136,11 +136,8 @@ class StepLog:
         for telemetry in due:
             metrics |= telemetry(update.stats, update.kept_N, selector, seed)
         if due and self._config.telemetry.save_tokens:
-            labels: dict[str, Tensor] = {}
-            for telemetry in due:
-                labels |= telemetry.label_tokens(update.stats)
-            recorded = recorded_rollouts(rollouts, self._config.telemetry.max_rollouts_saved)
-            table = token_table(step, rollouts, recorded, update.stats, update.kept_N, labels, top)
+            most = self._config.telemetry.max_rollouts_saved
+            table = token_table(step, rollouts, most, update.stats, update.kept_N, due, top)
             self._folder.write_tokens(step, table)
         return metrics
 

@@ -298,11 +298,11 @@ class Trainer:
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """A checkpoint of the weights as they are, after `step`; a call of all ranks, which wait for its end."""
         with self.stage("checkpoint"):
-            tensors, values = self.engine.optimizer_state()
+            optimizer = self.engine.optimizer_state()
             weights, adapters, teacher = self.engine.weights(), self.engine.adapters(), self.parts.teacher.state()
             if self.ranks.is_main:
                 selector = {} if self.parts.selector is None else self.parts.selector.state_dict()
-                state = checkpoint.TrainerState(step, tensors, values, selector, metrics, teacher)
+                state = checkpoint.TrainerState(step, optimizer, selector, metrics, teacher)
                 model, keep = self.engine.student.model, self.config.checkpoint.keep
                 folder, tokenizer = self.folder.checkpoints, self.parts.tokenizer
                 checkpoint.save(folder, model, tokenizer, state, keep, weights, adapters, self.parts.source)
@@ -365,7 +365,7 @@ def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) 
     """Optimiser, selector and teacher as a checkpoint has them. Raises UserError where it does not fit this run."""
     try:
         parts.teacher.load_state(state.teacher)
-        parts.engine.load_optimizer_state(state.optimizer_tensors, state.optimizer_values)
+        parts.engine.load_optimizer_state(state.optimizer_tensors)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -81,9 +81,14 @@ class Rollout:
     truncated: bool
     student_mask: list[bool] | None = field(default=None)
 
+    @property
+    def by_student(self) -> list[bool]:
+        """For each response token whether the student wrote it."""
+        return [True] * len(self.response_ids) if self.student_mask is None else self.student_mask
+
     def student_tokens(self) -> int:
         """How many response tokens the student wrote."""
-        return len(self.response_ids) if self.student_mask is None else sum(self.student_mask)
+        return sum(self.by_student)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class MicroBatch:
         return [end - start for start, end in zip(start_S.tolist(), ends, strict=True)]
 
     def student_tokens(self) -> int:
-        """N."""
+        """How many tokens are trained on, N."""
         return self.rows_N.numel()
 
 

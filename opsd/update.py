@@ -16,7 +16,7 @@ from opsd.config import LossConfig, TrainConfig
 from opsd.distill import DistillResult
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.select import Choice, StopToken, pick, prepare, weigh
+from opsd.distill.select import Choice, StopToken, choose_beforehand
 from opsd.distill.stats import build_stats, check_needs, join_ranks, score_rows
 from opsd.engine import Engine
 from opsd.selection import TokenSelector, TokenStats, with_defaults
@@ -103,10 +103,7 @@ class StepPlanner:
             choices = [Choice(selector, seed=seed, watch=watched, stop_token=self._stop_token)] * len(micros)
             return StepPlan(choices, None, self._announced(micros))
         scored = [self._score(micro, teacher_NE, watched) for micro, teacher_NE in zip(micros, teacher, strict=True)]
-        if selector.normalise_over == "batch":
-            prepare(selector, join_ranks(scored, self._ranks))
-        picked = [(stats, pick(selector, stats, seed, self._stop_token)) for stats in scored]
-        selections = [weigh(selector, stats, selection) for stats, selection in picked]
+        selections = choose_beforehand(selector, scored, self._ranks, seed, self._stop_token)
         kept = self._total(sum(int(selection.kept_N.sum()) for selection in selections))
         return StepPlan([Choice(selection=selection) for selection in selections], scored, kept)
 
@@ -173,7 +170,6 @@ class StepPlanner:
         return self._ranks.sum(sum(float(result.loss_sum) for result in results)) / plan.kept
 
     def _by_teacher(self, micros: list[MicroBatch], results: list[DistillResult]) -> dict[str, tuple[float, int]]:
-        """See Update.teachers."""
         own: dict[str, tuple[float, int]] = {}
         for micro, result in zip(micros, results, strict=True):
             nats, kept = own.get(micro.teacher, (0.0, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +10,8 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- table: make faults -->", "<!-- end of table -->"
 LIMIT_S = 1800.0
@@ -18,7 +19,7 @@ LIMIT_S = 1800.0
 
 @dataclass
 class Row:
-    """One fault: what was done, what must happen, and how its tests (one, or one a variant) ended."""
+    """One fault: what was done, what must happen, and how its tests (one, or one for each variant) ended."""
 
     part: str
     line: int
@@ -37,21 +38,20 @@ class Row:
         return "held" if len(self.outcomes) == 1 else f"held, {held} of {len(self.outcomes)}"
 
 
-def main() -> int:
-    """Pytest's exit code: 0 where every fault was survived."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "docs" / "reliability.md", help="page that contains the table"
-    )
-    parser.add_argument("--short", action="store_true", help="only the part that `make test` runs too; print the table")
-    options = parser.parse_args()
+def main(out: Path = ROOT / "docs" / "reliability.md", short: bool = False) -> int:
+    """Run the fault suite and write the table of its outcomes; exits with 0 where every fault was survived.
+
+    Args:
+        out: Page that contains the table.
+        short: Only the part that `make test` runs too; the table is printed, not written.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = run_suite(report, "not gpu and not slow" if options.short else "not gpu")
+        code = run_suite(report, "not gpu and not slow" if short else "not gpu")
         text = table(read(report))
     print(text)
-    if not options.short:
-        write(options.out, text)
+    if not short:
+        write(out, text)
     return code
 
 
@@ -104,4 +104,4 @@ def write(out: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))

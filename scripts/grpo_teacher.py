@@ -200,7 +200,7 @@ def train(config: GrpoConfig) -> Path:
 
 
 def main() -> None:
-    """See the module's docstring."""
+    """Read the settings, and train."""
     with exits_on_bad_input("grpo_teacher"):
         model = train(parse(GrpoConfig, sys.argv[1:], "grpo_teacher"))
     print(f"{model}: a teacher; opsd train --teacher takes it")

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.cells import CellName
@@ -44,8 +43,9 @@ class Args:
     teacher: str
     prompts: str
     prompts_per_step: int = 4
+    """Each has one rollout."""
     max_new_tokens: int = 1024
-    """Longest rollout, in tokens; one a prompt. A step is one micro-batch: what `whole` keeps grows with its tokens."""
+    """Longest rollout, in tokens. A step is one micro-batch: what `whole` keeps grows with its tokens."""
 
 
 def cells() -> list[CellName]:
@@ -127,9 +127,7 @@ def main(args: Args, further: list[str]) -> None:
     (args.out / "memory.json").write_text(json.dumps(values, indent=1) + "\n")
     found = table(rows)
     (args.out / "memory.md").write_text(found.markdown())
-    console = Console(highlight=False)
-    console.width = max(console.width, 120)
-    console.print(found.rich())
+    found.show()
 
 
 if __name__ == "__main__":

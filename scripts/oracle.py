@@ -127,7 +127,7 @@ def split_tokens(worth: TokenWorth, name: str, seed: int) -> Split:
 
 
 def print_tables(worth: TokenWorth, splits: list[Split], console: Console) -> None:
-    """One table a split."""
+    """One table for each split."""
     console.print(f"{len(worth.entropy)} tokens, ‖∇L‖ = {worth.gradient_square**0.5:.4g}")
     heads = ["", "share", "φ", "M", "w*·ηβ", "φ²/2M·β [95 %]", "‖∇L‖²cos²/2·β [95 %]", "share of Σφ", "local"]
     for split in splits:

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import tyro
-from rich.console import Console
 from torch import Tensor
 
 from opsd.utils.errors import UserError, exits_on_bad_input
@@ -111,10 +110,7 @@ def main(
         f"{len(tokens['entropy'])} tokens of {record}: {fits} of {len(found)} pairs of splits give the paper's shares"
     )
     table = as_table(found[:shown], title)
-    if markdown:
-        print(table.markdown())
-    else:
-        Console(highlight=False, width=130).print(table.rich())
+    table.show(markdown)
     if out is not None:
         values: dict[str, Any] = {"record": str(record), "tokens": len(tokens["entropy"]), "paper": PAPER}
         rows = [vars(one) | {"fits": not one.misses} for one in found]

@@ -221,7 +221,7 @@ def values_of(found: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def main(options: Options) -> None:
-    """See Options."""
+    """Run the cells, measure them, and write the file of results."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.lanes)))
     make_models(options.runs)
     student = warm_up(options)

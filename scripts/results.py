@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 from opsd.utils.errors import UserError, exits_on_bad_input
@@ -72,7 +71,7 @@ class Leaderboard:
 
 
 def write(args: Collect) -> None:
-    """See Collect."""
+    """Gather the runs into a file of results."""
     commit = subprocess.run(
         ["git", "-C", str(args.repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -81,19 +80,19 @@ def write(args: Collect) -> None:
 
 
 def rank(args: Leaderboard) -> None:
-    """See Leaderboard."""
+    """Print the leaderboard, and draw it."""
     results = Results.read(args.results)
     measure = results.measure(args.measure)
     gains = gains_in(results, args.measure)
     if not gains:
         raise UserError(f"{args.results} has no cell beside all tokens with a seed of theirs; run a recipe with both")
-    print_table(leaderboard(gains, measure), args.markdown)
+    leaderboard(gains, measure).show(args.markdown)
     if args.figure is not None:
         args.figure.write_bytes(png(lambda: gains_against_retention(gains, measure)))
 
 
 def show(args: Claims) -> None:
-    """See Claims."""
+    """Print what our runs say of each claim."""
     results = {}
     for word in args.results:
         name, equals, file = word.partition("=")
@@ -107,18 +106,7 @@ def show(args: Claims) -> None:
         ["claim", "of", "difference, points", "seeds", "verdict"],
         rows,
     )
-    print_table(table, args.markdown)
-
-
-def print_table(table: TextTable, markdown: bool) -> None:
-    """On standard output, for a terminal or as Markdown."""
-    if markdown:
-        print(table.markdown())
-        return
-    # As wide as its rows: a verdict that a narrow terminal cuts off says nothing.
-    console = Console(highlight=False)
-    console.width = max(console.width, 130)
-    console.print(table.rich())
+    table.show(args.markdown)
 
 
 def _row(verdict: Verdict) -> list[str]:

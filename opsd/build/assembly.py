@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,15 +122,15 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         notes.append(f"{left_out}: {asked.unfit}")
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
     built = {} if own else build_teachers(config, ranks, device, teacher_reach)
+    own_head, its_heads = student.head.as_head(), [each.head_for(empty(name)) for name, each in built.items()]
     # Of a teacher that gives log-probabilities no head is known; its tokenizer says what it can give.
-    heads = [model or student for _, model, _ in built.values()] or [student]
+    heads = [head or own_head for head in its_heads] or [own_head]
     vocab_size = min(
-        shared_vocabulary(tokenizer, its, student, head) for its, head in zip(tokenizers, heads, strict=True)
+        shared_vocabulary(tokenizer, its, own_head, head) for its, head in zip(tokenizers, heads, strict=True)
     )
     check_ids(prompts, vocab_size, config.prompts)
     check_ids(problems, vocab_size, "--eval.suite")
-    its_heads = [each.head_for(empty(name)) for name, (each, _, _) in built.items()]
-    joinable = None not in its_heads and can_join(student.head.as_head(), *filter(None, its_heads))
+    joinable = None not in its_heads and can_join(*heads, own_head)
     goes_on = began or (None if checkpoint is None else Began({}))
     pair, told = settle_stops(config, student, tokenizer, tokenizers, vocab_size, joinable, goes_on)
     ends = pair.stops.ids
@@ -142,23 +141,20 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         for its in tokenizers:
             told += compare_templates(prompts, config.prompts, tokenizer, its, prompt_format(config), clock)
     engine = build_engine(config, ranks, student, device)
-    teacher, teacher_model, context = built.get("", (None, student, nullcontext))
-    if teacher is None:
-        routed_to = {name: each for name, (each, _, _) in built.items()}
-        teacher = SelfTeacher(engine, config.teacher) if own else RoutedTeacher(routed_to)
+    teacher = SelfTeacher(engine, config.teacher) if own else built.get("") or RoutedTeacher(built)
     rollout = build_rollout(config, student_path, tokenizer, engine, vocab_size, reach.longest, longer, ends)
     if isinstance(rollout, HFRollout) and rollout.switches and world is not None:
         raise UserError(f"--student {student_path}: batching changes its outputs; an environment cannot use it")
     teacher_rollout: RolloutEngine | None = None
     if isinstance(teacher, LocalTeacher):
-        model, batch = teacher_model.model, config.eval.generate_batch
+        model, context, batch = teacher.scorer.model, teacher.present, config.eval.generate_batch
         with context():
-            switches = length_switches(model, reach.longest) if teacher_model.alone else frozenset[int]()
+            switches = length_switches(model, reach.longest) if teacher.scorer.alone else frozenset[int]()
         teacher_rollout = HFRollout(model, tokenizer, batch, context, ranks, vocab_size, switches, ends)
         if world is not None:
-            teacher_rollout = world.episodes(teacher_rollout, model, batch, context, ranks, vocab_size, ends)
+            teacher_rollout = world.episodes(teacher_rollout)
     if world is not None:
-        rollout = world.episodes(rollout, student.model, r.generate_batch, engine.sampling, ranks, vocab_size, ends)
+        rollout = world.episodes(rollout)
     return Parts(
         ranks=ranks,
         began=dataclasses.replace(now, stops=pair),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from opsd.model.lora import ADAPTER_FOLDER, add_adapters, coverage, load_adapter
 from opsd.model.scorer import Scorer
 from opsd.model.vocabulary import check_tokenizers
 from opsd.teacher import LocalTeacher, Teacher
-from opsd.types import Head
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
@@ -92,42 +89,31 @@ def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:
     return found
 
 
-def build_teachers(
-    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach
-) -> dict[str, tuple[Teacher, Any, Any]]:
-    """Each teacher by name, as `build_teacher` gives it."""
+def build_teachers(config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach) -> dict[str, Teacher]:
+    """The teachers that `config` names, by name; a single one has none."""
     return {name: build_teacher(config, ranks, device, reach, name) for name in config.teacher_paths()}
 
 
-def build_teacher(
-    config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach | None = None, name: str = ""
-) -> tuple[Teacher, Any, Any]:
-    """The teacher that `config` names, what holds its head, and the context within which a local one generates.
-
-    name: which one of several.
-    """
+def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach, name: str) -> Teacher:
+    """The teacher of that name, loaded and checked, or connected."""
     t, dtype = config.teacher_of(name), getattr(torch, settled(config.engine, device).dtype)
     if t.shard:
         from opsd.teacher.sharded import ShardedTeacher
 
-        sharded = ShardedTeacher(t.model, dtype, device, t.offload, t.cache, config.trust_remote_code, reach)
-        return sharded, as_model(sharded.head()), nullcontext
+        return ShardedTeacher(t.model, dtype, device, t.offload, t.cache, config.trust_remote_code, reach)
     if t.kind == "local":
         scorer = load_scorer(t.model, "--teacher", dtype, device, config.trust_remote_code, reach=reach)
-        local = LocalTeacher(scorer, device, t.offload, t.cache)
-        return local, scorer, local.present
+        return LocalTeacher(scorer, device, t.offload, t.cache)
     if t.kind == "logprobs":
         from opsd.teacher.logprobs import LogprobsTeacher
 
-        logprobs = LogprobsTeacher(t, device, ranks.rank)
-        logprobs.connect(reach.longest if reach else 0)
-        return logprobs, None, nullcontext
-    from opsd.teacher.vllm import VLLMTeacher, read_head
+        served = LogprobsTeacher(t, device, ranks.rank)
+    else:
+        from opsd.teacher.vllm import VLLMTeacher, read_head
 
-    head = read_head(t.model, dtype, config.trust_remote_code, reach)
-    served = VLLMTeacher(t, head, device, ranks.rank)
-    served.connect(reach.longest if reach else 0)
-    return served, as_model(head), nullcontext
+        served = VLLMTeacher(t, read_head(t.model, dtype, config.trust_remote_code, reach), device, ranks.rank)
+    served.connect(reach.longest)
+    return served
 
 
 def lies_in_student(config: TrainConfig) -> bool:
@@ -135,8 +121,3 @@ def lies_in_student(config: TrainConfig) -> bool:
     t = config.teacher
     here = t.kind == "local" and not t.shard and not t.offload
     return t.follows or (t.is_student and config.lora.rank > 0 and here)
-
-
-def as_model(head: Head) -> Any:
-    """A head where a model's is looked for."""
-    return SimpleNamespace(head=SimpleNamespace(weight=head.weight_VD))

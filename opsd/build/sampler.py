@@ -45,14 +45,15 @@ def build_rollout(
     if r.engine == "hf":
         how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size, switches, ends)
         return HFRollout(engine.student.model, tokenizer, *how)
+    from opsd.rollout.vllm import VLLMRollout, sampler_settings
+
     how = (config.engine, longest, config.trust_remote_code, vocab_size, ends)
-    if r.engine == "vllm_process":
-        from opsd.rollout.vllm_process import VLLMProcessRollout
+    settings = sampler_settings(path, tokenizer, engine, r, *how)
+    if r.engine == "vllm":
+        return VLLMRollout(engine, r, settings)
+    from opsd.rollout.vllm_process import VLLMProcessRollout
 
-        return VLLMProcessRollout(path, tokenizer, engine, r, *how)
-    from opsd.rollout.vllm import VLLMRollout
-
-    return VLLMRollout(path, tokenizer, engine, r, *how)
+    return VLLMProcessRollout(engine, r, settings)
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:

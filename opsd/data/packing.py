@@ -156,8 +156,7 @@ def _join(rollouts: list[Rollout], of_teacher: bool = False) -> MicroBatch:
         sequence = prompt_ids + rollout.response_ids
         ids += sequence[:-1]
         positions += range(len(sequence) - 1)
-        mask = rollout.student_mask or [True] * len(rollout.response_ids)
-        for offset, (token, by_student) in enumerate(zip(rollout.response_ids, mask, strict=True)):
+        for offset, (token, by_student) in enumerate(zip(rollout.response_ids, rollout.by_student, strict=True)):
             if by_student:
                 # The hidden state of the token before it predicts this one: the shift by one.
                 rows.append(start + prompt_tokens + offset - 1)

@@ -33,7 +33,7 @@ class Trained:
 
     @property
     def rows(self) -> int:
-        """K."""
+        """How many rows are trained on, K."""
         return self.inputs.rows if self.kept_K is None else self.kept_K.shape[0]
 
     def where(self, part: slice) -> slice | Tensor:

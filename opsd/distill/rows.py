@@ -41,7 +41,7 @@ class Logits(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """C."""
+        """How many rows are worked on, C."""
         return self.student_CW.shape[0] if self.kept_C is None else self.kept_C.shape[0]
 
     @property

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from opsd.distill.held import HeldLogits, hold_logits
 from opsd.distill.inputs import Inputs, LossSpec, on_rows
-from opsd.distill.stats import build_stats, check_needs, score_rows
+from opsd.distill.stats import build_stats, check_needs, join_ranks, score_rows
 from opsd.selection import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
+from opsd.utils.distributed import Ranks
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.oom import is_out_of_memory
 
@@ -66,6 +67,15 @@ def choose(
         prepare(selector, stats)
     selection = pick(selector, stats, choice.seed, choice.stop_token)
     return *_weigh(inputs, selector, stats, selection, spec), held
+
+
+def choose_beforehand(
+    selector: TokenSelector, scored: list[TokenStats], ranks: Ranks, seed: int, stop_token: StopToken = "as_scored"
+) -> list[Selection]:
+    """The selections, with their weights, of a step's micro-batches, by statistics that were taken of all of them."""
+    if selector.normalise_over == "batch":
+        prepare(selector, join_ranks(scored, ranks))
+    return [weigh(selector, stats, pick(selector, stats, seed, stop_token)) for stats in scored]
 
 
 def pick(selector: TokenSelector, stats: TokenStats, seed: int, stop_token: StopToken = "as_scored") -> Selection:

@@ -85,14 +85,14 @@ class Engine(Protocol):
         """The inverse of `join`; every rank is given the whole."""
         ...
 
-    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Optimiser state as named whole tensors, on the first rank ({} on the others), and JSON values.
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Optimiser state as whole tensors, named `parameter/moment`, on the first rank; {} on the others.
 
         It does not depend on the number of ranks or on how they share the state.
         """
         ...
 
-    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `optimizer_state`; every rank is given the whole."""
         ...
 

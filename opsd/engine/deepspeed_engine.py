@@ -16,7 +16,7 @@ import torch
 from opsd.config import EngineConfig, OptimConfig
 from opsd.data.packing import empty
 from opsd.distill import DistillResult
-from opsd.engine.base import optimizer_of, settled, swapped
+from opsd.engine.base import Engine, optimizer_of, settled, swapped
 from opsd.model.files import as_saved
 from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
@@ -27,7 +27,7 @@ from opsd.utils.distributed import Ranks
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """Engine on DeepSpeed: torch's AdamW or SGD over shards, fp32 master weights whatever the compute type.
 
     What is called on one rank is called on all, and the same number of micro-batches goes through each (see
@@ -37,7 +37,7 @@ class DeepSpeedEngine:
     def __init__(
         self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device, ranks: Ranks
     ) -> None:
-        self.student, self.device, self.ranks = student, device, ranks
+        self.student, self.device, self.ranks = student, device, ranks  # pyrefly: ignore[read-only]
         engine = settled(engine, device)
         self._stage, self._dtype = engine.zero_stage, getattr(torch, engine.dtype)
         # Ranks gather weights layer by layer: each must call the model as often as the others.
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """See Engine.sampling. ZeRO-3 gathers once, so that ranks may then write answers of different lengths."""
+        """Engine's. ZeRO-3 gathers once, so that ranks may then write answers of different lengths."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._autocast())
             if self._stage == 3:
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
             yield
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
-        """See Engine.forward: through DeepSpeed's wrapper, so that shards are gathered where a module needs them."""
+        """Engine's, through DeepSpeed's wrapper, so that shards are gathered where a module needs them."""
 
         def visible(hidden_ND: torch.Tensor, head: Head) -> tuple[list[torch.Tensor], Result]:
             # DeepSpeed hangs its backward hooks on tensors that it finds in a module's output: the loss must be one.
@@ -92,11 +92,10 @@ class DeepSpeedEngine:
         return dataclasses.replace(result, loss_sum=found[0]) if found else result
 
     def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
-        """See Engine.backward. DeepSpeed takes the mean over ranks: times their number, it is the sum."""
+        """Engine's. DeepSpeed takes the mean over ranks: times their number, it is the sum."""
         self._engine.backward(loss_sum * (self.ranks.world_size / global_count), scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """See Engine.step."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -105,7 +104,7 @@ class DeepSpeedEngine:
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
 
     def discard(self) -> None:
-        """See Engine.discard.
+        """Engine's.
 
         ZeRO keeps gradients in buffers of its own, which a step empties. So one is taken that DeepSpeed refuses by
         itself: a gradient that is not finite joins the others.
@@ -122,30 +121,26 @@ class DeepSpeedEngine:
             raise RuntimeError("DeepSpeed took a step with a gradient that is not finite")
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """See Engine.weights."""
         if self._stage == 0 and not has_adapters(self.student.model):
             return None
         return self._collect(self._plain_weights())
 
     def adapters(self) -> dict[str, torch.Tensor] | None:
-        """See Engine.adapters."""
         if not has_adapters(self.student.model):
             return None
         return self._collect((name, self._full_weight(p)) for name, p in self._named.items())
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Engine.gathered."""
         for plain in plain_weights(self.student.model, remove_duplicate=False):
             with self._whole(plain) as tensor:
                 yield from as_saved(self.student.model, plain.name, tensor.to(plain.weight.dtype))
 
     def master(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Engine.master."""
         return ((name, self._share(self._full_weight(parameter))) for name, parameter in self._named.items())
 
     @contextlib.contextmanager
     def lent(self, shares: dict[str, torch.Tensor]) -> Iterator[None]:
-        """See Engine.lent. Under ZeRO-3 it is the shards that change, and weights that are always whole are gathered
+        """Engine's. Under ZeRO-3 it is the shards that change, and weights that are always whole are gathered
         anew; under ZeRO-1 and 2 a second copy of the weights is there meanwhile, in the compute type."""
         if self._stage < 3:
             whole = {name: self._whole_of(share, self._named[name]) for name, share in shares.items()}
@@ -160,21 +155,15 @@ class DeepSpeedEngine:
             self._set_shards(own)
 
     def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See Engine.join."""
         return self._collect((name, self._joined(share, self._named[name])) for name, share in shares.items())
 
     def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See Engine.part."""
         return {name: self._share(whole[name].to(self.device)).clone() for name in self._named}
 
-    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """See Engine.optimizer_state. Names are `parameter/moment`, as with the torch engine."""
-        return self._collect(self._state() if self._moments else ()), {"kind": "torch"}
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        return self._collect(self._state() if self._moments else ())
 
-    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """See Engine.load_optimizer_state."""
-        if values["kind"] != "torch":
-            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the deepspeed engine")
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         if not tensors:
             return
         optimizer = self._torch_optimizer()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from opsd.config import EngineConfig, OptimConfig
-from opsd.engine.base import optimizer_of, settled, swapped
+from opsd.engine.base import Engine, optimizer_of, settled, swapped
 from opsd.model.files import as_saved
 from opsd.model.lora import has_adapters, hold_frozen_in, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
@@ -18,7 +18,7 @@ from opsd.types import MicroBatch
 from opsd.utils.distributed import ONE_RANK
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Engine for one process: fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16.
 
     Frozen weights are in the compute type.
@@ -27,7 +27,7 @@ class TorchEngine:
     ranks = ONE_RANK
 
     def __init__(self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device) -> None:
-        self.student, self.device, engine = student, device, settled(engine, device)
+        self.student, self.device, engine = student, device, settled(engine, device)  # pyrefly: ignore[read-only]
         self._dtype, self._max_norm = getattr(torch, engine.dtype), optim.max_grad_norm
         if engine.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -43,16 +43,13 @@ class TorchEngine:
         return torch.autocast(self.device.type, self._dtype)
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
-        """See Engine.forward."""
         with self.sampling():
             return self.student(micro.to(self.device), use)
 
     def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
-        """See Engine.backward."""
         (loss_sum / global_count).backward()
 
     def step(self, lr: float) -> float:
-        """See Engine.step."""
         limit = self._max_norm if self._max_norm > 0 else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), limit))
         if math.isfinite(norm):
@@ -63,11 +60,10 @@ class TorchEngine:
         return norm
 
     def discard(self) -> None:
-        """See Engine.discard."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """See Engine.weights: without adapters they lie in the model, whole and in fp32."""
+        """Engine's: without adapters they lie in the model, whole and in fp32."""
         if not has_adapters(self.student.model):
             return None
         return {
@@ -76,45 +72,34 @@ class TorchEngine:
         }
 
     def adapters(self) -> dict[str, torch.Tensor] | None:
-        """See Engine.adapters."""
         return {name: p.data for name, p in self._named.items()} if has_adapters(self.student.model) else None
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Engine.gathered."""
         for plain in plain_weights(self.student.model, remove_duplicate=False):
             weight = plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
             yield from as_saved(self.student.model, plain.name, weight)
 
     def master(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Engine.master."""
         return ((name, parameter.detach()) for name, parameter in self._named.items())
 
     def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        """See Engine.lent."""
         return swapped(self._named, shares)
 
     def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See Engine.join."""
         return shares
 
     def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See Engine.part."""
         return {name: whole[name].to(self.device) for name in self._named}
 
-    def optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """See Engine.optimizer_state. Names are `parameter/moment`."""
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
         state = self._optimizer.state
-        tensors = {
+        return {
             f"{name}/{key}": value
             for name, parameter in self._named.items()
             for key, value in state.get(parameter, {}).items()
         }
-        return tensors, {"kind": "torch"}
 
-    def load_optimizer_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """See Engine.load_optimizer_state."""
-        if values["kind"] != "torch":
-            raise ValueError(f"optimiser state of engine {values['kind']!r} does not fit the torch engine")
+    def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             parameter, key = name.rsplit("/", 1)
             self._optimizer.state[self._named[parameter]][key] = tensor.to(self.device)

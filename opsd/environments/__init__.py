@@ -3,14 +3,11 @@
 Each is found by its entry point in group `opsd.environments`, as selectors are; the trainer imports none of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
-
-from transformers import PreTrainedModel
 
 from opsd.config import TrainConfig
 from opsd.rollout import RolloutEngine
-from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 from opsd.utils.plugins import installed
 
@@ -28,21 +25,8 @@ class Environment(Protocol):
     dropped: int
     evaluator: Any
 
-    def episodes(
-        self,
-        engine: RolloutEngine,
-        model: PreTrainedModel,
-        batch_rollouts: int,
-        context: Any,
-        ranks: Ranks,
-        vocab_size: int | None = None,
-        ends: Sequence[int] | None = None,
-    ) -> RolloutEngine:
-        """Episodes, turn by turn, over `engine`, which samples single answers of `model`.
-
-        context: within what it generates; batch_rollouts: how many episodes side by side; vocab_size: only ids below it
-        are sampled; ends: what ends a turn (None: what the model's own files name).
-        """
+    def episodes(self, engine: RolloutEngine) -> RolloutEngine:
+        """Episodes, turn by turn, over `engine`, which samples single answers."""
         ...
 
     def asked(self, tokenizer: Any) -> Callable[[Any, str], list[int]]:

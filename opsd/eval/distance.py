@@ -87,7 +87,8 @@ def measure_distance(config: DistanceCommand) -> dict[str, Any]:
         load_scorer(path, flag, dtype, device, trust, reach=reach).eval()
         for path, flag in ((config.model, "--model"), (config.teacher, "--teacher"))
     )
-    vocab = shared_vocabulary(tokenizer, load_tokenizer(config.teacher, "--teacher", trust), model, teacher)
+    heads = model.head.as_head(), teacher.head.as_head()
+    vocab = shared_vocabulary(tokenizer, load_tokenizer(config.teacher, "--teacher", trust), *heads)
     check_ids(prompts, vocab, config.prompts)
 
     def answers(scorer: Scorer) -> list[Rollout]:

@@ -113,11 +113,9 @@ class Evaluator(SuiteRunner):
         self._tokenizer, self.grader = tokenizer, load_grader(config.grader)
 
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
-        """See `SuiteRunner.statistics`, and the function of that name."""
         return score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer, self.ends)
 
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
-        """See `grade_rollouts`."""
         return grade_rollouts(rollouts, self.grader, self._tokenizer, self.ends)
 
 

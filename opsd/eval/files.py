@@ -146,7 +146,7 @@ class EvalFiles:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: a row a suite, percents; below it everything that decides the numbers."""
+    """The result as Markdown: a row for each suite, in percent; below it everything that decides the numbers."""
     samples = result["sampling"]["samples"]
     others = [j for j in next(iter(result["suites"].values()))["pass@k"] if j not in {"1", str(samples)}]
     titles = ["suite", "problems", f"mean@{samples} %", "s.e. over problems", "spread over samples"]

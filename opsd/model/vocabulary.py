@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from opsd.model.scorer import Scorer
-from opsd.types import Prompt
+from opsd.types import Head, Prompt
 from opsd.utils.errors import UserError
 
 
@@ -17,7 +16,7 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Scorer, teacher: Scorer) -> int:
+def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Head, teacher: Head) -> int:
     """How many vocabulary rows both models share, at most the tokenizer's largest id + 1.
 
     Heads are often padded to different heights (Qwen2.5: 152,064 and 151,936); rows past the tokenizer get no
@@ -25,8 +24,8 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: S
     maps do. Raises UserError with the first difference.
     """
     check_tokenizers(student_tokenizer, teacher_tokenizer)
-    rows = (("--student", student.head.weight.shape[0]), ("--teacher", teacher.head.weight.shape[0]))
-    return min(usable_rows(student_tokenizer, height, flag) for flag, height in rows)
+    heads = {"--student": student, "--teacher": teacher}
+    return min(usable_rows(student_tokenizer, head.weight_VD.shape[0], flag) for flag, head in heads.items())
 
 
 def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -66,8 +66,8 @@ class Episode:
         self.mask += [by_student] * len(ids)
 
 
-class AgentRollout:
-    """RolloutEngine whose rollouts are episodes, turn by turn over any other engine (transformers or vLLM).
+class AgentRollout(RolloutEngine):
+    """Rollouts that are episodes, turn by turn over any other engine (transformers or vLLM).
 
     All unfinished episodes are in each batch, so that the engine stays full. sampling.max_new_tokens is the length of a
     whole response. Every rank plays the same episodes: the engine shares out the work.
@@ -77,7 +77,7 @@ class AgentRollout:
         self._engine, self._conversation, self._max_turns = engine, conversation, max_turns
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate. Draws depend on seed, turn, and place among the unfinished episodes."""
+        """RolloutEngine's. Draws depend on seed, turn, and place among the unfinished episodes."""
         limit = sampling.max_new_tokens
         episodes = [
             Episode(number, prompt, limit, self._max_turns)
@@ -94,5 +94,4 @@ class AgentRollout:
         return [episode.rollout() for episode in episodes]
 
     def sync(self) -> None:
-        """See RolloutEngine.sync."""
         self._engine.sync()

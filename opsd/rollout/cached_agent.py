@@ -6,21 +6,13 @@ while it holds any, the next one is fed; when it is empty, the student's own dra
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers import PreTrainedModel
-
-from opsd.model.stops import eos_token_ids
-from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.agent import Conversation, Episode
-from opsd.rollout.base import jobs_of
-from opsd.rollout.decode import decode
+from opsd.rollout.base import RolloutEngine, jobs_of
+from opsd.rollout.hf import HFRollout
 from opsd.types import Prompt, Rollout, Sampling
-from opsd.utils.distributed import ONE_RANK, Ranks
 
 
 @dataclass
@@ -54,38 +46,25 @@ class _Row:
         return None if self.episode.done else drawn
 
 
-class CachedAgentRollout:
-    """RolloutEngine of episodes on a transformers model; the settings are those of HFRollout.
+class CachedAgentRollout(RolloutEngine):
+    """RolloutEngine of episodes on the model and with the settings of `engine`.
 
     A rollout is a function of (seed, its id, its prompt, the weights): its stream has a draw for every position.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        conversation: Conversation,
-        max_turns: int,
-        batch_rollouts: int,
-        context: Any = contextlib.nullcontext,
-        ranks: Ranks = ONE_RANK,
-        vocab_size: int | None = None,
-        eos_ids: Iterable[int] | None = None,
-    ) -> None:
-        self._model, self._conversation, self._max_turns = model, conversation, max_turns
-        self._batch_rollouts, self._context, self._ranks = batch_rollouts, context, ranks
-        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer) if eos_ids is None else eos_ids)
-        self._vocab_size = vocab_size or vocabulary_size(tokenizer)
+    def __init__(self, engine: HFRollout, conversation: Conversation, max_turns: int) -> None:
+        self._engine, self._conversation, self._max_turns = engine, conversation, max_turns
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate. Position t of all responses is decided in step t."""
-        jobs = jobs_of(prompts, samples, self._ranks)
+        """Position t of all responses is decided in step t."""
+        ranks = self._engine.ranks
+        jobs = jobs_of(prompts, samples, ranks)
         episodes = [Episode(number, prompt, sampling.max_new_tokens, self._max_turns) for number, prompt in jobs]
-        rows = [_Row(episode, self._eos_ids, self._conversation) for episode in episodes]
-        decode(self._model, rows, self._batch_rollouts, self._context, sampling, self._vocab_size, seed)
+        rows = [_Row(episode, self._engine.eos_ids, self._conversation) for episode in episodes]
+        self._engine.grow(rows, sampling, seed)
         # Prompts carry whole tasks: what was played travels without them.
         own = [(e.id, e.ids, e.truncated, e.mask) for e in episodes]
-        played = sorted(episode for part in self._ranks.gather(own) for episode in part)
+        played = sorted(episode for part in ranks.gather(own) for episode in part)
         return [Rollout(number, prompts[number // samples], ids, cut, mask) for number, ids, cut, mask in played]
 
     def sync(self) -> None:

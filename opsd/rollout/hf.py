@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
-from opsd.rollout.base import gather_rollouts, jobs_of
-from opsd.rollout.decode import decode, needs_like_lengths
+from opsd.rollout.base import RolloutEngine, gather_rollouts, jobs_of
+from opsd.rollout.decode import Row, decode, needs_like_lengths
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks
 
@@ -39,7 +39,7 @@ class _Answer:
         return Rollout(self.id, self.prompt, self.ids, self.ids[-1] not in self.eos_ids)
 
 
-class HFRollout:
+class HFRollout(RolloutEngine):
     """RolloutEngine on a transformers model.
 
     model: a causal language model; it is put into eval mode while sampling. batch_rollouts: rollouts
@@ -60,8 +60,8 @@ class HFRollout:
         switches: frozenset[int] = frozenset(),
         eos_ids: Iterable[int] | None = None,
     ) -> None:
-        self._model, self._batch_rollouts, self._context, self._ranks = model, batch_rollouts, context, ranks
-        self._eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer) if eos_ids is None else eos_ids)
+        self._model, self._batch_rollouts, self._context, self.ranks = model, batch_rollouts, context, ranks
+        self.eos_ids = frozenset(eos_token_ids(model.generation_config, tokenizer) if eos_ids is None else eos_ids)
         self._given = switches
         self._vocab_size = vocab_size or vocabulary_size(tokenizer)
 
@@ -74,14 +74,18 @@ class HFRollout:
         return self._given | ({0} if needs_like_lengths(self._model, self._context) else set())
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate. Prompts of like length go together, so that little is padded."""
+        """Prompts of like length go together, so that little is padded."""
         answers = [
-            _Answer(number, prompt, sampling.max_new_tokens, self._eos_ids)
-            for number, prompt in jobs_of(prompts, samples, self._ranks)
+            _Answer(number, prompt, sampling.max_new_tokens, self.eos_ids)
+            for number, prompt in jobs_of(prompts, samples, self.ranks)
         ]
+        self.grow(answers, sampling, seed)
+        return gather_rollouts([answer.rollout() for answer in answers], self.ranks)
+
+    def grow(self, rows: Sequence[Row], sampling: Sampling, seed: int) -> None:
+        """Let this rank's answers, or episodes, grow to their ends; see `decode`."""
         how = (self._batch_rollouts, self._context, sampling, self._vocab_size, seed, self.switches)
-        decode(self._model, answers, *how)
-        return gather_rollouts([answer.rollout() for answer in answers], self._ranks)
+        decode(self._model, rows, *how)
 
     def sync(self) -> None:
         """Nothing to do: the sampler and the trainer share their weights."""

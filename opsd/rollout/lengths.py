@@ -88,7 +88,7 @@ def length_metrics(rollouts: list[Rollout], rewards: list[float] | None) -> dict
 
     The means also of those that were rewarded, and of those that were not, where there are such.
     """
-    own = [[t for t, ours in zip(r.response_ids, _mask(r), strict=True) if ours] for r in rollouts]
+    own = [[t for t, ours in zip(r.response_ids, r.by_student, strict=True) if ours] for r in rollouts]
     values = {
         "length/mean_tokens": [len(ids) for ids in own],
         "repetition/ngram_frac": [repeated_fraction(ids) for ids in own],
@@ -105,8 +105,3 @@ def length_metrics(rollouts: list[Rollout], rewards: list[float] | None) -> dict
                     f"{name}_{group}": float(np.mean([each[p] for p in places])) for name, each in values.items()
                 }
     return metrics
-
-
-def _mask(rollout: Rollout) -> list[bool]:
-    """Which tokens the student wrote."""
-    return [True] * len(rollout.response_ids) if rollout.student_mask is None else rollout.student_mask

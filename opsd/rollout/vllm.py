@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -14,19 +13,21 @@ from torch import Tensor
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine, settled
 from opsd.model.files import in_pieces
+from opsd.model.loading import said
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
-from opsd.rollout.base import gather_rollouts, jobs_of
+from opsd.rollout.base import RolloutEngine, gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos
 from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
-from opsd.utils.errors import UserError, first_line
-from opsd.utils.oom import is_out_of_memory
 from opsd.utils.seeding import derive_seed
 
+# What to do where vLLM cannot serve.
+INSTEAD = "give --rollout.engine hf"
 
-class VLLMSampler:
+
+class VLLMSampler(RolloutEngine):
     """A model folder in vLLM, inside this process: RolloutEngine on weights that stay as they are.
 
     dtype: "float32", "bfloat16" or "auto" (what config.json says). max_model_tokens: longest prompt and response.
@@ -79,7 +80,6 @@ class VLLMSampler:
         before_leaving(self._llm.llm_engine.engine_core.shutdown)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate."""
         samplers = Ranks(self._ranks.rank // self._width, self._ranks.world_size // self._width)
         jobs = jobs_of(prompts, samples, samplers)
         answers = self.sample([(number, prompt.ids) for number, prompt in jobs], sampling, seed)
@@ -109,7 +109,7 @@ class VLLMSampler:
         """Nothing to do: the weights are a folder's."""
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
-        """vLLM's outputs, one a prompt, in order."""
+        """vLLM's output for each prompt, in order."""
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         return self._llm.generate(requests, params, use_tqdm=False) if requests else []
 
@@ -128,30 +128,16 @@ class VLLMSampler:
 class VLLMRollout(VLLMSampler):
     """A sampler that follows the student in training: new weights after every step, checked by a probe.
 
-    path: a model folder with the plain weights of `engine`'s student. max_model_tokens: longest prompt and response.
-
-    On a GPU it may sleep, from the end of a rollout to the next `sync`; from there to the next rollout it stays awake.
+    settings: of `sampler_settings`, for a folder with the plain weights of `engine`'s student. On a GPU it may sleep,
+    from the end of a rollout to the next `sync`; from there to the next rollout it stays awake.
     """
 
     # While it sleeps it has neither weights nor cache.
     _asleep = False
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: Any,
-        engine: Engine,
-        rollout: RolloutConfig,
-        compute: EngineConfig,
-        max_model_tokens: int,
-        trust: bool = False,
-        vocab_size: int | None = None,
-        eos_ids: Sequence[int] | None = None,
-    ) -> None:
-        compute = settled(compute, engine.device)
-        how = (rollout, compute, max_model_tokens, trust, vocab_size, eos_ids)
-        settings = sampler_settings(path, tokenizer, engine, *how)
-        with trying(f"--rollout.engine vllm: it cannot load {path}"):
+    def __init__(self, engine: Engine, rollout: RolloutConfig, settings: dict[str, Any]) -> None:
+        path = settings["path"]
+        with said(f"--rollout.engine vllm: it cannot load {path}", INSTEAD):
             super().__init__(
                 **settings,
                 device=engine.device,
@@ -160,16 +146,15 @@ class VLLMRollout(VLLMSampler):
                 sleeps=rollout.sleep,
             )
         self._engine = engine
-        self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
+        self._probe = Probe(engine, settings["dtype"], rollout.probe_tolerance, settings["max_model_tokens"])
         if in_pieces(engine.student.model):
             # Not every layer takes new weights that come in pieces: better now than after the first step.
-            with trying(f"--rollout.engine vllm: it does not take the weights of {path} anew"):
+            with said(f"--rollout.engine vllm: it does not take the weights of {path} anew", INSTEAD):
                 self._load_weights()
                 self._probe.try_out(self._scores, settings["vocab_size"])
         self._rest()
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate."""
         self._wake()
         rollouts = super().generate(prompts, samples, sampling, seed)
         self._probe.take(rollouts, self._scores)
@@ -177,7 +162,7 @@ class VLLMRollout(VLLMSampler):
         return rollouts
 
     def sync(self) -> None:
-        """See RolloutEngine.sync: parameter by parameter, so that no second whole copy exists.
+        """RolloutEngine's, parameter by parameter, so that no second whole copy exists.
 
         Raises RunStopped, on every rank, where sampler and trainer then disagree about a probe.
         """
@@ -209,22 +194,6 @@ class VLLMRollout(VLLMSampler):
             self._asleep = True
 
 
-@contextmanager
-def trying(what: str) -> Iterator[None]:
-    """Within it the sampler does something for the first time: what fails is said before anything is trained.
-
-    Raises UserError in place of whatever vLLM raises, but where memory ran out.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # vLLM's layers raise what they like
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{what} ({first_line(error)}); give --rollout.engine hf") from error
-
-
 def rollouts_of(
     jobs: list[tuple[int, Prompt]], answers: list[list[int]], eos_ids: list[int], sampling: Sampling
 ) -> list[Rollout]:
@@ -242,21 +211,22 @@ def sampler_settings(
     rollout: RolloutConfig,
     compute: EngineConfig,
     max_model_tokens: int,
-    trust: bool,
-    vocab_size: int | None,
+    trust: bool = False,
+    vocab_size: int | None = None,
     eos_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """VLLMSampler's arguments for the student of `engine`, so far as they are JSON values.
 
-    vocab_size: only ids below it are sampled (None: all of the tokenizer's). eos_ids: what ends a response (None: what
-    the model's generation config and the tokenizer name).
+    path: a folder with its plain weights. max_model_tokens: longest prompt and response. trust: the folder's own code
+    may run. vocab_size: only ids below it are sampled (None: all of the tokenizer's). eos_ids: what ends a response
+    (None: what the model's generation config and the tokenizer name).
     """
     if eos_ids is None:
         eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
     return {
         "path": path,
         "eos_ids": list(eos_ids),
-        "dtype": compute.dtype,
+        "dtype": settled(compute, engine.device).dtype,
         "max_model_tokens": max_model_tokens,
         "batch_rollouts": rollout.generate_batch,
         "memory_share": rollout.gpu_memory_share,

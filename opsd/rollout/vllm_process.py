@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,12 +20,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from opsd.config import EngineConfig, RolloutConfig
-from opsd.engine import Engine, settled
+from opsd.config import RolloutConfig
+from opsd.engine import Engine
 from opsd.model.files import in_pieces
-from opsd.rollout.base import jobs_of
+from opsd.model.loading import said
+from opsd.rollout.base import RolloutEngine, jobs_of
 from opsd.rollout.probe import Probe
-from opsd.rollout.vllm import rollouts_of, sampler_settings, trying
+from opsd.rollout.vllm import INSTEAD, rollouts_of
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
 from opsd.utils.errors import RunStopped
@@ -131,33 +132,20 @@ class Sampler:
         self._process.wait()
 
 
-class VLLMProcessRollout:
+class VLLMProcessRollout(RolloutEngine):
     """RolloutEngine over `rollout.samplers` processes that the first rank starts; see RolloutConfig.
 
-    path: the model folder that `engine`'s student was loaded from. max_model_tokens: longest prompt and response.
-    What fails on the first rank is raised on every rank. Steps stay on-policy: samplers rest while the student learns.
+    settings: of `sampler_settings`, for the model folder that `engine`'s student was loaded from. What fails on the
+    first rank is raised on every rank. Steps stay on-policy: samplers rest while the student learns.
     """
 
-    def __init__(
-        self,
-        path: str,
-        tokenizer: Any,
-        engine: Engine,
-        rollout: RolloutConfig,
-        compute: EngineConfig,
-        max_model_tokens: int,
-        trust: bool = False,
-        vocab_size: int | None = None,
-        eos_ids: Sequence[int] | None = None,
-    ) -> None:
-        compute = settled(compute, engine.device)
-        self._engine, self._ranks, self._dtype = engine, engine.ranks, getattr(torch, compute.dtype)
-        self._probe = Probe(engine, compute.dtype, rollout.probe_tolerance, max_model_tokens)
+    def __init__(self, engine: Engine, rollout: RolloutConfig, settings: dict[str, Any]) -> None:
+        path, dtype = settings["path"], settings["dtype"]
+        self._engine, self._ranks, self._dtype = engine, engine.ranks, getattr(torch, dtype)
+        self._probe = Probe(engine, dtype, rollout.probe_tolerance, settings["max_model_tokens"])
         self._samplers: list[Sampler] = []
         path = str(Path(path).resolve()) if Path(path).exists() else path
-        how = (rollout, compute, max_model_tokens, trust, vocab_size, eos_ids)
-        settings = sampler_settings(path, tokenizer, engine, *how)
-        settings["device"] = engine.device.type
+        settings = {**settings, "path": path, "device": engine.device.type}
         self._eos_ids, self._vocab_size = settings["eos_ids"], settings["vocab_size"]
         gpus = rollout.sampler_gpus.split(",") if rollout.sampler_gpus else [""] * rollout.samplers
         before_leaving(self._close)
@@ -170,12 +158,11 @@ class VLLMProcessRollout:
 
         self._on_main(start)
         if in_pieces(engine.student.model):
-            with trying(f"--rollout.engine vllm_process: it does not take the weights of {path} anew"):
+            with said(f"--rollout.engine vllm_process: it does not take the weights of {path} anew", INSTEAD):
                 self._load_weights()
                 self._probe.try_out(self._scores, self._vocab_size)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """See RolloutEngine.generate."""
 
         def ask() -> list[tuple[int, list[int]]]:
             shares = [jobs_of(prompts, samples, Ranks(number, count)) for number in range(count)]
@@ -197,7 +184,7 @@ class VLLMProcessRollout:
         return rollouts
 
     def sync(self) -> None:
-        """See RolloutEngine.sync: bucket by bucket, so that no second whole copy exists in the trainer.
+        """RolloutEngine's, bucket by bucket, so that no second whole copy exists in the trainer.
 
         Raises RunStopped, on every rank, where a sampler and the trainer then disagree about a probe.
         """

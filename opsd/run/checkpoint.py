@@ -27,6 +27,8 @@ _NAME = re.compile(r"step_(\d+)")
 _TEMPORARY = ".tmp-"
 _DAMAGED = "damaged-"
 _CHECKSUMS = Path("trainer") / "checksums.json"
+# The form of the optimiser state: what torch keeps of each parameter, whole, whatever the engine.
+_OPTIMIZER = {"kind": "torch"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class TrainerState:
 
     step: int
     optimizer_tensors: dict[str, torch.Tensor]
-    optimizer_values: dict[str, Any]
     selector: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
     teacher: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -109,7 +110,7 @@ def _fill(
     for name, tensors in (("optimizer", state.optimizer_tensors), ("teacher", state.teacher)):
         if tensors or name == "optimizer":
             save_file({key: t.contiguous() for key, t in tensors.items()}, trainer / f"{name}.safetensors")
-    values = {"step": state.step, "optimizer": state.optimizer_values, "selector": state.selector}
+    values = {"step": state.step, "optimizer": _OPTIMIZER, "selector": state.selector}
     replace(trainer / "state.json", json.dumps({**values, "metrics": state.metrics}))
     write_checksums(folder, folder / _CHECKSUMS)
     for path in [*folder.rglob("*"), folder]:
@@ -160,9 +161,11 @@ def load_state(path: Path) -> TrainerState:
     try:
         trainer = path / "trainer"
         values = json.loads((trainer / "state.json").read_text())
+        if (kind := values["optimizer"]["kind"]) != _OPTIMIZER["kind"]:
+            raise ValueError(f"optimiser state of another form, {kind}")
         tensors, teacher = load_file(trainer / "optimizer.safetensors"), trainer / "teacher.safetensors"
         held = load_file(teacher) if teacher.exists() else {}
-        return TrainerState(values["step"], tensors, values["optimizer"], values["selector"], values["metrics"], held)
+        return TrainerState(values["step"], tensors, values["selector"], values["metrics"], held)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {path} cannot be read ({error}); remove it to resume from the previous one"

@@ -10,6 +10,7 @@ Legend: N student tokens of a step, micro-batch by micro-batch; R of them record
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opsd.distill.topk import ModelTop
-from opsd.selection import TokenStats
+from opsd.selection import TokenStats, TokenTelemetry
 from opsd.types import Rollout
 
 
@@ -32,48 +33,40 @@ def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
 def token_table(
     step: int,
     rollouts: list[Rollout],
-    recorded: list[int],
+    most: int,
     stats: TokenStats,
     kept_N: Tensor,
-    labels: dict[str, Tensor],
-    top: tuple[ModelTop, ModelTop] | None,
+    telemetry: Iterable[TokenTelemetry],
+    top: tuple[ModelTop, ModelTop] | None = None,
 ) -> pd.DataFrame:
     """The step's record, one row per token, in the order of rollouts and positions.
 
-    Only `recorded` rollouts are in it; `top` holds their rows alone, in the order that they have in `stats`.
+    At most `most` rollouts are in it (see `recorded_rollouts`); `top` holds their rows alone, in the order that they
+    have in `stats`. telemetry: what labels tokens.
     """
+    recorded = recorded_rollouts(rollouts, most)
     row_R = torch.isin(stats.rollout_N.cpu(), torch.tensor(recorded, dtype=torch.int64)).nonzero().squeeze(1)
     statistics = {
         {"token_ids_N": "token_id"}.get(name, name.removesuffix("_N")): value
         for name, value in vars(stats).items()
         if isinstance(value, torch.Tensor)
     }
-    columns: dict[str, Any] = {
-        name: value.cpu()[row_R].numpy() for name, value in {**statistics, **labels, "kept": kept_N}.items()
-    }
+    for one in telemetry:
+        statistics |= one.label_tokens(stats)
+    statistics["kept"] = kept_N
+    columns: dict[str, Any] = {name: value.cpu()[row_R].numpy() for name, value in statistics.items()}
     if top is not None:
         columns |= _top_columns(*top)
-    places = {rollout.id: _places(rollout) for rollout in rollouts if rollout.id in set(recorded)}
-    columns["position"] = _positions(columns["rollout"], places)
+    columns["position"] = np.empty(len(row_R), dtype=np.int64)
+    for rollout in rollouts:
+        # A rollout's rows stand in the order of its tokens.
+        if rollout.id in recorded:
+            columns["position"][columns["rollout"] == rollout.id] = np.flatnonzero(rollout.by_student)
     columns["step"] = np.full(len(row_R), step, dtype=np.int64)
     first = ["step", "rollout", "position", "token_id"]
     order = [*(name for name in first if name in columns), *(name for name in columns if name not in first)]
     table = pd.DataFrame({name: columns[name] for name in order})
     return table.sort_values(["rollout", "position"], kind="stable", ignore_index=True)
-
-
-def _places(rollout: Rollout) -> np.ndarray:
-    """Where in the response the student's own tokens stand."""
-    mask = rollout.student_mask
-    return np.arange(len(rollout.response_ids)) if mask is None else np.flatnonzero(mask)
-
-
-def _positions(rollout_R: np.ndarray, places: dict[int, np.ndarray]) -> np.ndarray:
-    """Each row's place in its response: a rollout's rows stand in the order of its tokens."""
-    position_R = np.empty(len(rollout_R), dtype=np.int64)
-    for number, place_M in places.items():
-        position_R[rollout_R == number] = place_M
-    return position_R
 
 
 def _top_columns(student: ModelTop, teacher: ModelTop) -> dict[str, Any]:

@@ -19,13 +19,12 @@ class Teacher(Protocol):
         """
         ...
 
-    def head(self) -> Head:
-        """What makes logits of them: the teacher's vocabulary projection [V, E]."""
-        ...
-
     def head_for(self, micro: MicroBatch) -> Head | None:
-        """The head of the one that scores this micro-batch; None where it gives no states (`LogprobsTeacher`)."""
-        return self.head()
+        """What makes logits of a micro-batch's states: the vocabulary projection [V, E] of the teacher that scores it.
+
+        None where it gives no states (`LogprobsTeacher`).
+        """
+        ...
 
     def end_step(self, step: int) -> None:
         """A step is done, whose update was taken or left out; a call of all ranks."""

@@ -27,7 +27,7 @@ class LocalTeacher(Teacher):
         offload: bool = False,
         cache: Cache = "device",
     ) -> None:
-        self._scorer, self._device = scorer.eval().requires_grad_(False), device
+        self.scorer, self._device = scorer.eval().requires_grad_(False), device
         self._cache: Cache = cache
         self._head = scorer.head.as_head().changed(Tensor.detach)
         # The loss needs the head all along: it is never moved, nor are embeddings that are tied to it.
@@ -39,12 +39,10 @@ class LocalTeacher(Teacher):
 
     @torch.no_grad()
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """See Teacher.hidden. The states are kept until the step is over."""
         with self.present():
-            return [cached(self._scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
+            return [cached(self.scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
 
-    def head(self) -> Head:
-        """See Teacher.head."""
+    def head_for(self, micro: MicroBatch) -> Head:
         return self._head
 
     @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from opsd.config import TeacherConfig
 from opsd.distill.top_log_probs import packed
 from opsd.teacher.vllm import ServedTeacher, split
-from opsd.types import Head, MicroBatch
+from opsd.types import MicroBatch
 
 # Below it a probability is nothing in fp32; a server may say -inf, which no sum survives.
 LEAST = -1e4
@@ -31,12 +31,8 @@ class LogprobsTeacher(ServedTeacher):
     def __init__(self, config: TeacherConfig, device: torch.device, rank: int = 0) -> None:
         super().__init__(config, 2 * (config.top_logprobs + 1), torch.float32, device, rank)
 
-    def head(self) -> Head:
-        """There is none: see head_for."""
-        raise TypeError("a teacher of log-probabilities has no head")
-
     def head_for(self, micro: MicroBatch) -> None:
-        """See Teacher.head_for."""
+        """There is none."""
 
     def _sequences(self, micro: MicroBatch) -> list[list[int]]:
         """With the token that follows each: what is known of a token stands at its own place, not at the one before."""
@@ -49,7 +45,7 @@ class LogprobsTeacher(ServedTeacher):
         return found
 
     def _asked(self, longest: int) -> int:
-        """See ServedTeacher._asked: all of them, and one that the server writes."""
+        """All of them, and one that the server writes."""
         return longest + 1
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:

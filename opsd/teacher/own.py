@@ -33,28 +33,24 @@ class SelfTeacher(Teacher):
 
     @torch.no_grad()
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """See Teacher.hidden."""
         with self._weights():
             return [cached(self._engine.forward(micro, self._states), self._config.cache) for micro in batches]
 
-    def head(self) -> Head:
-        """See Teacher.head: that of the last call of `hidden`."""
+    def head_for(self, micro: MicroBatch) -> Head:
+        """That of the last call of `hidden`."""
         assert self._head is not None
         return self._head
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:
-        """See Teacher.end_step."""
         if self._shares and step % self._config.every == 0:
             for name, own in self._engine.master():
                 self._shares[name].lerp_(own, 1.0 - self._decay)
 
     def state(self) -> dict[str, Tensor]:
-        """See Teacher.state."""
         return self._engine.join(self._shares)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """See Teacher.load_state."""
         if self._shares:
             self._shares = self._engine.part(state)
 

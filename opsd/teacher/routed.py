@@ -18,17 +18,11 @@ class RoutedTeacher(Teacher):
         self._teachers = teachers
 
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """See Teacher.hidden."""
         found: dict[int, Tensor] = {}
         for name, teacher in self._teachers.items():
             own = [place for place, micro in enumerate(batches) if micro.teacher == name]
             found |= zip(own, teacher.hidden([batches[place] for place in own]), strict=True)
         return [found[place] for place in range(len(batches))]
 
-    def head(self) -> Head:
-        """There is none for all: see head_for."""
-        raise TypeError("several teachers have several heads")
-
     def head_for(self, micro: MicroBatch) -> Head | None:
-        """See Teacher.head_for."""
         return self._teachers[micro.teacher].head_for(micro)

@@ -66,11 +66,9 @@ class ShardedTeacher(Teacher):
 
     @torch.no_grad()
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """See Teacher.hidden."""
         return [cached(self._scorer.hidden(micro.to(self._device)), self._cache) for micro in batches]
 
-    def head(self) -> Head:
-        """See Teacher.head."""
+    def head_for(self, micro: MicroBatch) -> Head:
         return self._head
 
 

@@ -85,7 +85,7 @@ class ServedTeacher(Teacher):
                 )
 
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """See Teacher.hidden. Raises RunStopped where no replica answers."""
+        """Raises RunStopped where no replica answers."""
         return list(self._pool.map(self._of_batch, range(len(batches)), batches))
 
     @abstractmethod
@@ -160,8 +160,7 @@ class VLLMTeacher(ServedTeacher):
         super().__init__(config, head.weight_VD.shape[1], head.weight_VD.dtype, device, rank)
         self._head = head.changed(lambda part: part.to(device))
 
-    def head(self) -> Head:
-        """See Teacher.head."""
+    def head_for(self, micro: MicroBatch) -> Head:
         return self._head
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from random import Random
 
 import torch
 
@@ -11,6 +12,11 @@ def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on all parts and their order; equal parts give equal seeds everywhere."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def below(rng: Random, limit: int) -> int:
+    """A uniform integer in 0 … limit−1, from `random()`: the one draw that Python keeps across its versions."""
+    return int(rng.random() * limit)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ HEADER = (
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line a case. "~" marks what is extrapolated, "-" what is missing."""
+    """Markdown, a line for each case. "~" marks what is extrapolated, "-" what is missing."""
     cases = _merge(rows)
     _extrapolate(cases)
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
@@ -128,7 +128,7 @@ def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _merge(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    """One row a case, the median of its repeats; with the machine's rates for its type and width."""
+    """One row for each case, the median of its repeats; with the machine's rates for its type and width."""
     rates = {(row["dtype"], row["width"]): row for row in rows if row["method"] == "rate"}
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -21,7 +21,7 @@ LIGER_CHUNK = 512
 
 
 def losses(check: Check) -> None:
-    """A row a case. Ours of the same loss must agree with the first one; others may round logits to bf16."""
+    """A row for each case. Ours of the same loss must agree with the first one; others may round logits to bf16."""
     nats: dict[Case, float] = {}
     for case in cases(check):
         about = {name: asdict(case)[name] for name in ABOUT}

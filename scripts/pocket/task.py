@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
+from opsd.utils.seeding import below
+
 SYMBOLS = "0123456789+-*=;,A"
 PROMPT_TOKENS = 13
 RESPONSE_TOKENS = 38
@@ -26,11 +28,6 @@ HARD_PRODUCT_PROBABILITY = 0.8
 HARD_FACTOR = 4
 
 _STEP = re.compile(r"(\d\d)([+-])(\d\d)=(\d\d)|(\d)(\*)(\d)=(\d\d)")
-
-
-def below(rng: Random, limit: int) -> int:
-    """A uniform integer in 0 … limit−1, made from `random()`: the one draw that Python keeps across its versions."""
-    return int(rng.random() * limit)
 
 
 def number(value: int) -> str:

@@ -9,19 +9,17 @@ Prints the table and writes constraints.md. Several seeds of a cell are averaged
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.runs import Run, read_runs
-from reporting.tables import TextTable
+from reporting.tables import TextTable, percent
 
 Shares = dict[str, dict[str, float]]
 """Of one evaluation: for avg@k, best@k and each constraint, mean and (with several trips) stderr_problems."""
@@ -77,8 +75,8 @@ def _cell(entries: list[dict[str, float]]) -> str:
     if not entries:
         return "-"
     mean = sum(entry["mean"] for entry in entries) / len(entries)
-    error = max(entry.get("stderr_problems", math.nan) for entry in entries)
-    return f"{100 * mean:.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}")
+    errors = [entry["stderr_problems"] for entry in entries if "stderr_problems" in entry]
+    return percent(mean, max(errors, default=None))
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
@@ -96,7 +94,7 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
     tables = [table_of(found, suite) for suite in suites]
     (out / "constraints.md").write_text("\n".join(table.markdown() for table in tables))
     for table in tables:
-        Console(highlight=False).print(table.rich())
+        table.show()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from opsd.environments.travel import TravelEnv, pocket_tasks
 from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.talk import Talk
 from opsd.eval.evaluator import Suite
+from opsd.rollout import HFRollout
 from opsd.rollout.cached_agent import CachedAgentRollout
 from opsd.run.disk import writing
 from opsd.utils.errors import UserError, exits_on_bad_input
@@ -68,7 +69,7 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
     talk = Talk(TravelEnv(), tokenizer, thinking=False, tool_output_characters=0)
     suite = Suite("choice", [*map(talk.prompt, pocket_tasks(TASKS, seed, "choice"))])
     config = EvalConfig(samples=SAMPLES)
-    engine = CachedAgentRollout(model, tokenizer, talk, MAX_TURNS, config.generate_batch)
+    engine = CachedAgentRollout(HFRollout(model, tokenizer, config.generate_batch), talk, MAX_TURNS)
     found = TravelEvaluator([suite], config, MAX_NEW_TOKENS, talk).run(engine, folder.name, None)["suites"]["choice"]
     names = {
         "mean@k": f"avg@{SAMPLES}",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from opsd.environments.travel import TravelTask
-from opsd.environments.travel.pocket import below, best
+from opsd.environments.travel.pocket import best
 from opsd.environments.travel.task import Row
 from opsd.environments.travel.tools import find
 from opsd.environments.travel.words import (
@@ -26,6 +26,7 @@ from opsd.environments.travel.words import (
     show_rows,
     value_word,
 )
+from opsd.utils.seeding import below
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The cells of a table and their names, by one rule for recipes, run folders and reports. Needs Python alone.
 
-As a script it names a recipe's cells: one a line, each given by its flags on a line of standard input.
+As a script it names a recipe's cells: one to a line, each given by its flags on a line of standard input.
 """
 
 from __future__ import annotations

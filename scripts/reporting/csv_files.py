@@ -1,4 +1,4 @@
-"""table.csv: every number of a report, ours and the paper's, one a row; fractions, GiB, seconds; empty if missing."""
+"""table.csv: every number of a report, ours and the paper's, one to a row: fractions, GiB, seconds, or nothing."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from reporting.page import Section
 from reporting.pictures import warnings
 from reporting.plots import HEALTH_CURVES, costs, curve_names, curves
 from reporting.runs import Run
-from reporting.tables import TextTable
+from reporting.tables import TextTable, percent
 from reporting.theme import Picture, picture
 from reporting.tokens import plane, read_tokens
 
@@ -130,5 +130,4 @@ def _accuracy(result: dict[str, Any], suite: str) -> str:
     if found is None:
         return "-"
     score = found.get("mean@k", sum(found["scores"].values()) / len(found["scores"]))
-    error = found.get("stderr_problems")
-    return f"{100 * score:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return percent(score, found.get("stderr_problems"))

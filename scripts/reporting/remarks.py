@@ -9,7 +9,7 @@ from reporting.stats import BASELINE, CellStats
 
 
 def remarks(group: list[Run], suites: list[str], stats: list[CellStats], baseline: CellName = BASELINE) -> list[str]:
-    """One sentence or two a line. `stats` are those of the first suite; differences are to `baseline`."""
+    """Each line is a sentence or two. `stats` are those of the first suite; differences are to `baseline`."""
     seeds = max((len(row.seeds) for row in stats), default=0)
     lines = []
     waiting = [run.path.name for run in group if not run.done]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +37,16 @@ class TextTable:
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
+
+    def show(self, markdown: bool = False) -> None:
+        """On standard output, for a terminal or as Markdown."""
+        if markdown:
+            print(self.markdown())
+            return
+        # As wide as its rows: a verdict that a narrow terminal cuts off says nothing.
+        console = Console(highlight=False)
+        console.width = max(console.width, 130)
+        console.print(self.rich())
 
     def markdown(self) -> str:
         """For table.md."""
@@ -127,22 +138,22 @@ def cost_table(costs: list[CellCost], paper: Paper) -> TextTable:
     )
 
 
+def percent(mean: float, error: float | None, sign: str = "") -> str:
+    """A fraction in percent, with its standard error where there is one."""
+    return f"{100 * mean:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
 def _lines(text: str) -> str:
     return "<br>".join(html.escape(line) for line in text.split("\n"))
 
 
 def _estimate(found: Estimate | None, sign: str = "") -> str:
     """Percent with the standard error over problems."""
-    if found is None:
-        return MISSING
-    error = "" if found.stderr_problems is None else f" ± {100 * found.stderr_problems:.1f}"
-    return f"{100 * found.mean:{sign}.1f}{error}"
+    return MISSING if found is None else percent(found.mean, found.stderr_problems, sign)
 
 
 def _best(found: Estimate | None) -> str:
-    if found is None:
-        return MISSING
-    return f"{100 * found.mean:.1f}" + ("" if found.stderr_seeds is None else f" ± {100 * found.stderr_seeds:.1f}")
+    return MISSING if found is None else percent(found.mean, found.stderr_seeds)
 
 
 def _seeds(found: Estimate | None) -> str:

@@ -58,7 +58,7 @@ class Picture:
     draw: Callable[[], Figure]
 
     def png(self) -> bytes:
-        """See `png`."""
+        """The figure as a PNG file."""
         return png(self.draw)
 
     def html(self) -> str:

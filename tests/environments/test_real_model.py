@@ -99,12 +99,13 @@ def test_transformers_plays_episodes(played):
 @pytest.mark.vllm
 def test_vllm_plays_the_same_episodes(folder, played, talk, tokenizer):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
-    from opsd.rollout.vllm import VLLMRollout
+    from opsd.rollout.vllm import VLLMRollout, sampler_settings
 
     student = load_scorer(str(folder), "--student", torch.float32, torch.device("cpu"))
     engine = TorchEngine(student, EngineConfig(), OptimConfig(lr=1e-3), torch.device("cpu"))
-    settings = RolloutConfig(engine="vllm", generate_batch=8)
-    vllm = VLLMRollout(str(folder), tokenizer, engine, settings, EngineConfig(), 2600)
+    rollout = RolloutConfig(engine="vllm", generate_batch=8)
+    settings = sampler_settings(str(folder), tokenizer, engine, rollout, EngineConfig(), 2600)
+    vllm = VLLMRollout(engine, rollout, settings)
     ours = play(vllm, talk, tokenizer)
     leave()
     assert ours == played

@@ -20,7 +20,6 @@ from opsd.rollout.cached_agent import CachedAgentRollout
 from opsd.run import checkpoint
 from opsd.train import resume, start
 from opsd.types import Prompt, Rollout
-from opsd.utils.distributed import ONE_RANK
 from opsd.utils.errors import UserError
 
 PLANNERS = Path(__file__).resolve().parents[2] / "assets" / "pocket_planning"
@@ -121,9 +120,9 @@ def test_the_word_form_samples_on_one_cache_and_the_chat_form_turn_by_turn(setti
     model = AutoModelForCausalLM.from_pretrained(PLANNERS / "student")
     engine = HFRollout(model, tokenizer, 4)
     world = TravelWorld(config, tokenizer)
-    assert isinstance(world.episodes(engine, model, 4, None, ONE_RANK), CachedAgentRollout)
+    assert isinstance(world.episodes(engine), CachedAgentRollout)
     world._in_words = False
-    assert isinstance(world.episodes(engine, model, 4, None, ONE_RANK), AgentRollout)
+    assert isinstance(world.episodes(engine), AgentRollout)
 
 
 def test_a_teacher_may_be_asked_something_else_than_the_query_with_the_same_tools_behind_it(settings, tmp_path):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from two_ranks import on_ranks
 
 from opsd.config import EngineConfig
+from opsd.data.packing import empty
 from opsd.utils.distributed import join
 from opsd.utils.errors import StepUnusable
 
@@ -35,7 +36,7 @@ ENGINES = {
 
 def state(engine) -> dict[str, torch.Tensor]:
     """Whole weights and optimiser state, copied."""
-    tensors = {**HELPERS["weights"](engine), **engine.optimizer_state()[0]}
+    tensors = {**HELPERS["weights"](engine), **engine.optimizer_state()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -50,9 +51,9 @@ def bad(case, ranks, built, cause: str) -> str:
     engine, trainer, teacher = built
     batches = HELPERS["layout"](case, ranks)
     hidden, last = teacher.hidden(batches), ranks.rank == ranks.world_size - 1
-    backward, head = engine.backward, teacher.head().weight_VD.clone()
+    backward, head = engine.backward, teacher.head_for(empty()).weight_VD.clone()
     if cause == "loss" and last:
-        teacher.head().weight_VD[7] = math.nan
+        teacher.head_for(empty()).weight_VD[7] = math.nan
     if cause == "gradient" and last:
         engine.backward = lambda loss_sum, count: backward(loss_sum * math.inf, count)
     if cause == "teacher" and last:
@@ -64,7 +65,7 @@ def bad(case, ranks, built, cause: str) -> str:
     except StepUnusable as problem:
         return str(problem)
     finally:
-        teacher.head().weight_VD.copy_(head)
+        teacher.head_for(empty()).weight_VD.copy_(head)
         engine.backward = backward
     return "the step was taken"
 

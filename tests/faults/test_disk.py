@@ -315,7 +315,7 @@ def put(folder: Path, step: int, model: torch.nn.Module) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(step)
-    state = checkpoint.TrainerState(step, {"moment": torch.full((3,), float(step))}, {}, {})
+    state = checkpoint.TrainerState(step, {"moment": torch.full((3,), float(step))}, {})
     checkpoint.save(folder, model, plain_tokenizer(), state, keep=1)
 
 

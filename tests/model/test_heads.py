@@ -9,7 +9,7 @@ from torch import nn
 
 from families import FAMILIES, write
 from opsd.config import LoraConfig
-from opsd.data.packing import pack
+from opsd.data.packing import empty, pack
 from opsd.distill import distill_loss, token_stats
 from opsd.distill.inputs import LossSpec, check_inputs
 from opsd.distill.topk import top_tokens
@@ -151,7 +151,7 @@ def losses(scorer, teacher, rollouts, divergence):
     (teacher_NE,) = teacher.hidden([micro])
 
     def use(hidden_ND, head):
-        models = (hidden_ND, head, teacher_NE, teacher.head())
+        models = (hidden_ND, head, teacher_NE, teacher.head_for(empty()))
         about = {"token_ids_N": micro.token_ids_N, "vocab_size": VOCABULARY}
         loss = distill_loss(*models, divergence=divergence, beta=0.3, **about).loss_sum
         return loss, token_stats(*models, **about), top_tokens(check_inputs(*models, **about), 3, LossSpec())

@@ -133,7 +133,7 @@ def test_frozen_weights_keep_every_bit_and_only_adapters_have_gradients_and_mome
     assert all(torch.equal(frozen[name], base[name]) for name in base)
     names = set(adapters(engine.student.model))
     assert with_gradient == names
-    assert {name.rpartition("/")[0] for name in engine.optimizer_state()[0]} == names
+    assert {name.rpartition("/")[0] for name in engine.optimizer_state()} == names
     # Two layers of seven projections [out, in], of the tests' tiny model: rank·(in + out) numbers each.
     shapes = [(16, 16), (8, 16), (8, 16), (16, 16), (32, 16), (32, 16), (16, 32)] * 2
     assert sum(tensor.numel() for tensor in adapters(engine.student.model).values()) == sum(
@@ -142,8 +142,7 @@ def test_frozen_weights_keep_every_bit_and_only_adapters_have_gradients_and_mome
 
 
 def save(engine, tokenizer, folder, step=1):
-    tensors, values = engine.optimizer_state()
-    state = TrainerState(step, tensors, values, {})
+    state = TrainerState(step, engine.optimizer_state(), {})
     return checkpoint.save(
         folder, engine.student.model, tokenizer, state, 9, weights=engine.weights(), adapters=engine.adapters()
     )

@@ -322,10 +322,14 @@ def test_a_path_that_is_no_model_folder_is_named(tmp_path, path, said):
 # ---- one vocabulary
 
 
+def head_of(model):
+    return Scorer(model).head.as_head()
+
+
 def test_padded_heads_of_different_heights_share_the_tokenizers_rows(make_model, tokenizer):
     # ids 0…48 are the tokenizer's: 49 rows, however high the heads are
-    student, teacher = Scorer(make_model(vocab_size=52)), Scorer(make_model("llama", False, vocab_size=64))
-    assert shared_vocabulary(tokenizer, tokenizer, student, teacher) == 49
+    heads = head_of(make_model(vocab_size=52)), head_of(make_model("llama", False, vocab_size=64))
+    assert shared_vocabulary(tokenizer, tokenizer, *heads) == 49
 
 
 def test_a_gap_in_the_ids_does_not_shorten_the_vocabulary(make_model, make_tokenizer):
@@ -334,12 +338,12 @@ def test_a_gap_in_the_ids_does_not_shorten_the_vocabulary(make_model, make_token
     del vocab["model"]["vocab"]["m"]  # 48 tokens, the largest id still 48
     gapped._tokenizer = type(gapped.backend_tokenizer).from_str(json.dumps(vocab))
     assert len(gapped.get_vocab()) == 48
-    assert shared_vocabulary(gapped, gapped, Scorer(make_model()), Scorer(make_model())) == 49
+    assert shared_vocabulary(gapped, gapped, head_of(make_model()), head_of(make_model())) == 49
 
 
 def test_chat_templates_may_differ(make_model, make_tokenizer):
-    models = Scorer(make_model()), Scorer(make_model())
-    assert shared_vocabulary(make_tokenizer(chat=False), make_tokenizer(), *models) == 49
+    heads = head_of(make_model()), head_of(make_model())
+    assert shared_vocabulary(make_tokenizer(chat=False), make_tokenizer(), *heads) == 49
 
 
 @pytest.mark.parametrize(
@@ -354,15 +358,15 @@ def test_chat_templates_may_differ(make_model, make_tokenizer):
 def test_different_tokenizers_give_one_line_with_the_first_difference(
     make_model, tokenizer, make_tokenizer, characters, difference
 ):
-    models = Scorer(make_model()), Scorer(make_model())
+    heads = head_of(make_model()), head_of(make_model())
     with pytest.raises(UserError, match=rf"^--student and --teacher [^\n]*{difference}[^\n]+$"):
-        shared_vocabulary(tokenizer, make_tokenizer(characters), *models)
+        shared_vocabulary(tokenizer, make_tokenizer(characters), *heads)
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_is_refused(make_model, tokenizer):
     said = r"^--teacher: the model has 48 vocabulary rows, its tokenizer 49 \(';' has id 48\); [^\n]+$"
     with pytest.raises(UserError, match=said):
-        shared_vocabulary(tokenizer, tokenizer, Scorer(make_model()), Scorer(make_model(vocab_size=48)))
+        shared_vocabulary(tokenizer, tokenizer, head_of(make_model()), head_of(make_model(vocab_size=48)))
 
 
 def test_the_head_alone_is_the_linear_layer(make_model):

@@ -362,7 +362,7 @@ def test_both_samplers_play_the_same_greedy_episodes(tokenizer, talker, question
     """The cache with its queues against reading everything anew each turn; prompts and turns of different lengths."""
     greedy = Sampling(temperature=0.0, max_new_tokens=40)
     turnwise = AgentRollout(HFRollout(talker, tokenizer, 8), Parrot(), 4).generate(questions, 1, greedy, 0)
-    cached = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 5).generate(questions, 1, greedy, 0)
+    cached = CachedAgentRollout(HFRollout(talker, tokenizer, 5), Parrot(), 4).generate(questions, 1, greedy, 0)
     assert cached == turnwise
     answered = [rollout for rollout in cached if not all(rollout.student_mask)]
     assert len(answered) > 3 and len({len(rollout.response_ids) for rollout in cached}) > 3
@@ -371,7 +371,7 @@ def test_both_samplers_play_the_same_greedy_episodes(tokenizer, talker, question
 
 def test_cached_tokens_are_the_models_own_choice_at_every_place(tokenizer, talker, questions):
     """Each student token is the greedy one given all before it, in one forward pass without a cache."""
-    agent = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 12)
+    agent = CachedAgentRollout(HFRollout(talker, tokenizer, 12), Parrot(), 4)
     for rollout in agent.generate(questions, 1, Sampling(0.0, max_new_tokens=40), 0):
         ids, start = [*rollout.prompt.ids, *rollout.response_ids], len(rollout.prompt.ids)
         with torch.no_grad():
@@ -383,9 +383,9 @@ def test_cached_tokens_are_the_models_own_choice_at_every_place(tokenizer, talke
 
 def test_a_cached_episode_depends_on_its_own_stream_alone(tokenizer, talker, questions):
     how = Sampling(max_new_tokens=30)
-    whole = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64).generate(questions[:4], 2, how, 7)
-    assert CachedAgentRollout(talker, tokenizer, Parrot(), 4, 3).generate(questions[:4], 2, how, 7) == whole
-    assert CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64).generate(questions[:4], 2, how, 8) != whole
+    whole = CachedAgentRollout(HFRollout(talker, tokenizer, 64), Parrot(), 4).generate(questions[:4], 2, how, 7)
+    assert CachedAgentRollout(HFRollout(talker, tokenizer, 3), Parrot(), 4).generate(questions[:4], 2, how, 7) == whole
+    assert CachedAgentRollout(HFRollout(talker, tokenizer, 64), Parrot(), 4).generate(questions[:4], 2, how, 8) != whole
     assert [rollout.id for rollout in whole] == list(range(8)) and whole[2].prompt is questions[1]
 
 
@@ -402,18 +402,20 @@ class OneOfTwo:
 
 def test_two_ranks_play_the_episodes_of_one(tokenizer, talker, questions):
     how = Sampling(max_new_tokens=30)
-    alone = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64).generate(questions[:5], 3, how, 7)
+    alone = CachedAgentRollout(HFRollout(talker, tokenizer, 64), Parrot(), 4).generate(questions[:5], 3, how, 7)
     first = OneOfTwo(0, [])
-    play = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64, ranks=first)
+    play = CachedAgentRollout(HFRollout(talker, tokenizer, 64, ranks=first), Parrot(), 4)
     half = play.generate(questions[:5], 3, how, 7)
     second = OneOfTwo(1, first.own)
-    whole = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 64, ranks=second).generate(questions[:5], 3, how, 7)
+    whole = CachedAgentRollout(HFRollout(talker, tokenizer, 64, ranks=second), Parrot(), 4).generate(
+        questions[:5], 3, how, 7
+    )
     assert len(half) == 8 and len(second.own) == 7 and whole == alone
 
 
 def test_cached_draws_follow_the_models_distribution(tokenizer, talker, questions):
     """First tokens of 4,000 episodes of one prompt against the softmax; a right sampler is about 0.04 away."""
-    agent = CachedAgentRollout(talker, tokenizer, Parrot(), 4, 4000)
+    agent = CachedAgentRollout(HFRollout(talker, tokenizer, 4000), Parrot(), 4)
     rollouts = agent.generate(questions[:1], 4000, Sampling(temperature=2.0, max_new_tokens=1), 3)
     with torch.no_grad():
         expected_V = (talker(torch.tensor([questions[0].ids])).logits[0, -1] / 2.0).softmax(-1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -162,7 +163,8 @@ def test_positions_count_tool_tokens_that_carry_no_row(make_rollout):
         token_ids_N=torch.tensor([7, 10, 11]),
     )
     kept_N = torch.tensor([True, False, True])
-    table = token_table(9, rollouts, [2, 4], stats, kept_N, {"quadrant": torch.tensor([1, 2, 3])}, None)
+    telemetry = SimpleNamespace(label_tokens=lambda _: {"quadrant": torch.tensor([1, 2, 3])})
+    table = token_table(9, rollouts, 64, stats, kept_N, [telemetry])
     assert list(table) == ["step", "rollout", "position", "token_id", "entropy", "quadrant", "kept"]
     assert table["rollout"].tolist() == [2, 4, 4]
     assert table["position"].tolist() == [0, 0, 3]

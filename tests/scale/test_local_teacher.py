@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from opsd.data.packing import pack
+from opsd.data.packing import empty, pack
 from opsd.model.scorer import Scorer
 from opsd.teacher import LocalTeacher
 
@@ -48,7 +48,7 @@ def test_an_offloaded_model_is_on_the_device_while_it_computes_only_and_its_one_
 def test_the_head_is_the_models_own_and_stays_where_it_is(offload):
     scorer = Scorer(tiny_model(False, 1))
     before = scorer.head.weight.data_ptr()
-    head = LocalTeacher(scorer, DEVICE, offload).head().weight_VD
+    head = LocalTeacher(scorer, DEVICE, offload).head_for(empty()).weight_VD
     assert head.data_ptr() == scorer.head.weight.data_ptr() == before
 
 

@@ -234,13 +234,15 @@ def test_both_teachers_give_the_same_loss_then_a_killed_server_is_said_so(served
     local = LocalTeacher(scorer, CPU)
     remote = teacher_of(url, head=read_head(str(thin_smollm2.folder), torch.float32), retries=1)
     remote.connect()
-    assert torch.equal(remote.head().weight_VD, local.head().weight_VD)
+    assert torch.equal(remote.head_for(empty()).weight_VD, local.head_for(empty()).weight_VD)
     batches = pack(rollouts(49000), 14)
     generator = torch.Generator().manual_seed(1)
     for micro, ours, theirs in zip(batches, remote.hidden(batches), local.hidden(batches), strict=True):
         student_ND = theirs + 0.3 * torch.randn(theirs.shape, generator=generator)
         served_loss, local_loss = (
-            distill_loss(student_ND, local.head(), states, local.head(), rollout_N=micro.rollout_N).loss_sum
+            distill_loss(
+                student_ND, local.head_for(empty()), states, local.head_for(empty()), rollout_N=micro.rollout_N
+            ).loss_sum
             for states in (ours, theirs)
         )
         assert float(local_loss) > 0.1

@@ -38,11 +38,13 @@ def engine(models):
 
 @pytest.fixture(scope="module")
 def vllm(models, engine):
+    from opsd.rollout.vllm import sampler_settings
     from opsd.rollout.vllm_process import VLLMProcessRollout
 
     settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=600)
     tokenizer = load_tokenizer(str(models / "student"), "--student")
-    return VLLMProcessRollout(str(models / "student"), tokenizer, engine, settings, EngineConfig(), 96)
+    path = str(models / "student")
+    return VLLMProcessRollout(engine, settings, sampler_settings(path, tokenizer, engine, settings, EngineConfig(), 96))
 
 
 def transformers_says(engine, models):
@@ -88,7 +90,8 @@ def test_a_signal_to_end_is_the_trainers_affair(models, engine, vllm):
     assert ids_of(vllm.generate(PROMPTS, 2, GREEDY, seed=0)) == before
 
 
-def test_one_that_hangs_is_ended_and_said_so(vllm):
+def test_one_that_hangs_is_ended_and_said_so(vllm, monkeypatch):
+    monkeypatch.setattr("opsd.utils.going_on._from", "--resume RUN")
     (sampler,) = vllm._samplers
     sampler._timeout_s = 2.0
     os.kill(sampler._process.pid, signal.SIGSTOP)

@@ -38,10 +38,10 @@ def engine(thin_smollm2):
 @pytest.fixture(scope="module")
 def vllm(thin_smollm2, tokenizer, engine):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
-    from opsd.rollout.vllm import VLLMRollout
+    from opsd.rollout.vllm import VLLMRollout, sampler_settings
 
-    settings = RolloutConfig(engine="vllm", generate_batch=8)
-    yield VLLMRollout(str(thin_smollm2.folder), tokenizer, engine, settings, EngineConfig(), 96)
+    rollout, folder = RolloutConfig(engine="vllm", generate_batch=8), str(thin_smollm2.folder)
+    yield VLLMRollout(engine, rollout, sampler_settings(folder, tokenizer, engine, rollout, EngineConfig(), 96))
     leave()  # ends the engine: its cache alone is a GiB
 
 
@@ -191,13 +191,14 @@ def test_three_steps_with_vllm_rollouts(run):
 
 
 def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run):
-    from opsd.rollout.vllm import VLLMRollout
+    from opsd.rollout.vllm import VLLMRollout, sampler_settings
 
     path = str(run / "checkpoints" / "step_3")
     tokenizer = load_tokenizer(path, "--student")
     prompts = [Prompt(str(place), "", [5 + place, 6, 7], None) for place in range(3)]
     engine = TorchEngine(load_scorer(path, "--student", torch.float32, CPU), EngineConfig(), OptimConfig(), CPU)
-    vllm = VLLMRollout(path, tokenizer, engine, RolloutConfig(engine="vllm"), EngineConfig(), 96)
+    rollout = RolloutConfig(engine="vllm")
+    vllm = VLLMRollout(engine, rollout, sampler_settings(path, tokenizer, engine, rollout, EngineConfig(), 96))
     ours = vllm.generate(prompts, 1, GREEDY, seed=0)
     leave()
     assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 1, GREEDY, seed=0))

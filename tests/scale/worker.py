@@ -265,10 +265,10 @@ def carry_over(ranks) -> dict[str, dict]:
         first, second = (Case("", EngineConfig(kind="deepspeed", zero_stage=stage)) for stage in (source, target))
         one = build(first, ranks)
         train(first, ranks, one, 1, STEPS - 1)
-        held, (moments, values) = weights(one[0]), one[0].optimizer_state()
+        held, moments = weights(one[0]), one[0].optimizer_state()
         held, moments = ranks.broadcast([{k: v.detach() for k, v in held.items()}, moments])
         two = build(second, ranks, held)
-        two[0].load_optimizer_state(moments, values)
+        two[0].load_optimizer_state(moments)
         results[f"{source} to {target}"] = train(second, ranks, two, STEPS, STEPS)
     return results
 
@@ -299,12 +299,12 @@ def discarded(ranks) -> dict[str, list]:
         case = Case("", EngineConfig(kind="deepspeed", zero_stage=stage), rank=4)
         engine, *_ = built = build(case, ranks)
         train(case, ranks, built, 1, 1)
-        before = {**weights(engine), **engine.optimizer_state()[0]}
+        before = {**weights(engine), **engine.optimizer_state()}
         before = {name: tensor.detach().clone() for name, tensor in before.items()}
         for micro in layout(case, ranks):
             engine.backward(engine.forward(micro, lambda hidden, _: DistillResult(hidden.sum(), *NOTHING)).loss_sum, 1)
         engine.discard()
-        after = {**weights(engine), **engine.optimizer_state()[0]}
+        after = {**weights(engine), **engine.optimizer_state()}
         results[str(stage)] = [name for name in before if not torch.equal(after[name], before[name])]
     return results
 
@@ -395,7 +395,7 @@ def main(out: Path) -> None:
         results[case.name] = train(case, ranks, built, 1, STEPS)
         if case.rank:
             results[case.name]["plain model"] = plain_model(case, built[0], ranks)
-        found, (moments, _) = weights(built[0]), built[0].optimizer_state()
+        found, moments = weights(built[0]), built[0].optimizer_state()
         if ranks.is_main:
             keep(out, case.name, {**found, **moments})
     extra = {"carried over": carry_over(ranks), "not finite": not_finite(ranks), "discarded": discarded(ranks)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import close, transformer
 
-from opsd.data.packing import pack
+from opsd.data.packing import empty, pack
 from opsd.model.scorer import Scorer
 from opsd.teacher import LocalTeacher
 
@@ -24,7 +24,7 @@ def test_hidden_states_projected_by_the_head_are_the_models_own_logits(make_mode
         with torch.no_grad():
             logits_LV = model(torch.tensor([rollout.prompt.ids + rollout.response_ids])).logits[0]
         expected_NV = logits_LV[len(rollout.prompt.ids) - 1 : -1]
-        close(states_NE @ teacher.head().weight_VD.T, expected_NV, *transformer(2, 16))
+        close(states_NE @ teacher.head_for(empty()).weight_VD.T, expected_NV, *transformer(2, 16))
 
 
 def test_the_teacher_is_frozen_and_keeps_no_graph(make_model, make_rollout):
@@ -34,7 +34,7 @@ def test_the_teacher_is_frozen_and_keeps_no_graph(make_model, make_rollout):
     assert not scorer.training
     assert not any(parameter.requires_grad for parameter in scorer.parameters())
     assert not hidden.requires_grad
-    assert not teacher.head().weight_VD.requires_grad
+    assert not teacher.head_for(empty()).weight_VD.requires_grad
 
 
 def test_no_batches_give_no_states(make_model):

@@ -12,7 +12,7 @@ from tolerance import close, transformer
 from bench.updates import trainer_of
 from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.data import packing as batch
-from opsd.data.packing import pack
+from opsd.data.packing import empty, pack
 from opsd.engine import TorchEngine
 from opsd.model.scorer import Scorer
 from opsd.selection import STATISTICS, Selection, load_selector
@@ -225,7 +225,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(make_model, ma
     learner = Learner(make_model, make_rollout, engine=TorchEngine)
     before = learner.weights()
     with torch.no_grad():
-        learner.teacher.head().weight_VD[7] = math.nan
+        learner.teacher.head_for(empty()).weight_VD[7] = math.nan
     with pytest.raises(RunStopped, match="the loss is nan nats"):
         learner.run()
     assert all(torch.equal(weight, before[name]) for name, weight in learner.weights().items())

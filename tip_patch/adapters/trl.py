@@ -17,7 +17,7 @@ check_installed()
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 
 from opsd.distill.chunks import ChunkBound
 from opsd.distill.inputs import LossSpec
-from opsd.distill.select import Choice, pick, prepare, weigh
-from opsd.distill.stats import join_ranks
+from opsd.distill.select import Choice, choose_beforehand
 from opsd.selection import TokenSelector, TokenStats, load_selector, with_defaults
 from opsd.types import Stops
 from opsd.utils.errors import UserError
@@ -74,6 +73,11 @@ class Settings:
         if self.selector_options and not isinstance(self.selector, str):
             raise UserError("selector_options belong to a selector's name: give the options to the selector itself")
         self.rule()
+
+    @staticmethod
+    def taken_from(named: dict[str, Any]) -> dict[str, Any]:
+        """Of a call's named arguments those that are settings; they are removed."""
+        return {one.name: named.pop(one.name) for one in fields(Settings) if one.name in named}
 
     def rule(self) -> TokenSelector | None:
         """The selector, a new one where its name was given."""
@@ -120,25 +124,8 @@ class Selecting(DistillationTrainer):
     _use: Callable[[Call], Returned]
     _planned: list[Micro] | None
 
-    def __init__(
-        self,
-        *args: Any,
-        selector: str | TokenSelector | None = "soft_or",
-        selector_options: dict[str, Any] | None = None,
-        engine: str = "kernel",
-        seed: int | None = None,
-        telemetry_every: int | None = None,
-        token_record: str | Path | None = None,
-        **kwargs: Any,
-    ) -> None:
-        settings = Settings(
-            selector=selector,
-            selector_options=selector_options,
-            engine=engine,
-            seed=seed,
-            telemetry_every=telemetry_every,
-            token_record=token_record,
-        )
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = Settings(**Settings.taken_from(kwargs))
         super().__init__(*args, **kwargs)
         self.select(settings)
 
@@ -198,8 +185,9 @@ class Selecting(DistillationTrainer):
             tip.kept = None
         elif not alone and (selector.normalise_over == "batch" or not selector.fixed_budget):
             tip.scored = self._score(watched | selector.needs | selector.needs_kept)
-            tip.choices = self._choose()
-            self._announce(sum(int(c.selection.kept_N.sum()) for c in tip.choices if c.selection is not None))
+            selections = choose_beforehand(selector, tip.scored, self._closes.ranks(), tip.seed)
+            tip.choices = [Choice(selection=selection) for selection in selections]
+            self._announce(sum(int(selection.kept_N.sum()) for selection in selections))
         elif selector.fixed_budget:
             lengths = [length for micro in micros for length in _loss_mask(micro).sum(1).tolist() if length]
             self._announce(sum(map(selector.budget, lengths)))
@@ -230,15 +218,6 @@ class Selecting(DistillationTrainer):
                 self._forward_redirection(model, student, self._compute_loss, student, micro, None)
         model.train()
         return found
-
-    def _choose(self) -> list[Choice]:
-        """The masks of the step's micro-batches, made of `tip.scored`."""
-        selector, scored = self.tip.selector, self.tip.scored
-        assert selector is not None
-        if selector.normalise_over == "batch":
-            prepare(selector, join_ranks(scored, self._closes.ranks()))
-        selections = [weigh(selector, stats, pick(selector, stats, self.tip.seed)) for stats in scored]
-        return [Choice(selection=selection) for selection in selections]
 
     def _train_on(self, call: Call) -> Returned:
         """The loss of the micro-batch whose turn it is."""
@@ -274,27 +253,13 @@ def tip(trainer: type) -> Any:
 
 
 @contextlib.contextmanager
-def selecting(
-    selector: str | TokenSelector | None = "soft_or",
-    *,
-    engine: str = "kernel",
-    seed: int | None = None,
-    telemetry_every: int | None = None,
-    token_record: str | Path | None = None,
-    **options: Any,
-) -> Iterator[None]:
+def selecting(selector: str | TokenSelector | None = "soft_or", **named: Any) -> Iterator[None]:
     """Every DistillationTrainer that is made within selects, subclasses included: no name has to be looked up anew.
 
-    options: those of the rule. Other arguments as in Selecting.
+    named: options of the rule, and Selecting's arguments from `engine` on.
     """
-    settings = Settings(
-        selector=selector,
-        selector_options=options,
-        engine=engine,
-        seed=seed,
-        telemetry_every=telemetry_every,
-        token_record=token_record,
-    )
+    ours = Settings.taken_from(named)
+    settings = Settings(selector=selector, selector_options=named, **ours)
     own = DistillationTrainer.__init__
 
     def begin(self: DistillationTrainer, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from opsd.config import LossConfig, OptimConfig, RolloutConfig, SelectConfig, Te
 from opsd.distill.stats import join_ranks, stop_metrics
 from opsd.run.disk import replace
 from opsd.run.folder import RunFolder
-from opsd.run.token_record import recorded_rollouts, token_table
+from opsd.run.token_record import token_table
 from opsd.selection import REQUIRED_FIELDS, STOP_FIELDS, TokenStats, load_telemetry
 from opsd.types import Prompt, Rollout
 from opsd.utils.distributed import Ranks
@@ -139,11 +139,8 @@ class StepEnd(TrainerCallback):
         if folder is None:
             return
         rollouts = sorted(rollouts, key=lambda rollout: rollout.id)
-        labels: dict[str, Tensor] = {}
-        for telemetry in self._telemetry:
-            labels |= telemetry.label_tokens(stats)
-        recorded = recorded_rollouts(rollouts, folder.config.telemetry.max_rollouts_saved)
-        folder.write_tokens(step, token_table(step, rollouts, recorded, stats, kept_N, labels, None))
+        most = folder.config.telemetry.max_rollouts_saved
+        folder.write_tokens(step, token_table(step, rollouts, most, stats, kept_N, self._telemetry))
         folder.write_rollouts(f"step_{step}", rollouts, self._trainer._tokenizer, None)
         folder.write_metrics({"step": step, **metrics})
 

@@ -73,7 +73,7 @@ def main(
     Args:
         out: Folder to write to.
         deepplanning_root: Your copy of the DeepPlanning travel benchmark, databases unzipped.
-        synthetic: Generate tasks instead: full, compact (small tables), or words (one token a word).
+        synthetic: Generate tasks instead: full, compact (small tables), or words (one token per word).
         langs: Languages of the benchmark to take.
         train_fraction: Fraction of the benchmark's trips that train; the paper says 80 %.
         train: Generated training tasks.

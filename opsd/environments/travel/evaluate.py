@@ -21,7 +21,6 @@ class TravelEvaluator(SuiteRunner):
         self._talk = talk
 
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
-        """See the function of that name: the keys of any suite's result, and more."""
         return statistics(rollouts, [self._talk.score(rollout) for rollout in rollouts], self._config.samples)
 
     def rewards(self, rollouts: list[Rollout]) -> list[float]:

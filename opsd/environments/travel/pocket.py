@@ -9,7 +9,7 @@ from random import Random
 
 from opsd.environments.travel.task import Row, Tables, TravelTask
 from opsd.environments.travel.words import CONSTRAINTS, DATES, GO, QUERY, STARS, VALUES, coordinate, date_of, value_word
-from opsd.utils.seeding import derive_seed
+from opsd.utils.seeding import below, derive_seed
 
 STARS_SHOWN, HOTELS_PER_STAR = 3, 3
 ATTRACTIONS, RESTAURANTS_PER_ATTRACTION = 3, 4
@@ -23,11 +23,6 @@ def pocket_tasks(n: int, seed: int, part: str = "tasks") -> list[TravelTask]:
     return [
         _task(f"{part}-{number}", Random(derive_seed(seed, "pocket planning", part, number))) for number in range(n)
     ]
-
-
-def below(rng: Random, limit: int) -> int:
-    """A uniform integer in 0 … limit−1, from `random()`: the one draw that Python keeps across its versions."""
-    return int(rng.random() * limit)
 
 
 def sample(rng: Random, count: int, limit: int) -> list[int]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from opsd.environments.travel.pocket import below, sample
+from opsd.environments.travel.pocket import sample
 from opsd.environments.travel.task import Row, Tables
+from opsd.utils.seeding import below
 
 Drawn = tuple[dict[str, Any], str]
 """A constraint's fields, and its sentence in the query."""

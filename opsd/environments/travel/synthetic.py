@@ -12,11 +12,11 @@ from random import Random
 from typing import Any
 
 from opsd.environments.travel.oracle import oracle_plan
-from opsd.environments.travel.pocket import below, sample
+from opsd.environments.travel.pocket import sample
 from opsd.environments.travel.rules import draw_constraints
 from opsd.environments.travel.score import plan_cost, score_plan
 from opsd.environments.travel.task import Form, Row, Tables, TravelTask
-from opsd.utils.seeding import derive_seed
+from opsd.utils.seeding import below, derive_seed
 
 CITIES = ("Arvenholm", "Belmarra", "Cordanel", "Dravik", "Elmsford", "Farrowgate", "Grenholt", "Halvery", "Istmere")
 BRANDS = ("Lantern", "Meridian", "Northlight", "Oakhouse")

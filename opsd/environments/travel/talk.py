@@ -11,6 +11,7 @@ from opsd.environments.travel.env import TravelEnv
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.task import TravelTask
 from opsd.environments.travel.tools import CallError, find
+from opsd.rollout.agent import Conversation
 from opsd.rollout.tool_calls import ChatTurns, cut_middle, read_calls
 from opsd.types import Prompt, Rollout
 from opsd.utils.errors import UserError
@@ -23,13 +24,13 @@ class TravelPrompt(Prompt):
     task: TravelTask
 
     def content(self) -> list[Any]:
-        """See Prompt.content: also the trip, and the tables that the tools read."""
+        """Prompt's, and also the trip and the tables that the tools read."""
         task = self.task
         return [*super().content(), task.lang, task.query, task.meta, task.form, task.source, task.tables]
 
 
-class Talk:
-    """Conversation (see opsd.rollout.agent) about travel tasks, in whichever form a task has.
+class Talk(Conversation):
+    """A conversation about travel tasks, in whichever form a task has.
 
     tool_output_characters: most characters of one tool's output that the model sees (head and tail); 0 is no limit.
     """
@@ -49,7 +50,6 @@ class Talk:
         return TravelPrompt(name, task.query, ids, json.dumps(task.constraints, ensure_ascii=False), task)
 
     def reply(self, prompt: Prompt, turn_ids: list[int]) -> list[int] | None:
-        """See Conversation.reply."""
         assert isinstance(prompt, TravelPrompt)
         if prompt.task.form == "words":
             return self._reply_in_words(prompt.task, turn_ids)
@@ -91,6 +91,6 @@ class Talk:
 
 def last_turn(rollout: Rollout) -> list[int]:
     """The ids that the student wrote behind the environment's last token."""
-    mask = rollout.student_mask or [True] * len(rollout.response_ids)
+    mask = rollout.by_student
     start = len(mask) - next((n for n, by_student in enumerate(reversed(mask)) if not by_student), len(mask))
     return rollout.response_ids[start:]

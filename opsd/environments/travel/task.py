@@ -42,7 +42,7 @@ class TravelTask:
     """One trip to plan.
 
     meta: people_number, room_number, days, dates, cities, and hard_constraints {key: {gold fields}}. form: how it is
-    talked about: full (JSON tools), compact (the same, short prompt), words (one token a word, for tiny models).
+    talked about: full (JSON tools), compact (the same, short prompt), words (one token per word, for tiny models).
     given: the tables themselves, or None where db_dir names the folder that holds them.
     """
 

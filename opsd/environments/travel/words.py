@@ -1,4 +1,4 @@
-"""The word form: the same tasks, tools and scores, spoken one token a word, for the smallest of models.
+"""The word form: the same tasks, tools and scores, one token per word, for the smallest of models.
 
     <q> restaurant_highest_rated A6 hotel_cheapest_star s3 train_cheapest_direct d1 <go>
     <call> query_train_info d1 </call> <rows> T¥4 Tt9 T¥1 Tt7 … </rows> <note> T¥1 <call> search_location A6 </call> …

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from opsd.config import TrainConfig
 from opsd.environments.travel.env import TravelEnv
@@ -15,11 +13,10 @@ from opsd.environments.travel.evaluate import TravelEvaluator
 from opsd.environments.travel.talk import Talk, TravelPrompt
 from opsd.environments.travel.task import read_task_file
 from opsd.eval.evaluator import Suite, suite_pair
-from opsd.rollout import RolloutEngine
+from opsd.rollout import HFRollout, RolloutEngine
 from opsd.rollout.agent import AgentRollout
 from opsd.rollout.cached_agent import CachedAgentRollout
 from opsd.types import Prompt
-from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
 
@@ -30,7 +27,7 @@ class TravelWorld:
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
-        self._config, self._tokenizer = config, tokenizer
+        self._config = config
         self._env = TravelEnv(config.environment.deepplanning_root)
         self._talk = self._talk_by(tokenizer)
         self.prompts, self.dropped = self._load(config.prompts, drop=config.rollout.overlong_prompts == "drop")
@@ -38,30 +35,20 @@ class TravelWorld:
         suites = [self._suite(pair) for pair in config.eval.suite]
         self.evaluator = TravelEvaluator(suites, config.eval, config.rollout.max_new_tokens, self._talk)
 
-    def episodes(
-        self,
-        engine: RolloutEngine,
-        model: PreTrainedModel,
-        batch_rollouts: int,
-        context: Any,
-        ranks: Ranks,
-        vocab_size: int | None = None,
-        ends: Sequence[int] | None = None,
-    ) -> RolloutEngine:
-        """Episodes over `engine`; in the word form, where transformers samples, over one cache on `model` instead."""
+    def episodes(self, engine: RolloutEngine) -> RolloutEngine:
+        """Episodes over `engine`; in the word form, where transformers samples, on one cache."""
         turns = self._config.environment.max_turns
         if self._in_words and self._config.rollout.engine == "hf":
-            where = (batch_rollouts, context, ranks, vocab_size, ends)
-            return CachedAgentRollout(model, self._tokenizer, self._talk, turns, *where)
+            assert isinstance(engine, HFRollout)
+            return CachedAgentRollout(engine, self._talk, turns)
         return AgentRollout(engine, self._talk, turns)
 
     def asked(self, tokenizer: Any) -> Callable[[TravelPrompt, str], list[int]]:
-        """See Environment.asked."""
         talk = self._talk_by(tokenizer)
         return lambda prompt, query: talk.prompt(dataclasses.replace(prompt.task, query=query)).ids
 
     def column(self, prompt: TravelPrompt, name: str) -> Any:
-        """See Environment.column: a task's own values, such as lang."""
+        """A task's own values, such as lang."""
         return prompt.task.to_json().get(name)
 
     def _talk_by(self, tokenizer: Any) -> Talk:
