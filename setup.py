@@ -24,6 +24,7 @@ CORE = [
 ]
 LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
+TENSORBOARD = ["tensorboard>=2.18,<3"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
 # Bounded as tip_patch/adapters/trl_checks.py is: selection hooks into its insides.
 TRL = ["trl>=1.16,<1.17"]
@@ -35,7 +36,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.14",
-    "basedpyright>=1.31",
+    "pyrefly>=1.5",
     # What transformers needs to read SmolLM2's GGUF file.
     "gguf>=0.17",
     # The loss's CUDA kernels run in its interpreter, and compile, without a GPU; torch's CPU build does not bring it.
@@ -44,6 +45,7 @@ TEST = [
     *TRL,
     *LORA,
     *WANDB,
+    *TENSORBOARD,
 ]
 
 setup(
@@ -61,6 +63,7 @@ setup(
         "deepspeed": DEEPSPEED,
         "lora": LORA,
         "wandb": WANDB,
+        "tensorboard": TENSORBOARD,
         "test": TEST,
         "trl": TRL,
     },

@@ -103,7 +103,7 @@ class StepLog:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
         every, recorded = config.telemetry.save_rollouts_every, config.telemetry.save_tokens and self._due(step)
         # A record of tokens is looked at with its prompts.
-        if every and (step % every == 0 or recorded):
+        if every and (step % every == 0 or step in {1, config.steps} or recorded):
             self._folder.write_rollouts(f"step_{step}", rollouts, self._parts.tokenizer, rewards)
         return metrics
 
@@ -152,8 +152,8 @@ class StepLog:
         }
 
     def _due(self, step: int) -> list[TokenTelemetry]:
-        """All installed telemetry where it is due in this step, else none."""
-        every = self._config.telemetry.every
+        """All installed telemetry where it is due in this step, else none. A short run has it at its last step."""
+        every = min(self._config.telemetry.every, self._config.steps)
         return self._parts.telemetry if every and step % every == 0 else []
 
 

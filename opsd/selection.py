@@ -14,14 +14,13 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from types import MethodType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from opsd.utils.errors import UserError, first_line
-from opsd.utils.plugins import ALL_TOKENS, SELECTOR_GROUP, check_selector_name, load_path
+from opsd.utils.plugins import ALL_TOKENS, SELECTOR_GROUP, check_selector_name, installed, load_path
 from opsd.utils.plugins import selector_names as selector_names
 
 TELEMETRY_GROUP = "opsd.telemetry"
@@ -205,8 +204,8 @@ def _complete(plugin: Any, protocol: type, members: tuple[str, ...]) -> Any:
 
 def describe_selectors() -> dict[str, str]:
     """Each name with the first line of its class's docstring. Loads every installed selector."""
-    found = {point.name: point.load() for point in entry_points(group=SELECTOR_GROUP)}
-    lines = {name: (inspect.getdoc(found[name]) or "").partition("\n")[0] for name in sorted(found)}
+    found = {name: point.load() for name, point in installed(SELECTOR_GROUP).items()}
+    lines = {name: (inspect.getdoc(factory) or "").partition("\n")[0] for name, factory in found.items()}
     return {ALL_TOKENS: "Every token is kept: plain on-policy distillation (Eq. 1).", **lines}
 
 
@@ -242,7 +241,7 @@ def selector_takes(name: str, option: str) -> bool:
 
 def _selector_factory(name: str) -> Any:
     """What makes the selector of that name."""
-    found = {point.name: point for point in entry_points(group=SELECTOR_GROUP)}
+    found = installed(SELECTOR_GROUP)
     check_selector_name(name)
     factory: Any = found[name].load() if name in found else load_path(name, "selector", "'module:Name'")
     if not callable(factory):
@@ -276,7 +275,7 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _telemetry() -> list[Any]:
-    return [point.load() for point in sorted(entry_points(group=TELEMETRY_GROUP), key=lambda point: point.name)]
+    return [point.load() for point in installed(TELEMETRY_GROUP).values()]
 
 
 def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:

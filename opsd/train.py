@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def start(config: TrainConfig) -> None:
     ranks = _join_ranks(config)
     parts = assemble(config, ranks)
     folder = RunFolder.create(config, parts.began) if ranks.is_main else Follower(Path(config.out), config)
-    Trainer(config, parts, folder).run()
+    with folder.alone():
+        Trainer(config, parts, folder).run(folder.notes)
 
 
 def pinned(config: TrainConfig) -> TrainConfig:
@@ -65,8 +67,14 @@ def resume(path: Path, steps: int | None = None) -> None:
     """
     check_resumable(path, steps)
     folder = RunFolder.open(path)
-    old, config = folder.config, dataclasses.replace(folder.config, steps=steps or folder.config.steps)
+    config = dataclasses.replace(folder.config, steps=steps or folder.config.steps)
     ranks = _join_ranks(config)
+    with folder.alone() if ranks.is_main else nullcontext():
+        _resume(path, folder, config, ranks, steps)
+
+
+def _resume(path: Path, folder: RunFolder, config: TrainConfig, ranks: Ranks, steps: int | None) -> None:
+    """See resume. config: the folder's, with the end that is wanted now."""
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(config, ranks, newest, folder.began)
@@ -77,7 +85,7 @@ def resume(path: Path, steps: int | None = None) -> None:
     pending = None if state is None or has_line else {"step": state.step, **state.metrics}
     done_steps = 0 if state is None else state.step
     if steps is not None:
-        notes = [*notes, extension(old, config, done_steps)]
+        notes = [*notes, extension(folder.config, config, done_steps)]
         if ranks.is_main:
             folder.extend(steps)
     folder = folder if ranks.is_main else Follower(path, config)

@@ -302,7 +302,8 @@ line_of() {
 # standard input, each ended by NUL.
 run_in_reach() {
     local job status=0 struck= name
-    printf '%s\0' "${WORDS[@]}" | "$@" &
+    # Not through a pipe: a job that ends without having read them would give SIGPIPE's exit code.
+    "$@" < <(printf '%s\0' "${WORDS[@]}") &
     job=$!
     for name in INT TERM HUP; do
         # shellcheck disable=SC2064  # the job and the signal as they are now

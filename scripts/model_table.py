@@ -77,7 +77,7 @@ def cell(family: str, way: str) -> str:
         student, teacher = write(folder / "student", pair[0]), write(folder / "teacher", pair[1], seed=1)
         prompts = folder / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("1+2=", "abcdefghijklmnop")))
-        flags = {
+        flags: dict[str, object] = {
             "student": student, "teacher": teacher, "prompts": prompts, "out": folder / "run", "steps": 1,
             "prompt_format": "raw", "prompts_per_step": 2, "rollout.samples_per_prompt": 2,
             "rollout.max_prompt_tokens": 16, "rollout.max_new_tokens": 16, "engine.device": "cpu",

@@ -77,7 +77,7 @@ PROTOCOL = SHARED | {
     "telemetry.save_tokens": True,
 }
 # Measured on as many held-out prompts, with as many answers, as `opsd distance` is told here.
-MEASURE = {"max_prompt_tokens": 256, "max_new_tokens": 64, "samples": 1, "seed": 1234, "device": "cpu"}
+MEASURE: dict[str, Any] = {"max_prompt_tokens": 256, "max_new_tokens": 64, "samples": 1, "seed": 1234, "device": "cpu"}
 RULES = (
     *("entropy_sample", "soft_or", "q3", "teachability", "divergence", "entropy", "random"),
     *("adaptive_kl", "first_fraction", "position_weighted", "iw_opd", "rock_bypass"),

@@ -155,7 +155,9 @@ def write_one(run: Run, out: Path) -> Section:
     lines = "".join(f"- {markdown_text(line)}\n" for line in section.remarks)
     tables = "\n".join(table.markdown() for table in section.tables)
     (out / "table.md").write_text(f"# {markdown_text(section.title)}\n\n{lines}\n{tables}")
-    (out / "report.html").write_text(page(section.title, [section], note=""), encoding="utf-8")
+    (out / "report.html").write_text(
+        page(section.title, [dataclasses.replace(section, title="")], note=""), encoding="utf-8"
+    )
     return section
 
 

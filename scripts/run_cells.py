@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -59,7 +59,8 @@ class Life:
     def strike(self, number: int) -> None:
         """Send a signal to whatever the cell's first process has left."""
         for process in self.leftovers():
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                process.send_signal(number)
 
     def leftovers(self) -> list[psutil.Process]:
         """The processes of the session that have not ended, but for the first one."""

@@ -46,7 +46,7 @@ def make_pair(folder: Path, sureness: float) -> None:
     never writes are exchanged, so it says what the pocket student says. The teacher never writes it.
     """
     for name in ("student", "teacher"):
-        tokenizer = AutoTokenizer.from_pretrained(POCKET / name, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(POCKET / name, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(POCKET / name, trust_remote_code=False, use_safetensors=True)
         eos, never = tokenizer.eos_token_id, tokenizer.pad_token_id
         tokenizer.add_special_tokens({"additional_special_tokens": [END]})

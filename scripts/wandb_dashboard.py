@@ -17,12 +17,15 @@ import tyro
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 
-panels: Any
-ws: Any
-try:
-    panels, ws = (importlib.import_module(f"wandb_workspaces.{name}") for name in ("reports.v2", "workspaces"))
-except ImportError:
-    panels = ws = None
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+panels, ws = _imported("wandb_workspaces.reports.v2"), _imported("wandb_workspaces.workspaces")
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")

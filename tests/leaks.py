@@ -29,7 +29,7 @@ def now() -> dict[str, Any]:
         "torch's threads": torch.get_num_threads(),
         "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "whether torch records gradients": torch.is_grad_enabled(),
-        "the precision of fp32 products": torch.backends.mkldnn.matmul.fp32_precision,  # pyright: ignore
+        "the precision of fp32 products": torch.backends.mkldnn.matmul.fp32_precision,
         "a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         "the level of the root logger": logging.getLogger().level,
     }

@@ -41,6 +41,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: garbage is not to be looked for there, again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

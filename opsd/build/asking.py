@@ -35,7 +35,8 @@ def ask(config: TrainConfig, tokenizer: Any, teacher_tokenizer: Any) -> Asked:
     asking = teacher_prompts(config, teacher_tokenizer, how)
     world = load_environment(config.environment.kind, config, tokenizer)
     if world is None:
-        more = routed(config.teacher_field, config.teacher_paths()) if config.teachers else asking and asking.of_record
+        more = None if asking is None else asking.of_record
+        more = routed(config.teacher_field, config.teacher_paths()) if config.teachers else more
         prompts, dropped = load_prompts(config.prompts, tokenizer, how, more)
         suites = load_suites(config.eval.suite, tokenizer, how, config.eval.limit)
         evaluator = Evaluator(suites, config.eval, config.rollout.max_new_tokens, tokenizer)

@@ -36,7 +36,7 @@ from opsd.model.positions import Span
 from opsd.model.vocabulary import check_ids, shared_vocabulary
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.began import Began
-from opsd.run.tracking import check_wandb
+from opsd.run.tracking import check_trackers
 from opsd.selection import TokenSelector, TokenTelemetry, load_telemetry
 from opsd.teacher import LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
 from opsd.types import NO_STOPS, Sampling, Stops
@@ -85,7 +85,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     began: what the run began with, if it goes on: the prompts must be the same.
     Raises UserError for whatever cannot serve. Writes nothing.
     """
-    check_wandb(config)
+    check_trackers(config)
     check_rollout(config.rollout)
     check_adapters(config.lora)
     selector = build_selector(config.select)

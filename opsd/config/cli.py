@@ -52,6 +52,8 @@ def one_line(box: str, config: type[Settings], args: list[str]) -> str:
     text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().removesuffix(".")
     unknown = re.search(r"Unrecognized options: ([^\s,]+)", text)
     if unknown:
+        if not unknown[1].startswith("-"):
+            return f"unexpected argument {unknown[1]}"
         meant = flag_for(unknown[1], list(flags))
         near = [meant] if meant else difflib.get_close_matches(unknown[1], flags, n=1)
         unit = f" {unit_for(unknown[1])}".rstrip() if meant else ""
@@ -59,11 +61,16 @@ def one_line(box: str, config: type[Settings], args: list[str]) -> str:
     missing = re.search(r"Missing from [^:]+: (.*)", text)
     if missing:
         options = [flag for flag in _OPTION.findall(missing[1]) if flag in flags]
-        return f"missing: {', '.join(options or map(str.upper, required_of(config)))}"
+        # Of arguments without a flag the box has the types alone; taken in order, the last ones are missing.
+        bare = [name.upper() for name in required_of(config) if f"--{name}" not in options]
+        lacking = missing[1].count("(required)") - len(options)
+        return f"missing: {', '.join([*bare[len(bare) - lacking :], *options])}"
     wrong = re.search(r"(?:Error parsing |argument '|Missing value for argument ')(--[\w.]+)", text)
     if wrong and wrong[1] in flags and wrong[1] in args:
         rest = args[args.index(wrong[1]) + 1 :]
         given = itertools.takewhile(lambda word: not word.startswith("--"), rest)
+        if typing.get_origin(flags[wrong[1]]) not in (tuple, dict):
+            given = itertools.islice(given, 1)  # arguments without a flag may follow
         return f"{' '.join([wrong[1], *given])}: give {asked_for(flags[wrong[1]])}"
     return text
 

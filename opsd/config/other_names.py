@@ -63,6 +63,7 @@ _NAMES = """
 --checkpoint.keep: save_total_limit max_ckpt_to_keep max_actor_ckpt_to_keep
 --telemetry.every: logging_steps log_freq log_interval
 --track.wandb: report_to logger use_wandb wandb
+--track.tensorboard: tensorboard use_tensorboard
 --track.project: project_name wandb_project
 --resume: resume_from_checkpoint resume_mode resume_from
 """

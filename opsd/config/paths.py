@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from opsd.utils.errors import UserError
 from opsd.utils.paths import check_hub_cache, check_model_path, check_new_run, check_records_path, hub_answers
-from opsd.utils.plugins import check_selector_name
+from opsd.utils.plugins import ALL_TOKENS, check_selector_name
 
 if TYPE_CHECKING:
     from opsd.config.schema import TrainConfig
@@ -19,6 +19,12 @@ def check_paths(config: TrainConfig) -> None:
         raise UserError("--out is empty; give a new folder")
     check_new_run(Path(config.out))
     check_selector_name(config.select.by)
+    if config.select.by == ALL_TOKENS and (options := config.select.options):
+        given = " ".join(word for pair in options.items() for word in pair)
+        raise UserError(
+            f"--select.options {given} with --select.by {ALL_TOKENS}, which takes no options: leave them out, or "
+            "name a rule (`opsd selectors`)"
+        )
     if not config.teachers and not config.teacher.model:
         raise UserError("--teacher is empty: give a model folder, self, or several as --teachers NAME=FOLDER")
     teachers = {f"--teachers {name}" if name else "--teacher": path for name, path in config.teacher_paths().items()}

@@ -90,7 +90,8 @@ class TelemetryConfig(Settings, part="telemetry"):
     """Metrics beyond the loss: quadrant shares, overlap of selectors, teacher entropy."""
 
     every: NonNegativeInt = 10
-    """Steps between telemetry, which scores all tokens with both models. 0 is off."""
+    """Steps between telemetry, which scores all tokens with both models; a shorter run has it at its last step. 0 is
+    off."""
     save_tokens: bool = False
     """Write each telemetry step's per-token statistics to tokens/ (parquet); `opsd inspect` shows them."""
     top_tokens: NonNegativeInt = 0
@@ -98,7 +99,7 @@ class TelemetryConfig(Settings, part="telemetry"):
     max_rollouts_saved: PositiveInt = 64
     """Maximum number of rollouts in each file of tokens/, spread evenly over the step's."""
     save_rollouts_every: NonNegativeInt = 10
-    """Steps between rollouts/step_N.jsonl files; 0 is off."""
+    """Steps between rollouts/step_N.jsonl files; the first and the last step always have one. 0 is off."""
     options: dict[str, str] = field(default_factory=dict)
     """Additional options of the telemetry, such as its thresholds, as KEY VALUE pairs."""
 
@@ -112,12 +113,14 @@ class TelemetryConfig(Settings, part="telemetry"):
 
 @dataclass(frozen=True)
 class TrackConfig(Settings, part="track"):
-    """metrics.jsonl is always written; wandb is optional."""
+    """metrics.jsonl is always written; trackers are optional."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     """offline: log to local wandb files. online: log to a wandb server."""
     project: str = "opsd"
     """wandb project."""
+    tensorboard: bool = False
+    """Also write every metric as a curve to RUN/tensorboard; `tensorboard --logdir RUN` shows them."""
     progress: bool = True
     """Print the start lines and show progress: a bar on a terminal, lines elsewhere."""
 

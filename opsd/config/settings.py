@@ -177,7 +177,7 @@ class StepSettings(Settings):
     """Training prompts: a .jsonl or .parquet file, or a dataset on the hub as hub:OWNER/NAME:SPLIT or
     hub:OWNER/NAME:CONFIG:SPLIT; config.json then records its commit."""
     out: str
-    """Folder to write to; a run's must be new or empty."""
+    """Folder to write to; a run's must be new, empty, or of a run that ended before its first step did."""
     steps: PositiveInt = 100
     """Optimiser steps."""
     prompts_per_step: PositiveInt = 8

@@ -62,7 +62,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         if not ctx.gradients:
             # The first backward gave its buffers away. Under retain_graph they are formed anew; otherwise this
             # read raises autograd's own error for a graph already freed.

@@ -105,7 +105,7 @@ def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
             loss_sum, loss_K = FusedLoss.apply(*states, trained, held)
         field = field_of(spec.divergence)
         if all_kept and field is not None:
-            stats = dataclasses.replace(stats, **{field: loss_K.float()})
+            stats = dataclasses.replace(stats, **{field: loss_K.float()})  # pyrefly: ignore[bad-argument-type]
         return DistillResult(loss_sum, kept_N, stats)
 
 

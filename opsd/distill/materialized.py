@@ -70,7 +70,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_KV: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         hidden_KD, head_VD, bias_V = ctx.saved_tensors
         head, height = ctx.inputs.student_projection(), ctx.inputs.vocab_size
         if head.joined is not None:

@@ -46,7 +46,7 @@ def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
 @contextmanager
 def bf16_products() -> Iterator[None]:
     """Lets CPU products of fp32 tensors round their operands to bf16; sums and results stay fp32."""
-    setting = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    setting = torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

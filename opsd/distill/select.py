@@ -143,7 +143,7 @@ def _weigh(
     missing = frozenset(name for name in selector.needs_kept if getattr(stats, name) is None)
     if missing := check_needs(missing, inputs):
         kept_K = mask_of(selection.kept_N, inputs).nonzero().squeeze(-1)
-        stats = dataclasses.replace(stats, **score_rows(inputs, missing, spec, kept_K))
+        stats = dataclasses.replace(stats, **score_rows(inputs, missing, spec, kept_K))  # pyrefly: ignore[bad-argument-type]
     return stats, weigh(selector, stats, selection)
 
 

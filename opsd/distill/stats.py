@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,8 +184,8 @@ def _blank(name: str, inputs: Inputs) -> Tensor:
 
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
     """TokenStats from what is known; fields nobody asked for are None."""
-    values = {name: fields.get(name) for name in ALL_STATISTICS}
-    known = {"token_ids_N": inputs.token_ids_N, "stop_N": inputs.stop_N}
+    values: dict[str, Any] = {name: fields.get(name) for name in ALL_STATISTICS}
+    known: dict[str, Any] = {"token_ids_N": inputs.token_ids_N, "stop_N": inputs.stop_N}
     return TokenStats(rollout_N=inputs.rollout_N, vocab_size=inputs.vocab_size, **known, **values)
 
 
@@ -196,12 +197,12 @@ def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
     if not parts:
         raise UserError("no statistics to join: give at least one micro-batch's")
     device = parts[0].rollout_N.device
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in dataclasses.fields(TokenStats):
         values = [getattr(part, field.name) for part in parts]
         whole = field.name != "vocab_size" and all(value is not None for value in values)
         joined[field.name] = torch.cat([value.to(device) for value in values]) if whole else None
-    return TokenStats(**{**joined, "vocab_size": parts[0].vocab_size})
+    return TokenStats(**joined | {"vocab_size": parts[0].vocab_size})
 
 
 def join_ranks(parts: Sequence[TokenStats], ranks: Ranks) -> TokenStats:
@@ -210,4 +211,4 @@ def join_ranks(parts: Sequence[TokenStats], ranks: Ranks) -> TokenStats:
     fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
     common = set.intersection(*ranks.gather(set(fields)))
     joined = {name: ranks.concatenate(fields[name]) if name in common else None for name in sorted(fields)}
-    return dataclasses.replace(own, **joined)
+    return dataclasses.replace(own, **joined)  # pyrefly: ignore[bad-argument-type]

@@ -11,8 +11,7 @@ where S_CAPPED says so (t_… of the teacher); V: entries of a row that are of t
 """
 
 # The language of the kernels is not Python's: types are known to Triton's compiler alone.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+# pyrefly: ignore-errors[unbound-name]
 
 from __future__ import annotations
 

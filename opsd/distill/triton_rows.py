@@ -4,7 +4,7 @@ Never imported without triton. Legend: C rows, W width of a row (`row_width`).
 """
 
 # What a kernel is called with is known to Triton alone.
-# pyright: reportIndexIssue=false, reportCallIssue=false
+# pyrefly: ignore-errors[bad-argument-count, bad-argument-type, bad-keyword-argument, unexpected-keyword]
 
 from __future__ import annotations
 

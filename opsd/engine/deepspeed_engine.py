@@ -147,7 +147,7 @@ class DeepSpeedEngine(Engine):
             with swapped(self._named, whole):
                 yield
             return
-        own = {name: parameter.ds_tensor.clone() for name, parameter in self._named.items()}  # pyright: ignore
+        own = {name: parameter.ds_tensor.clone() for name, parameter in self._named.items()}  # pyrefly: ignore
         self._set_shards(shares)
         try:
             yield
@@ -254,7 +254,7 @@ class DeepSpeedEngine(Engine):
         """All ranks' parts as one tensor in the parameter's shape."""
         if self._stage == 0:
             return share
-        shape = parameter.ds_shape if self._stage == 3 else parameter.shape  # pyright: ignore
+        shape = parameter.ds_shape if self._stage == 3 else parameter.shape  # pyrefly: ignore
         return self.ranks.concatenate(share)[: math.prod(shape)].view(shape)
 
     def _whole_of(self, share: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -266,7 +266,7 @@ class DeepSpeedEngine(Engine):
         offload = self._engine.optimizer.parameter_offload
         offload.partition_all_parameters()
         for name, parameter in self._named.items():
-            parameter.ds_tensor.copy_(shares[name])  # pyright: ignore
+            parameter.ds_tensor.copy_(shares[name])  # pyrefly: ignore
         if offload.persistent_parameters:
             offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
 

@@ -4,12 +4,12 @@ Each is found by its entry point in group `opsd.environments`, as selectors are;
 """
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from opsd.config import TrainConfig
 from opsd.rollout import RolloutEngine
 from opsd.utils.errors import UserError
+from opsd.utils.plugins import installed
 
 GROUP = "opsd.environments"
 
@@ -45,7 +45,7 @@ def load_environment(kind: str, config: TrainConfig, tokenizer: Any) -> Environm
     """The environment of that name; None for "none". Raises UserError for an unknown name."""
     if kind == "none":
         return None
-    found = {point.name: point for point in entry_points(group=GROUP)}
+    found = installed(GROUP)
     if kind not in found:
-        raise UserError(f"--environment.kind {kind}: give none, or one of {', '.join(sorted(found))}")
+        raise UserError(f"--environment.kind {kind}: give none, or one of {', '.join(found)}")
     return found[kind].load()(config, tokenizer)

@@ -131,6 +131,7 @@ def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
         "steps": run.steps,
         "rough_seconds": estimate.seconds(),
         "adapters": coverage,
+        "hint": _hint(config, hardware),
     }
 
 
@@ -153,12 +154,19 @@ def hardware_of(config: PlanConfig, shape: ModelShape) -> Hardware:
         hardware = sheet_hardware(name, config.gpus, flash)
     else:
         hardware = this_hardware(device, config.gpus, flash, (shape.ffn, shape.hidden))
-    stated = {
+    stated: dict[str, Any] = {
         "gib": config.gpu_gib,
         "tflops": config.tflops and SHEET_SHARE[0] * config.tflops,
         "bandwidth_gbs": config.bandwidth_gbs and SHEET_SHARE[1] * config.bandwidth_gbs,
     }
     return dataclasses.replace(hardware, **{key: value for key, value in stated.items() if value is not None})
+
+
+def _hint(config: PlanConfig, hardware: Hardware) -> str | None:
+    """How to plan for GPUs, where several ranks were asked for and this machine has only its CPU."""
+    if config.gpus == 1 or config.hardware != "this" or hardware.kind != "cpu" or config.run.engine.device == "cpu":
+        return None
+    return f"there is no GPU here: for {config.gpus} GPUs add --hardware {', '.join([*SHEETS][:-1])} or {[*SHEETS][-1]}"
 
 
 def _positions(run: TrainConfig, shapes: tuple[ModelShape, ModelShape]) -> str | None:
@@ -214,7 +222,7 @@ def in_short(found: dict[str, Any]) -> str:
         f"at most {found['tokens_per_step']:,} tokens per step; very roughly {seconds}",
         *found["adapters"],
         *([found["positions"]] if found["positions"] else []),
-        verdict(found),
+        "; ".join(filter(None, (verdict(found), found["hint"]))),
     ]
     return "\n".join(lines)
 

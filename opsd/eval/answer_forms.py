@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from opsd.eval.answer_text import closing
@@ -39,6 +40,11 @@ _UNIT_OF = {name: names.split()[0] for names in _UNITS for name in names.split()
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TEXT = r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname)\s*\{[^{}]*\}"
 _UNIT = re.compile(rf"(?<=[\d.)\]}}])\s*(?:{_TEXT}|[a-zA-Z])(?:{_TEXT}|[a-zA-Z/. ]|\^\s*\{{?\s*\d\s*\}}?)*$")
+# A price, with its sign in front: $5.
+_PRICE = re.compile(r"\s*[+-]?\s*\\\$\s*[\d.]")
+# ∠ABC or ∠{ABC}; a side or segment AB under a bar.
+_ANGLE = re.compile(r"\\angle\s*(?:\{\s*)?([A-Z])\s*([A-Z])\s*([A-Z])(?:\s*\})?")
+_SEGMENT = re.compile(r"\\overline\s*\{\s*([A-Z])\s*([A-Z])\s*\}")
 _COMMAND_AND_BRACES = r"\\[a-z]+\s*(?=\{)|[{}.]"
 _UNIT_WORD = re.compile(r"([a-z]+)((?:\s*\^?\s*\d)?)")
 _ATOM = re.compile(r"(?:\d[\d.]*|\\[a-zA-Z]+|[a-zA-Z])$")
@@ -49,7 +55,9 @@ def in_one_form(answer: str, gold: str) -> tuple[str, str]:
 
     Inequalities become intervals where the other answer is a set, or an inequality in the same variable. Degrees become
     radians where either has degrees, and either a trigonometric function or π; else math-verify leaves the sign out.
+    A segment has its ends in the order of the alphabet.
     """
+    answer, gold = (_SEGMENT.sub(_in_order, text) for text in (answer, gold))
     if _DEGREE.search(answer + " " + gold) and _TURN.search(answer + " " + gold):
         answer, gold = _in_radians(answer), _in_radians(gold)
     ours, theirs = _solutions(answer), _solutions(gold)
@@ -63,19 +71,58 @@ def in_one_form(answer: str, gold: str) -> tuple[str, str]:
 
 
 def units_differ(answer: str, gold: str) -> bool:
-    """Whether both end with units that are known here, and not the same ones: cm³ and cm², km and m.
+    """Whether both have units that are known here, and not the same ones: cm³ and cm², km and m, $5 and 5 cents.
 
-    Where either has none, or an unknown one, the numbers decide alone, as in math-verify, which reads no units.
+    Where either has none, or an unknown one, the numbers decide alone, as in math-verify, which reads no units. Units
+    are not converted: 5 cents are not $0.05 here.
     """
     ours, theirs = _units(answer), _units(gold)
     return bool(ours and theirs) and ours != theirs
 
 
+def kinds_differ(answer: str, gold: str) -> bool:
+    """Whether one is a set in braces and the other a pair, tuple or interval: \\{1,2\\} and (1,2).
+
+    math-verify says that it does not compare these, but reads (1,2) as an interval and then does. A bare list 1,2 may
+    be either.
+    """
+    return {_kind(answer), _kind(gold)} == {"set", "tuple"}
+
+
+def angles_differ(answer: str, gold: str) -> bool:
+    """Whether both are angles by their points, ∠ABC, and not the same: math-verify takes the letters for a product.
+
+    ABC without the sign stays a product, and equals CBA: nothing says that it is a name.
+    """
+    named = [_ANGLE.fullmatch(_LAYOUT.sub("", text).strip()) for text in (answer, gold)]
+    if None in named:
+        return False
+    ours, theirs = ((found[2], {found[1], found[3]}) for found in named if found is not None)
+    return ours != theirs
+
+
+def _kind(text: str) -> str | None:
+    """ "set" or "tuple" of several elements within one pair of brackets; None for anything else."""
+    text = _LAYOUT.sub("", text).strip()
+    if "," not in text or text[-1] not in ")]}":
+        return None
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        return "set" if text.count(r"\{") == 1 else None
+    depths = list(itertools.accumulate((sign in "([") - (sign in ")]") for sign in text))
+    return "tuple" if depths[0] and depths.index(0) == len(text) - 1 else None
+
+
+def _in_order(segment: re.Match[str]) -> str:
+    return rf"\overline{{{''.join(sorted(segment.groups()))}}}"
+
+
 def _units(text: str) -> list[tuple[str, int]]:
-    """The name and the power of each unit behind a number, "m/s" as two; [] where there is none or one is unknown."""
+    """The name and the power of each unit behind a number, "m/s" as two, and of $5; [] where there is none, or one is
+    unknown.
+    """
     found = _UNIT.search(_LAYOUT.sub(" ", text).strip())
     if found is None:
-        return []
+        return [("dollar", 1)] if _PRICE.match(text) else []
     words = re.sub(_COMMAND_AND_BRACES, " ", found[0]).lower()
     units = [_unit(part) for part in re.split(r"/|(?<![a-z])per(?![a-z])", words)]
     return [unit for unit in units if unit is not None] if None not in units else []

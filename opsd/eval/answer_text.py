@@ -18,8 +18,8 @@ _SIGNS = {
     "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∠": r"\angle ",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "", "\u2061": "", "\u2062": "",
 }  # fmt: skip
-_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
-_LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙ", "0123456789+-=()n", strict=True))
+_RAISED: dict[str, str] = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni", strict=True))
+_LOWERED: dict[str, str] = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙ", "0123456789+-=()n", strict=True))
 _RAISED_RUN, _LOWERED_RUN = f"[{''.join(_RAISED)}]+", f"[{''.join(_LOWERED)}]+"
 _SPLIT_FRACTION = re.compile(f"({_RAISED_RUN})⁄({_LOWERED_RUN})")
 # A raised number in front of a root is its index, unless it is the power of what stands in front of it.
@@ -52,13 +52,19 @@ _LARGE = re.compile(rf"(?<=\d)\s*(\\text\s*\{{\s*)?({'|'.join(_POWERS)})(?![a-zA
 # 1e-8 by itself; 2e-3 may be 2·e − 3.
 _SCIENTIFIC = re.compile(r"^\s*(-?(?:\d+\.\d+|1)(?=[eE])|-?\d+(?=E|e[+-]?\d\d))[eE]\+?(-?\d{1,3})\s*$")
 _GOES_ON = re.compile(r"(?<![\d.,^_])(\d{0,30})\.(\d{1,60})\s*(?:\.{3,}|\\(?:l|c)?dots[cbmio]?(?![a-zA-Z]))")
+# Groups of three digits, which math-verify would multiply; with plain blanks only where nothing else is there.
+_GROUPED = re.compile(r"(?<![\d.,^_])\d{1,3}(?:(?:\\[,;: ]|~)\s*\d{3})+(?![\d/])")
+_SPACED = re.compile(r"\s*[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*")
 # So many digits are what math-verify compares; fewer say too little.
 _ENOUGH_DIGITS = 6
 
 
 def to_latex(text: str) -> str:
-    """A bare answer's text in LaTeX: signs as commands, mixed numbers and repeating decimals as fractions."""
-    return _repeating(signs_to_latex(text))
+    r"""A bare answer's text in LaTeX: signs as commands, mixed numbers and repeating decimals as fractions.
+
+    1\,000 becomes 1000.
+    """
+    return _repeating(_ungrouped(signs_to_latex(text)))
 
 
 def signs_to_latex(text: str) -> str:
@@ -76,6 +82,13 @@ def signs_to_latex(text: str) -> str:
     text = re.sub(r"\\degrees?(?![a-zA-Z])", r"^\\circ ", text)
     text = "".join(map(_sign, text)) if not text.isascii() else text
     return _MIXED.sub(_mixed, _WORD_FUNCTION.sub(r"\\\1 ", text))
+
+
+def _ungrouped(text: str) -> str:
+    """Numbers without the blanks between their groups of three digits."""
+    if _SPACED.fullmatch(text):
+        return text.replace(" ", "")
+    return _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
 
 
 def _plain(run: str) -> str:

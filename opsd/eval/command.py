@@ -25,7 +25,7 @@ from opsd.model.files import files_digest
 from opsd.model.loading import load_model, load_tokenizer, running
 from opsd.model.positions import Span, check_positions
 from opsd.model.stops import generation_of, stated_stops, turn_ends
-from opsd.model.vocabulary import check_ids, model_vocabulary, usable_rows, vocabulary_size
+from opsd.model.vocabulary import check_ids, model_vocabulary, usable_ends, usable_rows, vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.began import time_of_run
 from opsd.run.console import progress_bar
@@ -209,6 +209,7 @@ def _engine(
     with running(f"--model {config.model}"):
         _check_finite(model, config)
         switches = length_switches(model, longest + config.max_new_tokens)
+    ends = usable_ends(ends, vocab_size, "--model")
     how = {"ranks": ranks, "vocab_size": vocab_size, "switches": switches, "eos_ids": ends}
     return HFRollout(model, tokenizer, config.generate_batch, **how)
 
@@ -228,9 +229,10 @@ def _vllm_engine(
     try:
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         check_positions(model_config, _spans(config, longest_prompt), f"--model {config.model}")
+        vocab_size = usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model")
         return VLLMSampler(
             config.model,
-            ends,
+            usable_ends(ends, vocab_size, "--model"),
             device,
             config.dtype,
             longest_prompt + config.max_new_tokens,
@@ -239,7 +241,7 @@ def _vllm_engine(
             config.tensor_parallel,
             ranks,
             trust=config.trust_remote_code,
-            vocab_size=usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model"),
+            vocab_size=vocab_size,
         )
     except (OSError, ValueError, RuntimeError) as error:
         reason = first_line(error)

@@ -30,7 +30,7 @@ class DoneProblem:
 
     def to_line(self) -> str:
         """As one line of JSON."""
-        values = {"suite": self.suite, **dataclasses.asdict(self.record)}
+        values: dict[str, Any] = {"suite": self.suite, **dataclasses.asdict(self.record)}
         if self.responses is not None:
             values["responses"] = self.responses
         return json.dumps(values) + "\n"

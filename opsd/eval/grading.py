@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Protocol
 
-from opsd.eval.answer_forms import in_one_form, units_differ
+from opsd.eval.answer_forms import angles_differ, in_one_form, kinds_differ, units_differ
 from opsd.eval.answer_text import signs_to_latex, to_latex
 from opsd.eval.math_verify_process import MAX_ANSWER_CHARACTERS, MAX_GOLD_CHARACTERS, WORKER
 from opsd.utils.errors import UserError
@@ -30,6 +30,7 @@ _GROUP = re.compile(r"[(\[][^()\[\]$\n]{1,60},[^()\[\]$\n]{1,60}[)\]]")
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 _HEDGE = re.compile(r"\b(?:or|and|not|nor|but)\b|[\\^_=<>|()\[\]{}+*:;/]", re.IGNORECASE)
 _BASE = re.compile(r"-?[0-9A-Za-z.,\s]+_\{?(\d{1,2})\}?")
+_PRICE = re.compile(r"\$\s*[\d.][^$]*")
 _INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
@@ -148,7 +149,7 @@ def _equal(answer: str, gold: str) -> bool:
         return False
     ours, theirs = to_latex(_unwrapped(answer)), _gold_latex(gold)
     if not _HOLDS_MATH.search(theirs):
-        if units_differ(ours, theirs):
+        if units_differ(ours, theirs) or kinds_differ(ours, theirs) or angles_differ(ours, theirs):
             return False
         ours, theirs = in_one_form(ours, theirs)
     # math-verify leaves bases out: 23_5 would be 23_7.
@@ -166,6 +167,8 @@ def _line_equal(line: str, gold: str) -> bool:
         return _equal(parts[0].strip("$"), gold)
     # One number among words; of several, or in a formula, none is the answer by itself.
     one_number = len(_NUMBER.findall(line)) == 1 and not _HEDGE.search(line)
+    if units_differ(to_latex(_unwrapped(line)), _gold_latex(gold)):
+        return False
     return _equal(line, gold) or ((bool(parts) or one_number) and _in_text(line, gold))
 
 
@@ -186,9 +189,11 @@ def _gold_latex(gold: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without a full stop behind the whole and the dollar signs around it."""
+    """Without a full stop behind the whole and the dollar signs around it; that of a price is one of LaTeX's."""
     text = text.strip()
     text = text if text.endswith("...") else text.removesuffix(".")
+    if _PRICE.fullmatch(text):
+        return "\\" + text
     inner = text.removeprefix("$").removesuffix("$")
     return text if "$" in inner else inner
 

@@ -117,7 +117,7 @@ def as_saved(model: PreTrainedModel, name: str, weight: Tensor) -> Iterator[tupl
 
 def in_pieces(model: PreTrainedModel) -> bool:
     """Whether any parameter has another form in a checkpoint than in the model."""
-    conversions = getattr(model, "_weight_conversions", None) or []
+    conversions: Any = getattr(model, "_weight_conversions", None) or []
     return any(isinstance(conversion, WeightConverter) for conversion in conversions)
 
 

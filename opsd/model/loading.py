@@ -31,7 +31,7 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     give = "give a folder that holds one"
     with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         except Exception:
             if (Path(path) / "config.json").is_file():
                 # It is read on the way to the tokenizer.

@@ -64,7 +64,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, base: str)
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=lora.rank,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] (any number does)
+        lora_alpha=lora.alpha,  # pyrefly: ignore[bad-argument-type] (any number does)
         lora_dropout=0.0,
         use_rslora=lora.use_rslora,
         target_modules=_targets(model, lora.target_modules),
@@ -78,7 +78,7 @@ def coverage(model: nn.Module) -> str:
 
     Embeddings and head are not counted: they get none by design.
     """
-    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}  # pyright: ignore
+    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}  # pyrefly: ignore
     layers = {name: p for name, p in model.named_parameters() if ".lora_" not in name and id(p) not in ends}
     bare = {name: p.numel() for name, p in layers.items() if not name.endswith(f"{_BASE}weight") and p.dim() >= 2}
     every = sum(p.numel() for p in layers.values())
@@ -108,7 +108,7 @@ def has_adapters(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Within it adapters add nothing: the model is its base."""
-    scalings: list[dict[str, float]] = [part.scaling for part in model.modules() if hasattr(part, "lora_B")]  # pyright: ignore
+    scalings: list[dict[str, float]] = [part.scaling for part in model.modules() if hasattr(part, "lora_B")]  # pyrefly: ignore
     own = [scaling[_ADAPTER] for scaling in scalings]
     for scaling in scalings:
         scaling[_ADAPTER] = 0.0

@@ -40,7 +40,7 @@ def dequantised(config: PretrainedConfig, name: str) -> bool:
             f"{name}: its weights are quantised ({method or min(found)}), which cannot be dequantised "
             "here; give a folder with unquantised weights"
         )
-    config.quantization_config = {**dict(settings or {}), "dequantize": True}  # pyright: ignore[reportAttributeAccessIssue]
+    config.quantization_config = {**dict(settings or {}), "dequantize": True}
     return True
 
 

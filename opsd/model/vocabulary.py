@@ -87,3 +87,9 @@ def check_ends(ends: list[int], vocab_size: int, flag: str) -> None:
             f"{flag}: its end tokens have ids {', '.join(map(str, ends))}, the model knows 0 to {vocab_size - 1}; "
             "name one that it knows as eos_token_id in its generation_config.json"
         )
+
+
+def usable_ends(ends: list[int], vocab_size: int, flag: str) -> list[int]:
+    """Those of a model's end tokens that it can write. Raises UserError as `check_ends`."""
+    check_ends(ends, vocab_size, flag)
+    return [token for token in ends if token < vocab_size]

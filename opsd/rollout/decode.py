@@ -215,7 +215,7 @@ class _Batch:
 
 def _takes_caches(model: PreTrainedModel) -> bool:
     """Whether the model works on transformers' caches, as nearly all do; the others make one of their own."""
-    return model._supports_default_dynamic_cache()  # pyright: ignore[reportCallIssue] (GenerationMixin's)
+    return model._supports_default_dynamic_cache()  # pyrefly: ignore[not-callable] (GenerationMixin's)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Draws:
     def _draw(self, scores_BV: Tensor, place: int) -> Tensor:
         if self._greedy:
             return scores_BV.argmax(-1)
-        scores_BV = self._warpers(None, scores_BV)  # pyright: ignore[reportArgumentType] (none of them reads the ids)
+        scores_BV = self._warpers(None, scores_BV)  # pyrefly: ignore[bad-argument-type] (none of them reads the ids)
         # fp64: in fp32 the running sum of 150,000 probabilities is coarser than the rare ones of them.
         mass_BV = scores_BV.double().softmax(-1).cumsum_(-1)
         drawn_B1 = self._uniform_BT[:, place, None] * mass_BV[:, -1:]

@@ -239,7 +239,7 @@ class VLLMProcessRollout(RolloutEngine):
         if problem is not None:
             self._close()
             raise RunStopped(f"{problem}; {advice()}")
-        return value  # pyright: ignore[reportReturnType]
+        return value  # pyrefly: ignore[bad-return]
 
     def _close(self) -> None:
         for sampler in self._samplers:

@@ -89,8 +89,8 @@ def parse_time(text: Any, where: str) -> datetime:
 def time_of_run(model: Path) -> datetime | None:
     """Where `model` is a run's checkpoint, the time that the run's templates saw, if they looked."""
     try:
-        began = json.loads((model.resolve().parents[1] / "config.json").read_text()).get("began")
+        said = json.loads((model.resolve().parents[1] / "config.json").read_text()).get("began")
     except (OSError, ValueError, IndexError, AttributeError):
         return None
-    began = Began.from_json(began)
-    return began and began.time
+    began = Began.from_json(said)
+    return None if began is None else began.time

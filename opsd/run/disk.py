@@ -120,7 +120,7 @@ def _of_files(folder: Path, names: list[str]) -> dict[str, str]:
 
 def _of_file(path: Path) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def _cause(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -13,6 +14,7 @@ import pandas as pd
 
 from opsd.config import TrackConfig, TrainConfig, to_json
 from opsd.config.saved import read_run
+from opsd.run.attempt import alone, put_aside
 from opsd.run.began import Began
 from opsd.run.card import model_card
 from opsd.run.disk import append, replace, replacing, writing
@@ -28,8 +30,10 @@ class RunFolder:
     """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled.
 
     began: what the run asked when it began; None where a folder of an earlier version does not say it. extended: the
-    ends that it had before it was extended, in steps.
+    ends that it had before it was extended, in steps. notes: what to tell at the start, a line each.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, path: Path, config: TrainConfig, began: Began | None = None, extended: Sequence[int] = ()
@@ -40,13 +44,19 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainConfig, began: Began | None = None) -> RunFolder:
-        """A new run's folder. Raises UserError where it cannot be made or holds something already."""
+        """A new run's folder. What an attempt that trained no step has left there is put aside.
+
+        Raises UserError where it cannot be made or holds something else.
+        """
         path = Path(config.out)
         check_new_run(path)
         try:
+            aside = put_aside(path) if (path / "config.json").exists() else None
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, config, began)
             folder._write_config()
+            if aside is not None:
+                folder.notes = (f"an earlier attempt ended before its first step did: its files are in {aside}",)
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
         return folder
@@ -72,6 +82,10 @@ class RunFolder:
         values = to_json(self.config) | ({} if self.began is None else {"began": self.began.to_json()})
         values |= {"extended": self.extended} if self.extended else {}
         replace(self.path / "config.json", json.dumps(values, indent=2) + "\n")
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Within it no other process begins or resumes this run. Raises UserError where one has."""
+        return alone(self.path)
 
     @property
     def done(self) -> bool:
@@ -190,27 +204,31 @@ class Follower(RunFolder):
     def __init__(self, path: Path, config: TrainConfig) -> None:
         super().__init__(path, dataclasses.replace(config, track=TrackConfig(progress=False)))
 
-    def finish(self) -> None:
+    def alone(self) -> contextlib.AbstractContextManager[None]:
         """Left to the first rank, as all below."""
+        return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """See alone."""
 
     def write_metrics(self, metrics: dict[str, float]) -> None:
-        """See finish."""
+        """See alone."""
 
     def history(self) -> list[dict[str, float]]:
         """Known to the first rank."""
         return []
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
-        """See finish."""
+        """See alone."""
 
     def read_eval(self, name: str) -> None:
-        """See finish."""
+        """See alone."""
 
     def write_card(self, step: int) -> None:
-        """See finish."""
+        """See alone."""
 
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
-        """See finish."""
+        """See alone."""
 
 
 def _step_of(line: str) -> float:

@@ -1,4 +1,4 @@
-"""Where numbers go: the run folder always, the console (opsd/run/console.py), wandb when asked."""
+"""Where numbers go: the run folder always, the console (opsd/run/console.py), wandb and TensorBoard when asked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -19,6 +20,9 @@ from opsd.run.checkpoint import place
 from opsd.run.console import PlainLines, evaluation_text, numbers_text, progress_bar
 from opsd.run.folder import RunFolder
 from opsd.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from opsd.run.tensorboard_run import Curves
 
 
 class Stopwatch:
@@ -73,6 +77,7 @@ class Tracker:
         self._console = Console(stderr=True)
         mode = run.config.track.wandb
         self._wandb = None if mode == "off" else wandb_run.start(run.config, run.path, mode)
+        self._curves = _curves(run, first_step)
         self._latest_eval = ""
         self._lines = PlainLines(self._console, run.path.name, run.config, first_step)
         shown = run.config.track.progress and self._console.is_terminal
@@ -90,6 +95,8 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.summary.update(wandb_run.summary(self._run.path / "metrics.jsonl"))
             self._wandb.finish(exit_code=0 if problem[0] is None else 1)
+        if self._curves is not None:
+            self._curves.close()
 
     def finished(self) -> None:
         """The run is over: where its model is, and what to do with it."""
@@ -117,13 +124,26 @@ class Tracker:
             step = int(metrics["step"])
             table = wandb_run.sample_table(self._run.path / "rollouts" / f"step_{step}.jsonl", step)
             self._wandb.log(metrics if table is None else {**metrics, "rollout/samples": table}, step=step)
+        if self._curves is not None:
+            self._curves.log(metrics)
         self._latest_eval = evaluation_text(metrics) or self._latest_eval
         numbers = numbers_text(metrics, self._latest_eval)
         self._bar.update(self._task, completed=metrics["step"], numbers=numbers)
         self._lines.step(int(metrics["step"]), numbers)
 
 
-def check_wandb(config: TrainConfig) -> None:
-    """Raises UserError where wandb is asked for and not installed."""
-    if config.track.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--track.wandb {config.track.wandb}: wandb is not installed; pip install wandb")
+def check_trackers(config: TrainConfig) -> None:
+    """Raises UserError where a tracker is asked for that is not installed."""
+    asked = {"wandb": config.track.wandb != "off", "tensorboard": config.track.tensorboard}
+    for name, wanted in asked.items():
+        if wanted and importlib.util.find_spec(name) is None:
+            given = getattr(config.track, name)
+            raise UserError(f"--track.{name} {given}: {name} is not installed; pip install {name}")
+
+
+def _curves(run: RunFolder, first_step: int) -> Curves | None:
+    if not run.config.track.tensorboard:
+        return None
+    from opsd.run.tensorboard_run import Curves
+
+    return Curves(run.path, first_step)

@@ -28,6 +28,7 @@ class Teacher(Protocol):
 
     def end_step(self, step: int) -> None:
         """A step is done, whose update was taken or left out; a call of all ranks."""
+        return
 
     def state(self) -> dict[str, torch.Tensor]:
         """What must survive a checkpoint, as whole tensors on the first rank; a call of all ranks."""
@@ -35,6 +36,7 @@ class Teacher(Protocol):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`; every rank is given the whole. Raises KeyError where something is missing."""
+        return
 
 
 def cached(hidden_NE: torch.Tensor, where: Cache) -> torch.Tensor:

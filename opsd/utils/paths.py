@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.error
 import urllib.request
@@ -42,16 +43,29 @@ def check_records_path(path: Path) -> None:
 
 
 def check_new_run(path: Path) -> None:
-    """Raises UserError where no new run can be put: a run is there already, or something else is."""
+    """Raises UserError where no new run can be put: one that trained a step is there already, or something else is."""
     try:
-        if (path / "config.json").exists():
+        if (begun := (path / "config.json").exists()) and not trained_nothing(path):
             raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a new folder")
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and not begun and any(path.iterdir()):
             raise UserError(f"--out {path} is not empty; give a new folder")
     except OSError as error:
         raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
+
+
+def trained_nothing(path: Path) -> bool:
+    """Whether a run's folder is what a run leaves that ended before its first step did: no step, no checkpoint."""
+    if (path / "DONE").exists() or any((path / "checkpoints").glob("*step_*")):
+        return False
+    metrics = path / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return "student" in json.loads((path / "config.json").read_text()) and not any(line["step"] for line in lines)
+    except (ValueError, TypeError, KeyError):
+        # Damaged, or no run's: to be looked at.
+        return False
 
 
 def check_old_run(path: Path) -> None:

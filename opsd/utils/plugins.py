@@ -7,7 +7,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from opsd.utils.errors import UserError, first_line
@@ -16,9 +17,15 @@ SELECTOR_GROUP = "opsd.selectors"
 ALL_TOKENS = "all"
 
 
+@cache
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name, in the order of their names. Read once: every package is looked at."""
+    return {point.name: point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
+
+
 def selector_names() -> list[str]:
     """Names of installed selectors, "all" first."""
-    return [ALL_TOKENS, *sorted(entry_points(group=SELECTOR_GROUP).names)]
+    return [ALL_TOKENS, *installed(SELECTOR_GROUP)]
 
 
 def check_selector_name(name: str) -> None:

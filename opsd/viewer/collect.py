@@ -72,7 +72,7 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
         "left_out": len(numbers) - len(shown),
         "rollouts": shown,
         "examples": pick(visible, shown, labels),
-        "texts": texts.list(),
+        "texts": texts.all(),
     }
 
 

@@ -58,7 +58,7 @@ def labels_of(table: pd.DataFrame, options: dict[str, str], splits: Callable[[st
             at = getattr(telemetry, "labels_at", None)
             for column, labels in telemetry.labels.items():
                 known[column] = labels if at is None else at(splits(column))[column]
-    columns = [name for name in table if pd.api.types.is_integer_dtype(table[name]) and name not in _NUMBERS]
+    columns = [name for name in map(str, table) if pd.api.types.is_integer_dtype(table[name]) and name not in _NUMBERS]
     return {name: known.get(name) or _numbered(name, sorted(set(table[name].tolist()))) for name in columns}
 
 

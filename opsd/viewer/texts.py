@@ -12,7 +12,7 @@ BROKEN = "�"
 
 
 class Texts:
-    """The texts of a page: `number` gives a token's place in `list`."""
+    """The texts of a page: `number` gives a token's place in `all`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._numbers, self._texts = tokenizer, {}, []
@@ -28,7 +28,7 @@ class Texts:
         return cls(load_tokenizer(str(folder), "the run's student", trust))
 
     def number(self, token: int) -> int:
-        """Where the token's text stands in `list`."""
+        """Where the token's text stands in `all`."""
         if token not in self._numbers:
             self._numbers[token] = len(self._texts)
             self._texts.append(self._text(token))
@@ -38,7 +38,7 @@ class Texts:
         """A sequence of tokens as one text."""
         return self._tokenizer.decode(ids)
 
-    def list(self) -> list[str]:
+    def all(self) -> list[str]:
         """All texts so far."""
         return self._texts
 

@@ -124,7 +124,7 @@ def find_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     options = {} if case.selector == "all" else {"retention": case.retention}
     selector = load_selector(case.selector, **options)
     return lambda *models: (
-        distill_loss(*models, selector=selector, divergence=case.divergence, chunk_tokens=case.chunk).loss_sum  # pyright: ignore[reportArgumentType]
+        distill_loss(*models, selector=selector, divergence=case.divergence, chunk_tokens=case.chunk).loss_sum  # pyrefly: ignore[bad-argument-type]
     )
 
 

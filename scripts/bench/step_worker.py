@@ -127,7 +127,7 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
     from trl.trainer.distillation_config import DistillationConfig
 
     trainer, selection = trl_trainer(settings)
-    tokenizer = AutoTokenizer.from_pretrained(settings["student"], trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(settings["student"], trust_remote_code=False)
     # It needs an end token; min_new_tokens keeps the model from writing it.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(max(tokenizer.get_vocab().values()))
     given: dict[str, Any] = {"responses": None}

@@ -150,7 +150,7 @@ class _Step:
         """Forward, loss, backward and AdamW."""
         self._engine.discard()  # what an update that ran out of memory has left
         selector = load_selector(rule, **({} if rule == "all" else {"retention": retention}))
-        loss = LossConfig(memory=memory)  # pyright: ignore[reportArgumentType]
+        loss = LossConfig(memory=memory)  # pyrefly: ignore[bad-argument-type]
         trainer = trainer_of(self._engine, self._teacher, selector, loss, self.student.vocab)
         found = self._clocked(lambda: trainer.update([self._micro], self._states, 1))
         done = found.result

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lanes.around import Around
 from lanes.cell import Cell, Progress
 from opsd.utils.durations import in_words
 
@@ -43,9 +44,9 @@ class Board:
         self._progress = {cell.name: Progress(cell) for cell in cells}
         self._running: dict[str, float] = {}
         self._done = {cell.name for cell in cells if cell.is_done}
-        # Seconds before the first and after the last step, of the newest cell that had them.
-        self._before_s = self._after_s = 0.0
-        # For each cell: the step it was started from, then when, and at which step, it told the first one since.
+        self._around = Around()
+        # For each cell: the step it was started from (-1: from nothing), then when, and at which step, it told the
+        # first one since.
         self._from: dict[str, int] = {}
         self._first: dict[str, tuple[float, int]] = {}
         self._told_s = time.monotonic()
@@ -79,7 +80,7 @@ class Board:
         progress.look()
         if cell.name in self._first and progress.step_s is not None:
             before_s, step = self._first[cell.name]
-            self._after_s = max(0.0, seconds - before_s - (progress.step - step) * progress.step_s)
+            self._around.ended(seconds - before_s - (progress.step - step) * progress.step_s)
         self.say(
             f"{cell.label} {cell.name}: done in {in_words(seconds)}{''.join(f', {one}' for one in progress.accuracies)}"
         )
@@ -97,14 +98,18 @@ class Board:
             self.say(f"{self._title}: step {steps}/{whole}, {cells}, {self._left_in_words()}")
 
     def _look_at(self, cell: Cell, now: float) -> None:
-        """See whether the cell has told its first step since it was started."""
+        """See whether the cell has loaded its models, and told its first step, since it was started."""
         progress, since = self._progress[cell.name], self._running.get(cell.name)
         progress.look()
         start = self._from.get(cell.name, -1)
-        if since is not None and cell.name not in self._first and progress.begun and progress.step > start:
+        if since is None or cell.name in self._first:
+            return
+        if start < 0 and cell.is_begun:
+            self._around.started(cell, now - since)
+        if progress.begun and progress.step > start:
             self._first[cell.name] = (now - since, progress.step)
-            # One that is resumed does not evaluate first.
-            self._before_s = now - since if start < 0 else self._before_s
+            if start < 0:
+                self._around.evaluated(cell, now - since)
 
     def _steps(self) -> tuple[int, int]:
         """Steps that are done, and of the whole table."""
@@ -126,11 +131,15 @@ class Board:
             if cell.name in self._done:
                 continue
             progress, since = self._progress[cell.name], self._running.get(cell.name)
-            seconds = (cell.steps - progress.step) * (progress.step_s or common) + self._after_s
+            steps = cell.steps - progress.step
+            # The line of the last step comes after the last evaluation.
+            seconds = steps * (progress.step_s or common) + (self._around.after_s if steps else 0.0)
+            # One that is resumed does not evaluate first.
+            ahead = self._around.start_s if progress.begun else self._around.ahead_of(cell)
             if since is None:
-                waiting.append(seconds + (0.0 if progress.begun else self._before_s))
+                waiting.append(seconds + ahead)
             else:
-                running.append(seconds + (0.0 if progress.begun else max(0.0, self._before_s - (now - since))))
+                running.append(seconds + (0.0 if cell.name in self._first else max(0.0, ahead - (now - since))))
         return time_left(running, waiting, self._lanes)
 
     def _render(self) -> RenderableType:

@@ -111,7 +111,7 @@ def read_answer(value: Any, kind: str, where: str) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UserError(f"{where}: its answer is a {type(value).__name__}; give a column of texts or numbers")
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    text = str(int(value)) if isinstance(value, float) and value % 1 == 0 else str(value).strip()
     text = _whole(text, where)
     if kind == "gsm8k":
         _, mark, last = text.rpartition("####")

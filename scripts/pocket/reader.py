@@ -60,7 +60,7 @@ def main(out: Path, seed: int = 0) -> None:
         seed: Decides the training data.
     """
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "student", trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(ASSETS / "student", trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(ASSETS / "student", trust_remote_code=False, use_safetensors=True)
     taken = {record["prompt"] for name in ("eval", "train") for record in read_records(ASSETS / f"{name}.jsonl")}
     for _ in train_shown(model, batches(tokenizer, seed, taken), READER):

@@ -40,21 +40,45 @@ def one_run(run: Run) -> Section:
 
 def title_of(run: Run) -> str:
     """Which run, and how far it is."""
-    done = max((int(line["step"]) for line in run.steps), default=0)
-    return f"{run.path.resolve().name}: {done} of {run.config['steps']} steps{'' if run.done else ', not finished'}"
+    steps = run.config["steps"]
+    done = steps if run.done else max((int(line["step"]) for line in run.steps), default=0)
+    return f"{run.path.resolve().name}: {done} of {steps} steps{'' if run.done else ', not finished'}"
 
 
 def facts(run: Run) -> list[str]:
-    """What was trained on what, a line each."""
+    """What was trained on what, a line each; what config.json does not say, as of a record made by TRL, is left out."""
     config = run.config
     rollout, optim, loss = (config.get(part, {}) for part in ("rollout", "optim", "loss"))
+    named = {"student": config["student"], "teacher": config["teacher"]["model"], "prompts": config.get("prompts")}
+    models = [f"{name} {value}" for name, value in named.items() if value]
+    rate = f"learning rate {optim['lr']}" if "lr" in optim else None
+    optimiser = ", ".join(filter(None, (optim.get("kind"), rate, optim.get("schedule"))))
+    how = filter(None, (str(run.cell), loss.get("divergence"), optimiser, f"seed {run.seed}"))
+    lines = [", ".join(models), "; ".join(how)]
+    if "prompts_per_step" in config and "samples_per_prompt" in rollout:
+        longest = f" of at most {rollout['max_new_tokens']} tokens" if "max_new_tokens" in rollout else ""
+        lines.append(
+            f"{config['prompts_per_step']} prompts × {rollout['samples_per_prompt']} answers{longest} per step"
+        )
+    return lines + quadrant_lines(run)
+
+
+def quadrant_lines(run: Run) -> list[str]:
+    """What Q1 to Q4 are, where a token record or the metrics have them, with where they were split."""
+    splits = {axis: run.logged(f"quadrant/{axis}_split_nats") for axis in ("entropy", "divergence")}
+    if not all(splits.values()):
+        return []
+    entropy, divergence = (_span(values) for values in splits.values())
     return [
-        f"student {config['student']}, teacher {config['teacher']['model']}, prompts {config.get('prompts', '-')}",
-        f"{run.cell}; {loss.get('divergence', '-')}; {optim.get('kind', '-')}, learning rate {optim.get('lr', '-')}, "
-        f"{optim.get('schedule', '-')}; seed {run.seed}",
-        f"{config.get('prompts_per_step', '-')} prompts × {rollout.get('samples_per_prompt', '-')} answers of at most "
-        f"{rollout.get('max_new_tokens', '-')} tokens per step",
+        f"Q1 to Q4, tokens by the student's entropy (split at {entropy} nats) and the divergence from the teacher (at "
+        f"{divergence} nats): Q1 above both, Q2 above the first alone, Q3 above the second alone, Q4 below both"
     ]
+
+
+def _span(values: list[float]) -> str:
+    """One value, or the lowest and the highest."""
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def tables(run: Run) -> Iterator[TextTable]:

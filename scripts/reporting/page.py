@@ -19,7 +19,7 @@ BESIDE_THE_PAPER = (
 
 @dataclass(frozen=True)
 class Section:
-    """One group of comparable runs on the page."""
+    """One group of comparable runs on the page. title: of the group; empty where the page's own says it."""
 
     title: str
     remarks: list[str]
@@ -29,9 +29,10 @@ class Section:
     def html(self) -> str:
         """Findings first, then the tables, then the figures."""
         findings = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks)
+        heading = f"<h2>{html.escape(self.title)}</h2>" if self.title else ""
         return "\n".join(
             [
-                f"<section><h2>{html.escape(self.title)}</h2>",
+                f"<section>{heading}",
                 f'<ul class="findings">{findings}</ul>',
                 *(table.html() for table in self.tables),
                 *(picture.html() for picture in self.pictures),

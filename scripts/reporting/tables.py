@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,7 +27,7 @@ class TextTable:
 
     def rich(self) -> Table:
         """For the terminal."""
-        style = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
+        style: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
         # Names are the user's own: as Text, a bracket in one is a bracket.
         table = Table(title=Text(self.title, "bold"), pad_edge=False, **style)
         for place, column in enumerate(self.columns):

@@ -120,7 +120,7 @@ def _toned(colour: str, number: int) -> Any:
 
 
 def _render(draw: Callable[[], Figure], scheme: str, **how: Any) -> bytes:
-    with matplotlib.rc_context(_settings(scheme)):  # pyright: ignore[reportArgumentType]
+    with matplotlib.rc_context(_settings(scheme)):
         figure = as_written(draw())
         file = io.BytesIO()
         figure.savefig(file, **how)

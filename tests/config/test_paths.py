@@ -52,20 +52,22 @@ def arguments(tmp_path):
     return make
 
 
+WRONG_PATHS = [
+    (
+        {"student": "/nowhere", "teacher": "/nor/here", "prompts": "none.jsonl"},
+        "--student /nowhere: no such folder",
+    ),
+    ({"teacher": "/nowhere", "prompts": "none.jsonl"}, "--teacher /nowhere: no such folder"),
+    ({"prompts": "none.jsonl"}, "prompt file none.jsonl does not exist"),
+    ({"prompts": __file__}, "ends in '.py'; give a .jsonl or .parquet file"),
+    ({"eval.suite": "sums=none.jsonl"}, "prompt file none.jsonl does not exist"),
+    ({"out": "/"}, "--out / is not empty"),
+    ({"steps": 0}, "--steps 0: give a number above 0"),
+]
+
+
 @pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        (
-            {"student": "/nowhere", "teacher": "/nor/here", "prompts": "none.jsonl"},
-            "--student /nowhere: no such folder",
-        ),
-        ({"teacher": "/nowhere", "prompts": "none.jsonl"}, "--teacher /nowhere: no such folder"),
-        ({"prompts": "none.jsonl"}, "prompt file none.jsonl does not exist"),
-        ({"prompts": __file__}, "ends in '.py'; give a .jsonl or .parquet file"),
-        ({"eval.suite": "sums=none.jsonl"}, "prompt file none.jsonl does not exist"),
-        ({"out": "/"}, "--out / is not empty"),
-        ({"steps": 0}, "--steps 0: give a number above 0"),
-    ],
+    ("changed", "said"), [WRONG_PATHS[0], *(pytest.param(*case, marks=pytest.mark.e2e) for case in WRONG_PATHS[1:])]
 )
 def test_a_wrong_path_is_said_at_once_models_first(arguments, changed, said):
     done = quick("train", *arguments(**changed))
@@ -77,6 +79,7 @@ def test_a_run_that_is_not_there_is_said_at_once(tmp_path):
     assert done.returncode == 2 and "no run there" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.e2e
 def test_a_hub_name_without_a_hub_is_said_in_a_line_and_not_tried_for_minutes(arguments, tmp_path):
     # nobody listens on port 9
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
@@ -85,6 +88,7 @@ def test_a_hub_name_without_a_hub_is_said_in_a_line_and_not_tried_for_minutes(ar
     assert "--teacher owner/name: no such folder, not in the hub's cache, and the hub cannot be reached" in done.stderr
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("command", [("eval", "--model"), ("check-model",)])
 def test_so_it_is_in_an_evaluation_and_a_check(command, tmp_path):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
@@ -93,11 +97,13 @@ def test_so_it_is_in_an_evaluation_and_a_check(command, tmp_path):
     assert "owner/name: no such folder, not in the hub's cache, and the hub cannot be reached" in done.stderr
 
 
+@pytest.mark.e2e
 def test_a_data_set_of_the_hub_is_no_file_that_is_looked_for(arguments, tmp_path):
     done = quick("train", *arguments(prompts="hub:owner/sums:train", student="/nowhere"))
     assert "--student /nowhere" in done.stderr
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
@@ -110,6 +116,7 @@ def test_a_selector_that_is_not_there_is_said_at_once(arguments, rule, said):
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.e2e
 def test_a_finished_run_and_a_damaged_one_are_said_at_once(tmp_path):
     values = {"student": "s", "teacher": {"model": "t"}, "prompts": "p", "out": "o", "steps": 3}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -104,6 +104,7 @@ def test_the_committed_models_are_those_of_made_json_and_small():
     assert set(made["scores"]["student"]["constraints"]) == set(made["scores"]["teacher"]["constraints"])
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_measured_again_on_fewer_tasks_the_scores_stand(name, monkeypatch):
     monkeypatch.setattr(travel_make, "TASKS", 24)

@@ -75,6 +75,7 @@ def play(engine, talk, tokenizer):
     return [rollout.response_ids for rollout in rollouts]
 
 
+@pytest.mark.e2e
 def test_the_opening_names_tools_and_task_in_the_models_template(talk, tokenizer):
     (task,) = generate_tasks(1, seed=1)
     text = tokenizer.decode(talk.prompt(task).ids)

@@ -72,6 +72,7 @@ def finished(settings, tmp_path_factory):
     return out
 
 
+@pytest.mark.e2e
 def test_a_run_logs_plan_scores_and_keeps_masks(finished):
     lines = lines_of(finished)
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -95,6 +96,7 @@ def test_a_run_logs_plan_scores_and_keeps_masks(finished):
     assert teacher["mean@k"] > 0.8 > lines[0]["eval/synthetic-travel/mean@2"]
 
 
+@pytest.mark.e2e
 def test_a_run_that_stopped_resumes_to_the_same_numbers(finished, settings, tmp_path, monkeypatch):
     whole = checkpoint.save
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,12 +39,31 @@ def test_this_machine_has_the_memory_that_it_has_and_rates_that_were_measured():
     assert this_hardware("cpu", 2, False, (64, 32)).gib == found.gib / 2  # ranks share it
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak can be forgotten on Linux only")
+def test_what_the_rates_are_measured_with_is_no_part_of_a_runs_peak():
+    this_hardware("cpu", 1, False, (64, 32))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak, now = (1024 * int(status[name].split()[0]) for name in ("VmHWM", "VmRSS"))
+    assert peak - now < 64 * 2**20  # reading is measured with 256 MiB
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here_is_named_not_guessed():
     with pytest.raises(UserError, match=r"no CUDA device here; name a GPU, e\.g\. --hardware h200"):
         this_hardware("cuda", 1, False, (64, 32))
     with pytest.raises(UserError, match=r"--hardware h200 and --engine\.device cpu: give one of them"):
         plan("--hardware", "h200", "--engine.device", "cpu")
+
+
+def test_several_ranks_on_a_machine_without_a_gpu_are_told_how_to_plan_for_gpus(slow):
+    several = ("--gpus", "8", "--engine.kind", "deepspeed")
+    last = in_short(plan(*several)).splitlines()[-1]
+    assert "8 ranks" in last and last.endswith(
+        "; there is no GPU here: for 8 GPUs add --hardware h200, h100, a100, a100-40, b200, l40s or rtx4090"
+    )
+    for named in (("--hardware", "h200"), ("--hardware", "cpu"), ("--engine.device", "cpu")):
+        assert "no GPU here" not in in_short(plan(*several, *named))
+    assert "no GPU here" not in in_short(plan())
 
 
 def test_a_rate_is_work_over_the_fastest_calls_time():

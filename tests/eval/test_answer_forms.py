@@ -201,6 +201,29 @@ x ∈ (−∞, 3) | (-\infty,3)
 100.0 | 100
 1.50 | 1.5
 23_5 | 23_{5}
+1\,000 | 1000
+1000 | 1\,000
+12\,345\,678 | 12345678
+1\ 234.5 | 1234.5
+1~000 | 1000
+1 000 | 1000
+-1 000 | -1000
+\frac{1\,000}{3} | \frac{1000}{3}
+1\,000\text{ m} | 1000
+\$5 | 5\text{ dollars}
+$5 | 5
+\$5 | 5
+5\text{ cents} | 5
+\{1,2\} | 1,2
+(1,2) | 1,2
+\{2,1\} | \{1,2\}
+\left(1,2\right) | (1,2)
+\{(1,2),(3,4)\} | (1,2),(3,4)
+\angle ABC | \angle CBA
+\angle{ABC} | \angle ABC
+\triangle ABC | \triangle CBA
+\overline{AB} | \overline{BA}
+xy | yx
 """
 WRONG = r"""
 5\text{ million} | 5
@@ -351,6 +374,21 @@ x+10^{-9} | x+10^{-8}
 x=0.00000001 | x=0.00000002
 23_5 | 23_7
 1011_2 | 1011_{3}
+1\,000 | 1
+3\,000 | 0
+12\,34 | 1234
+2\,300 | 600
+\$5 | 5\text{ cents}
+$5 | 5 cents
+5\text{ cents} | \$5
+5\text{ cents} | $5
+\$5 | 6\text{ dollars}
+\{1,2\} | (1,2)
+(1,2) | \{1,2\}
+\left\{1,2\right\} | [1,2]
+(1,2,3) | \{1,2,3\}
+\angle ABC | \angle BCA
+\overline{AB} | \overline{AC}
 """
 
 
@@ -389,6 +427,10 @@ def test_another_value_is_wrong_however_near_it_is_or_looks(answer, gold):
         ("The answer is (−∞, 3).", "3", False),
         ("The answer is √2.", "2", False),
         ("It is 0.00000001", "0.00000002", False),
+        ("Answer: $5", "5", True),
+        ("Answer: $5", "5 cents", False),
+        ("Answer: 5 dollars", "5 cents", False),
+        ("The answer is $1\\,000$.", "1000", True),
     ],
 )
 def test_answers_outside_of_boxes_are_read_alike(response, gold, right):
@@ -406,6 +448,10 @@ def test_answers_outside_of_boxes_are_read_alike(response, gold, right):
         ("3.1...", "3.1..."),
         ("1 3/2", "1 3/2"),
         ("2 000 1/2", "2 000 1/2"),
+        ("2\\,000 + 1", "2000 + 1"),
+        ("1,\\,200\\,300", "1,\\,200\\,300"),  # a list, it seems
+        ("100/1\\,000", "100/1000"),
+        ("1\\ 500/1000", "\\frac{3}{2}"),  # a mixed number
         ("x²√3", "x^{2}\\sqrt{3}"),
         ("³√8", "\\sqrt[3]{8}"),
         ("√√2", "\\sqrt{\\sqrt{2}}"),

@@ -1,6 +1,7 @@
 """Evaluations before training: shared by runs whose ingredients are all the same, and by no others."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -43,18 +44,25 @@ def pair(tmp_path_factory) -> dict:
     }
 
 
+def settings_of(pair: dict, folder: Path, out="run", **changes):
+    """The pair's settings, with changes such as eval={"seed": 2}; runs lie in `folder`, their cache beside them."""
+    values = {**pair, "out": str(folder / out), **changes}
+    for part in ("eval", "rollout", "engine"):
+        values[part] = {**pair[part], **changes.get(part, {})}
+    values["eval"] = {"cache": str(folder / "evaluations"), **values["eval"]}
+    return from_json(values)
+
+
 @pytest.fixture
 def settings(pair, tmp_path):
-    """The pair's settings, with changes such as eval={"seed": 2}; runs lie in tmp_path, their cache beside them."""
+    """See settings_of; in tmp_path."""
+    return functools.partial(settings_of, pair, tmp_path)
 
-    def make(out="run", **changes):
-        values = {**pair, "out": str(tmp_path / out), **changes}
-        for part in ("eval", "rollout", "engine"):
-            values[part] = {**pair[part], **changes.get(part, {})}
-        values["eval"] = {"cache": str(tmp_path / "evaluations"), **values["eval"]}
-        return from_json(values)
 
-    return make
+@pytest.fixture(scope="module")
+def base(pair, tmp_path_factory) -> dict[str, str]:
+    """The keys of the pair's evaluations without a change."""
+    return keys(settings_of(pair, tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture
@@ -106,10 +114,9 @@ def test_a_second_cell_evaluates_after_training_alone_and_has_the_numbers_of_a_r
     assert "shared" not in evaluation(tmp_path / "second", "step_1")
 
 
-def test_cells_of_a_table_share_and_what_training_alone_reads_is_no_ingredient(settings, tmp_path):
+def test_cells_of_a_table_share_and_what_training_alone_reads_is_no_ingredient(settings, base, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(settings().student, copy)
-    base = keys(settings())
     assert base["teacher"].startswith("teacher-") and base["student"].startswith("student-")
     for changed in (
         settings("other", seed=7, steps=2, prompts_per_step=1),
@@ -138,8 +145,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_another_setting_is_another_key(settings, what):
-    base, changed = keys(settings()), keys(settings(**CHANGES[what]))
+def test_another_setting_is_another_key(settings, base, what):
+    changed = keys(settings(**CHANGES[what]))
     assert not set(base.values()) & set(changed.values())
 
 
@@ -184,29 +191,30 @@ def in_json(name: str, **values):
     ids=["a weight", "config.json", "generation_config.json"],
 )
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_another_model_is_another_key_of_its_own_evaluation(settings, tmp_path, who, change):
+def test_another_model_is_another_key_of_its_own_evaluation(settings, base, tmp_path, who, change):
     other_ends = change is None
     change = change or in_json("generation_config.json", eos_token_id=[1, 2])
     config = settings()
     folder = config.student if who == "student" else config.teacher.model
     copy = changed_copy(folder, tmp_path / "copy", change)
     changed = settings(**({"student": copy} if who == "student" else {"teacher": {"model": copy}}))
-    base, other = keys(config), keys(changed)
+    other = keys(changed)
     assert base[who] != other[who]
     # One weight of the student is nothing to the teacher; its configuration may be, as its tokenizer's is.
     # What the teacher ends with ends the student's answers too.
     assert who == "student" or other_ends or base["student"] == other["student"]
 
 
-def test_the_students_tokenizer_is_part_of_the_teachers_key(settings, tmp_path):
+def test_the_students_tokenizer_is_part_of_the_teachers_key(settings, base, tmp_path):
     change = in_json("tokenizer_config.json", clean_up_tokenization_spaces=True)
     copy = changed_copy(settings().student, tmp_path / "copy", change)
-    base, other = keys(settings()), keys(settings(student=copy))
+    other = keys(settings(student=copy))
     assert base["teacher"] != other["teacher"] and base["student"] != other["student"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("field", ["prompt", "answer", "id"])
-def test_one_record_of_a_suite_is_part_of_the_key_wherever_the_file_lies(settings, tmp_path, field):
+def test_one_record_of_a_suite_is_part_of_the_key_wherever_the_file_lies(settings, base, tmp_path, field):
     records = [json.loads(line) for line in Path(settings().prompts).read_text().splitlines()]
 
     def suite(name: str, records: list[dict]) -> str:
@@ -214,16 +222,15 @@ def test_one_record_of_a_suite_is_part_of_the_key_wherever_the_file_lies(setting
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         return f"sums={file}"
 
-    base = keys(settings())
     assert keys(settings(eval={"suite": [suite("same.jsonl", records)]})) == base
     records[3] = {**records[3], field: "77"}
     changed = keys(settings(eval={"suite": [suite("changed.jsonl", records)]}))
     assert not set(base.values()) & set(changed.values())
 
 
-def test_a_suites_name_is_part_of_the_key_because_its_draws_hang_on_it(settings):
+def test_a_suites_name_is_part_of_the_key_because_its_draws_hang_on_it(settings, base):
     named = keys(settings(eval={"suite": [f"other={settings().prompts}"]}))
-    assert not set(named.values()) & set(keys(settings()).values())
+    assert not set(named.values()) & set(base.values())
 
 
 def test_versions_code_processor_and_threads_are_part_of_the_key(settings, monkeypatch):
@@ -284,6 +291,7 @@ def test_a_trips_tables_are_part_of_its_content():
     assert json.loads(json.dumps(one.content())) == one.content()
 
 
+@pytest.mark.e2e
 def test_what_is_not_known_by_its_files_is_not_shared(settings, tmp_path, evaluated, capsys):
     adapter = changed_copy(
         settings().teacher.model, tmp_path / "adapter", lambda at: (at / "adapter_config.json").write_text("{}")
@@ -324,6 +332,7 @@ def test_a_hub_name_is_known_by_the_files_in_the_hubs_cache(settings, tmp_path, 
     assert found[0] == found[1] and asked == [("a/b", True)]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "altered"])
 def test_a_damaged_file_is_made_again_and_that_is_said(settings, tmp_path, evaluated, capsys, damage):
     start(settings("first"))
@@ -350,6 +359,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("end", ["finishes", "is killed"])
 def test_what_another_run_makes_is_waited_for_last_and_made_here_if_that_run_dies(
     settings, tmp_path, evaluated, monkeypatch, end
@@ -396,6 +406,7 @@ def test_a_lock_is_free_again_when_an_evaluation_fails(settings, tmp_path, monke
         pass
 
 
+@pytest.mark.e2e
 def test_a_run_that_has_its_teachers_evaluation_takes_it_on_resume(settings, tmp_path, evaluated):
     config = settings(eval={"cache": None})
     run = RunFolder.create(config)
@@ -419,6 +430,7 @@ def test_a_cache_that_cannot_be_written_is_bad_input_before_anything_is(settings
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.e2e
 def test_a_folder_in_the_place_of_a_shared_evaluation_is_named(settings, tmp_path):
     config = settings(eval={"cache": str(tmp_path / "cache")})
     start(config)

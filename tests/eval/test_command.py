@@ -228,6 +228,21 @@ def test_a_model_whose_logits_are_not_hidden_times_head_can_be_evaluated(run, tm
     assert code == 0, error
 
 
+def test_an_end_token_beyond_the_vocabulary_ends_nothing(run, tmp_path, monkeypatch, make_folder, make_model):
+    asked, own = [], HFRollout.__init__
+
+    def watched(self, *args, eos_ids=None, **how):
+        asked.append(eos_ids)
+        own(self, *args, eos_ids=eos_ids, **how)
+
+    monkeypatch.setattr(HFRollout, "__init__", watched)
+    model = make_model()
+    model.generation_config.eos_token_id = [7, 10_000]
+    code, _, error = run(*arguments(tmp_path / "scores.json", model=str(make_folder(model)), limit=1))
+    assert code == 0, error
+    assert asked[0][0] == 7 and 10_000 not in asked[0]
+
+
 def test_each_group_draws_from_a_stream_of_its_own_whatever_other_suites_there_are(run, tmp_path, monkeypatch):
     seeds, generate = {}, HFRollout.generate
 
@@ -286,6 +301,7 @@ def stop_after(monkeypatch):
 GROUPED = ["letters0", "letters1", "letters2", "letters3", "letters4", "letters5", "digits0", "digits1", "digits2"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("groups", [0, 1, 2, 4])
 def test_a_killed_evaluation_goes_on_to_the_same_files(groups, run, asked, stop_after, whole, tmp_path):
     out = tmp_path / "scores.json"
@@ -301,6 +317,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_files(groups, run, asked, stop_
     assert files_of(tmp_path) == whole
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("cut", [1, 30, 200])
 def test_a_line_that_a_kill_has_cut_is_done_again(cut, run, asked, stop_after, whole, tmp_path):
     out = tmp_path / "scores.json"

@@ -80,6 +80,7 @@ def test_its_own_answers_have_lengths_and_grades(measure):
     assert "reverse_kl_nats on the teacher's answers" in summary(found)
 
 
+@pytest.mark.e2e
 def test_the_teachers_answers_are_made_once_and_never_mistaken(measure, tmp_path):
     answers = tmp_path / "kept" / "answers.json"
     first = measure(teacher_answers=str(answers))

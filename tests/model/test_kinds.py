@@ -358,6 +358,7 @@ def test_a_head_in_packed_integers_is_refused(student):
         read_head(str(student), FP32)
 
 
+@pytest.mark.e2e
 def test_the_ends_of_every_family_are_read_without_its_layers(folders):
     for family in FAMILIES:
         ends = load_ends(str(folders(family)), "--teacher", FP32)

@@ -1,9 +1,11 @@
 """A copy of the recipes in an empty project, with stand-ins for the programs that they start."""
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,18 +57,40 @@ class Project:
         return file.read_text().splitlines() if file.exists() else []
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
+def make_project(folder: Path) -> Project:
     """A project with `opsd` installed and no GPU."""
-    root = tmp_path / "project"
+    root = folder / "project"
     for name in ("recipes", "scripts/lanes", "scripts/run_cells.py", "scripts/reporting/cells.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (root / name).parent.mkdir(exist_ok=True, parents=True)
         copy(ROOT / name, root / name)
-    made = Project(root, tmp_path / "bin")
+    made = Project(root, folder / "bin")
     made.bin.mkdir()
     made.program("opsd", TRAINER)
     made.program("python", PYTHON)
     made.program("python3", f'#!/bin/bash\nexec {sys.executable} "$@"\n')  # names the cells
     made.program("nvidia-smi", "#!/bin/bash\nexit 9\n")
     return made
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """See make_project."""
+    return make_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[str]]:
+    """The lines of a recipe's dry run at a scale, for one seed, run once; at paper scale for one pair where it is no
+    table's: the other pairs differ as a table's do.
+    """
+    project = make_project(tmp_path_factory.mktemp("printed"))
+
+    @functools.cache
+    def lines(recipe: str, scale: str) -> list[str]:
+        narrow = {} if recipe.startswith("table") or scale == "pocket" else {"PAIRS": "qwen3"}
+        done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1", SEEDS="0", **narrow)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return lines

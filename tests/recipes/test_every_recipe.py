@@ -33,11 +33,9 @@ def table_of(recipe: str) -> str:
     return found[1]
 
 
-def cells(project, recipe: str) -> list[dict[str, str]]:
-    """The flags of every pocket cell, as a dict (of a flag with several values, the first)."""
-    done = project.run(recipe=recipe, SCALE="pocket", DRY_RUN="1")
-    assert done.returncode == 0, done.stderr
-    commands = [shlex.split(line) for line in done.stdout.splitlines() if " train " in line]
+def cells(lines: list[str]) -> list[dict[str, str]]:
+    """The flags of every cell of a dry run, as a dict (of a flag with several values, the first)."""
+    commands = [shlex.split(line) for line in lines if " train " in line]
     return [
         {word: value for word, value in itertools.pairwise(command) if word.startswith("--")} for command in commands
     ]
@@ -60,12 +58,8 @@ def test_every_script_stops_at_the_first_error(script):
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS, *TEACHERS])
 @pytest.mark.parametrize("scale", ["paper", "pocket"])
-def test_every_flag_is_one_that_the_trainer_takes(project, recipe, scale):
-    # The pairs of a sweep differ as a table's do: one is enough.
-    narrow = {"PAIRS": "qwen3"} if recipe in [*SWEEPS, *TEACHERS] and scale == "paper" else {}
-    done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1", **narrow)
-    assert done.returncode == 0, done.stderr
-    commands = [line.split("opsd train ")[1] for line in done.stdout.splitlines() if "opsd train " in line]
+def test_every_flag_is_one_that_the_trainer_takes(printed, recipe, scale):
+    commands = [line.split("opsd train ")[1] for line in printed(recipe, scale) if "opsd train " in line]
     named = {word for command in commands for word in shlex.split(command) if word.startswith("--")}
     assert commands and named <= set(flags_of(TrainConfig))
 
@@ -77,28 +71,26 @@ SIZES = {"--rollout.samples_per_prompt", "--rollout.max_prompt_tokens", "--rollo
 
 @pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
 @pytest.mark.parametrize("scale", ["paper", "pocket"])
-def test_every_size_is_stated_and_none_left_to_a_default(project, recipe, scale):
-    narrow = {"PAIRS": "qwen3"} if recipe in SWEEPS and scale == "paper" else {}
-    done = project.run(recipe=recipe, SCALE=scale, DRY_RUN="1", SEEDS="0", **narrow)
-    for line in done.stdout.splitlines():
+def test_every_size_is_stated_and_none_left_to_a_default(printed, recipe, scale):
+    for line in printed(recipe, scale):
         if "opsd train " in line:
             assert set(shlex.split(line)) >= SIZES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_min_max_selectors_normalise_over_the_batch(project, recipe):
-    for flags in cells(project, recipe):
+def test_min_max_selectors_normalise_over_the_batch(printed, recipe):
+    for flags in cells(printed(recipe, "pocket")):
         selector = load_selector(flags["--select.by"])
         min_max = selector is not None and getattr(selector, "normalises", False)
         assert (flags.get("--select.normalise_over") == "batch") == min_max
 
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "table7_agentic.sh"])
-def test_the_cells_are_the_papers(project, recipe):
+def test_the_cells_are_the_papers(printed, recipe):
     theirs = {(row["method"], float(row["retention"])) for row in PAPER if row["table"] == table_of(recipe)}
     ours = {
         (PAPER_NAMES.get(flags["--select.by"], flags["--select.by"]), float(flags.get("--select.retention", "1")))
-        for flags in cells(project, recipe)
+        for flags in cells(printed(recipe, "pocket"))
     }
     assert ours == theirs
 
@@ -115,9 +107,8 @@ def test_numbers_quoted_in_the_header_stand_in_the_data_file(recipe):
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("recipe", [*RECIPES, *SWEEPS])
-def test_a_runs_folder_and_the_reports_cells_have_the_name_that_the_report_gives_it(project, recipe):
-    done = project.run(recipe=recipe, SCALE="pocket", DRY_RUN="1", SEEDS="0")
-    lines = done.stdout.splitlines()
+def test_a_runs_folder_and_the_reports_cells_have_the_name_that_the_report_gives_it(printed, recipe):
+    lines = printed(recipe, "pocket")
     configs = [parse(TrainConfig, shlex.split(line)[2:], "opsd train") for line in lines if " train " in line]
     asked = next(shlex.split(line) for line in lines if "scripts/report.py" in line)
     axes = LAYOUTS[asked[asked.index("--table") + 1]].axes
@@ -132,9 +123,9 @@ def test_flags_of_the_users_own_make_the_report_show_all_cells(project):
     assert "--cells" not in done.stdout
 
 
-def test_the_sweep_of_rules_has_every_rule(project):
+def test_the_sweep_of_rules_has_every_rule(printed):
     rules = {entry.name for entry in importlib.metadata.entry_points(group="opsd.selectors")}
-    assert {flags["--select.by"] for flags in cells(project, "sweep_selector.sh")} == {"all", *rules}
+    assert {flags["--select.by"] for flags in cells(printed("sweep_selector.sh", "pocket"))} == {"all", *rules}
 
 
 def test_the_sweep_of_seeds_is_table_5_with_five_seeds(project):
@@ -143,6 +134,7 @@ def test_the_sweep_of_seeds_is_table_5_with_five_seeds(project):
     assert done.stdout == one.stdout and done.stdout.count(" train ") == 25
 
 
+@pytest.mark.e2e
 def test_a_rule_of_ones_own_joins_the_sweep_of_rules_at_every_retention(project):
     common = {"recipe": "sweep_selector.sh", "SCALE": "pocket", "DRY_RUN": "1", "RETENTIONS": "0.5 0.1"}
     without = project.run(**common).stdout.splitlines()

@@ -1,5 +1,6 @@
 """The cells of a table in lanes: side by side, stopped together, resumed by the same command, shown by one display."""
 
+import dataclasses
 import io
 import json
 import os
@@ -10,12 +11,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from lanes import board as board_module
+from lanes.around import Around, evaluations_made
 from lanes.board import Board, short, time_left
 from lanes.cell import Cell, Progress, read_cells
+from run_cells import Life
 
 # A stand-in for `opsd` that makes a run folder, then does what its text says; $cell is the cell's name without pair and
 # seed, $run its folder. `await FILE` waits for a file of the project; one that never comes is exit code 9.
@@ -96,6 +100,7 @@ def test_what_a_cell_says_is_in_its_own_file_and_not_on_the_recipes_output(proje
     assert [log.read_text() for log in logs] == ["from all\nof all\n", "from soft_or-50\nof soft_or-50\n"]
 
 
+@pytest.mark.e2e
 def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on(project):
     stop = "case $cell in\n    all) await ready; echo progress; echo opsd: the disk is full >&2; exit 3 ;;\n"
     program(project, f"{SAVES}{stop}    *) touch ready; await never ;;\nesac{DONE}")
@@ -116,6 +121,7 @@ def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on
     assert project.calls()[:2] == resumed and len(project.calls()) == 6
 
 
+@pytest.mark.e2e
 def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project):
     program(project, "for n in {1..30}; do echo line $n; done\nexit 1\n")
     done = project.run(SCALE="pocket", CELLS="all")
@@ -124,6 +130,7 @@ def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project)
     assert project.run(SCALE="pocket", CELLS="all").stderr.splitlines()[1:] == ["again"]
 
 
+@pytest.mark.e2e
 def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project):
     program(project, f"[[ -e again ]] || {{ touch again; kill -9 $$; }}{DONE}")
     done = project.run(SCALE="pocket", CELLS="all")
@@ -132,6 +139,7 @@ def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project
     assert done.returncode == 0 and "[1/1] pocket-all-seed0: resuming" in done.stdout
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("to", ["recipe", "group"])
 def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(project, number, to):
@@ -153,6 +161,7 @@ def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(proje
     assert done.returncode == 0 and done.stdout.count("resuming") == 2
 
 
+@pytest.mark.e2e
 def test_a_second_signal_is_passed_on(project):
     twice = 'trap \'touch "told-$cell"; trap "exit 99" TERM; while :; do sleep 0.05; done\' TERM\n'
     program(project, f'{twice}touch "ready-$cell"\nawait never{DONE}')
@@ -176,6 +185,16 @@ def test_what_a_cells_first_process_leaves_behind_is_ended_and_waited_for(projec
     assert done.returncode == 137 and (project.root / "child-saved").exists()
 
 
+def test_what_ends_before_its_signal_is_sent_is_left_alone(monkeypatch):
+    with subprocess.Popen(["sleep", "60"]) as child:
+        gone = psutil.Process(child.pid)
+        child.kill()
+    life = Life(None, child, None, 0)
+    monkeypatch.setattr(life, "leftovers", lambda: [gone])
+    life.strike(signal.SIGTERM)
+
+
+@pytest.mark.e2e
 def test_a_cell_that_outlives_its_killed_recipe_is_not_run_a_second_time(project):
     program(project, f'touch "ready-$cell"\nawait release{DONE}')
     process = begin(project, CELLS="all")
@@ -277,20 +296,20 @@ def test_on_a_terminal_of_80_columns_one_display_shows_the_whole_and_every_runni
         board.begin(one)
     shown = Console(file=io.StringIO(), width=80, color_system=None)
     shown.print(board._render())
-    lines = shown.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+    lines = shown.file.getvalue().splitlines()
     assert len(lines) == 3 and all(len(line) <= 80 for line in lines)
     # Left: 280 and 380 s run, then 480 s in the lane that is free after 280, and 480 in the other: 860 s.
     assert lines[0].endswith("step 390/1200  1/5 cells  14 min 20 s left")
     assert lines[1].rstrip().endswith("loss 0.500, reward 0.50, pocket 25.0 %")
     assert "[2/5] pocket-entro" in lines[1] and "95-seed12" in lines[1] and "100/240  loss" in lines[1]
-    assert "50/240" in lines[2] and console.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
+    assert "50/240" in lines[2] and console.file.getvalue() == ""
 
 
 def test_where_there_is_no_terminal_lines_say_what_starts_and_ends_and_how_far_the_whole_is(table, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=False, width=40)
 
     def said() -> list[str]:
-        text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        text = console.file.getvalue()
         console.file = io.StringIO()
         return text.splitlines()
 
@@ -305,6 +324,53 @@ def test_where_there_is_no_terminal_lines_say_what_starts_and_ends_and_how_far_t
         assert said() == ["table5: step 390/1200, 1 of 5 cells done, 27 min 00 s left"]
         board.end(table[1])
         assert said() == [f"[2/5] {table[1].name}: done in 0 s, pocket 25.0 %"]
+
+
+def test_time_left_has_the_start_of_cells_that_wait_and_the_last_evaluation_of_all(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(board_module.time, "monotonic", lambda: clock[0])
+    one, two = cell(tmp_path, "one", steps=10), cell(tmp_path, "two", steps=10)
+    two = dataclasses.replace(two, command=(*two.command, "--eval.cache", "evaluations"))
+    board = Board("table", [one, two], 1, Console(file=io.StringIO(), force_terminal=True))
+    board.begin(one)
+    (one.run / "eval").mkdir(parents=True)
+    for second, file, text in (
+        (7.0, "config.json", "{}"),
+        (19.0, "eval/teacher.json", "{}"),
+        (31.0, "eval/step_0.json", "{}"),
+        (31.0, "metrics.jsonl", '{"step": 0}\n{"step": 1, "time/step_s": 2.0}\n'),
+    ):
+        clock[0] = second
+        (one.run / file).write_text(text)
+        board.look()
+    # Nine steps of 2 s and an evaluation, which took (31 - 7) / 2; then 7 s, ten steps and another one: the second cell
+    # takes the evaluations before training from the cache.
+    assert board._left() == (9 * 2 + 12) + (7 + 10 * 2 + 12)
+    write(one, *({"step": step, "time/step_s": 2.0} for step in range(2, 11)))
+    clock[0] = 54.0
+    board.look()
+    assert board._left() == 7 + 10 * 2 + 12  # the last line comes behind the last evaluation
+    board.end(one)  # 23 s after the first step was seen: nine steps of 2 s, and 5 s for what follows
+    assert board._left() == 7 + 10 * 2 + 5
+    clock[0] = 57.0
+    board.begin(two)
+    clock[0] = 60.0
+    board.look()
+    assert board._left() == (7 - 3) + 10 * 2 + 5
+
+
+def test_an_evaluation_from_the_cache_says_nothing_of_what_one_takes(tmp_path):
+    one, around = cell(tmp_path, "one"), Around()
+    (one.run / "eval").mkdir(parents=True)
+    for name, maker in (("teacher", "another/run"), ("step_0", str(one.run))):
+        (one.run / "eval" / f"{name}.json").write_text(json.dumps({"shared": {"computed_by": maker}}))
+    assert evaluations_made(one) == 1
+    around.started(one, 7.0)
+    around.evaluated(one, 20.0)
+    assert (around.start_s, around.before_s, around.after_s) == (7.0, 13.0, 13.0)
+    (one.run / "eval" / "step_0.json").unlink()
+    around.evaluated(one, 8.0)
+    assert (around.before_s, around.after_s) == (13.0, 13.0)
 
 
 def test_a_long_name_keeps_its_beginning_and_its_seed():

@@ -190,6 +190,7 @@ def test_flash_attn_is_for_gpus_alone_and_1_or_nothing(setup):
 GPU = " -e .[gpu,test]"
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("env", "archs"),
     [

@@ -60,6 +60,7 @@ def test_paper_dry_run_needs_no_gpu_no_model_and_no_data(project):
     assert project.calls() == []
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_paper_dry_run_prints_a_plan_of_each_pair_as_comments_whatever_it_says(project, code):
     opsd = project.root / ".venv" / "bin" / "opsd"
@@ -188,6 +189,7 @@ def test_finished_cells_are_skipped_and_the_report_made_again(project):
     assert [call.split()[:2] for call in project.calls()] == [["python", "scripts/report.py"]]
 
 
+@pytest.mark.e2e
 def test_an_interrupted_cell_is_resumed_then_the_rest_runs(project):
     (project.root / "fail").touch()
     stopped = project.run(SCALE="pocket", LANES="1")
@@ -201,6 +203,7 @@ def test_an_interrupted_cell_is_resumed_then_the_rest_runs(project):
     assert len(project.calls()) == 6  # a resume, four new cells, the report
 
 
+@pytest.mark.e2e
 def test_a_folder_made_by_another_command_is_not_taken_for_finished(project):
     project.run(SCALE="pocket", CELLS="all")
     recipe = project.root / "recipes" / "common.sh"
@@ -229,6 +232,7 @@ def test_paper_scale_launches_deepspeed_where_nothing_is_missing(project):
     assert teacher.startswith(f"{launch} eval --model /m/t --out runs/table5/teachers/qwen3-")
 
 
+@pytest.mark.e2e
 def test_at_paper_scale_the_teacher_is_evaluated_by_vllm_once_under_the_settings_of_the_cells(project):
     printed = project.run(DRY_RUN="1", CELLS="all,soft_or-50", SEEDS="0 1").stdout.splitlines()
     evaluations = [shlex.split(line) for line in printed if " opsd eval " in line]
@@ -272,6 +276,7 @@ def test_two_recipes_share_a_machine_by_their_gpus_and_ports(project):
     assert command[4:8] == ["29501", "--no_local_rank", "--module", "opsd"]
 
 
+@pytest.mark.e2e
 def test_a_launcher_that_exits_with_0_before_the_run_has_finished_stops_the_recipe(project):
     # DeepSpeed's launcher does where the process between it and the ranks is killed.
     project.program("opsd", (project.bin / "opsd").read_text().replace('touch "$run/DONE"', "exit 0"))

@@ -179,13 +179,13 @@ def test_half_characters_and_lost_spaces_are_spelled_out():
     inner.decoder = decoders.ByteLevel()
     texts = Texts(PreTrainedTokenizerFast(tokenizer_object=inner))
     assert [texts.number(token) for token in (0, 1, 2, 3, 9, 0)] == [0, 1, 2, 3, 4, 0]
-    assert texts.list() == ["Ã", "©", " so", "\n", "⟨9⟩"]
+    assert texts.all() == ["Ã", "©", " so", "\n", "⟨9⟩"]
     assert texts.whole([0, 1, 2]) == "é so"
     pieces = Tokenizer(models.WordLevel({"▁so": 0}, unk_token="▁so"))
     pieces.decoder = decoders.Metaspace()
     texts = Texts(PreTrainedTokenizerFast(tokenizer_object=pieces))
     texts.number(0)
-    assert texts.list() == [" so"]
+    assert texts.all() == [" so"]
 
 
 LABELS = {"quadrant": QUADRANT_LABELS}

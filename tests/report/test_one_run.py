@@ -42,6 +42,27 @@ def test_a_run_that_is_not_finished_has_one_too(make_run, capsys):
     assert "3 of 20 steps, not finished" in capsys.readouterr().out
 
 
+def test_a_pages_title_stands_once_and_q1_to_q4_are_said_with_their_splits(make_run, capsys):
+    shares = {f"quadrant/q{q}_frac": 0.25 for q in (1, 2, 3, 4)}
+    splits = [{"quadrant/entropy_split_nats": h, "quadrant/divergence_split_nats": 0.25} for h in (0.5, 0.125)]
+    lines = tuple({"step": n, **shares, **of} for n, of in enumerate(splits, start=1))
+    run = make_run("all", 1.0, {"a": 0.5}, metrics=lines) / "all-1.0-2-seed0"
+    report_script.main(run)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "entropy (split at 0.125 to 0.5 nats) and the divergence from the teacher (at 0.25 nats): Q1 above" in said
+    body = (run / "report" / "report.html").read_text().partition("<body")[2]
+    assert body.count("all-1.0-2-seed0: 2 of 2 steps") == 1 and "<h2>" not in body
+
+
+def test_of_a_run_that_was_made_elsewhere_only_what_is_known_is_shown(run, capsys):
+    values = {"student": "record/s", "teacher": {"model": "t"}, "prompts": "", "steps": 20, "seed": 3, "out": "record"}
+    values |= {"select": {"by": "soft_or", "retention": 0.5}, "optim": {"lr": 0.01}}
+    (run / "config.json").write_text(json.dumps(values))
+    report_script.main(run)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("•")]
+    assert lines == ["• student record/s, teacher t", "• soft_or 50 %; learning rate 0.01; seed 3"]
+
+
 def test_a_folder_of_runs_without_a_table_is_one_line(run):
     with pytest.raises(UserError, match=r"is not a run folder \(it has no config.json\); [^\n]+ give --table"):
         report_script.main(run.parent)

@@ -109,6 +109,7 @@ def test_unusable_input_is_one_line(make_run, report, break_it, message):
     assert message in str(stop.value) and "\n" not in str(stop.value)
 
 
+@pytest.mark.e2e
 def test_an_unknown_table_is_one_line_and_exit_2(make_run):
     done = command(make_run("all", 1.0, ALL), "table99")
     assert done.returncode == 2

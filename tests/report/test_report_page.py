@@ -54,6 +54,7 @@ def test_average_and_best_are_drawn_for_the_agentic_table_only(make_run):
     assert "Figure 4. Average and best of k." not in titles(write(folder, "table5"))
 
 
+@pytest.mark.e2e
 def test_every_figure_has_a_rendering_for_each_scheme_and_words_for_those_who_cannot_see_it(make_run):
     page = write(make_run("soft_or", 0.5, ALL, metrics=STEPS))
     pictures = re.findall(r"<picture>(.*?)</picture>", page, re.S)

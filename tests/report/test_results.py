@@ -111,6 +111,7 @@ def _committed():
     return ROOT / "docs" / "results" / "claims.json"
 
 
+@pytest.mark.e2e
 def test_the_command_writes_a_file_that_claims_reads_back(runs, tmp_path):
     script, out = _committed().parents[2] / "scripts" / "results.py", tmp_path / "pocket.json"
     subprocess.run([sys.executable, script, "collect", runs, "--command", "x", "--out", out], check=True)

@@ -1,5 +1,6 @@
 """wandb, as far as it goes without a network: how runs are grouped, what is summed up, the table, the workspace."""
 
+import importlib
 import json
 import os
 import re
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 from forked import python
 
-import wandb_dashboard
 from opsd.config import from_json
 from opsd.run import wandb_run
 from opsd.run.folder import RunFolder
@@ -159,13 +159,19 @@ def test_an_offline_run_carries_group_tags_summaries_and_the_table(tmp_path):
     assert json.loads(file.read_text())["data"][0][4] == "<b>4</b>"
 
 
-def dashboard(capsys, **options):
+@pytest.fixture(scope="module")
+def wandb_dashboard():
+    """The script; its libraries take a second to import, and every worker collects this file."""
+    return importlib.import_module("wandb_dashboard")
+
+
+def shown(wandb_dashboard, capsys, **options):
     wandb_dashboard.main("team", dry_run=True, **options)
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_workspace_groups_by_cell_and_opens_accuracy_and_memory(capsys):
-    built = dashboard(capsys, suites=("pocket",), samples=4)
+def test_the_workspace_groups_by_cell_and_opens_accuracy_and_memory(wandb_dashboard, capsys):
+    built = shown(wandb_dashboard, capsys, suites=("pocket",), samples=4)
     section = built["spec"]["section"]
     named = {bank["name"]: bank for bank in section["panelBankConfig"]["sections"]}
     assert list(named)[:2] == ["Accuracy", "Memory"]
@@ -183,7 +189,7 @@ def test_the_workspace_groups_by_cell_and_opens_accuracy_and_memory(capsys):
     assert "summary/peak_gib" in json.dumps(named["Memory"])
 
 
-def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
+def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs(wandb_dashboard):
     from wandb_workspaces.reports.v2 import LinePlot
 
     built = wandb_dashboard.workspace("team", "opsd", "view", (), 16)
@@ -203,7 +209,7 @@ def test_every_metric_of_the_workspace_is_one_that_the_trainer_logs():
         assert known, f"{name} is on the dashboard, but nothing logs it"
 
 
-def test_without_its_library_the_dashboard_says_what_to_install(monkeypatch):
+def test_without_its_library_the_dashboard_says_what_to_install(wandb_dashboard, monkeypatch):
     monkeypatch.setattr(wandb_dashboard, "ws", None)
     with pytest.raises(UserError, match="pip install wandb-workspaces"):
         wandb_dashboard.main("team", dry_run=True)

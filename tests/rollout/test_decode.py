@@ -123,8 +123,8 @@ def prompts(tokenizer):
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(0.0, max_new_tokens=20),
-        Sampling(max_new_tokens=20),
+        pytest.param(Sampling(0.0, max_new_tokens=20), marks=pytest.mark.e2e),
+        pytest.param(Sampling(max_new_tokens=20), marks=pytest.mark.e2e),
         Sampling(0.7, top_p=0.9, top_k=10, max_new_tokens=20),
         Sampling(max_new_tokens=1),
     ],
@@ -140,6 +140,7 @@ def test_token_for_token_what_generate_writes(make_model, tokenizer, prompts, fa
         assert len({len(ids) for _, ids, _ in expected}) > 3
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_draws_are_the_same_whatever_is_side_by_side(make_model, tokenizer, prompts, family):
     model, sampling = build(make_model, family), Sampling(max_new_tokens=20)

@@ -95,6 +95,46 @@ def test_a_folder_with_anything_in_it_is_refused_and_left_as_it_was(config, tmp_
     assert (folder / there).read_text() == "precious"
 
 
+def test_what_an_attempt_without_a_step_has_left_is_put_aside_and_nothing_is_lost(run, config, make_rollout):
+    fill(run, make_rollout, 0)  # it was evaluated, then its first step failed
+    run.write_rollouts("stopped_at_step_1", [make_rollout(0, [6], [7])], FakeTokenizer(), None)
+    (run.path / "notes.txt").write_text("the user's own")
+    left = set(files(run)) - {"notes.txt"}
+    again = RunFolder.create(config)
+    assert again.notes == (
+        f"an earlier attempt ended before its first step did: its files are in {run.path}/attempt_1",
+    )
+    assert set(files(again)) == {"config.json", "notes.txt", *(f"attempt_1/{name}" for name in left)}
+    assert "attempt_2" in RunFolder.create(config).notes[0]
+
+
+@pytest.mark.parametrize("sign", ["metrics", "checkpoint", "damaged", "finished", "cut"])
+def test_a_run_that_trained_anything_is_not_begun_anew(run, config, sign):
+    if sign == "metrics":
+        run.write_metrics({"step": 0})
+        run.write_metrics({"step": 1})
+    elif sign in {"checkpoint", "damaged"}:
+        (run.checkpoints / {"checkpoint": "step_1", "damaged": "damaged-step_1"}[sign]).mkdir(parents=True)
+    elif sign == "finished":
+        run.finish()
+    else:
+        (run.path / "metrics.jsonl").write_text('{"step": 1')
+    before = files(run)
+    with pytest.raises(UserError, match=r"holds a run already; give --resume"):
+        RunFolder.create(config)
+    assert files(run) == before
+
+
+def test_a_run_that_another_process_trains_is_neither_begun_anew_nor_resumed(run, config):
+    with run.alone():  # a lock belongs to who opened the folder: another process or, here, a second opening
+        for act in (lambda: RunFolder.create(config), run.alone().__enter__):
+            with pytest.raises(UserError, match="another process is training this run"):
+                act()
+    assert files(run) == ["config.json"]
+    with run.alone():
+        """It is free again."""
+
+
 @pytest.mark.parametrize("place", ["deep", "deep/run"])
 def test_a_file_in_the_way_is_refused(config, tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)

@@ -16,9 +16,10 @@ from opsd import train
 from opsd.config import TeacherConfig, TrackConfig, TrainConfig
 from opsd.run import console
 from opsd.run.folder import RunFolder
-from opsd.run.tracking import Stopwatch, Tracker, forget_peak, peak_gib
+from opsd.run.tracking import Stopwatch, Tracker, check_trackers, forget_peak, peak_gib
 from opsd.utils.distributed import ONE_RANK
 from opsd.utils.durations import in_words
+from opsd.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -290,6 +291,28 @@ def test_metrics_reach_wandb_step_by_step_and_a_failed_run_is_marked(make_run, m
                 raise problem
         assert recorder.logged == [(1, metrics_of(1))]
         assert recorder.exit_code == exit_code
+
+
+def test_tensorboard_shows_every_number_once_of_a_run_that_was_resumed_too(make_run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = make_run(tensorboard=True, progress=False)
+    for first, steps in ((0, (0, 1, 2, 3)), (1, (2, 3))):  # resumed from the checkpoint of step 1
+        with Tracker(run, first) as tracker:
+            for step in steps:
+                tracker.step({"step": step, "loss/nats": float(10 * first + step)})
+    shown = accumulator.EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert shown.Tags()["scalars"] == ["loss/nats"]
+    assert [(one.step, one.value) for one in shown.Scalars("loss/nats")] == [(0, 0.0), (1, 1.0), (2, 12.0), (3, 13.0)]
+
+
+@pytest.mark.parametrize(
+    ("track", "said"), [({"tensorboard": True}, "tensorboard True"), ({"wandb": "online"}, "wandb")]
+)
+def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(make_run, monkeypatch, track, said):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"^--track\.{said}[^\n]*: \w+ is not installed; pip install \w+$"):
+        check_trackers(make_run(**track).config)
+    check_trackers(make_run("none").config)
 
 
 def test_on_cuda_the_peak_starts_after_loading(monkeypatch):

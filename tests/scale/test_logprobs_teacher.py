@@ -132,6 +132,7 @@ def test_a_server_that_gives_all_log_probabilities_is_the_local_teacher(server):
     close(found, exact, *transformer(2, 16), VOCABULARY)
 
 
+@pytest.mark.e2e
 def test_a_run_goes_through_with_statistics_and_a_selector(server, tmp_path):
     values = tiny_pair(tmp_path) | {
         "out": str(tmp_path / "run"),

@@ -54,6 +54,7 @@ def test_the_torch_engine_is_one_process(monkeypatch):
         check_engine(settings())
 
 
+@pytest.mark.e2e
 def test_a_sampler_takes_a_number_of_ranks_that_divides_theirs(monkeypatch):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
     monkeypatch.setenv("WORLD_SIZE", "4")

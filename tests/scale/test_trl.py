@@ -322,6 +322,10 @@ def test_metrics_and_the_token_record_say_what_was_kept(pair, tip, tmp_path):
     delta = ends["teacher_stop_log_prob"] - ends["stop_log_prob"]
     assert line["stop/delta_nats"] == pytest.approx(delta.sort_values().iloc[(len(delta) - 1) // 2])
     assert "soft_or, 50 % kept" in inspect(InspectConfig(run=run)).read_text()
+    # What TRL was told, and no default of ours.
+    known = json.loads((run / "config.json").read_text())
+    assert (known["prompts_per_step"], known["rollout"]["max_new_tokens"], known["optim"]) == (4, 10, {"lr": 0.01})
+    assert not {"eval", "engine", "checkpoint", "health"} & set(known) and (run / "DONE").exists()
 
 
 def test_whatever_is_made_within_selecting_selects(pair, adapter, tmp_path):

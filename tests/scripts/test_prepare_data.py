@@ -66,7 +66,7 @@ def hub(monkeypatch):
         return tables[path]
 
     module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset  # pyright: ignore[reportAttributeAccessIssue]
+    module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     return types.SimpleNamespace(tables=tables, asked=asked)
 

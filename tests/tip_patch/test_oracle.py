@@ -160,6 +160,7 @@ class TestScript:
         monkeypatch.setattr(sys, "argv", argv)
         oracle_script.main()
 
+    @pytest.mark.e2e
     def test_numbers_and_picture_are_written(self, monkeypatch, tmp_path, capsys):
         self.run(monkeypatch, tmp_path / "out")
         found = json.loads((tmp_path / "out" / "oracle.json").read_text())

@@ -47,6 +47,7 @@ def weights(run, step):
     return AutoModelForCausalLM.from_pretrained(run / "checkpoints" / f"step_{step}").state_dict()
 
 
+@pytest.mark.e2e
 def test_under_a_constant_rate_an_extended_run_is_the_run_that_had_begun_so(settings, tmp_path, capsys):
     for name, steps in (("short", 2), ("long", 4)):
         start(settings(tmp_path / name, steps))

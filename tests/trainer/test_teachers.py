@@ -97,6 +97,7 @@ def test_a_context_equal_to_the_prompt_gives_todays_numbers_to_the_last_bit(sett
     assert without(same, "teacher/context_frac") == plain
 
 
+@pytest.mark.e2e
 def test_a_context_that_shows_the_answer_changes_what_is_taught_and_is_recorded(settings, tmp_path, monkeypatch):
     plain = run(settings("plain"))
     context = written(tmp_path / "context.txt", "{answer};{prompt}")
@@ -200,6 +201,7 @@ def test_the_average_is_that_of_float64_at_every_refresh(settings, pair, tmp_pat
     assert any(not torch.equal(weights[1][name], weights[0][name]) for name in average)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("weights", ["ema", "current"])
 def test_a_teacher_that_follows_the_student_goes_on_with_the_same_bits(settings, tmp_path, monkeypatch, weights):
     context = written(tmp_path / "context.txt", "{answer};{prompt}")
@@ -218,6 +220,7 @@ def test_a_teacher_that_follows_the_student_goes_on_with_the_same_bits(settings,
         resume(tmp_path / "lost")
 
 
+@pytest.mark.e2e
 def test_weights_that_are_refreshed_after_the_last_step_only_are_the_initial_ones(settings, pair, tmp_path):
     context = written(tmp_path / "context.txt", "{answer};{prompt}")
     named = run(settings("named", teacher={"model": pair["student"], "context": context}))
@@ -228,6 +231,7 @@ def test_weights_that_are_refreshed_after_the_last_step_only_are_the_initial_one
     assert soon[:2] == initial[:2] and soon[2]["loss/nats"] != initial[2]["loss/nats"]
 
 
+@pytest.mark.e2e
 def test_under_adapters_the_initial_teacher_is_the_base_without_them_and_nothing_is_held(settings, pair, tmp_path):
     context = written(tmp_path / "context.txt", "{answer};{prompt}")
     lora, own = {"rank": 4}, {"model": "self", "context": context}
@@ -254,6 +258,7 @@ def test_what_a_self_teacher_cannot_be_is_one_line(settings, teacher, said):
         settings("run", teacher=teacher)
 
 
+@pytest.mark.e2e
 def test_forward_then_reverse_is_the_one_and_then_the_other(settings, monkeypatch):
     both = {"divergence": "forward_then_reverse", "warmup_steps": 2}
     forward, reverse, turned = (

@@ -101,7 +101,7 @@ def test_a_run_folder_holds_what_was_set_measured_and_made(finished):
     }
     assert json.loads((finished / "config.json").read_text())["select"]["by"] == "soft_or"
     assert {p.name for p in (finished / "eval").iterdir()} == {"teacher.json", "step_0.json", "step_4.json"}
-    assert {p.name for p in (finished / "rollouts").iterdir()} == {"step_2.jsonl", "step_4.jsonl"}
+    assert {p.name for p in (finished / "rollouts").iterdir()} == {f"step_{n}.jsonl" for n in (1, 2, 4)}
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step_3", "step_4"}
 
 
@@ -203,6 +203,7 @@ def test_what_was_written_past_the_checkpoint_is_cut_off_not_doubled(finished, s
     assert_same_run(run, finished)
 
 
+@pytest.mark.e2e
 def test_a_run_in_groups_of_lengths_resumes_to_the_same_numbers_and_matches_one_packed_run(
     settings, tmp_path, monkeypatch
 ):
@@ -239,6 +240,7 @@ def test_a_run_in_groups_of_lengths_resumes_to_the_same_numbers_and_matches_one_
         close(ours[name], theirs[name], *transformer(2, 16, backward=1))
 
 
+@pytest.mark.e2e
 def test_a_run_that_ended_in_an_evaluation_repeats_the_evaluation_alone(finished, settings, tmp_path, monkeypatch):
     run = tmp_path / "broken"
     whole, steps = Evaluator.run, []
@@ -282,6 +284,7 @@ def daily(settings, make_folder, make_model, make_tokenizer, monkeypatch):
     return lambda out, **others: settings(out, **options, **others), lambda day: setattr(Noon, "day", day)
 
 
+@pytest.mark.e2e
 def test_a_run_goes_on_another_day_with_the_prompts_that_it_began_with(daily, tmp_path, monkeypatch):
     settings, set_day = daily
     start(settings(tmp_path / "whole"))
@@ -294,6 +297,7 @@ def test_a_run_goes_on_another_day_with_the_prompts_that_it_began_with(daily, tm
     assert metrics_of(tmp_path / "next") != metrics_of(run)
 
 
+@pytest.mark.e2e
 def test_a_checkpoint_is_evaluated_with_the_prompts_of_its_run(daily, tmp_path, monkeypatch):
     settings, set_day = daily
     config = settings(tmp_path / "run")
@@ -312,6 +316,7 @@ def test_a_checkpoint_is_evaluated_with_the_prompts_of_its_run(daily, tmp_path, 
     assert digests("others", config.student) == others  # a finished evaluation is found again, whatever the day
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("part", ["prompts", "eval.suite sums"])
 def test_a_run_whose_prompt_file_was_changed_does_not_go_on(settings, tmp_path, monkeypatch, part):
     files = {name: tmp_path / f"{name}.jsonl" for name in ("prompts", "eval.suite sums")}
@@ -335,6 +340,7 @@ def test_a_run_whose_prompt_file_was_changed_does_not_go_on(settings, tmp_path, 
     resume(run)
 
 
+@pytest.mark.e2e
 def test_a_run_folder_of_a_version_without_digests_still_resumes(finished, settings, tmp_path, monkeypatch):
     run = killed_at_step_3(monkeypatch, settings(tmp_path / "old", checkpoint__every=2))
     values = json.loads((run / "config.json").read_text())
@@ -354,6 +360,31 @@ def test_a_loss_that_is_no_number_stops_with_the_rollouts_saved(settings, tmp_pa
     saved = [json.loads(line) for line in (run / "rollouts" / "stopped_at_step_1.jsonl").read_text().splitlines()]
     assert len(saved) == 6 and all(record["response_ids"] for record in saved)
     assert not (run / "DONE").exists()
+
+
+def test_the_same_command_begins_a_run_anew_that_failed_in_its_first_step(settings, tmp_path, monkeypatch, capsys):
+    config = settings(tmp_path / "run", steps=1)
+
+    def fails(self, *rest):
+        raise UserError("the rule is wrong")
+
+    monkeypatch.setattr(Trainer, "update", fails)
+    with pytest.raises(UserError, match="the rule is wrong"):
+        start(config)
+    monkeypatch.undo()
+    start(config)
+    assert f"its files are in {tmp_path}/run/attempt_1" in " ".join(capsys.readouterr().err.split())
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1]
+    assert (tmp_path / "run" / "attempt_1" / "eval" / "teacher.json").exists()
+    with pytest.raises(UserError, match="holds a run already"):
+        start(config)
+
+
+def test_a_run_shorter_than_the_records_are_apart_has_something_to_show(settings, tmp_path):
+    apart = {"telemetry": {"every": 10, "save_tokens": True, "save_rollouts_every": 10}, "eval__suite": []}
+    start(settings(tmp_path / "run", steps=3, **apart))
+    assert {p.name for p in (tmp_path / "run" / "rollouts").iterdir()} == {"step_1.jsonl", "step_3.jsonl"}
+    assert [p.name for p in (tmp_path / "run" / "tokens").iterdir()] == ["step_3.parquet"]
 
 
 def test_resume_of_a_finished_run_or_of_no_run_says_so(finished, tmp_path):
@@ -395,6 +426,7 @@ def test_answers_are_written_to_a_growing_horizon_and_evaluations_are_not_cut(se
     assert [line["rollout/horizon_tokens"] for line in trained] == [2, 4, 6, 6]
 
 
+@pytest.mark.e2e
 def test_a_run_that_leaves_out_rock_tokens_resumes_to_the_same_numbers(settings, tmp_path, monkeypatch):
     select = {"by": "rock_bypass", "options": {"after_steps": "1", "most_of_tokens": "0.5"}}
     start(settings(tmp_path / "whole", select=select))

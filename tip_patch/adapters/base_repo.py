@@ -155,7 +155,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         student_NV, teacher_NV, kept_K, weight_K = ctx.saved_tensors
         grad_NV = torch.zeros_like(student_NV)
         for rows_C, gradient_CV, _ in _pieces(student_NV, teacher_NV, kept_K, *ctx.how):

@@ -267,7 +267,7 @@ def selecting(selector: str | TokenSelector | None = "soft_or", **named: Any) ->
         own(self, *args, **kwargs)
         if kind is not None:
             self.__class__ = kind
-            Selecting.select(self, settings)  # pyright: ignore[reportArgumentType]
+            Selecting.select(self, settings)  # pyrefly: ignore[bad-argument-type]
 
     with replaced(DistillationTrainer, "__init__", begin):
         yield

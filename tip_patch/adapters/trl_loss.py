@@ -41,7 +41,7 @@ class KeptRowsDivergence(ChunkedDivergenceFunction):
     """TRL's divergence and entropy per token, with a backward over those rows only that a gradient reaches."""
 
     @staticmethod
-    def backward(ctx: Any, grad_divergence: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_divergence: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         if grad_divergence is None:
             return (None,) * len(ctx.needs_input_grad)
         row_K = grad_divergence.nonzero().squeeze(-1)

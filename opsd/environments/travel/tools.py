@@ -164,7 +164,7 @@ _FINDERS: dict[str, Callable[[Arguments, Tables], list[Row]]] = {
 
 def _text(value: str | int | float) -> str:
     """A number as a model meant it: 3.0 stars are "3"."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, float) and value % 1 == 0 else str(value)
 
 
 def _short(value: Any) -> str:
