@@ -97,7 +97,7 @@ class FunctionGrader:
         return bool(self._function(response, gold))
 
     def answer(self, response: str, gold: str) -> str | None:
-        """None."""
+        """None: a function of the user says right or wrong, not which answer it read."""
         return None
 
 
