@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError, validate_repo_id
 from tyro.conf import Positional
 
 from opsd.config.settings import Settings
@@ -31,6 +32,10 @@ class PushConfig(Settings):
 
 def push(config: PushConfig) -> str:
     """Upload, and return the address. Raises UserError where there is no checkpoint, or the hub refuses."""
+    try:
+        validate_repo_id(config.name)
+    except HFValidationError as error:
+        raise UserError(f"{config.name}: give OWNER/NAME ({first_line(error)})") from error
     if config.name.count("/") != 1:
         raise UserError(f"{config.name}: give OWNER/NAME")
     run = RunFolder.open(config.run)

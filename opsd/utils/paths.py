@@ -22,7 +22,7 @@ def check_model_path(path: str, flag: str) -> None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
     elif folder.exists():
-        raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
+        raise UserError(f"{flag} {path} is a file; give a Hugging Face model folder")
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
 
@@ -37,7 +37,8 @@ def check_model_name(path: str, flag: str) -> None:
 def check_records_path(path: Path) -> None:
     """A file of records must be there, and of a form that is read. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist; give a .jsonl or .parquet file")
+        wrong = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"prompt file {path} {wrong}; give a .jsonl or .parquet file")
     if path.suffix not in {".parquet", ".jsonl", ".json"}:
         raise UserError(f"{path} ends in {path.suffix!r}; give a .jsonl or .parquet file")
 

@@ -63,6 +63,8 @@ class Run:
         """The lines of metrics.jsonl. Raises UserError for a line that is not JSON."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
+            if not self.done:
+                raise UserError(f"{self.path} has trained no step yet; continue with opsd train --resume {self.path}")
             raise UserError(f"{self.path} is marked as finished but has no metrics.jsonl; run it again")
         return [
             _json(line, f"{file} line {number}") for number, line in enumerate(file.read_text().splitlines(), start=1)

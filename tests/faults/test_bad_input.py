@@ -254,7 +254,7 @@ FILES = [
     ("no messages", "messages.jsonl", "give a text or a list of chat messages"),
     ("an answer that is an object", "gold-object.jsonl", "give a text or a number"),
     ("an answer that is NaN", "gold-nan.jsonl", "'answer' is nan"),
-    ("a folder", "folder.jsonl", "does not exist"),
+    ("a folder", "folder.jsonl", "is a folder"),
     ("a parquet that is none", "fake.parquet", "cannot be read as parquet"),
     ("a parquet without the column", "column.parquet", "has no field 'prompt'"),
     ("a parquet without rows", "rows.parquet", "holds no records"),

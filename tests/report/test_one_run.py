@@ -42,6 +42,13 @@ def test_a_run_that_is_not_finished_has_one_too(make_run, capsys):
     assert "3 of 20 steps, not finished" in capsys.readouterr().out
 
 
+def test_a_run_without_a_step_is_one_line_that_says_how_to_go_on(make_run):
+    folder = make_run("all", 1.0, {"a": 0.5}, steps=20, done=False) / "all-1.0-20-seed0"
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"has trained no step yet; continue with opsd train --resume "):
+        report_script.main(folder)
+
+
 def test_a_pages_title_stands_once_and_q1_to_q4_are_said_with_their_splits(make_run, capsys):
     shares = {f"quadrant/q{q}_frac": 0.25 for q in (1, 2, 3, 4)}
     splits = [{"quadrant/entropy_split_nats": h, "quadrant/divergence_split_nats": 0.25} for h in (0.5, 0.125)]

@@ -153,8 +153,9 @@ def test_what_the_hub_refuses_is_one_line(hub, run, tmp_path):
     hub.refuses = True
     with pytest.raises(UserError, match=r"^push to owner/name: [^\n]+hf auth login[^\n]+$"):
         push(PushConfig(run.path, "owner/name"))
-    with pytest.raises(UserError, match="give OWNER/NAME"):
-        push(PushConfig(run.path, "name"))
+    for name in ("name", "a/b/c", "owner/two words", "owner/-name", "/"):
+        with pytest.raises(UserError, match="give OWNER/NAME"):
+            push(PushConfig(run.path, name))
     empty = RunFolder.create(config_of(tmp_path / "empty"))
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         push(PushConfig(empty.path, "owner/name"))
