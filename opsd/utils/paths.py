@@ -22,7 +22,7 @@ def check_model_path(path: str, flag: str) -> None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{flag} {path}: no config.json there; give a Hugging Face model folder")
     elif folder.exists():
-        raise UserError(f"{flag} {path} is a file; give a Hugging Face model folder")
+        raise UserError(f"{flag} {path}: is a file; give a Hugging Face model folder")
     elif path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"{flag} {path}: no such folder; give a Hugging Face model folder")
 
