@@ -43,6 +43,10 @@ from smollm2 import load, thin
 Method = Literal["trl", "trl-kernel", "trl-fused", "opsd-hf", "opsd-hf-tip", "opsd-vllm", "opsd-vllm-tip", "vllm-alone"]
 PROMPT = "Question {number}: what is {number} times {other}?{more} Explain every step, then give the answer."
 ANSWER_S = 1200.0
+# More than are ever asked for: a trainer is ended by the one that asks.
+STEPS = 10_000
+# What a report leaves out of the settings: the places, and what stands elsewhere.
+UNTOLD = ("student", "teacher", "prompts_file", "answers", "steps")
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ def prepare(options: Options) -> dict[str, Any]:
         "prompt_tokens": max(lengths),
         "all_prompt_tokens": sum(lengths),
         "new_tokens": options.new_tokens,
+        "answers": options.prompts,
+        "steps": STEPS,
         "threads": options.threads,
         "lr": options.lr,
         "selector": options.selector,
@@ -231,9 +237,7 @@ def summary(options: Options, settings: dict[str, Any], warm: dict[str, Any], ro
             },
         }
     return {
-        "settings": {
-            key: value for key, value in settings.items() if key not in ("student", "teacher", "prompts_file")
-        },
+        "settings": {key: value for key, value in settings.items() if key not in UNTOLD},
         "machine": {
             "processor": processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),

@@ -23,12 +23,16 @@ from typing import Any
 
 import tyro
 
+from bench.trainers import opsd_config, trl_config, trl_trainer
 from opsd.utils.errors import UserError, exits_on_bad_input
 
 POCKET = Path(__file__).parents[1] / "assets" / "pocket"
 METHODS = ("trl", "trl-kernel", "trl-fused", "opsd", "opsd-tip")
-SELECTION = {"retention": 0.5, "normalise_over": "rollout"}
-ANSWERS, NEW_TOKENS, LR = 64, 40, 1e-3
+SETTINGS = {
+    **{name: str(POCKET / name) for name in ("student", "teacher")},
+    "prompts_file": str(POCKET / "train.jsonl"),
+    **{"answers": 64, "prompt_tokens": 16, "new_tokens": 40, "lr": 1e-3, "selector": "soft_or", "retention": 0.5},
+}
 
 
 @dataclass(frozen=True)
@@ -64,77 +68,35 @@ def main(options: Options) -> None:
 
 def run(options: Options) -> None:
     """One trainer, and its file."""
-    steps = run_trl(options) if options.method.startswith("trl") else run_opsd(options)
+    told = SETTINGS | {"method": options.method, "out": str(options.out / options.method), "steps": options.steps}
+    lines, keys = run_trl(told) if options.method.startswith("trl") else run_opsd(told)
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    found = {"cpu_s": time.process_time(), "peak_mib": usage.ru_maxrss / 1024, **steps}
-    (options.out / f"{options.method}.json").write_text(json.dumps(found) + "\n")
+    found = {"cpu_s": time.process_time(), "peak_mib": usage.ru_maxrss / 1024}
+    curves = {name: [line.get(key, 1.0) for line in lines] for name, key in keys.items()}
+    (options.out / f"{options.method}.json").write_text(json.dumps(found | curves) + "\n")
 
 
-def run_trl(options: Options) -> dict[str, list[float]]:
-    """TRL's DistillationTrainer: the losses that it logged, and the shares that were kept."""
+def run_trl(told: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """TRL's DistillationTrainer: what it logged of each step, and under which names."""
     from datasets import Dataset
-    from trl import DistillationConfig, DistillationTrainer
 
-    trainer: Any = DistillationTrainer
-    selection: dict[str, Any] = {}
-    if engine := options.method.partition("-")[2]:
-        from tip_patch.adapters.trl import tip
-
-        trainer = tip(DistillationTrainer)
-        selection = {"selector_options": SELECTION, "engine": engine, "telemetry_every": 0}
-    config = DistillationConfig(
-        output_dir=str(options.out / options.method),
-        max_steps=options.steps,
-        per_device_train_batch_size=ANSWERS // 4,
-        gradient_accumulation_steps=4,
-        max_completion_length=NEW_TOKENS,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-    )
-    data = Dataset.from_list([json.loads(line) for line in (POCKET / "train.jsonl").read_text().splitlines()])
-    made = trainer(str(POCKET / "student"), str(POCKET / "teacher"), config, train_dataset=data, **selection)
+    trainer, selection = trl_trainer(told)
+    data = Dataset.from_list([json.loads(line) for line in Path(told["prompts_file"]).read_text().splitlines()])
+    config = trl_config(told, micro_batches=4, logging_steps=1)
+    made = trainer(told["student"], told["teacher"], config, train_dataset=data, **selection)
     made.train()
-    lines = [line for line in made.state.log_history if "loss" in line]
-    kept = [line.get("select/kept_frac", 1.0) for line in lines]
-    return {"loss_nats": [line["loss"] for line in lines], "kept_frac": kept}
+    steps = [line for line in made.state.log_history if "loss" in line]
+    return steps, {"loss_nats": "loss", "kept_frac": "select/kept_frac"}
 
 
-def run_opsd(options: Options) -> dict[str, list[float]]:
+def run_opsd(told: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """`opsd train`: the same of its metrics.jsonl."""
-    from opsd.config import from_json
     from opsd.train import start
 
-    folder = options.out / options.method
-    values = {
-        "student": str(POCKET / "student"),
-        "teacher": {"model": str(POCKET / "teacher")},
-        "prompts": str(POCKET / "train.jsonl"),
-        "prompt_format": "raw",
-        "out": str(folder),
-        "steps": options.steps,
-        "prompts_per_step": ANSWERS,
-        "rollout": {"samples_per_prompt": 1, "max_prompt_tokens": 16, "max_new_tokens": NEW_TOKENS},
-        "select": {"by": "soft_or" if options.method.endswith("-tip") else "all", **SELECTION},
-        "optim": {"lr": LR, "schedule": "constant"},
-        "engine": {"device": "cpu"},
-        "checkpoint": {"every": 0},
-        "telemetry": {"every": 0, "save_rollouts_every": 0},
-        "track": {"progress": False},
-    }
-    start(from_json(values))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["step"]]
-    return {name: [line[key] for line in lines] for name, key in KEYS.items()}
+    start(opsd_config(told))
+    lines = [json.loads(line) for line in Path(told["out"], "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["step"]], {"loss_nats": "loss/nats", "kept_frac": "select/kept_frac"}
 
-
-KEYS = {"loss_nats": "loss/nats", "kept_frac": "select/kept_frac"}
 
 if __name__ == "__main__":
     with exits_on_bad_input("bench_trl"):

@@ -14,20 +14,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from accelerate.utils.other import get_free_port
 
 import opsd.train  # noqa: F401  (before the ranks are forked)
 from families import FAMILIES, own_kl, write
@@ -106,49 +105,30 @@ def train(flags: dict[str, object], errors: Path, ranks: int) -> tuple[int, str]
     They are forks of this process, in which everything is imported already, and meet as a launcher's would.
     """
     words = ["opsd", "train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-    port = str(free_port())
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            run(words, errors, {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port})
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return max(codes, key=abs), errors.read_text(errors="replace")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), "WORLD_SIZE": str(ranks)}
+    places = [{**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    children = [multiprocessing.get_context("fork").Process(target=run, args=(words, errors, at)) for at in places]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return max((child.exitcode or 0 for child in children), key=abs), errors.read_text(errors="replace")
 
 
-def run(words: list[str], errors: Path, rank: dict[str, object]) -> NoReturn:
+def run(words: list[str], errors: Path, place: dict[str, str]) -> None:
     """A rank's whole life."""
     with errors.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if rank["WORLD_SIZE"] != 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in rank.items()}}
+    os.environ |= place
     sys.argv = words
-    code: object = 1
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    cli.main()
 
 
 @contextlib.contextmanager
 def served(teacher: Path) -> Iterator[str]:
     """A server of a model's hidden states; its address. None is started for a head that cannot be read."""
-    port = free_port()
+    port = get_free_port()
     url = f"http://127.0.0.1:{port}"
     try:
         read_head(str(teacher), torch.float32)
@@ -156,21 +136,9 @@ def served(teacher: Path) -> Iterator[str]:
         yield url
         return
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        [
-            "bash",
-            str(ROOT / "scripts" / "serve_teacher.sh"),
-            str(teacher),
-            str(port),
-            "--dtype",
-            "float32",
-            "--max-model-len",
-            "64",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = ["bash", str(ROOT / "scripts" / "serve_teacher.sh"), str(teacher), str(port)]
+    words += ["--dtype", "float32", "--max-model-len", "64"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         answers(url, process)
         yield url

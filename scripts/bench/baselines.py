@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,28 +26,33 @@ class Unavailable(Exception):
     """A baseline that cannot run here, and why."""
 
 
+def terms(divergence: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """A divergence of p and q by its definition, entry by entry of the vocabulary; the JSD with equal weights."""
+    if divergence == "reverse_kl":
+        return log_p.exp() * (log_p - log_q)
+    if divergence == "forward_kl":
+        return log_q.exp() * (log_q - log_p)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    return 0.5 * (terms("reverse_kl", log_p, log_m) + terms("reverse_kl", log_q, log_m))
+
+
 def divergence_sum(
     divergence: str, student_CD: Tensor, student_VD: Tensor, teacher_CE: Tensor, teacher_VE: Tensor
 ) -> Tensor:
-    """A chunk's divergence as its definition, logits in fp32, for autograd to differentiate."""
+    """A chunk's divergence, logits in fp32, for autograd to differentiate."""
     log_p = torch.log_softmax((student_CD @ student_VD.T).float(), -1)
     with torch.no_grad():
         log_q = torch.log_softmax((teacher_CE @ teacher_VE.T).float(), -1)
-    if divergence == "reverse_kl":
-        return (log_p.exp() * (log_p - log_q)).sum()
-    if divergence == "forward_kl":
-        return (log_q.exp() * (log_q - log_p)).sum()
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-    return 0.5 * (log_q.exp() * (log_q - log_m)).sum() + 0.5 * (log_p.exp() * (log_p - log_m)).sum()
+    return terms(divergence, log_p, log_q).sum()
 
 
-def graph_kept(divergence: str, chunk: int) -> Loss:
+def graph_kept(divergence: str, chunk: int, of_chunk: Callable[..., Tensor] = divergence_sum) -> Loss:
     """A chunk loop inside autograd: every chunk's logits and probabilities live until the backward pass."""
 
     def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
         total = student_ND.new_zeros((), dtype=torch.float32)
         for student_CD, teacher_CE in zip(student_ND.split(chunk), teacher_NE.split(chunk), strict=True):
-            total = total + divergence_sum(divergence, student_CD, student_VD, teacher_CE, teacher_VE)
+            total = total + of_chunk(divergence, student_CD, student_VD, teacher_CE, teacher_VE)
         return total
 
     return loss
@@ -54,15 +60,7 @@ def graph_kept(divergence: str, chunk: int) -> Loss:
 
 def recomputed(divergence: str, chunk: int) -> Loss:
     """The same loop with each chunk under torch's checkpoint: projected again in the backward pass."""
-
-    def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
-        total = student_ND.new_zeros((), dtype=torch.float32)
-        for student_CD, teacher_CE in zip(student_ND.split(chunk), teacher_NE.split(chunk), strict=True):
-            arguments = (divergence, student_CD, student_VD, teacher_CE, teacher_VE)
-            total = total + checkpoint(divergence_sum, *arguments, use_reentrant=False)
-        return total
-
-    return loss
+    return graph_kept(divergence, chunk, partial(checkpoint, divergence_sum, use_reentrant=False))
 
 
 def liger(divergence: str, chunk: int) -> Loss:

@@ -18,9 +18,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# More steps than are ever asked for: the process is ended by the one that asks.
-STEPS = 10_000
-
 
 class Line:
     """The line to the one that asks, and what the step that runs has taken so far, in seconds by stage."""
@@ -48,7 +45,7 @@ class Line:
 def run_opsd(line: Line, settings: dict[str, Any]) -> None:
     """`opsd train` as it is, but that each step waits to be asked for."""
     import opsd.train
-    from opsd.config import from_json
+    from bench.trainers import opsd_config
 
     run = Path(settings["out"])
 
@@ -74,49 +71,7 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
                 yield
 
     opsd.train.Trainer = Asked
-    opsd.train.start(
-        from_json(
-            {
-                "student": settings["student"],
-                "teacher": {"model": settings["teacher"]},
-                "prompts": settings["prompts_file"],
-                "prompt_format": "raw",
-                "out": str(run),
-                "steps": STEPS,
-                "prompts_per_step": len(settings["prompts"]),
-                "rollout": {
-                    "engine": settings["method"].split("-")[1],
-                    "samples_per_prompt": 1,
-                    "max_prompt_tokens": settings["prompt_tokens"],
-                    "max_new_tokens": settings["new_tokens"],
-                },
-                "select": {
-                    "by": settings["selector"] if settings["method"].endswith("-tip") else "all",
-                    "retention": settings["retention"],
-                    "normalise_over": "rollout",
-                },
-                "optim": {"lr": settings["lr"], "schedule": "constant"},
-                "engine": {"device": "cpu"},
-                "checkpoint": {"every": 0},
-                "telemetry": {"every": 0, "save_rollouts_every": 1},
-                "track": {"progress": False},
-            }
-        )
-    )
-
-
-def trl_trainer(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class of TRL's trainer, and the arguments that selection adds to it."""
-    from trl.trainer.distillation_trainer import DistillationTrainer
-
-    engine = settings["method"].partition("-")[2]
-    if not engine:
-        return DistillationTrainer, {}
-    from tip_patch.adapters.trl import tip
-
-    options = {"retention": settings["retention"], "normalise_over": "rollout"}
-    more = {"selector": settings["selector"], "selector_options": options, "engine": engine, "telemetry_every": 0}
-    return tip(DistillationTrainer), more
+    opsd.train.start(opsd_config(settings))
 
 
 def run_trl(line: Line, settings: dict[str, Any]) -> None:
@@ -124,7 +79,8 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl.trainer.distillation_config import DistillationConfig
+
+    from bench.trainers import trl_config, trl_trainer
 
     trainer, selection = trl_trainer(settings)
     tokenizer: Any = AutoTokenizer.from_pretrained(settings["student"], trust_remote_code=False)
@@ -162,26 +118,15 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
             kept = sum(int(part.kept_N.sum()) for part in done)
             counts["kept_frac"] = kept / counts["tokens"] if selection else 1.0
 
-    config = DistillationConfig(
-        output_dir=settings["out"],
-        per_device_train_batch_size=len(settings["prompts"]),
-        gradient_accumulation_steps=1,
-        gradient_checkpointing=False,
-        max_steps=STEPS,
-        max_completion_length=settings["new_tokens"],
+    config = trl_config(
+        settings,
         generation_kwargs={"min_new_tokens": settings["new_tokens"]},
         beta=1.0,
         temperature=1.0,
-        learning_rate=settings["lr"],
-        lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        bf16=False,
-        use_cpu=True,
         model_init_kwargs={"dtype": "float32"},
         teacher_model_init_kwargs={"dtype": "float32"},
         shuffle_dataset=False,
-        save_strategy="no",
-        report_to="none",
         logging_strategy="no",
         disable_tqdm=True,
     )
@@ -213,7 +158,7 @@ def run_vllm(line: Line, settings: dict[str, Any]) -> None:
         load_format="safetensors",
         trust_remote_code=False,
         max_model_len=settings["prompt_tokens"] + settings["new_tokens"],
-        max_num_seqs=len(settings["prompts"]),
+        max_num_seqs=settings["answers"],
         enforce_eager=True,
         generation_config="vllm",
         skip_tokenizer_init=True,
@@ -223,7 +168,7 @@ def run_vllm(line: Line, settings: dict[str, Any]) -> None:
     ids = load_tokenizer(settings["student"], "--student")(settings["prompts"])["input_ids"]
     requests = [{"prompt_token_ids": prompt} for prompt in ids]
     line.send({"ready": True})
-    for step in range(STEPS):
+    for step in range(settings["steps"]):
         line.read()
         line.stages = {}
         seeds = range(step * len(ids), (step + 1) * len(ids))

@@ -6,16 +6,18 @@ Legend: L tokens of a row, S sequences in it, H query heads, G key-value heads, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
+from transformers import AttentionInterface
 
 from bench.baselines import Unavailable
 from bench.meter import measure, seconds_of
-from gpu.check import Check, Row, relative
+from gpu.check import SMALL_MODEL, Check, Row, random_qwen3, relative
+from opsd.estimate.shapes import BUILT_IN
 from opsd.model.attention import VARLEN, in_one_row
 
 # Of Qwen3-4B and -8B.
@@ -61,18 +63,8 @@ def _packed(check: Check, name: str) -> Row:
 
 
 def _model(check: Check, name: str) -> Any:
-    hidden, ffn, heads, shared, head = (64, 128, 4, 2, 16) if check.small else (2560, 9728, HEADS, KV_HEADS, HEAD)
-    config = Qwen3Config(
-        vocab_size=1024,
-        num_hidden_layers=2,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        num_key_value_heads=shared,
-        head_dim=head,
-    )
-    with torch.device(check.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation="sdpa").eval()
+    shape = SMALL_MODEL if check.small else BUILT_IN["qwen3-4b"]
+    model = random_qwen3(replace(shape, vocab=1024, layers=2), BF16, check.device).eval()
     model.set_attn_implementation(name)
     return model
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.baselines import Unavailable
+from opsd.estimate.shapes import ModelShape
 from opsd.utils.errors import first_line
 
 Row = dict[str, Any]
@@ -35,6 +37,7 @@ class Sizes:
 
 
 SMALL = Sizes((512, 509), 64, (32, 48), (16, 32))
+SMALL_MODEL = ModelShape("tiny", "qwen3", 512, 64, 2, 4, 2, 16, 128, True)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,23 @@ class Check:
             torch.cuda.synchronize()
         found = sorted(seen.key_averages(), key=lambda kernel: -kernel.self_device_time_total)[:SHOWN_KERNELS]
         return {"kernels": {kernel.key[:80]: kernel.self_device_time_total / 1e3 for kernel in found}}
+
+
+def random_qwen3(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Qwen3 of this shape, whose attention is torch's; never saved or downloaded."""
+    config = Qwen3Config(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=40_960,
+    )
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

@@ -10,8 +10,11 @@ import torch
 from bench.meter import seconds_of
 from gpu.check import Check, Row
 from opsd.distill.chunks import has_row_kernels
+from opsd.estimate.rates import product_rate
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "liger-kernel", "trl", "vllm", "numpy")
+# Seconds that a product is measured.
+RATE_S = 0.5
 
 
 def environment(check: Check) -> None:
@@ -45,6 +48,4 @@ def _copy_rate(check: Check) -> Row:
 
 
 def _rate(check: Check, dtype: torch.dtype, size: int) -> Row:
-    left, right = (torch.randn(size, size, device=check.device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    return {"tflops": 2 * size**3 / seconds_of(lambda: torch.mm(left, right, out=out), check.device) / 1e12}
+    return {"tflops": product_rate([(size, size)], size, RATE_S, device=check.device, dtype=dtype) / 1e3}

@@ -5,7 +5,6 @@ Legend: N tokens, V vocabulary, D and E hidden sizes; p = P_S, q = P_T.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.baselines import terms
 from bench.case import Case, inputs_of
 from gpu.check import BF16_ERROR, FP32_ERROR, Check, Row, relative
 from opsd.distill import distill_loss, token_stats
@@ -92,7 +92,7 @@ class _Compared:
             options["selector"] = load_selector(self.rule, retention=0.5)
         found = distill_loss(*self.models, **options)
         ours = torch.autograd.grad(found.loss_sum, self.tensors[:2])
-        loss_sum = nats(self.divergence, *self.log_probs())[found.kept_N].sum()
+        loss_sum = terms(self.divergence, *self.log_probs())[found.kept_N].sum()
         of_ND, of_VD = torch.autograd.grad(loss_sum, self.leaves)
         return {
             "loss_error": relative(found.loss_sum.detach(), loss_sum.detach()),
@@ -107,18 +107,8 @@ class _Compared:
         expected = {
             "entropy_N": -(log_p_NV.exp() * log_p_NV).sum(-1),
             "teacher_entropy_N": -(log_q_NV.exp() * log_q_NV).sum(-1),
-            "reverse_kl_N": nats("reverse_kl", log_p_NV, log_q_NV),
-            "forward_kl_N": nats("forward_kl", log_p_NV, log_q_NV),
+            "reverse_kl_N": terms("reverse_kl", log_p_NV, log_q_NV).sum(-1),
+            "forward_kl_N": terms("forward_kl", log_p_NV, log_q_NV).sum(-1),
         }
         found = token_stats(*self.models, needs=frozenset(expected), chunk_tokens=CHUNK)
         return {f"{name[:-2]}_error": relative(getattr(found, name), of_N) for name, of_N in expected.items()}
-
-
-def nats(divergence: str, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
-    """A divergence [N] by its definition; the JSD with equal weights."""
-    if divergence == "reverse_kl":
-        return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
-    if divergence == "forward_kl":
-        return (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(-1)
-    log_m_NV = torch.logaddexp(log_p_NV, log_q_NV) - math.log(2.0)
-    return 0.5 * (nats("reverse_kl", log_p_NV, log_m_NV) + nats("reverse_kl", log_q_NV, log_m_NV))

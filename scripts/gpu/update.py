@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.updates import trainer_of
-from gpu.check import Check, Row
+from gpu.check import SMALL_MODEL, Check, Row, random_qwen3
 from opsd.config import EngineConfig, LossConfig, OptimConfig
 from opsd.config.cli import parse
 from opsd.data.packing import pack
@@ -29,7 +27,6 @@ from opsd.types import MicroBatch, Prompt, Rollout
 Result = TypeVar("Result")
 TEACHER = "qwen3-8b"
 STUDENTS = ("qwen3-4b", "qwen3-1.7b")
-TINY = ModelShape("tiny", "qwen3", 512, 64, 2, 4, 2, 16, 128, True)
 ROLLOUTS, PROMPT_TOKENS = 4, 8
 CELLS = (
     *(("fused", rule, kept) for rule, kept in (("all", 1.0), ("soft_or", 0.5), ("entropy_sample", 0.2))),
@@ -41,7 +38,7 @@ CELLS = (
 def update(check: Check) -> None:
     """The teacher's states, then an update a cell; one that the plan says will not fit is left out."""
     name = student_of(check)
-    step = _Step(check, TINY if check.small else BUILT_IN[name], TINY if check.small else BUILT_IN[TEACHER])
+    step = _Step(check, *(SMALL_MODEL if check.small else BUILT_IN[model] for model in (name, TEACHER)))
     check.say("models", student=step.student.name, teacher=step.teacher.name, attention=step.attention)
     check.tried("teacher's states", step.score, tokens=check.sizes.tokens)
     # It compiles kernels, and leaves the optimiser's moments.
@@ -70,7 +67,7 @@ def fits(plan: Row) -> bool:
 def student_of(check: Check) -> str:
     """The larger student, where the plan of a fused update on all tokens fits."""
     if check.small:
-        return TINY.name
+        return SMALL_MODEL.name
     return next((name for name in STUDENTS if fits(plan_of(check, name, "fused", "all", 1.0))), STUDENTS[-1])
 
 
@@ -111,19 +108,7 @@ class _Step:
         self._micro, self._states = self._packed(), []
 
     def _model(self, shape: ModelShape, dtype: torch.dtype) -> Scorer:
-        config = Qwen3Config(
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.ffn,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            tie_word_embeddings=shape.tied,
-            max_position_embeddings=40_960,
-        )
-        with torch.device(self._check.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = random_qwen3(shape, dtype, self._check.device)
         disable_dropout(model)
         attention = attention_for(model, torch.bfloat16, self._check.device)
         if attention != "sdpa":
@@ -142,9 +127,8 @@ class _Step:
 
     def score(self) -> Row:
         """The teacher's part of the step."""
-        found = self._clocked(lambda: self._teacher.hidden([self._micro]))
-        self._states = found.result
-        return {"seconds": found.seconds, "peak_gib": found.peak_gib}
+        self._states, found = self._clocked(lambda: self._teacher.hidden([self._micro]))
+        return found
 
     def update(self, memory: str, rule: str, retention: float) -> Row:
         """Forward, loss, backward and AdamW."""
@@ -152,17 +136,12 @@ class _Step:
         selector = load_selector(rule, **({} if rule == "all" else {"retention": retention}))
         loss = LossConfig(memory=memory)  # pyrefly: ignore[bad-argument-type]
         trainer = trainer_of(self._engine, self._teacher, selector, loss, self.student.vocab)
-        found = self._clocked(lambda: trainer.update([self._micro], self._states, 1))
-        done = found.result
-        return {
-            "seconds": found.seconds,
-            "peak_gib": found.peak_gib,
-            "kept": done.kept,
-            "loss_nats": done.loss_nats,
-            "chunk_halvings": done.chunk_halvings,
-        }
+        done, found = self._clocked(lambda: trainer.update([self._micro], self._states, 1))
+        counts = {"kept": done.kept, "loss_nats": done.loss_nats, "chunk_halvings": done.chunk_halvings}
+        return {**found, **counts}
 
-    def _clocked(self, run: Callable[[], Result]) -> _Clocked:
+    def _clocked(self, run: Callable[[], Result]) -> tuple[Result, Row]:
+        """What `run` gives, and what it takes. peak_gib: all that was allocated on the card at once; None on a CPU."""
         if self._check.on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -171,13 +150,4 @@ class _Step:
         if self._check.on_cuda:
             torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() / 2**30 if self._check.on_cuda else None
-        return _Clocked(result, time.perf_counter() - start, peak)
-
-
-@dataclass(frozen=True)
-class _Clocked:
-    """peak_gib: all that was allocated on the card at once; None on a CPU."""
-
-    result: Any
-    seconds: float
-    peak_gib: float | None
+        return result, {"seconds": time.perf_counter() - start, "peak_gib": peak}
