@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from gpu.check import ROOT, Check, Row
 
 ASSETS = ROOT / "assets" / "pocket"
 SETTINGS = {
+    "--student": ASSETS / "student",
+    "--teacher": ASSETS / "teacher",
+    "--prompts": ASSETS / "train.jsonl",
     "--prompt_format": "raw",
     "--prompts_per_step": 16,
     "--rollout.samples_per_prompt": 4,
@@ -79,62 +83,42 @@ class Finished:
 
 def training(check: Check) -> None:
     """Plain torch and DeepSpeed. In a dry run on a CPU: one of each."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = _Runs(Path(folder), steps=2 if check.small else 4)
-        on_device = f"--engine.device {check.device}"
-        plain = runs.start("plain", on_device)
-        on_cpu = runs.start("cpu", "--engine.device cpu") if check.on_cuda else plain
-        again = runs.start("again", on_device) if check.on_cuda else plain
-        few = 1 if check.small else None
-        in_fp32 = {name: runs.start(name, f"{on_device} {more}") for name, more in list(IN_FP32.items())[:few]}
-        in_bf16 = (
-            {} if check.small else {name: runs.start(name, f"{on_device} {more}") for name, more in IN_BF16.items()}
-        )
-        check.tried("plain torch beside a CPU", lambda: _beside(plain, on_cpu), LOSS_NATS)
-        check.tried("plain torch again", lambda: _beside(again, plain), LOSS_NATS)
+    steps = 2 if check.small else 4
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+
+        def start(name: str, flags: str = "", device: object = check.device) -> Future[Finished]:
+            run = Path(folder) / name.replace(" ", "_")
+            return pool.submit(_finished, run, steps, ["--engine.device", str(device), *flags.split()])
+
+        def beside(run: Future[Finished], other: Future[Finished]) -> Callable[[], Row]:
+            return lambda: run.result().beside(other.result())
+
+        plain = start("plain")
+        on_cpu = start("cpu", device="cpu") if check.on_cuda else plain
+        again = start("again") if check.on_cuda else plain
+        in_fp32 = {name: start(name, flags) for name, flags in list(IN_FP32.items())[: 1 if check.small else None]}
+        in_bf16 = {} if check.small else {name: start(name, flags) for name, flags in IN_BF16.items()}
+        check.tried("plain torch beside a CPU", beside(plain, on_cpu), LOSS_NATS)
+        check.tried("plain torch again", beside(again, plain), LOSS_NATS)
         for name, run in in_fp32.items():
-            check.tried(f"{name} beside plain torch", lambda run=run: _beside(run, plain), LOSS_NATS)
+            check.tried(f"{name} beside plain torch", beside(run, plain), LOSS_NATS)
         for name, run in in_bf16.items():
-            check.tried(name, lambda run=run: _alone(run))
+            check.tried(name, lambda run=run: {"seconds": run.result().seconds, "losses": run.result().losses})
 
 
-def _beside(run: Future[Finished], other: Future[Finished]) -> Row:
-    return run.result().beside(other.result())
-
-
-def _alone(run: Future[Finished]) -> Row:
-    return {"seconds": run.result().seconds, "losses": run.result().losses}
-
-
-class _Runs:
-    """Runs of the pocket pair, some at a time."""
-
-    def __init__(self, out: Path, steps: int) -> None:
-        self._out, self._steps = out, steps
-        self._pool = ThreadPoolExecutor(SIDE_BY_SIDE)
-
-    def start(self, name: str, flags: str) -> Future[Finished]:
-        """Begin a run, or wait for its place."""
-        return self._pool.submit(self._finished, self._out / name.replace(" ", "_"), flags.split())
-
-    def _finished(self, run: Path, flags: list[str]) -> Finished:
-        start = time.perf_counter()
-        self._train(run, flags)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = range(1, self._steps + 1)
-        return Finished(
-            [line["loss/nats"] for line in lines if "loss/nats" in line],
-            [(run / "rollouts" / f"step_{step}.jsonl").read_text() for step in steps],
-            (run / "checkpoints" / f"step_{self._steps}" / "model.safetensors").read_bytes(),
-            time.perf_counter() - start,
-        )
-
-    def _train(self, run: Path, flags: list[str]) -> None:
-        models = ["--student", str(ASSETS / "student"), "--teacher", str(ASSETS / "teacher")]
-        files = ["--prompts", str(ASSETS / "train.jsonl"), "--out", str(run), "--steps", str(self._steps)]
-        settings = [str(word) for pair in SETTINGS.items() for word in pair]
-        command = [sys.executable, "-m", "opsd", "train", *models, *files, *settings, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-            raise RuntimeError(f"opsd train ended with {done.returncode}: {said[0]}")
+def _finished(run: Path, steps: int, flags: list[str]) -> Finished:
+    """A run from its start to its end. Raises RuntimeError where it fails."""
+    start = time.perf_counter()
+    settings = {**SETTINGS, "--out": run, "--steps": steps}
+    command = [sys.executable, "-m", "opsd", "train", *(str(word) for pair in settings.items() for word in pair)]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise RuntimeError(f"opsd train ended with {done.returncode}: {said[0]}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return Finished(
+        [line["loss/nats"] for line in lines if "loss/nats" in line],
+        [(run / "rollouts" / f"step_{step}.jsonl").read_text() for step in range(1, steps + 1)],
+        (run / "checkpoints" / f"step_{steps}" / "model.safetensors").read_bytes(),
+        time.perf_counter() - start,
+    )
