@@ -43,6 +43,7 @@ from smollm2 import load, thin
 Method = Literal["trl", "trl-kernel", "trl-fused", "opsd-hf", "opsd-hf-tip", "opsd-vllm", "opsd-vllm-tip", "vllm-alone"]
 PROMPT = "Question {number}: what is {number} times {other}?{more} Explain every step, then give the answer."
 ANSWER_S = 1200.0
+UNITS = ("wall_s", "cpu_s")
 # More than are ever asked for: a trainer is ended by the one that asks.
 STEPS = 10_000
 # What a report leaves out of the settings: the places, and what stands elsewhere.
@@ -224,18 +225,10 @@ def summary(options: Options, settings: dict[str, Any], warm: dict[str, Any], ro
     lowest = floor(student, teacher, settings["all_prompt_tokens"], options.prompts, options.new_tokens, rates)
     methods = {}
     for method in warm:
-        stages = rounds[0][method]["stages"]
-        methods[method] = {
-            "warm_up": warm[method],
-            "steps": [each[method] for each in rounds],
-            "median": {
-                stage: {
-                    unit: statistics.median(each[method]["stages"][stage][unit] for each in rounds)
-                    for unit in ("wall_s", "cpu_s")
-                }
-                for stage in stages
-            },
-        }
+        steps = [each[method] for each in rounds]
+        median = {stage: medians([step["stages"][stage] for step in steps]) for stage in steps[0]["stages"]}
+        methods[method] = {"warm_up": warm[method], "steps": steps, "median": median}
+    whole = {method: [step["stages"]["step"] for step in found["steps"]] for method, found in methods.items()}
     return {
         "settings": {key: value for key, value in settings.items() if key not in UNTOLD},
         "machine": {
@@ -246,17 +239,14 @@ def summary(options: Options, settings: dict[str, Any], warm: dict[str, Any], ro
         },
         "floor_cpu_s": lowest,
         "methods": methods,
-        "ratio_to_trl": {
-            method: {
-                unit: statistics.median(
-                    each[method]["stages"]["step"][unit] / each["trl"]["stages"]["step"][unit] for each in rounds
-                )
-                for unit in ("wall_s", "cpu_s")
-            }
-            for method in warm
-            if "trl" in warm
-        },
+        "ratio_to_trl": {method: medians(own, whole["trl"]) for method, own in whole.items() if "trl" in whole},
     }
+
+
+def medians(seconds: list[dict[str, float]], of: list[dict[str, float]] | None = None) -> dict[str, float]:
+    """The median over rounds, of wall and of processor seconds; of what each is of its round's `of`, where given."""
+    pairs = list(zip(seconds, of or [dict.fromkeys(UNITS, 1.0)] * len(seconds), strict=True))
+    return {unit: statistics.median(own[unit] / other[unit] for own, other in pairs) for unit in UNITS}
 
 
 def processor() -> str:
@@ -279,7 +269,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for method, found in report["methods"].items():
         step, ratio = found["median"]["step"], report["ratio_to_trl"].get(method)
-        shares = [f"{ratio[unit]:.2f}" for unit in ("wall_s", "cpu_s")] if ratio else ["-", "-"]
+        shares = [f"{ratio[unit]:.2f}" for unit in UNITS] if ratio else ["-", "-"]
         stages = ", ".join(f"{n} {s['cpu_s']:.2f}" for n, s in found["median"].items() if n != "step")
         cells = [method, f"{step['wall_s']:.2f}", f"{step['cpu_s']:.2f}", *shares, stages]
         loss = found["warm_up"]["loss_nats"]

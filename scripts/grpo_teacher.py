@@ -31,8 +31,8 @@ from opsd.config.settings import (
     ProperFraction,
     StepSettings,
 )
-from opsd.data.prompts import load_prompts, read_records
-from opsd.data.rendering import PromptFormat, lookup
+from opsd.data.prompts import load_prompts
+from opsd.data.rendering import PromptFormat
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.loading import load_tokenizer
 from opsd.utils.errors import UserError, exits_on_bad_input
@@ -110,20 +110,16 @@ def training_rows(config: GrpoConfig, tokenizer: Any) -> list[dict[str, Any]]:
     Raises UserError for a file that cannot be read, and where an answer is missing: it would be no reward but noise.
     """
     how = PromptFormat.of(config, max_tokens=config.max_prompt_tokens, overlong="drop")
-    kept, _ = load_prompts(config.prompts, tokenizer, how)
-    rows, waiting = [], iter(kept)
-    due = next(waiting, None)
-    for number, record in enumerate(read_records(config.prompts)):
-        name = str(number if record.get("id") is None else record["id"])
-        if due is None or due.id != name:
-            continue
-        if due.answer is None:
-            raise UserError(f"{config.prompts} record {number + 1} has no answer; GRPO needs one for each prompt")
-        content = lookup(record, config.prompt_field, config.prompts)
-        if config.prompt_format == "chat" and isinstance(content, str):
-            content = [{"role": "user", "content": content}]
-        rows.append({"prompt": content, "answer": due.answer})
-        due = next(waiting, None)
+    rows: list[dict[str, Any]] = []
+
+    def keep(content: Any, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
+        if answer is None:
+            raise UserError(f"{where} has no answer; GRPO needs one for each prompt")
+        chat = config.prompt_format == "chat" and isinstance(content, str)
+        rows.append({"prompt": [{"role": "user", "content": content}] if chat else content, "answer": answer})
+        return {}
+
+    load_prompts(config.prompts, tokenizer, how, keep)
     return rows
 
 

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd.utils.errors import UserError, exits_on_bad_input
-from reporting.cells import CellName
 from reporting.runs import Run, read_runs
 from reporting.theme import png, tones
 
@@ -63,8 +62,8 @@ def make_pair(folder: Path, sureness: float) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def train(runs: Path, arm: str, steps: int, problems: int) -> None:
-    """The recipe's cells of one arm. Raises UserError where it fails."""
+def train(runs: Path, arm: str, steps: int, problems: int) -> list[Run]:
+    """The recipe's cells of one arm, as runs. Raises UserError where it fails."""
     pair = Path(os.path.relpath(runs / "pair", ROOT))
     models = ["--student", str(pair / "student"), "--teacher", str(pair / "teacher")]
     command = [str(ROOT / "recipes" / "table5_soft_or.sh"), *models, "--eval.limit", str(problems), *ARMS[arm]]
@@ -72,6 +71,7 @@ def train(runs: Path, arm: str, steps: int, problems: int) -> None:
     settings = {"SCALE": "pocket", "STEPS": str(steps), "SEEDS": "0", "RUNS": str(folder)}
     if subprocess.run(command, env={**os.environ, **settings}, check=False).returncode:
         raise UserError(f"{' '.join(command)} failed; the logs are in {folder}")
+    return read_runs(folder)
 
 
 def numbers_of(run: Run) -> dict[str, Any]:
@@ -106,15 +106,11 @@ def draw(arms: dict[str, list[Run]]) -> Figure:
                 width = 5 if len(points) > 20 else 1
                 values = np.convolve([value for _, value in points], np.full(width, 1 / width), "valid")
                 steps = [step for step, _ in points][width - 1 :]
-                name = f"{_label(run.cell)}, {arm}"
-                ax.plot(steps, values, style, color=colours[run.cell], lw=1.4 if style == "-" else 1.8, label=name)
+                how = {"color": colours[run.cell], "lw": 1.4 if style == "-" else 1.8}
+                ax.plot(steps, values, style, label=f"{run.cell}, {arm}", **how)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def _label(cell: CellName) -> str:
-    return cell.selector if cell.selector == "all" else f"{cell.selector} {100 * cell.retention:g} %"
 
 
 def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 64, sureness: float = 0.5) -> None:
@@ -131,10 +127,7 @@ def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 6
     """
     if not (runs / "pair" / "teacher").is_dir():
         make_pair(runs / "pair", sureness)
-    arms: dict[str, list[Run]] = {}
-    for arm in ARMS:
-        train(runs.resolve(), arm, steps, problems)
-        arms[arm] = read_runs(runs / arm.replace(" ", "_").replace("'", ""))
+    arms = {arm: train(runs.resolve(), arm, steps, problems) for arm in ARMS}
     found = {arm: {str(run.cell): numbers_of(run) for run in own} for arm, own in arms.items()}
     values = {"steps": steps, "problems": problems, "sureness": sureness, "seed": 0, "arms": found}
     out.write_text(json.dumps(values, indent=1) + "\n")

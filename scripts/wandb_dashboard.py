@@ -33,6 +33,7 @@ GROUP_BY = ("recipe", "pair", "selector")
 OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 QUADRANTS = (1, 2, 3, 4)
+LENGTHS = ("p10", "mean", "p90", "max")
 REWARDED = ("rewarded", "unrewarded")
 
 
@@ -49,79 +50,54 @@ def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], sam
 
 
 def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
-    """All sections; those that are looked at first stand open."""
+    """All sections and their panels; those that are looked at first stand open."""
     found = {
-        "Accuracy": _accuracy(suites, samples),
-        "Memory": _memory(),
-        "Training": _training(),
-        "Selection": _selection(),
-        "Health": _health(),
-        "Time": _time(),
+        "Accuracy": [
+            *(_bars(f"{suite}, at the end", f"summary/{suite}/final", "fraction") for suite in suites),
+            *(_against_retention(f"{suite} against retention", f"summary/{suite}/final") for suite in suites),
+            _lines("accuracy while training", *(f"eval/{suite}/mean@{samples}" for suite in suites), unit="fraction"),
+            _lines("reward of the step's rollouts", "rollout/reward", smoothing_type="average", smoothing_factor=0.6),
+        ],
+        "Memory": [
+            _bars("peak memory", "summary/peak_gib", "GiB"),
+            _against_retention("peak memory against retention", "summary/peak_gib"),
+            _lines("peak memory so far", "mem/peak_gib", unit="GiB"),
+            _lines("how full micro-batches are", "batch/fill_frac", unit="fraction"),
+        ],
+        "Training": [
+            _lines("trained divergence per kept token", "loss/nats", unit="nats"),
+            _lines("reverse KL over all tokens", "student/reverse_kl_nats", unit="nats"),
+            _lines("entropy", "student/entropy_nats", "teacher/entropy_nats", unit="nats"),
+            _lines("gradient norm before clipping", "optim/grad_norm", log_y=True),
+            _lines("learning rate", "optim/lr"),
+        ],
+        "Selection": [
+            _lines("tokens by quadrant", *(f"quadrant/q{q}_frac" for q in QUADRANTS), unit="fraction"),
+            _lines("divergence by quadrant", *(f"quadrant/q{q}_loss_frac" for q in QUADRANTS), unit="fraction"),
+            _lines("tokens kept", "select/kept_frac", unit="fraction"),
+            _lines("overlap with other rules (Jaccard)", metric_regex="select/jaccard_.*"),
+            panels.MediaBrowser(title="rollouts", media_keys=["rollout/samples"]),
+        ],
+        "Health": [
+            _lines("lengths of rollouts", *(f"length/{name}_tokens" for name in LENGTHS), unit="tokens"),
+            _lines("lengths by reward", *(f"length/mean_tokens_{group}" for group in REWARDED), unit="tokens"),
+            _lines("cut off", "rollout/truncated_frac", unit="fraction"),
+            _lines("tokens inside repeated n-grams", "repetition/ngram_frac", unit="fraction"),
+            _lines("the same by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
+            _lines("compression ratio", "repetition/compression"),
+            _lines("chance of the end where it stands", "stop/student_prob", "stop/teacher_prob"),
+            _lines("chance of the end before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
+            _lines("teacher's less student's log-probability of the end", "stop/delta_nats", unit="nats"),
+            _lines("ends that are trained on", metric_regex="stop/kept_frac.*"),
+            _lines("where rules rank the end", metric_regex="stop/score_percentile.*"),
+            _lines("warnings", metric_regex="health/.*"),
+        ],
+        "Time": [
+            _lines("a step by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
+            _bars("mean step", "summary/mean_step_s", "s"),
+        ],
     }
     return [ws.Section(name=name, panels=own, is_open=name in ("Accuracy", "Memory")) for name, own in found.items()]
-
-
-def _accuracy(suites: tuple[str, ...], samples: int) -> list[Any]:
-    return [
-        *(_bars(f"{suite}, at the end", f"summary/{suite}/final", "fraction") for suite in suites),
-        *(_against_retention(f"{suite} against retention", f"summary/{suite}/final") for suite in suites),
-        _lines("accuracy while training", *(f"eval/{suite}/mean@{samples}" for suite in suites), unit="fraction"),
-        _lines("reward of the step's rollouts", "rollout/reward", smoothing_type="average", smoothing_factor=0.6),
-    ]
-
-
-def _memory() -> list[Any]:
-    return [
-        _bars("peak memory", "summary/peak_gib", "GiB"),
-        _against_retention("peak memory against retention", "summary/peak_gib"),
-        _lines("peak memory so far", "mem/peak_gib", unit="GiB"),
-        _lines("how full micro-batches are", "batch/fill_frac", unit="fraction"),
-    ]
-
-
-def _training() -> list[Any]:
-    return [
-        _lines("trained divergence per kept token", "loss/nats", unit="nats"),
-        _lines("reverse KL over all tokens", "student/reverse_kl_nats", unit="nats"),
-        _lines("entropy", "student/entropy_nats", "teacher/entropy_nats", unit="nats"),
-        _lines("gradient norm before clipping", "optim/grad_norm", log_y=True),
-        _lines("learning rate", "optim/lr"),
-    ]
-
-
-def _selection() -> list[Any]:
-    return [
-        _lines("tokens by quadrant", *(f"quadrant/q{q}_frac" for q in QUADRANTS), unit="fraction"),
-        _lines("divergence by quadrant", *(f"quadrant/q{q}_loss_frac" for q in QUADRANTS), unit="fraction"),
-        _lines("tokens kept", "select/kept_frac", unit="fraction"),
-        _lines("overlap with other rules (Jaccard)", metric_regex="select/jaccard_.*"),
-        panels.MediaBrowser(title="rollouts", media_keys=["rollout/samples"]),
-    ]
-
-
-def _health() -> list[Any]:
-    lengths = [f"length/{name}_tokens" for name in ("p10", "mean", "p90", "max")]
-    return [
-        _lines("lengths of rollouts", *lengths, unit="tokens"),
-        _lines("lengths by reward", *(f"length/mean_tokens_{group}" for group in REWARDED), unit="tokens"),
-        _lines("cut off", "rollout/truncated_frac", unit="fraction"),
-        _lines("tokens inside repeated n-grams", "repetition/ngram_frac", unit="fraction"),
-        _lines("the same by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
-        _lines("compression ratio", "repetition/compression"),
-        _lines("chance of the end where it stands", "stop/student_prob", "stop/teacher_prob"),
-        _lines("chance of the end before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
-        _lines("teacher's less student's log-probability of the end", "stop/delta_nats", unit="nats"),
-        _lines("ends that are trained on", metric_regex="stop/kept_frac.*"),
-        _lines("where rules rank the end", metric_regex="stop/score_percentile.*"),
-        _lines("warnings", metric_regex="health/.*"),
-    ]
-
-
-def _time() -> list[Any]:
-    return [
-        _lines("a step by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
-        _bars("mean step", "summary/mean_step_s", "s"),
-    ]
 
 
 def _lines(title: str, *metrics: str, unit: str = "", **options: Any) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class Measured(NamedTuple):
 def measure(run: Callable[[], Tensor], device: torch.device) -> Measured:
     """On a CPU the first call's, cold; on CUDA the median of `WARM_CALLS` after a first one."""
     if device.type == "cpu":
-        reset_peak()
+        # Let the kernel's record of this process's peak memory start anew.
+        Path("/proc/self/clear_refs").write_text("5")
         resident = status_bytes("VmRSS")
         return Measured(*timed(run, device), status_bytes("VmHWM") - resident)
     before = torch.cuda.memory_allocated(device)
@@ -70,12 +72,6 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
     act()
     return statistics.median(timed(act, device).seconds for _ in range(WARM_CALLS))
-
-
-def reset_peak() -> None:
-    """Let the kernel's record of this process's peak memory start anew."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 def status_bytes(field: str) -> int:

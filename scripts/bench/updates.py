@@ -1,5 +1,6 @@
 """Single updates by the trainer itself, on an engine and a teacher of one's own."""
 
+from dataclasses import fields
 from typing import Any
 
 from opsd.build import Parts
@@ -30,20 +31,7 @@ def trainer_of(
         optim=optim or OptimConfig(),
     )
     nothing: Any = None
-    parts = Parts(
-        ranks=engine.ranks,
-        began=nothing,
-        tokenizer=nothing,
-        prompts=nothing,
-        dropped_prompts=0,
-        sampler=nothing,
-        sampling=nothing,
-        teacher=teacher,
-        teacher_sampler=None,
-        selector=selector,
-        vocab_size=vocab_size,
-        engine=engine,
-        evaluator=nothing,
-        telemetry=[],
-    )
+    own = {"ranks": engine.ranks, "engine": engine, "teacher": teacher, "selector": selector}
+    counts = {"vocab_size": vocab_size, "dropped_prompts": 0, "telemetry": []}
+    parts = Parts(**dict.fromkeys((field.name for field in fields(Parts)), nothing) | own | counts)
     return Trainer(config, parts, nothing)

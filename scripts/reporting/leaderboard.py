@@ -7,6 +7,7 @@ seeds (`claims.joined_error`), or is the one over problems where there is a sing
 from __future__ import annotations
 
 import math
+from statistics import mean
 
 from reporting.cells import CellName
 from reporting.claims import joined_error
@@ -58,21 +59,17 @@ def leaderboard(gains: Gains, measure: Measure) -> TextTable:
     def place(rule: tuple[str, str]) -> tuple[bool, float]:
         own = rules[rule]
         whole = bool(shared) and all(retention in own for retention in shared)
-        return not whole, sign * _mean(own, shared if whole else list(own))
+        return not whole, sign * mean(own[retention].mean for retention in (shared if whole else own))
 
     rows = []
     for rule in sorted(rules, key=place):
-        missing, mean = place(rule)
+        missing, score = place(rule)
         values = [_shown(rules[rule].get(retention), measure) for retention in retentions]
-        rows.append([_name(*rule), MISSING if missing else _number(sign * mean, measure), *values])
+        rows.append([_name(*rule), MISSING if missing else _number(sign * score, measure), *values])
     heads = [f"{100 * retention:g} %" for retention in retentions]
     better = "higher" if measure.higher_is_better else "lower"
     title = f"Leaderboard: {measure.name} minus all tokens', {measure.unit} ({better} is better)"
     return TextTable(title, ["", "mean below\n100 %", *heads], rows)
-
-
-def _mean(own: dict[float, Estimate], retentions: list[float]) -> float:
-    return sum(own[retention].mean for retention in retentions) / len(retentions)
 
 
 def _name(selector: str, variant: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -35,6 +36,8 @@ HEALTH_CURVES = (
     ("stop/kept_frac", "stops trained on, fraction"),
     ("stop/score_percentile", "percentile of the stop in the score, 0 to 1"),
 )
+# An evaluation's accuracy: eval/SUITE/mean@K.
+EVALUATED = re.compile(r"eval/.*/mean@")
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 # Line and mark of a rule's variants in the order in which they come.
 VARIANT_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
@@ -213,19 +216,13 @@ def _lines(ax: Axes, points: dict[CellName, tuple[float, float]]) -> None:
         own += [(100.0, *whole)] if whole else []
         x, y, error = zip(*own, strict=True)
         dash, mark = VARIANT_STYLES[variants.index(rule[1]) % len(VARIANT_STYLES)]
-        style = {
-            "ls": dash,
-            "marker": mark,
-            "markersize": 4,
-            "capsize": 3,
-            "color": colours[CellName(rule[0], 0.5, rule[1])],
-        }
-        ax.errorbar(x, y, yerr=error, label=" ".join(rule).rstrip(), **style)
+        style = {"ls": dash, "marker": mark, "markersize": 4, "capsize": 3}
+        colour = colours[CellName(rule[0], 0.5, rule[1])]
+        ax.errorbar(x, y, yerr=error, label=" ".join(rule).rstrip(), color=colour, **style)
     if everything:
-        ax.axhspan(
-            everything[0] - everything[1], everything[0] + everything[1], color=colour_of("all"), alpha=0.18, lw=0
-        )
-        ax.axhline(everything[0], color=colour_of("all"), linewidth=1, label="all tokens")
+        mean, error = everything
+        ax.axhspan(mean - error, mean + error, color=colour_of("all"), alpha=0.18, lw=0)
+        ax.axhline(mean, color=colour_of("all"), linewidth=1, label="all tokens")
     ax.set_xlabel("tokens kept, %")
 
 
@@ -264,7 +261,7 @@ def curve_names(group: list[Run], asked: tuple[tuple[str, str], ...] = CURVES) -
     names = [(key, title) for key, title in asked if any(run.logged(key) for run in group)]
     if asked is not CURVES:
         return names
-    evaluated = sorted({key for run in group for line in run.steps for key in line if _is_mean(key)})
+    evaluated = sorted({key for run in group for line in run.steps for key in line if EVALUATED.match(key)})
     return names + [(key, f"{key.split('/')[1]}, {key.split('/')[2]}") for key in evaluated]
 
 
@@ -314,7 +311,9 @@ def costs(group: list[Run], cells: Iterable[CellName]) -> Figure:
     right.set_title("a step's time, s")
     for place, (cell, runs) in enumerate(rows):
         peak = float(np.mean([max(run.logged("mem/peak_gib")) for run in runs if run.logged("mem/peak_gib")]))
-        left.barh(place, peak, height=0.6, color=colours[cell], alpha=shade(cell))
+        # Fainter the fewer tokens: cells of one rule stay apart.
+        shade = 0.35 + 0.65 * cell.retention if cell.retention < 0.5 else 1.0
+        left.barh(place, peak, height=0.6, color=colours[cell], alpha=shade)
         left.text(peak, place, f" {peak:.2f}", va="center", fontsize=8)
         start = 0.0
         for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
@@ -344,18 +343,9 @@ def dashes(cell: CellName) -> str:
     return "-" if cell.retention >= 0.5 else "--" if cell.retention >= 0.2 else ":"
 
 
-def shade(cell: CellName) -> float:
-    """Fainter the fewer tokens: cells of one rule stay apart."""
-    return 0.35 + 0.65 * cell.retention if cell.retention < 0.5 else 1.0
-
-
 def _error(found: Estimate) -> float:
     """The larger of the two standard errors, a fraction."""
     return max(found.stderr_problems or 0.0, found.stderr_seeds or 0.0)
-
-
-def _is_mean(key: str) -> bool:
-    return key.startswith("eval/") and "/mean@" in key
 
 
 def _panels(count: int, height: float, widths: tuple[float, ...] | None = None) -> tuple[Figure, list[Axes]]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from opsd.utils.errors import UserError
-from reporting.runs import Run, read_runs
-from reporting.stats import QUADRANTS, Estimate, estimate
+from reporting.runs import read_runs
+from reporting.stats import QUADRANTS, Estimate, estimate, scores_of
 
 # What recipes call a run folder: PAIR-CELL-seedN.
 _NAME = re.compile(r"(?P<pair>[a-z0-9]+)-(?P<cell>.+)-seed(?P<seed>\d+)")
@@ -94,28 +94,28 @@ def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
     finished = [run for run in read_runs(folder) if run.done and run.final_evaluation is not None]
     if not finished:
         raise UserError(f"{folder} holds no finished run with an evaluation; run a recipe first")
-    suite = next(iter((finished[0].final_evaluation or {})["suites"]))
-    problems = list(_scores(finished[0], f"step_{finished[0].config['steps']}", suite))
+    first = finished[0]
+    suite = next(iter((first.final_evaluation or {})["suites"]))
+    problems = list(scores_of(first.final_evaluation, suite) or ())
     runs = []
     for run in finished:
         name = _NAME.fullmatch(run.path.name)
         if name is None:
             raise UserError(f"{run.path} is not named as recipes name runs (PAIR-CELL-seedN); move it away")
-        scores = _scores(run, f"step_{run.config['steps']}", suite)
-        if list(scores) != problems:
-            raise UserError(f"{run.path} was evaluated on other problems than {finished[0].path}")
+        scores = scores_of(run.final_evaluation, suite)
+        if list(scores or ()) != problems:
+            raise UserError(f"{run.path} was evaluated on other problems than {first.path}")
         means = {key: _mean(run.logged(metric)) for key, metric in LOGGED.items()}
         runs.append({"cell": name["cell"], "seed": run.seed, **means, "scores": _rounded(scores)})
     runs.sort(key=lambda run: (run["cell"], run["seed"]))
-    first = finished[0]
     return {
         "commit": commit,
         "command": command,
         "suite": suite,
         "samples": first.config["eval"]["samples"],
         "steps": first.config["steps"],
-        "before": _rounded(_scores(first, "step_0", suite)),
-        "teacher": _rounded(_scores(first, "teacher", suite)),
+        "before": _rounded(scores_of(first.evaluation("step_0"), suite)),
+        "teacher": _rounded(scores_of(first.evaluation("teacher"), suite)),
         "problems": problems,
         "runs": runs,
     }
@@ -128,13 +128,8 @@ def write_results(file: Path, head: dict[str, Any], runs: list[dict[str, Any]]) 
     file.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')
 
 
-def _scores(run: Run, evaluation: str, suite: str) -> dict[str, float]:
-    found = run.evaluation(evaluation)
-    return {} if found is None else dict(sorted(found["suites"][suite]["scores"].items()))
-
-
-def _rounded(scores: dict[str, float]) -> list[float]:
-    return [round(score, 6) for score in scores.values()]
+def _rounded(scores: dict[str, float] | None) -> list[float]:
+    return [round(score, 6) for score in (scores or {}).values()]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -90,7 +90,7 @@ def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: Ce
     scores = {
         (run.cell, run.seed): found
         for run in group
-        if run.done and (found := _scores(run.final_evaluation, suite)) is not None
+        if run.done and (found := scores_of(run.final_evaluation, suite)) is not None
     }
     _same_problems(group, scores, suite)
     stats = []
@@ -107,7 +107,7 @@ def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: Ce
 def reference(group: list[Run], evaluation: str, suite: str) -> Estimate | None:
     """A model that no cell trained (evaluation "step_0": the start; "teacher"): the same in every run."""
     for run in group:
-        scores = _scores(run.evaluation(evaluation), suite)
+        scores = scores_of(run.evaluation(evaluation), suite)
         if scores is not None:
             return estimate(np.array([list(scores.values())]))
     return None
@@ -142,7 +142,7 @@ def best_of(group: list[Run], cells: list[CellName], suite: str) -> list[tuple[C
     return found
 
 
-def _scores(evaluation: dict[str, Any] | None, suite: str) -> dict[str, float] | None:
+def scores_of(evaluation: dict[str, Any] | None, suite: str) -> dict[str, float] | None:
     """Per-problem scores in the order of their ids."""
     if evaluation is None or suite not in evaluation["suites"]:
         return None

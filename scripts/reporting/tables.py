@@ -59,9 +59,8 @@ class TextTable:
         """For report.html: everything escaped; the paper's columns are marked."""
         theirs = [column.startswith("paper") for column in self.columns]
         marks = [' class="theirs"' if their else "" for their in theirs]
-        heads = "".join(
-            f'<th scope="col"{mark}>{_lines(column)}</th>' for column, mark in zip(self.columns, marks, strict=True)
-        )
+        names = [html.escape(column).replace("\n", "<br>") for column in self.columns]
+        heads = "".join(f'<th scope="col"{mark}>{name}</th>' for name, mark in zip(names, marks, strict=True))
         body = "".join(
             f'<tr><th scope="row">{html.escape(row[0])}</th>'
             + "".join(f"<td{mark}>{html.escape(cell)}</td>" for cell, mark in zip(row[1:], marks[1:], strict=True))
@@ -89,7 +88,7 @@ def accuracy_table(
     for name, found in (("before training", before), ("teacher", teacher)):
         rows.append([name, _estimate(found), *[""] * (len(ours) - 1 + len(pairs))])
     for row in stats:
-        errors = [_seeds(row.accuracy), _seeds(row.minus_all)] if several else ["", ""]
+        errors = [percent(found and found.stderr_seeds) for found in (row.accuracy, row.minus_all)]
         values = [_estimate(row.accuracy), errors[0], _estimate(row.minus_all, "+"), errors[1]]
         if row.cell == baseline:
             values[2:] = ["", ""]
@@ -117,7 +116,8 @@ def best_table(suite: str, best: list[tuple[CellName, Estimate | None]], paper: 
     rows = []
     for cell, found in best:
         theirs = [paper.best_of(pair, benchmark, cell) for pair in paper.pairs]
-        rows.append([str(cell), _best(found), *[MISSING if value is None else f"{value:g}" for value in theirs]])
+        ours = MISSING if found is None else percent(found.mean, found.stderr_seeds)
+        rows.append([str(cell), ours, *[MISSING if value is None else f"{value:g}" for value in theirs]])
     title = f"best@k, %: ours on {BENCHMARKS.get(suite, suite)}, the paper's Figure 4"
     return TextTable(title, ["", "ours", *[f"paper\n{PAIRS[pair]}" for pair in paper.pairs]], rows)
 
@@ -127,40 +127,22 @@ def cost_table(costs: list[CellCost], paper: Paper) -> TextTable:
     pairs = paper.pairs if paper.has_memory else []
     rows = []
     for cost in costs:
-        shares = [_percent(share) for share in cost.quadrants] if cost.quadrants else [MISSING] * 4
+        shares = [percent(share) for share in cost.quadrants] if cost.quadrants else [MISSING] * 4
         memory = MISSING if cost.peak_gib is None else f"{cost.peak_gib:.2f}"
         seconds = MISSING if cost.step_s is None else f"{cost.step_s:.2f}"
         theirs = [paper.value(pair, MEMORY, cost.cell) for pair in pairs]
-        rows.append([str(cost.cell), _percent(cost.kept_frac), *shares, memory, seconds, *theirs])
+        rows.append([str(cost.cell), percent(cost.kept_frac), *shares, memory, seconds, *theirs])
     heads = ["", "tokens\nkept, %", "Q1, %", "Q2, %", "Q3, %", "Q4, %", "peak\nGiB", "step\ns"]
     return TextTable(
         "Tokens trained on, memory and time", [*heads, *[f"paper, GB\n{PAIRS[pair]}" for pair in pairs]], rows
     )
 
 
-def percent(mean: float, error: float | None, sign: str = "") -> str:
+def percent(mean: float | None, error: float | None = None, sign: str = "") -> str:
     """A fraction in percent, with its standard error where there is one."""
-    return f"{100 * mean:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
-
-
-def _lines(text: str) -> str:
-    return "<br>".join(html.escape(line) for line in text.split("\n"))
+    return MISSING if mean is None else f"{100 * mean:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _estimate(found: Estimate | None, sign: str = "") -> str:
     """Percent with the standard error over problems."""
     return MISSING if found is None else percent(found.mean, found.stderr_problems, sign)
-
-
-def _best(found: Estimate | None) -> str:
-    return MISSING if found is None else percent(found.mean, found.stderr_seeds)
-
-
-def _seeds(found: Estimate | None) -> str:
-    if found is None or found.stderr_seeds is None:
-        return MISSING
-    return f"{100 * found.stderr_seeds:.1f}"
-
-
-def _percent(fraction: float | None) -> str:
-    return MISSING if fraction is None else f"{100 * fraction:.1f}"
