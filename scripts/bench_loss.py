@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,9 +60,7 @@ def main() -> None:
     """Run what is missing, then write table and figure from all that is there."""
     options = tyro.cli(Options, description=__doc__)
     if options.quick:
-        options = dataclasses.replace(
-            options, tokens=(512, 1024), widths=(256,), dtypes=("float32",), selected_tokens=1024
-        )
+        options = replace(options, tokens=(512, 1024), widths=(256,), dtypes=("float32",), selected_tokens=1024)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "cases.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -87,20 +85,16 @@ def plan(options: Options) -> Iterator[Case]:
     """All cases, those that are compared next to each other."""
     for dtype in options.dtypes:
         for width in options.widths:
-
-            def case(method: str, tokens: int, dtype: str = dtype, width: int = width, **more: Any) -> Case:
-                names = ("vocab", "chunk", "threads", "device", "teacher_width")
-                shape = {name: getattr(options, name) for name in names}
-                return Case(method, tokens, width, dtype, **shape, **more)
-
-            yield case("rate", 1)
+            names = ("vocab", "chunk", "threads", "device", "teacher_width")
+            base = Case("rate", 1, width, dtype, **{name: getattr(options, name) for name in names})
+            yield base
             for tokens in sorted(options.tokens):
                 for method in options.methods:
                     if method != "graph_kept" or fits(tokens, options):
-                        yield case(method, tokens)
+                        yield replace(base, method=method, tokens=tokens)
+            ours = replace(base, method="ours", tokens=options.selected_tokens)
             for retention in RETENTIONS:
-                for selector in ("soft_or", "entropy"):
-                    yield case("ours", options.selected_tokens, selector=selector, retention=retention)
+                yield from (replace(ours, selector=rule, retention=retention) for rule in ("soft_or", "entropy"))
 
 
 def fits(tokens: int, options: Options) -> bool:

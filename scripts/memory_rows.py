@@ -115,15 +115,9 @@ def table(rows: list[dict[str, object]]) -> TextTable:
 def main(args: Args, further: list[str]) -> None:
     """All cells in both modes, then the table and the files."""
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for mode in MODES:
-        for cell in cells():
-            rows.append(measure(args, cell, mode, further))
-    values = {
-        "vocabulary": json.loads((Path(args.student) / "config.json").read_text())["vocab_size"],
-        "steps": STEPS,
-        "rows": rows,
-    }
+    rows = [measure(args, cell, mode, further) for mode in MODES for cell in cells()]
+    vocabulary = json.loads((Path(args.student) / "config.json").read_text())["vocab_size"]
+    values = {"vocabulary": vocabulary, "steps": STEPS, "rows": rows}
     (args.out / "memory.json").write_text(json.dumps(values, indent=1) + "\n")
     found = table(rows)
     (args.out / "memory.md").write_text(found.markdown())

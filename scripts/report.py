@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +42,12 @@ FILES = ("report.html", "table.md", "table.csv", "table.json", "figure.png")
 
 @dataclass(frozen=True)
 class GroupReport:
-    """The numbers of runs that share a protocol."""
+    """The numbers of runs that share a protocol, and what is made of them beside the paper's."""
 
     runs: list[Run]
     suites: list[SuiteReport]
     costs: list[CellCost]
+    paper: Paper
 
     @property
     def title(self) -> str:
@@ -53,6 +55,36 @@ class GroupReport:
         config = self.runs[0].config
         teacher = config["teacher"]["model"]
         return f"student {config['student']} ← teacher {teacher}, {config['steps']} steps"
+
+    @cached_property
+    def tables(self) -> list[TextTable]:
+        """In reading order."""
+        paper = self.paper
+        tables = [accuracy_table(suite.name, suite.stats, suite.before, suite.teacher, paper) for suite in self.suites]
+        for suite in self.suites:
+            if ranked(gains := gains_of(suite.stats)):
+                tables.append(leaderboard(gains, Measure(f"mean@k on {BENCHMARKS.get(suite.name, suite.name)}")))
+        if paper.best:
+            tables += [best_table(suite.name, suite.best, paper) for suite in self.suites]
+        if not any(suite.name in paper.benchmarks for suite in self.suites):
+            tables += others_tables(paper.cells, paper)
+        return [*tables, cost_table(self.costs, paper)]
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What the group can and cannot show."""
+        first = self.suites[0].stats if self.suites else []
+        return remarks(self.runs, [suite.name for suite in self.suites], first, self.paper.baseline)
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers as JSON values: fractions, GiB, seconds; what is missing is null."""
+        return {
+            "title": self.title,
+            "runs": [str(run.path) for run in self.runs],
+            "suites": [dataclasses.asdict(suite) for suite in self.suites],
+            "costs": [dataclasses.asdict(cost) for cost in self.costs],
+            "remarks": self.remarks,
+        }
 
 
 def report_group(group: list[Run], paper: Paper, named: tuple[str, ...] = ()) -> GroupReport:
@@ -73,37 +105,7 @@ def report_group(group: list[Run], paper: Paper, named: tuple[str, ...] = ()) ->
         )
         for name in suite_names(group)
     ]
-    return GroupReport(group, suites, cell_costs(group, cells))
-
-
-def text_tables(group: GroupReport, paper: Paper) -> list[TextTable]:
-    """The group's tables in reading order."""
-    tables = [accuracy_table(suite.name, suite.stats, suite.before, suite.teacher, paper) for suite in group.suites]
-    for suite in group.suites:
-        if ranked(gains := gains_of(suite.stats)):
-            tables.append(leaderboard(gains, Measure(f"mean@k on {BENCHMARKS.get(suite.name, suite.name)}")))
-    if paper.best:
-        tables += [best_table(suite.name, suite.best, paper) for suite in group.suites]
-    if not any(suite.name in paper.benchmarks for suite in group.suites):
-        tables += others_tables(paper.cells, paper)
-    return [*tables, cost_table(group.costs, paper)]
-
-
-def group_remarks(group: GroupReport, paper: Paper) -> list[str]:
-    """What the group can and cannot show."""
-    first = group.suites[0].stats if group.suites else []
-    return remarks(group.runs, [suite.name for suite in group.suites], first, paper.baseline)
-
-
-def as_json(group: GroupReport, paper: Paper) -> dict[str, Any]:
-    """The group's numbers as JSON values: fractions, GiB, seconds; what is missing is null."""
-    return {
-        "title": group.title,
-        "runs": [str(run.path) for run in group.runs],
-        "suites": [dataclasses.asdict(suite) for suite in group.suites],
-        "costs": [dataclasses.asdict(cost) for cost in group.costs],
-        "remarks": group_remarks(group, paper),
-    }
+    return GroupReport(group, suites, cell_costs(group, cells), paper)
 
 
 def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
@@ -111,14 +113,14 @@ def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> Non
     out.mkdir(parents=True, exist_ok=True)
     parts, sections, rows = [f"# {markdown_text(title)}\n"], [], []
     for group in groups:
-        tables, lines = text_tables(group, paper), group_remarks(group, paper)
         parts.append(f"## {markdown_text(group.title)}\n")
-        parts += [table.markdown() for table in tables]
-        parts.append("\n".join(f"- {markdown_text(line)}" for line in lines) + "\n")
-        sections.append(Section(group.title, lines, tables, pictures(group.runs, group.suites, group.costs, paper)))
+        parts += [table.markdown() for table in group.tables]
+        parts.append("\n".join(f"- {markdown_text(line)}" for line in group.remarks) + "\n")
+        drawn = pictures(group.runs, group.suites, group.costs, paper)
+        sections.append(Section(group.title, group.remarks, group.tables, drawn))
         rows += our_rows(group.title, [(suite.name, suite.stats) for suite in group.suites], group.costs)
     (out / "table.md").write_text("\n".join(parts))
-    values = {"title": title, "groups": [as_json(group, paper) for group in groups]}
+    values = {"title": title, "groups": [group.as_json() for group in groups]}
     (out / "table.json").write_text(json.dumps(values, indent=1) + "\n")
     write_csv([*rows, *paper_rows(paper)], out / "table.csv")
     (out / "report.html").write_text(page(title, sections), encoding="utf-8")
@@ -131,16 +133,16 @@ def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> Non
         (out / "figure.png").write_bytes(png(lambda: overview(reports)))
 
 
-def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
+def show(groups: list[GroupReport], title: str, out: Path) -> None:
     """The same on the terminal."""
     console = Console(highlight=False)
     console.rule(f"[bold]{title}")
     for group in groups:
         console.print(f"{group.title}\n", markup=False)
-        for table in text_tables(group, paper):
+        for table in group.tables:
             console.print(table.rich())
             console.print()
-        for line in group_remarks(group, paper):
+        for line in group.remarks:
             console.print(f"• {line}", markup=False)
     console.print()
     for file in FILES:
@@ -204,7 +206,7 @@ def main(
     if not groups:
         raise UserError(f"{runs} holds none of --cells {' '.join(cells)}; omit the flag to see what it holds")
     write(groups, layout.title, paper, out)
-    show(groups, layout.title, paper, out)
+    show(groups, layout.title, out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from reporting.theme import colour_of
 
 Row = dict[str, Any]
+KEY = ("dtype", "width", "tokens", "method", "selector", "retention")
 MEASURES = ("seconds", "cpu_seconds", "peak_gib")
 NAMES = {
     "ours": "ours",
@@ -48,8 +49,7 @@ HEADER = (
 
 def table(rows: list[Row]) -> str:
     """Markdown, a line for each case. "~" marks what is extrapolated, "-" what is missing."""
-    cases = _merge(rows)
-    _extrapolate(cases)
+    cases = _cases(rows)
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for key in sorted(cases, key=_order):
         lines.append("| " + " | ".join(_line(cases[key], cases)) + " |")
@@ -67,8 +67,7 @@ def table(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], file: Path) -> None:
     """PNG: peak memory against tokens, and processor time against retention, fp32 at the smallest width."""
-    cases = _merge(rows)
-    _extrapolate(cases)
+    cases = _cases(rows)
     shown = [row for row in cases.values() if row["dtype"] == "float32" and "missing" not in row]
     if not shown:
         return
@@ -118,30 +117,25 @@ def _retention(ax: Axes, rows: list[Row]) -> None:
     ax.legend(fontsize=9)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return row["dtype"], row["width"], row["tokens"], row["method"], row["selector"], row["retention"]
-
-
 def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
     dtype, width, tokens, method, selector, retention = key
     return dtype != "float32", width, tokens, list(NAMES).index(method), selector, -retention
 
 
-def _merge(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    """One row for each case, the median of its repeats; with the machine's rates for its type and width."""
+def _cases(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
+    """A row for each case, by KEY: the median of its repeats, with the machine's rates for its type and width."""
     rates = {(row["dtype"], row["width"]): row for row in rows if row["method"] == "rate"}
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["method"] != "rate":
-            grouped.setdefault(_key(row), []).append(row)
-    merged = {}
+            grouped.setdefault(tuple(row[name] for name in KEY), []).append(row)
+    cases = {}
     for key, group in grouped.items():
         ran = [row for row in group if "missing" not in row]
-        merged[key] = {**group[0], "rate": rates.get(key[:2])}
-        if ran:
-            merged[key] = {**ran[0], "rate": rates.get(key[:2])}
-            merged[key].update({name: statistics.median(row[name] for row in ran) for name in MEASURES})
-    return merged
+        medians = {name: statistics.median(row[name] for row in ran) for name in MEASURES} if ran else {}
+        cases[key] = {**(ran or group)[0], **medians, "rate": rates.get(key[:2])}
+    _extrapolate(cases)
+    return cases
 
 
 def _extrapolate(cases: dict[tuple[Any, ...], Row]) -> None:

@@ -21,25 +21,22 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.runs import Run, read_runs
 from reporting.tables import TextTable, percent
 
-Shares = dict[str, dict[str, float]]
-"""Of one evaluation: for avg@k, best@k and each constraint, mean and (with several trips) stderr_problems."""
+Shares = dict[str, tuple[float, float | None]]
+"""Of one evaluation: for avg@k, best@k and each constraint, the mean and (with several trips) its standard error."""
 
 
 def shares_of(evaluation: dict[str, Any] | None) -> dict[str, Shares]:
     """The numbers of every suite of an evaluation that has constraints."""
     suites = {} if evaluation is None else evaluation["suites"]
-    return {name: _shares(suite) for name, suite in suites.items() if "constraints" in suite}
-
-
-def _shares(suite: dict[str, Any]) -> Shares:
-    k = suite["k"]
-    errors = {"avg": suite["stderr_problems"], "best": suite["stderr_best"]}
-    means = {"avg": suite["mean@k"], "best": suite["best@k"]}
-    whole = {
-        f"{name}@{k}": {"mean": mean, **({} if errors[name] is None else {"stderr_problems": errors[name]})}
-        for name, mean in means.items()
+    return {
+        name: {
+            f"avg@{suite['k']}": (suite["mean@k"], suite["stderr_problems"]),
+            f"best@{suite['k']}": (suite["best@k"], suite["stderr_best"]),
+            **{key: (of["mean"], of.get("stderr_problems")) for key, of in suite["constraints"].items()},
+        }
+        for name, suite in suites.items()
+        if "constraints" in suite
     }
-    return {**whole, **suite["constraints"]}
 
 
 def rows_of(runs: list[Run], suite: str) -> dict[str, list[Shares]]:
@@ -70,13 +67,12 @@ def table_of(runs: list[Run], suite: str) -> TextTable:
     )
 
 
-def _cell(entries: list[dict[str, float]]) -> str:
+def _cell(entries: list[tuple[float, float | None]]) -> str:
     """Mean over seeds; seeds share their trips, so the error over trips is that of one seed, the largest."""
     if not entries:
         return "-"
-    mean = sum(entry["mean"] for entry in entries) / len(entries)
-    errors = [entry["stderr_problems"] for entry in entries if "stderr_problems" in entry]
-    return percent(mean, max(errors, default=None))
+    errors = [error for _, error in entries if error is not None]
+    return percent(sum(mean for mean, _ in entries) / len(entries), max(errors, default=None))
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:

@@ -7,8 +7,8 @@ from statistics import median
 from typing import Any
 
 from reporting.page import Section
-from reporting.pictures import warnings
-from reporting.plots import HEALTH_CURVES, costs, curve_names, curves
+from reporting.pictures import logged
+from reporting.plots import curve_names
 from reporting.runs import Run
 from reporting.tables import TextTable, percent
 from reporting.theme import Picture, picture
@@ -111,18 +111,13 @@ def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
 
 
 def pictures(run: Run) -> Iterator[Picture]:
-    """Curves, tokens, memory and time; one that has no data is left out."""
-    if names := curve_names([run]) + curve_names([run], FURTHER):
-        yield picture("Curves.", "Smoothed over 1/40 of the run.", lambda: curves([run], names))
-    if health := curve_names([run], HEALTH_CURVES):
-        words = "Lengths, truncation, repetition, and the end-of-turn token."
-        yield picture("Health.", f"{words} {warnings([run])}", lambda: curves([run], health))
+    """Tokens, curves, memory and time; one that has no data is left out."""
     tokens = read_tokens([run])
     if tokens is not None:
         yield picture("Entropy and divergence of every token.", tokens.words, lambda: plane(tokens))
-    if run.done and run.logged("mem/peak_gib"):
-        words = "Peak memory of the process; the median step's time by stage."
-        yield picture("Memory and time.", words, lambda: costs([run], [run.cell]))
+    cells = [run.cell] if run.done and run.logged("mem/peak_gib") else []
+    names = curve_names([run]) + curve_names([run], FURTHER)
+    yield from logged([run], cells, names, "Smoothed over 1/40 of the run.")
 
 
 def _accuracy(result: dict[str, Any], suite: str) -> str:

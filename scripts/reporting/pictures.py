@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from reporting.cells import CellName
 from reporting.paper import BENCHMARKS, Paper
 from reporting.plots import HEALTH_CURVES, average_and_best, bars, costs, crowded, curve_names, curves, retention
 from reporting.runs import Run
@@ -18,17 +21,21 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
         title = "Figure 2. Entropy and divergence of every token."
         found.append(picture(title, tokens.words, lambda: plane(tokens)))
     found.sort(key=lambda one: one.title)  # by the paper's numbers
-    if training := curve_names(group):
-        words = "Mean over seeds, shaded from lowest to highest, smoothed over 1/40 of the run."
-        found.append(picture("Training curves.", words, lambda: curves(group, training)))
+    cells = [cost.cell for cost in cell_costs if cost.peak_gib is not None]
+    how = "Mean over seeds, shaded from lowest to highest, smoothed over 1/40 of the run."
+    return [*found, *logged(group, cells, curve_names(group), how)]
+
+
+def logged(group: list[Run], cells: list[CellName], names: list[tuple[str, str]], how: str) -> Iterator[Picture]:
+    """What runs have logged: the named metrics, drawn as `how` says; the health; memory and time of `cells`."""
+    if names:
+        yield picture("Training curves.", how, lambda: curves(group, names))
     if health := curve_names(group, HEALTH_CURVES):
         words = "Lengths, truncation, repetition, and the end-of-turn token; drawn like the training curves."
-        found.append(picture("Health.", f"{words} {warnings(group)}", lambda: curves(group, health)))
-    cells = [cost.cell for cost in cell_costs if cost.peak_gib is not None]
+        yield picture("Health.", f"{words} {warnings(group)}", lambda: curves(group, health))
     if cells:
         words = "Peak memory of the training process; the median step's time by stage. log: telemetry."
-        found.append(picture("Memory and time.", words, lambda: costs(group, cells)))
-    return found
+        yield picture("Memory and time.", words, lambda: costs(group, cells))
 
 
 def warnings(group: list[Run]) -> str:

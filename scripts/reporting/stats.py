@@ -125,7 +125,7 @@ def cell_costs(group: list[Run], cells: list[CellName]) -> list[CellCost]:
                 kept_frac=_mean([_mean(run.logged("select/kept_frac")) for run in runs]),
                 quadrants=None if None in shares else tuple(share for share in shares if share is not None),
                 peak_gib=_mean([max(run.logged("mem/peak_gib"), default=None) for run in runs]),
-                step_s=_mean([_median(run.logged("time/step_s")) for run in runs]),
+                step_s=_mean([np.median(times) for run in runs if (times := run.logged("time/step_s"))]),
             )
         )
     return costs
@@ -163,7 +163,3 @@ def _stack(scores: dict[tuple[CellName, int], dict[str, float]], cell: CellName,
 def _mean(values: list[Any]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _median(values: list[float]) -> float | None:
-    return float(np.median(values)) if values else None
