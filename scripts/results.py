@@ -21,9 +21,10 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
-from reporting.leaderboard import gains_in, leaderboard
+from reporting.leaderboard import gains_in, leaderboard, signed
+from reporting.paper import MISSING
 from reporting.plots import gains_against_retention
-from reporting.results import Results, collect, write_results
+from reporting.results import Measure, Results, collect, write_results
 from reporting.tables import TextTable
 from reporting.theme import png
 
@@ -110,11 +111,8 @@ def show(args: Claims) -> None:
 
 
 def _row(verdict: Verdict) -> list[str]:
-    difference = "-"
-    if verdict.difference is not None and verdict.error is not None:
-        error = f" ± {100 * verdict.error:.1f}" if math.isfinite(verdict.error) else ""
-        points = round(100 * verdict.difference.mean, 1) + 0.0  # no −0.0
-        difference = f"{points:+.1f}{error}".replace("-", "−")
+    error = math.nan if verdict.error is None else verdict.error
+    difference = MISSING if verdict.difference is None else signed(verdict.difference.mean, Measure(), error)
     return [verdict.claim.says, verdict.claim.of, difference, str(len(verdict.seeds)), verdict.word]
 
 

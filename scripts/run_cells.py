@@ -23,7 +23,7 @@ from rich.console import Console
 
 from lanes.board import Board
 from lanes.cell import Cell, read_cells
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, exits_on_bad_input
 
 POLL_S = 0.2
 # A terminal's Ctrl-C reaches us from the terminal and from make: only what comes later is a second one.
@@ -215,10 +215,8 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
         work = Lanes(cells, lanes, board, wish)
         try:
             work.run()
-        except Failed as failed:
-            code, message = failed.code, str(failed)
-        except UserError as error:
-            code, message = 2, str(error)
+        except (Failed, UserError) as error:
+            code, message = error.code if isinstance(error, Failed) else 2, str(error)
         if code or wish.times:
             others = [life for life in work.running if life.process.poll() is None]
             if others:
@@ -244,11 +242,8 @@ def main(title: str, recipe: str, lanes: int | None = None) -> int:
         lanes: How many cells run at a time; None: as many as there are cores for this process.
     """
     cells = read_cells(sys.stdin.read())
-    try:
+    with exits_on_bad_input(recipe):
         check(cells)
-    except UserError as error:
-        print(f"{recipe}: {error}", file=sys.stderr)
-        return 2
     return run(cells, title, min(lanes or cores(), len(cells)), recipe)
 
 

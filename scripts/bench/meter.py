@@ -24,28 +24,22 @@ class Timed(NamedTuple):
     value: float
 
 
-class Measured(NamedTuple):
-    """Timed, with the peak memory above what was in use before."""
+def measure(run: Callable[[], Tensor], device: torch.device) -> tuple[Timed, int]:
+    """A call, and the bytes of its peak memory above what was in use before.
 
-    seconds: float
-    cpu_seconds: float
-    value: float
-    peak_bytes: int
-
-
-def measure(run: Callable[[], Tensor], device: torch.device) -> Measured:
-    """On a CPU the first call's, cold; on CUDA the median of `WARM_CALLS` after a first one."""
+    On a CPU the first call, cold; on CUDA the median of `WARM_CALLS` after a first one.
+    """
     if device.type == "cpu":
         # Let the kernel's record of this process's peak memory start anew.
         Path("/proc/self/clear_refs").write_text("5")
         resident = status_bytes("VmRSS")
-        return Measured(*timed(run, device), status_bytes("VmHWM") - resident)
+        return timed(run, device), status_bytes("VmHWM") - resident
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.reset_peak_memory_stats(device)
     calls = [timed(run, device) for _ in range(WARM_CALLS)]
     middle = sorted(calls)[len(calls) // 2]
-    return Measured(*middle, torch.cuda.max_memory_allocated(device) - before)
+    return middle, torch.cuda.max_memory_allocated(device) - before
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> Timed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gpu.check import Row
@@ -110,18 +110,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def kernels(rows: Iterable[Row]) -> list[str]:
+def kernels(rows: Iterable[Row]) -> Iterator[str]:
     """The CUDA kernels that took longest, a paragraph a row that has them."""
-    found = []
     for row in rows:
         if row.get("kernels"):
-            about = ", ".join(
-                _shown(value) for name, value in row.items() if name in ("what", "vocab", "chunk", "width")
-            )
-            found.append(
-                f"Kernels, {about}: " + "; ".join(f"`{k}` {_shown(ms)} ms" for k, ms in row["kernels"].items())
-            )
-    return found
+            about = ", ".join(_shown(row[name]) for name in ("what", "vocab", "chunk", "width") if name in row)
+            times = "; ".join(f"`{kernel}` {_shown(ms)} ms" for kernel, ms in row["kernels"].items())
+            yield f"Kernels, {about}: {times}"
 
 
 def _shown(value: Any) -> str:

@@ -59,21 +59,14 @@ class Source:
 
     def rows(self) -> Iterator[Row]:
         """All rows in the source's order. Raises UserError for a place or a column that is not there."""
-        columns = self.columns
-        for number, record in enumerate(self._records(), start=1):
+        columns, kind = self.columns, self.known.answers if self.known else "text"
+        on_hub = self.place == "hub" or self.place.startswith("hub:")
+        records = _hub_records(*self._hub_address(), self.name) if on_hub else _file_records(Path(self.place))
+        for number, record in enumerate(records, start=1):
             where = f"{self.name} ({self.place}) row {number}"
             columns = columns or _guess_columns(record, self.name, where)
             problem, answer = (_lookup(record, column, where, self.name) for column in columns)
-            yield Row(where, _problem_text(problem, where), read_answer(answer, self._answers, where))
-
-    @property
-    def _answers(self) -> str:
-        return self.known.answers if self.known else "text"
-
-    def _records(self) -> Iterable[dict[str, Any]]:
-        if self.place != "hub" and not self.place.startswith("hub:"):
-            return _file_records(Path(self.place))
-        return _hub_records(*self._hub_address(), self.name)
+            yield Row(where, _problem_text(problem, where), read_answer(answer, kind, where))
 
     def _hub_address(self) -> tuple[str, str | None, str]:
         if self.place != "hub":

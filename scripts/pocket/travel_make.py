@@ -71,14 +71,13 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
     config = EvalConfig(samples=SAMPLES)
     engine = CachedAgentRollout(HFRollout(model, tokenizer, config.generate_batch), talk, MAX_TURNS)
     found = TravelEvaluator([suite], config, MAX_NEW_TOKENS, talk).run(engine, folder.name, None)["suites"]["choice"]
-    names = {
-        "mean@k": f"avg@{SAMPLES}",
-        "stderr_problems": "stderr",
-        "best@k": f"best@{SAMPLES}",
-        "stderr_best": "stderr_best",
+    return {
+        f"avg@{SAMPLES}": found["mean@k"],
+        "stderr": found["stderr_problems"],
+        f"best@{SAMPLES}": found["best@k"],
+        "stderr_best": found["stderr_best"],
+        "constraints": {key: round(entry["mean"], 4) for key, entry in found["constraints"].items()},
     }
-    shares = {key: round(entry["mean"], 4) for key, entry in found["constraints"].items()}
-    return {**{ours: found[key] for key, ours in names.items()}, "constraints": shares}
 
 
 def main(out: Path, seed: int = 0) -> None:

@@ -65,7 +65,7 @@ def leaderboard(gains: Gains, measure: Measure) -> TextTable:
     for rule in sorted(rules, key=place):
         missing, score = place(rule)
         values = [_shown(rules[rule].get(retention), measure) for retention in retentions]
-        rows.append([_name(*rule), MISSING if missing else _number(sign * score, measure), *values])
+        rows.append([_name(*rule), MISSING if missing else signed(sign * score, measure), *values])
     heads = [f"{100 * retention:g} %" for retention in retentions]
     better = "higher" if measure.higher_is_better else "lower"
     title = f"Leaderboard: {measure.name} minus all tokens', {measure.unit} ({better} is better)"
@@ -78,12 +78,11 @@ def _name(selector: str, variant: str) -> str:
 
 
 def _shown(gain: Estimate | None, measure: Measure) -> str:
-    if gain is None:
-        return MISSING
-    error = error_of(gain)
-    return _number(gain.mean, measure) + ("" if math.isnan(error) else f" ± {measure.scale * error:.{measure.digits}f}")
+    return MISSING if gain is None else signed(gain.mean, measure, error_of(gain))
 
 
-def _number(value: float, measure: Measure) -> str:
+def signed(value: float, measure: Measure, error: float = math.nan) -> str:
+    """A difference in the measure's unit, with its error where that is a finite number."""
     rounded = round(measure.scale * value, measure.digits) + 0.0  # no −0.0
-    return f"{rounded:+.{measure.digits}f}".replace("-", "−")
+    shown = f"{rounded:+.{measure.digits}f}".replace("-", "−")
+    return f"{shown} ± {measure.scale * error:.{measure.digits}f}" if math.isfinite(error) else shown

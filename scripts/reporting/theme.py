@@ -81,13 +81,6 @@ def png(draw: Callable[[], Figure]) -> bytes:
     return _render(draw, "light", format="png", dpi=150, facecolor="white")
 
 
-def as_written(figure: Figure) -> Figure:
-    """The figure with every name shown as it is: a "$" in a user's name begins no formula."""
-    for text in figure.findobj(lambda artist: isinstance(artist, Text) and "$" in artist.get_text()):
-        cast(Text, text).set_parse_math(False)
-    return figure
-
-
 def ink() -> str:
     """The colour of text in the scheme that is being drawn."""
     return plt.rcParams["text.color"]
@@ -121,7 +114,10 @@ def _toned(colour: str, number: int) -> Any:
 
 def _render(draw: Callable[[], Figure], scheme: str, **how: Any) -> bytes:
     with matplotlib.rc_context(_settings(scheme)):
-        figure = as_written(draw())
+        figure = draw()
+        # Every name is shown as it is: a "$" in a user's name begins no formula.
+        for text in figure.findobj(lambda artist: isinstance(artist, Text) and "$" in artist.get_text()):
+            cast(Text, text).set_parse_math(False)
         file = io.BytesIO()
         figure.savefig(file, **how)
         plt.close(figure)
