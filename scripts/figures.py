@@ -9,7 +9,6 @@ with the command that makes its runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,36 +20,23 @@ from reporting.page import Section, page
 from reporting.paper import LAYOUTS, Paper
 from reporting.pictures import pictures
 from reporting.runs import by_protocol, read_runs
-from reporting.theme import Picture
+from reporting.theme import Picture, png
 
 PAGE = "figures.html"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a figure's runs may lie: tables or sweeps, the best first; also the names of their folders."""
-
-    figure: int
-    tables: tuple[str, ...]
-
-    @property
-    def missing(self) -> str:
-        """What to do where none of the folders holds a finished run."""
-        target = self.tables[0].replace("_", "-")
-        return f"Figure {self.figure}: no finished run in {' or '.join(self.tables)}; make {target} makes them"
+# Where a figure's runs may lie: tables or sweeps, the best first; also the names of their folders.
+SOURCES = {
+    1: ("table5",),
+    2: ("table5", "table3", "sweep_retention"),
+    3: ("sweep_retention", "table5", "table3"),
+    4: ("table7",),
+}
 
 
-SOURCES = (
-    Source(1, ("table5",)),
-    Source(2, ("table5", "table3", "sweep_retention")),
-    Source(3, ("sweep_retention", "table5", "table3")),
-    Source(4, ("table7",)),
-)
-
-
-def drawn(runs: Path, source: Source) -> tuple[str, list[tuple[str, Picture]]]:
+def drawn(runs: Path, figure: int) -> tuple[str, list[tuple[str, Picture]]]:
     """The figure's first folder that has it, and what it shows there, each with its group's title; none: ("", [])."""
-    for table in source.tables:
+    for table in SOURCES[figure]:
         layout = LAYOUTS[table]
         if not any((runs / table).glob("*/DONE")):
             continue
@@ -59,7 +45,7 @@ def drawn(runs: Path, source: Source) -> tuple[str, list[tuple[str, Picture]]]:
         for group in by_protocol(read_runs(runs / table, layout.axes)):
             report = report_group(group, paper)
             kept = pictures(report.runs, report.suites, report.costs, paper)
-            found += [(report.title, one) for one in kept if one.title.startswith(f"Figure {source.figure}.")]
+            found += [(report.title, one) for one in kept if one.title.startswith(f"Figure {figure}.")]
         if found:
             return table, found
     return "", []
@@ -74,13 +60,14 @@ def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
     """
     sections, lines = [], []
     out.mkdir(parents=True, exist_ok=True)
-    for source in SOURCES:
-        table, found = drawn(runs, source)
+    for figure, tables in SOURCES.items():
+        table, found = drawn(runs, figure)
         if not found:
-            lines.append(source.missing)
+            makes = f"make {tables[0].replace('_', '-')} makes them"
+            lines.append(f"Figure {figure}: no finished run in {' or '.join(tables)}; {makes}")
         for number, (title, picture) in enumerate(found, start=1):
-            file = out / f"figure{source.figure}{f'_{number}' if len(found) > 1 else ''}.png"
-            file.write_bytes(picture.png())
+            file = out / f"figure{figure}{f'_{number}' if len(found) > 1 else ''}.png"
+            file.write_bytes(png(picture.draw))
             sections.append(Section(f"{LAYOUTS[table].title}: {title}", [], [], [picture]))
             lines.append(f"{file}: from {runs / table}")
     if not sections:

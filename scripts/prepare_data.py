@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mathdata.clean import Counts, collect, split, without
+from mathdata.clean import Counts, collect, split
 from mathdata.problems import INSTRUCTIONS, Problem
 from mathdata.sources import KNOWN, Source
 from opsd.config.cli import parse
@@ -92,7 +92,7 @@ def _suite(source: Source) -> Prepared:
 def _train(source: Source, options: Options, taken: set[str]) -> Prepared:
     problems, counts = _collect(source)
     if options.decontaminate:
-        clean = without(problems, taken)
+        clean = [problem for problem in problems if problem.key not in taken]
         counts["in_a_suite"] = len(problems) - len(clean)
         problems = clean
     train, held_out = split(problems, options.held_out_fraction)

@@ -14,7 +14,7 @@ import math
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
@@ -122,12 +122,8 @@ def main(
     | Annotated[Leaderboard, subcommand("leaderboard")],
 ) -> None:
     """Results as data, the claims judged by them, and rules ranked by them."""
-    if isinstance(args, Collect):
-        write(args)
-    elif isinstance(args, Claims):
-        show(args)
-    else:
-        rank(args)
+    act: Any = {Collect: write, Claims: show, Leaderboard: rank}[type(args)]
+    act(args)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def shape_of(folder: str) -> Shape:
     """From a model folder's config."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    vocab, width = model.get_output_embeddings().weight.shape
     head = model.get_output_embeddings()
+    vocab, width = head.weight.shape
     linear = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     layers = tuple(sorted({(rows, columns) for rows, columns in linear}))
     return Shape(sum(rows * columns for rows, columns in linear), vocab, width, layers)

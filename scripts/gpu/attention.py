@@ -91,14 +91,10 @@ class _Layer:
             options |= {"cu_seq_lens_q": ends_S, "cu_seq_lens_k": ends_S}
             options |= {"max_length_q": self._length, "max_length_k": self._length}
         else:
-            options["attention_mask"] = self._mask()
+            # Who sees whom [1, 1, L, L].
+            owner_L = torch.arange(self.tokens, device=self._check.device) // self._length
+            options["attention_mask"] = (owner_L[:, None] == owner_L[None]).tril_()[None, None]
         return lambda: attend(self._module, *self._inputs, scaling=HEAD**-0.5, **options)[0]
-
-    def _mask(self) -> Tensor:
-        """Who sees whom [1, 1, L, L]."""
-        owner_L = torch.arange(self.tokens, device=self._check.device) // self._length
-        own_LL = owner_L[:, None] == owner_L[None]
-        return own_LL.tril_()[None, None]
 
     def measured(self, name: str) -> Row:
         """Forward, forward and backward, peak memory, and the difference from the mask's results."""

@@ -77,11 +77,6 @@ def _judge(
     return kept
 
 
-def without(problems: list[Problem], taken: set[str]) -> list[Problem]:
-    """The problems whose key is not in `taken`."""
-    return [problem for problem in problems if problem.key not in taken]
-
-
 def split(problems: list[Problem], held_out_fraction: float) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, each in the order of their hashes.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Row:
 
     where: str
     problem: str
-    answer: str | None = field(default=None)
+    answer: str | None
 
 
 def read_answer(value: Any, kind: str, where: str) -> str | None:

@@ -110,11 +110,6 @@ class Paper:
         """The table's benchmarks in the paper's order."""
         return list(dict.fromkeys(row["benchmark"] for row in self.rows if row["benchmark"] != MEMORY))
 
-    @property
-    def has_memory(self) -> bool:
-        """Whether the table states peak memory."""
-        return any(row["benchmark"] == MEMORY for row in self.rows)
-
     def benchmark_of(self, suite: str) -> str:
         """The benchmark that a suite of ours stands beside: its own, or the table's first."""
         return suite if suite in self.benchmarks else self.benchmarks[0]

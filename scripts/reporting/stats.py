@@ -92,7 +92,9 @@ def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: Ce
         for run in group
         if run.done and (found := scores_of(run.final_evaluation, suite)) is not None
     }
-    _same_problems(group, scores, suite)
+    if len({tuple(found) for found in scores.values()}) > 1:
+        folder = group[0].path.parent
+        raise UserError(f"runs in {folder} were evaluated on different problems of {suite}; evaluate them anew")
     stats = []
     for cell in cells:
         seeds = sorted(seed for other, seed in scores if other == cell)
@@ -147,13 +149,6 @@ def scores_of(evaluation: dict[str, Any] | None, suite: str) -> dict[str, float]
     if evaluation is None or suite not in evaluation["suites"]:
         return None
     return dict(sorted(evaluation["suites"][suite]["scores"].items()))
-
-
-def _same_problems(group: list[Run], scores: dict[tuple[CellName, int], dict[str, float]], suite: str) -> None:
-    problems = {tuple(found) for found in scores.values()}
-    if len(problems) > 1:
-        folder = group[0].path.parent
-        raise UserError(f"runs in {folder} were evaluated on different problems of {suite}; evaluate them anew")
 
 
 def _stack(scores: dict[tuple[CellName, int], dict[str, float]], cell: CellName, seeds: list[int]) -> np.ndarray:

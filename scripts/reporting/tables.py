@@ -124,7 +124,7 @@ def best_table(suite: str, best: list[tuple[CellName, Estimate | None]], paper: 
 
 def cost_table(costs: list[CellCost], paper: Paper) -> TextTable:
     """Tokens trained on, quadrant shares, memory and time; the paper's peak memory where its table states it."""
-    pairs = paper.pairs if paper.has_memory else []
+    pairs = paper.pairs if any(row["benchmark"] == MEMORY for row in paper.rows) else []
     rows = []
     for cost in costs:
         shares = [percent(share) for share in cost.quadrants] if cost.quadrants else [MISSING] * 4

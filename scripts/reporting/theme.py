@@ -57,10 +57,6 @@ class Picture:
     dark: bytes
     draw: Callable[[], Figure]
 
-    def png(self) -> bytes:
-        """The figure as a PNG file."""
-        return png(self.draw)
-
     def html(self) -> str:
         """The rendering that fits the reader's colour scheme."""
         return (
