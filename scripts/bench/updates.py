@@ -1,6 +1,5 @@
 """Single updates by the trainer itself, on an engine and a teacher of one's own."""
 
-from dataclasses import fields
 from typing import Any
 
 from opsd.build import Parts
@@ -31,7 +30,16 @@ def trainer_of(
         optim=optim or OptimConfig(),
     )
     nothing: Any = None
-    own = {"ranks": engine.ranks, "engine": engine, "teacher": teacher, "selector": selector}
-    counts = {"vocab_size": vocab_size, "dropped_prompts": 0, "telemetry": []}
-    parts = Parts(**dict.fromkeys((field.name for field in fields(Parts)), nothing) | own | counts)
+    unused = ("began", "tokenizer", "prompts", "sampler", "sampling", "evaluator")
+    parts = Parts(
+        **dict.fromkeys(unused, nothing),
+        ranks=engine.ranks,
+        dropped_prompts=0,
+        teacher=teacher,
+        teacher_sampler=None,
+        selector=selector,
+        vocab_size=vocab_size,
+        engine=engine,
+        telemetry=[],
+    )
     return Trainer(config, parts, nothing)

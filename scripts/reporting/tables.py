@@ -88,7 +88,7 @@ def accuracy_table(
     for name, found in (("before training", before), ("teacher", teacher)):
         rows.append([name, _estimate(found), *[""] * (len(ours) - 1 + len(pairs))])
     for row in stats:
-        errors = [percent(found and found.stderr_seeds) for found in (row.accuracy, row.minus_all)]
+        errors = [percent(found.stderr_seeds if found else None) for found in (row.accuracy, row.minus_all)]
         values = [_estimate(row.accuracy), errors[0], _estimate(row.minus_all, "+"), errors[1]]
         if row.cell == baseline:
             values[2:] = ["", ""]
