@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from bench.baselines import Unavailable
 from opsd.estimate.shapes import ModelShape
@@ -101,7 +100,9 @@ class Check:
 
 
 def random_qwen3(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Qwen3 of this shape, whose attention is torch's; never saved or downloaded."""
+    """A Qwen3 of this shape, whose attention is torch's."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
     config = Qwen3Config(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
