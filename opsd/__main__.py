@@ -20,6 +20,7 @@ from opsd.config.cli import parse
 from opsd.utils import signals
 from opsd.utils.errors import RunStopped, UserError
 from opsd.utils.paths import check_model_name
+from opsd.utils.streams import outlive_readers
 
 USAGE = """usage: opsd COMMAND [OPTIONS]
 
@@ -41,6 +42,7 @@ def main() -> None:
 
     Exit code 2 for bad input, 1 for a run that cannot go on, 143 after SIGTERM, 130 after Ctrl-C; each with one line.
     """
+    outlive_readers()
     with signals.heard():
         try:
             _command(sys.argv[1:])
