@@ -250,7 +250,7 @@ class Trainer:
             many = f" ({skipped} steps before it were skipped, --optim.max_skipped_steps)" if skips else ""
             saved = f"the newest checkpoint in {folder.checkpoints} is intact"
             if not any(folder.checkpoints.glob("step_*")):
-                saved = "no checkpoint was saved yet"
+                saved = "no checkpoint was saved yet" + "; the same command starts it again" * (step == 1)
             where = folder.path / "rollouts" / f"{name}.jsonl"
             raise RunStopped(f"step {step}: {problem}{many}; its rollouts are in {where}, {saved}") from problem
 
