@@ -19,6 +19,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from opsd.config.cli import parse
 from opsd.utils import signals
 from opsd.utils.errors import RunStopped, UserError
+from opsd.utils.going_on import advice
 from opsd.utils.paths import check_model_name
 from opsd.utils.streams import outlive_readers
 
@@ -97,6 +98,9 @@ def _train(args: list[str]) -> None:
         if wish.orderly:
             leave()
         raise
+    except SystemExit as end:
+        # A rule, a grader or a model's own code may call sys.exit.
+        raise RunStopped(f"code that the run called ended it by exit code {end.code}; {advice()}") from end
     leave()
     if _among_several():
         signals.end(0)
