@@ -186,6 +186,7 @@ def test_the_installed_command_stops_without_a_traceback(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.e2e
 def test_code_of_the_user_that_calls_exit_ends_a_run_with_a_reason(folders, monkeypatch, capsys, tmp_path):
     """Exit code 0 of a rule would pass for a run that finished."""
     (tmp_path / "quits.py").write_text(
