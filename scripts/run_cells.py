@@ -24,6 +24,7 @@ from rich.console import Console
 from lanes.board import Board
 from lanes.cell import Cell, read_cells
 from opsd.utils.errors import UserError
+from opsd.utils.streams import outlive_readers
 
 POLL_S = 0.2
 # A terminal's Ctrl-C reaches us from the terminal and from make: only what comes later is a second one.
@@ -258,4 +259,6 @@ def cores() -> int:
 
 
 if __name__ == "__main__":
+    # Closing the terminal or `| head` must not leave cells behind that nobody watches.
+    outlive_readers()
     sys.exit(tyro.cli(main))
