@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opsd.utils.streams import outlive_readers
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what was received, and what to do.
@@ -35,7 +37,9 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def exits_on_bad_input(script: str) -> Iterator[None]:
-    """A UserError within ends the process as the command line does: one line on stderr, exit code 2."""
+    """A script as the command line does it: a UserError within ends the process with one line on stderr, exit code 2;
+    whoever reads its output may leave."""
+    outlive_readers()
     try:
         yield
     except UserError as error:
