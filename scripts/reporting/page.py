@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 
 from reporting.tables import TextTable
 from reporting.theme import Picture
@@ -26,26 +27,8 @@ class Section:
     tables: list[TextTable]
     pictures: list[Picture]
 
-    def html(self) -> str:
-        """Findings first, then the tables, then the figures."""
-        findings = "".join(f"<li>{html.escape(line)}</li>" for line in self.remarks)
-        heading = f"<h2>{html.escape(self.title)}</h2>" if self.title else ""
-        return "\n".join(
-            [
-                f"<section>{heading}",
-                f'<ul class="findings">{findings}</ul>',
-                *(table.html() for table in self.tables),
-                *(picture.html() for picture in self.pictures),
-                "</section>",
-            ]
-        )
-
 
 def page(title: str, sections: list[Section], note: str = BESIDE_THE_PAPER) -> str:
     """The whole page. note: HTML below the title."""
-    return Template((FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(title),
-        note=note,
-        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
-        groups="\n".join(section.html() for section in sections),
-    )
+    pages = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True)
+    return pages.get_template("page.html").render(title=title, note=Markup(note), sections=sections)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,23 +53,6 @@ class TextTable:
         rules = [":--", *["--:"] * (len(heads) - 1)]
         lines = [f"| {' | '.join(row)} |" for row in [heads, rules, *rows]]
         return f"**{markdown_text(self.title)}**\n\n" + "\n".join(lines) + "\n"
-
-    def html(self) -> str:
-        """For report.html: everything escaped; the paper's columns are marked."""
-        theirs = [column.startswith("paper") for column in self.columns]
-        marks = [' class="theirs"' if their else "" for their in theirs]
-        names = [html.escape(column).replace("\n", "<br>") for column in self.columns]
-        heads = "".join(f'<th scope="col"{mark}>{name}</th>' for name, mark in zip(names, marks, strict=True))
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>'
-            + "".join(f"<td{mark}>{html.escape(cell)}</td>" for cell, mark in zip(row[1:], marks[1:], strict=True))
-            + "</tr>"
-            for row in self.rows
-        )
-        return (
-            f'<div class="scroll"><table><caption>{html.escape(self.title)}</caption>'
-            f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
 
 
 def accuracy_table(

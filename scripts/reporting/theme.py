@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,27 +48,20 @@ SOFT = {"light": "#5d6670", "dark": "#9aa3ad"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: its caption, what it shows in words, both renderings as SVG, and how it is drawn."""
+    """A figure of the page: its caption, what it shows in words, both renderings as data, and how it is drawn."""
 
     title: str
     words: str
-    light: bytes
-    dark: bytes
+    light: str
+    dark: str
     draw: Callable[[], Figure]
-
-    def html(self) -> str:
-        """The rendering that fits the reader's colour scheme."""
-        return (
-            f"<figure><figcaption><b>{html.escape(self.title)}</b> {html.escape(self.words)}</figcaption><picture>"
-            f'<source media="(prefers-color-scheme: dark)" srcset="{_uri(self.dark)}">'
-            f'<img alt="{html.escape(f"{self.title} {self.words}")}" src="{_uri(self.light)}"></picture></figure>'
-        )
 
 
 def picture(title: str, words: str, draw: Callable[[], Figure]) -> Picture:
     """`draw` in both schemes; it makes a figure under the settings that it finds."""
     how = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
-    return Picture(title, words, _render(draw, "light", **how), _render(draw, "dark", **how), draw)
+    light, dark = (base64.b64encode(_render(draw, scheme, **how)).decode() for scheme in ("light", "dark"))
+    return Picture(title, words, *(f"data:image/svg+xml;base64,{svg}" for svg in (light, dark)), draw)
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
@@ -141,7 +133,3 @@ def _settings(scheme: str) -> dict[str, Any]:
         "legend.fontsize": 9,
         "svg.hashsalt": "report",
     }
-
-
-def _uri(svg: bytes) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
