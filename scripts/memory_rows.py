@@ -25,7 +25,8 @@ from reporting.cells import CellName
 from reporting.paper import MEMORY, PAIRS, Paper
 from reporting.tables import TextTable
 
-TABLES = ("table3", "table4")
+# The tables whose memory the paper states; all tokens take the same in both.
+PAPER = Paper.read("table3", "table4")
 MODES = ("whole", "fused")
 STEPS = 2
 PROMPT_TOKENS = 512
@@ -46,11 +47,6 @@ class Args:
     """Each has one rollout."""
     max_new_tokens: int = 1024
     """Longest rollout, in tokens. A step is one micro-batch: what `whole` keeps grows with its tokens."""
-
-
-def cells() -> list[CellName]:
-    """The cells whose memory the paper states, in its order."""
-    return list(dict.fromkeys(cell for table in TABLES for cell in Paper.read(table).cells))
 
 
 def command(args: Args, cell: CellName, mode: str, run: Path, further: list[str]) -> list[str]:
@@ -92,30 +88,28 @@ def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[s
 
 def table(rows: list[dict[str, object]]) -> TextTable:
     """Ours per retention, each also as a fraction of its own full-token run, beside the paper's."""
-    papers = [Paper.read(name) for name in TABLES]
     peaks = {(row["selector"], row["retention"], row["memory"]): float(str(row["peak_gib"])) for row in rows}
     lines = []
-    for cell in cells():
+    for cell in PAPER.cells:
         ours = []
         for mode in MODES:
             peak, full = peaks[cell.selector, cell.retention, mode], peaks["all", 1.0, mode]
             ours += [f"{peak:.2f}", f"{100 * peak / full:.0f} %"]
         theirs = []
-        for pair in papers[0].pairs:
-            paper = next(one for one in papers if cell in one.cells)
-            found, full = paper.number(pair, MEMORY, cell), paper.number(pair, MEMORY, paper.baseline)
+        for pair in PAPER.pairs:
+            found, full = PAPER.number(pair, MEMORY, cell), PAPER.number(pair, MEMORY, PAPER.baseline)
             assert found is not None and full is not None
             theirs += [f"{found[0]:g}", f"{100 * found[0] / full[0]:.0f} %"]
         lines.append([str(cell), *ours, *theirs])
     heads = [head for mode in MODES for head in (f"{mode}\nGiB", "of\nall")]
-    heads += [head for pair in papers[0].pairs for head in (f"paper, GB\n{PAIRS[pair]}", "of\nall")]
+    heads += [head for pair in PAPER.pairs for head in (f"paper, GB\n{PAIRS[pair]}", "of\nall")]
     return TextTable("Peak memory of the training process", ["", *heads], lines)
 
 
 def main(args: Args, further: list[str]) -> None:
     """All cells in both modes, then the table and the files."""
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = [measure(args, cell, mode, further) for mode in MODES for cell in cells()]
+    rows = [measure(args, cell, mode, further) for mode in MODES for cell in PAPER.cells]
     vocabulary = json.loads((Path(args.student) / "config.json").read_text())["vocab_size"]
     values = {"vocabulary": vocabulary, "steps": STEPS, "rows": rows}
     (args.out / "memory.json").write_text(json.dumps(values, indent=1) + "\n")

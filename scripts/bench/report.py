@@ -9,13 +9,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from reporting.theme import colour_of
+from reporting.theme import colour_of, png
 
 Row = dict[str, Any]
 KEY = ("dtype", "width", "tokens", "method", "selector", "retention")
@@ -32,18 +30,9 @@ COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#56b4e9"
 # Those that every line is compared with, by their letters.
 BASELINES = {"a": "graph_kept", "b": "recomputed", "d": "trl"}
 HEADER = (
-    "type",
-    "d",
-    "N",
-    "method",
-    "kept",
-    "wall s",
-    "CPU s",
+    *("type", "d", "N", "method", "kept", "wall s", "CPU s"),
     *(f"of ({letter}), {measure}" for letter in BASELINES for measure in ("wall", "CPU")),
-    "peak GiB",
-    "GFLOP/s",
-    "of mm",
-    "of best",
+    *("peak GiB", "GFLOP/s", "of mm", "of best"),
 )
 
 
@@ -67,17 +56,18 @@ def table(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], file: Path) -> None:
     """PNG: peak memory against tokens, and processor time against retention, fp32 at the smallest width."""
-    cases = _cases(rows)
-    shown = [row for row in cases.values() if row["dtype"] == "float32" and "missing" not in row]
+    shown = [row for row in _cases(rows).values() if row["dtype"] == "float32" and "missing" not in row]
     if not shown:
         return
     width = min(row["width"] for row in shown)
-    shown = [row for row in shown if row["width"] == width]
+    file.write_bytes(png(lambda: _panels([row for row in shown if row["width"] == width], width)))
+
+
+def _panels(rows: list[Row], width: int) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    _memory(left, [row for row in shown if row["selector"] == "all"], width)
-    _retention(right, shown)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _memory(left, [row for row in rows if row["selector"] == "all"], width)
+    _retention(right, rows)
+    return figure
 
 
 def _memory(ax: Axes, rows: list[Row], width: int) -> None:
@@ -91,8 +81,8 @@ def _memory(ax: Axes, rows: list[Row], width: int) -> None:
         for tokens, gib, guessed in points:
             ax.plot(tokens, gib, "o", color=colour, markerfacecolor="white" if guessed else colour)
     ax.set(xlabel="tokens N", ylabel="peak above inputs and gradients, GiB", yscale="log")
-    ax.set_title(f"Memory (fp32, d = {width}; hollow: extrapolated)", loc="left", fontsize=10)
-    ax.legend(fontsize=9)
+    ax.set_title(f"Memory (fp32, d = {width}; hollow: extrapolated)")
+    ax.legend()
 
 
 def _retention(ax: Axes, rows: list[Row]) -> None:
@@ -103,18 +93,13 @@ def _retention(ax: Axes, rows: list[Row]) -> None:
     full = {row["method"]: row["cpu_seconds"] for row in rows if row["selector"] == "all"}
     for selector in ("soft_or", "entropy"):
         points = sorted((row["retention"], row["cpu_seconds"]) for row in rows if row["selector"] == selector)
-        ax.plot(
-            [kept for kept, _ in points],
-            [cpu for _, cpu in points],
-            "o-",
-            color=colour_of(selector),
-            label=f"ours, {selector}",
-        )
+        kept, cpu_seconds = [of for of, _ in points], [seconds for _, seconds in points]
+        ax.plot(kept, cpu_seconds, "o-", color=colour_of(selector), label=f"ours, {selector}")
     for method, seconds in full.items():
         ax.axhline(seconds, color=COLOURS[method], linestyle="--", linewidth=1, label=f"{NAMES[method]}, all tokens")
     ax.set(xlabel="retention", ylabel="processor seconds", ylim=(0, None), xlim=(0, 1))
-    ax.set_title(f"Time (N = {counts[0]})", loc="left", fontsize=10)
-    ax.legend(fontsize=9)
+    ax.set_title(f"Time (N = {counts[0]})")
+    ax.legend()
 
 
 def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:

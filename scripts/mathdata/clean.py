@@ -27,28 +27,27 @@ def collect(rows: Iterable[Row], doubtful: bool) -> tuple[list[Problem], Counts]
     Raises UserError for an instruction that is not known.
     """
     counts: Counts = dict.fromkeys(("rows", "instructions", "blank"), 0)
-    answers_of_raw: dict[str, Counter[str]] = {}
-    where_of_raw: dict[str, str] = {}
+    # Of each raw text, which may come a hundred times: what is left of it, and its key.
+    bare: dict[str, tuple[str, str]] = {}
+    answers_of_text: dict[str, Counter[str]] = {}
+    texts_of_key: dict[str, list[str]] = {}
     for row in rows:
         counts["rows"] += 1
         if row.answer is None or not row.problem.strip():
             counts["blank"] += 1
             continue
-        answers_of_raw.setdefault(row.problem, Counter())[row.answer] += 1
-        where_of_raw.setdefault(row.problem, row.where)
-
-    answers_of_text: dict[str, Counter[str]] = {}
-    for raw, answers in answers_of_raw.items():
-        text = strip_instruction(raw, where_of_raw[raw])
-        counts["instructions"] += answers.total() * (text != raw.strip())
-        if problem_key(text):
-            answers_of_text.setdefault(text, Counter()).update(answers)
-        else:
-            counts["blank"] += answers.total()
-
-    texts_of_key: dict[str, list[str]] = {}
-    for text in answers_of_text:
-        texts_of_key.setdefault(problem_key(text), []).append(text)
+        if row.problem not in bare:
+            text = strip_instruction(row.problem, row.where)
+            bare[row.problem] = text, problem_key(text)
+        text, key = bare[row.problem]
+        counts["instructions"] += text != row.problem.strip()
+        if not key:
+            counts["blank"] += 1
+            continue
+        if text not in answers_of_text:
+            answers_of_text[text] = Counter()
+            texts_of_key.setdefault(key, []).append(text)
+        answers_of_text[text][row.answer] += 1
     counts["exact_copies"] = sum(answers.total() - 1 for answers in answers_of_text.values())
     unspaced = len({without_spaces(text) for text in answers_of_text})
     counts["spacing_copies"] = len(answers_of_text) - unspaced

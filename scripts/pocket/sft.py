@@ -73,7 +73,6 @@ class SumsRecipe(Recipe):
     hand: Hand = teacher_hand
     hidden: int = 96
     layers: int = 4
-    head_dim: int = 24
     enough: float | None = None
 
 
@@ -85,7 +84,7 @@ class TripsRecipe(Recipe):
 
 
 SUMS_TEACHER = SumsRecipe("teacher")
-SUMS_STUDENT = SumsRecipe("student", hand=student_hand, hidden=64, layers=3, head_dim=16, enough=0.18)
+SUMS_STUDENT = SumsRecipe("student", hand=student_hand, hidden=64, layers=3, enough=0.18)
 """The student is the first checkpoint (every 100 steps) at or above 18 % mean@4 on problems that serve nothing else."""
 TRIPS_TEACHER = TripsRecipe("teacher", steps=4000, stop=1500, peak_lr=3e-3, habits=travel_task.TEACHER)
 TRIPS_STUDENT = TripsRecipe("student", steps=150, stop=75, peak_lr=1e-3, habits=travel_task.STUDENT)

@@ -11,8 +11,9 @@ and the signs are uniform; a product is hard when both factors are at least 4 (3
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from opsd.utils.seeding import below
@@ -26,6 +27,8 @@ DEVIATION_PROBABILITY = 0.1
 BORROW_DROP_PROBABILITY = 0.92
 HARD_PRODUCT_PROBABILITY = 0.8
 HARD_FACTOR = 4
+KINDS = ("borrows_dropped", "hard_products_wrong", "other_steps_wrong")
+"""What `Habits` counts."""
 
 _STEP = re.compile(r"(\d\d)([+-])(\d\d)=(\d\d)|(\d)(\*)(\d)=(\d\d)")
 
@@ -161,14 +164,10 @@ def fresh_problems(rng: Random, taken: set[str]) -> Iterator[Problem]:
 
 @dataclass
 class Habits:
-    """How often the two planted habits could show in responses, and how often they did (counts of written steps)."""
+    """Written steps by kind: how many there were, and how many were wrong; of a borrow, by being dropped."""
 
-    borrows: int = 0
-    dropped: int = 0
-    hard_products: int = 0
-    wrong_hard_products: int = 0
-    other_steps: int = 0
-    wrong_other_steps: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
 
     def add(self, response: str) -> None:
         """Count the steps of one response; each is judged by the operands that stand in it."""
@@ -176,20 +175,13 @@ class Habits:
             two, one = match.groups()[:4], match.groups()[4:]
             left, op, right, result = two if two[0] else one
             a, b, c = int(left[::-1]), int(right[::-1]), int(result[::-1])
+            kind = "hard_products_wrong" if is_hard_product(a, op, b) else "other_steps_wrong"
+            wrong = c != exact(a, op, b)
             if needs_borrow(a, op, b):
-                self.borrows += 1
-                self.dropped += c == without_borrow(a, b)
-            elif is_hard_product(a, op, b):
-                self.hard_products += 1
-                self.wrong_hard_products += c != exact(a, op, b)
-            else:
-                self.other_steps += 1
-                self.wrong_other_steps += c != exact(a, op, b)
+                kind, wrong = "borrows_dropped", c == without_borrow(a, b)
+            self.steps[kind] += 1
+            self.wrong[kind] += wrong
 
     def fractions(self) -> dict[str, float]:
         """Shares of borrows dropped, of hard products wrong, of all other steps wrong."""
-        return {
-            "borrows_dropped_frac": self.dropped / max(self.borrows, 1),
-            "hard_products_wrong_frac": self.wrong_hard_products / max(self.hard_products, 1),
-            "other_steps_wrong_frac": self.wrong_other_steps / max(self.other_steps, 1),
-        }
+        return {f"{kind}_frac": self.wrong[kind] / max(self.steps[kind], 1) for kind in KINDS}

@@ -37,7 +37,7 @@ def greedy(name: str, count: int) -> dict[str, float]:
     known = {problem.prompt for chosen in PROBLEMS.values() for problem in chosen}
     fresh = list(islice(fresh_problems(Random(11), known), count))
     habits = greedy_habits(model, tokenizer, as_prompts(fresh, tokenizer))
-    assert habits.borrows > count / 2 and habits.hard_products > count / 3
+    assert habits.steps["borrows_dropped"] > count / 2 and habits.steps["hard_products_wrong"] > count / 3
     return habits.fractions()
 
 

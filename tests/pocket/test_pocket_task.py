@@ -8,6 +8,7 @@ import pytest
 
 from pocket.sft import NO_LOSS, SUMS_TEACHER, learning_rate, sums_batch
 from pocket.task import (
+    KINDS,
     PROMPT_TOKENS,
     RESPONSE_TOKENS,
     SYMBOLS,
@@ -91,9 +92,9 @@ def test_student_data_drop_92_percent_of_borrows_and_nothing_else_in_sums():
     for problem in PROBLEMS:
         habits.add(solve(problem, rng, student_hand).text)
     # 4,000 problems · 3 signs · ½ minus · 0.45 borrow = 2,700 borrows: standard error 0.005
-    assert habits.borrows > 2000
+    assert habits.steps["borrows_dropped"] > 2000
     assert habits.fractions()["borrows_dropped_frac"] == pytest.approx(0.92, abs=0.02)
-    assert habits.wrong_other_steps == 0
+    assert habits.wrong["other_steps_wrong"] == 0
 
 
 def test_student_data_randomise_the_units_digit_of_80_percent_of_hard_products():
@@ -175,6 +176,5 @@ def test_habits_judge_each_step_by_the_operands_that_stand_in_it():
     # 6·7 = 42, written 52: wrong hard product · 52−17 = 35, written 45: a dropped borrow
     # 45+10 = 55, written 55: right · 55−11 = 44, written 43: another error
     habits.add("6*7=25,25-71=54;54+01=55,55-11=34,A34")
-    assert (habits.hard_products, habits.wrong_hard_products) == (1, 1)
-    assert (habits.borrows, habits.dropped) == (1, 1)
-    assert (habits.other_steps, habits.wrong_other_steps) == (2, 1)
+    counts = {kind: (habits.steps[kind], habits.wrong[kind]) for kind in KINDS}
+    assert counts == {"borrows_dropped": (1, 1), "hard_products_wrong": (1, 1), "other_steps_wrong": (2, 1)}

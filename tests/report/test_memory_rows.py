@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from memory_rows import Args, cells, command, table
+from memory_rows import PAPER, Args, command, table
 from reporting.cells import CellName
 
 
@@ -14,7 +14,7 @@ def test_each_peak_stands_beside_its_share_of_the_full_run_and_beside_the_papers
             "memory": mode,
             "peak_gib": 2.0 if mode == "fused" else 2.0 + 2.0 * cell.retention,
         }
-        for cell in cells()
+        for cell in PAPER.cells
         for mode in ("whole", "fused")
     ]
     found = {row[0]: row[1:] for row in table(rows).rows}
