@@ -89,16 +89,13 @@ class GradeReward:
         rewards: list[float | None] = []
         for completion, ids, gold in zip(completions, completion_ids, answer, strict=True):
             text = completion if isinstance(completion, str) else completion[-1]["content"]
-            if not ids or ids[-1] != self._eos_id:
-                rewards.append(0.0)
-                continue
-            if (text, gold) not in known:
-                if time.monotonic() >= end:
+            ended = bool(ids) and ids[-1] == self._eos_id
+            if ended and (text, gold) not in known:
+                if time.monotonic() < end:
+                    known[text, gold] = float(self._grader.grade(text, gold))
+                else:
                     late += 1
-                    rewards.append(0.0)
-                    continue
-                known[text, gold] = float(self._grader.grade(text, gold))
-            rewards.append(known[text, gold])
+            rewards.append(known.get((text, gold), 0.0) if ended else 0.0)
         if "log_metric" in more:
             more["log_metric"]("grade/late_frac", late / max(1, len(completions)))
         return rewards

@@ -160,16 +160,11 @@ def answers(url: str, process: subprocess.Popen[bytes]) -> None:
 
 def page(text: str, cells: dict[str, dict[str, str]]) -> str:
     """The page with its table made anew, between two marks: a row for each family, what was said below."""
-    notes: list[str] = []
+    said = [line for family in FAMILIES for way in WAYS if (line := cells.get(family, {}).get(way))]
+    notes = list(dict.fromkeys(line for line in said if line != "right" and not line.startswith("WRONG")))
 
-    def short(said: str | None) -> str:
-        if said is None:
-            return "not tried"
-        if said == "right" or said.startswith("WRONG"):
-            return said
-        if said not in notes:
-            notes.append(said)
-        return f"refused ({notes.index(said) + 1})"
+    def short(line: str | None) -> str:
+        return "not tried" if line is None else f"refused ({notes.index(line) + 1})" if line in notes else line
 
     rows = []
     for family in FAMILIES:

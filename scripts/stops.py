@@ -84,13 +84,7 @@ def numbers_of(run: Run) -> dict[str, Any]:
         for when, suite in suites.items()
     }
     found["metrics"] = {key: [*logged[:1], *logged[-1:]] for key in NUMBERS if (logged := run.logged(key))}
-    found["warned"] = {
-        key.removeprefix("health/"): int(line["step"])
-        for line in run.steps
-        for key in line
-        if key.startswith("health/")
-    }
-    return found
+    return found | {"warned": dict(run.warnings)}
 
 
 def draw(arms: dict[str, list[Run]]) -> Figure:

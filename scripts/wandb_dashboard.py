@@ -9,7 +9,7 @@ Only saving needs the network; --dry_run prints the workspace as JSON.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from typing import Any
 
@@ -17,15 +17,10 @@ import tyro
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 
-
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-panels, ws = _imported("wandb_workspaces.reports.v2"), _imported("wandb_workspaces.workspaces")
+# Whoever has not installed it is told so.
+there = importlib.util.find_spec("wandb_workspaces") is not None
+panels: Any = importlib.import_module("wandb_workspaces.reports.v2") if there else None
+ws: Any = importlib.import_module("wandb_workspaces.workspaces") if there else None
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")

@@ -13,17 +13,20 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+# What a step of `opsd train` counts, and under which names it logs it.
+COUNTS = {"tokens": "rollout/tokens", "loss_nats": "loss/nats", "kept_frac": "select/kept_frac"}
 
 
 class Line:
     """The line to the one that asks, and what the step that runs has taken so far, in seconds by stage."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self._connection, self._step, self.begun = connection, ExitStack(), False
         self.stages: dict[str, dict[str, float]] = {}
 
     def read(self) -> Any:
@@ -32,6 +35,17 @@ class Line:
     def send(self, message: dict[str, Any]) -> None:
         message = {**message, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         self._connection.send_bytes(json.dumps(message).encode())
+
+    def next_step(self, counts: dict[str, Any]) -> Any:
+        """Say what the last step took, or at first that all is ready; begin the next one when it is asked for."""
+        self.send({"stages": self.stages, **counts} if self.begun else {"ready": True})
+        asked = self.read()
+        self.begun, self.stages = True, {}
+        self._step.enter_context(self.stage("step"))
+        return asked
+
+    def end_step(self) -> None:
+        self._step.close()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -50,23 +64,12 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
     run = Path(settings["out"])
 
     class Asked(opsd.train.Trainer):
-        whole_step: Any = None
-
         @contextmanager
         def stage(self, name: str) -> Iterator[None]:
             if name == "rollout":  # a step begins
-                if self.whole_step is not None:
-                    self.whole_step.__exit__(None, None, None)
-                    metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-                    counts = {"tokens": metrics["rollout/tokens"], "loss_nats": metrics["loss/nats"]}
-                    counts["kept_frac"] = metrics["select/kept_frac"]
-                    line.send({"stages": line.stages, **counts})
-                else:
-                    line.send({"ready": True})
-                line.read()
-                line.stages = {}
-                self.whole_step = line.stage("step")
-                self.whole_step.__enter__()
+                line.end_step()
+                metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) if line.begun else {}
+                line.next_step({name: metrics.get(key) for name, key in COUNTS.items()})
             with line.stage(name), super().stage(name):
                 yield
 
@@ -103,17 +106,11 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
             return loss
 
     class Baton(TrainerCallback):
-        step: Any = None
-
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            line.send({"ready": True} if self.step is None else {"stages": line.stages, **counts})
-            given.update(line.read())
-            line.stages = {}
-            self.step = line.stage("step")
-            self.step.__enter__()
+            given.update(line.next_step(counts))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.step.__exit__(None, None, None)
+            line.end_step()
             done = made.tip.done if selection else []
             kept = sum(int(part.kept_N.sum()) for part in done)
             counts["kept_frac"] = kept / counts["tokens"] if selection else 1.0
@@ -167,16 +164,15 @@ def run_vllm(line: Line, settings: dict[str, Any]) -> None:
     )
     ids = load_tokenizer(settings["student"], "--student")(settings["prompts"])["input_ids"]
     requests = [{"prompt_token_ids": prompt} for prompt in ids]
-    line.send({"ready": True})
+    counts: dict[str, Any] = {"loss_nats": None}
     for step in range(settings["steps"]):
-        line.read()
-        line.stages = {}
+        line.next_step(counts)
         seeds = range(step * len(ids), (step + 1) * len(ids))
         params = [vllm.SamplingParams(max_tokens=settings["new_tokens"], seed=n, detokenize=False) for n in seeds]
-        with line.stage("step"), line.stage("rollout"):
+        with line.stage("rollout"):
             outputs = llm.generate(requests, params, use_tqdm=False)
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        line.send({"stages": line.stages, "tokens": tokens, "loss_nats": None})
+        line.end_step()
+        counts["tokens"] = sum(len(output.outputs[0].token_ids) for output in outputs)
 
 
 def main(socket: int) -> None:

@@ -45,9 +45,8 @@ def compare(results: Results, cells: tuple[str, ...], minus: str | None, name: s
 def verdict(difference: Estimate, measure: Measure) -> str:
     """What the whole interval says: better, worse, alike (within the measure's margin), else inconclusive."""
     error = joined_error(difference)
-    low, high = sorted(
-        (1 if measure.higher_is_better else -1) * (difference.mean + side * 2 * error) for side in (-1, 1)
-    )
+    mean = difference.mean if measure.higher_is_better else -difference.mean
+    low, high = mean - 2 * error, mean + 2 * error
     if low > 0:
         return BETTER
     if high < 0:

@@ -40,13 +40,7 @@ def logged(group: list[Run], cells: list[CellName], names: list[tuple[str, str]]
 
 def warnings(group: list[Run]) -> str:
     """What --health said in these runs: each warning with its runs and steps."""
-    told = [
-        f"{key.removeprefix('health/')} ({run.path.name}, step {line['step']})"
-        for run in group
-        for line in run.steps
-        for key in line
-        if key.startswith("health/")
-    ]
+    told = [f"{name} ({run.path.name}, step {step})" for run in group for name, step in run.warnings]
     return f"Warnings: {', '.join(told)}." if told else "No run raised a warning."
 
 
@@ -66,13 +60,8 @@ def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
         rules.setdefault(row.cell.selector, set()).add(row.cell.retention)
     if any(len(retentions) > 1 for retentions in rules.values()):
         words = f"Ours on {name} with standard errors; the paper's with its ±. The band is training on all tokens."
-        found.append(
-            picture(
-                "Figure 3. Accuracy against retention.",
-                words,
-                lambda: retention(suite.stats, suite.before, suite.name, paper),
-            )
-        )
+        against = (suite.stats, suite.before, suite.name, paper)
+        found.append(picture("Figure 3. Accuracy against retention.", words, lambda: retention(*against)))
     if paper.best and any(best is not None for _, best in suite.best):
         words = "Bars: the mean over tries; diamonds: the best try."
         how = (suite.stats, suite.best, suite.name, paper)

@@ -147,12 +147,8 @@ def _paper_bars(ax: Axes, cells: list[CellName], benchmark: str, paper: Paper) -
                 ax.bar(where, found[0], yerr=found[1], color=colour_of(cell.selector), width=0.9, ecolor=ink())
                 text = "" if cell.retention == 1 else f"{100 * cell.retention:g}"
                 ax.text(where, found[0] / 2, text, ha="center", va="center", fontsize=8, color="white")
-    middle = (len(known) - 1) / 2
-    ax.set_xticks(
-        [group * (len(known) + 1) + middle for group in range(len(paper.pairs))],
-        [PAIRS[pair] for pair in paper.pairs],
-        fontsize=8,
-    )
+    middles = [group * (len(known) + 1) + (len(known) - 1) / 2 for group in range(len(paper.pairs))]
+    ax.set_xticks(middles, [PAIRS[pair] for pair in paper.pairs], fontsize=8)
     handles = {cell.selector: plt.Rectangle((0, 0), 1, 1, color=colour_of(cell.selector)) for cell in known}
     ax.legend(handles.values(), handles.keys(), ncols=2, fontsize=8, loc="upper right")
     ax.margins(y=0.25)

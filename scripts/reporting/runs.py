@@ -98,6 +98,12 @@ class Run:
         """The values of a metric in the steps that have it."""
         return [line[key] for line in self.steps if key in line]
 
+    @property
+    def warnings(self) -> list[tuple[str, int]]:
+        """What --health said: each warning with its step."""
+        found = [(key, int(line["step"])) for line in self.steps for key in line if key.startswith("health/")]
+        return [(key.removeprefix("health/"), step) for key, step in found]
+
 
 def read_run(folder: Path, axes: tuple[str, ...] = ()) -> Run:
     """A run folder. Raises UserError where its config.json is not a run's."""

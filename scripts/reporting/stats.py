@@ -78,11 +78,8 @@ def estimate(scores_SP: np.ndarray) -> Estimate:
 
 def suite_names(group: list[Run]) -> list[str]:
     """The suites that any finished run of the group was evaluated on, in their order."""
-    names: dict[str, None] = {}
-    for run in group:
-        if run.done:
-            names |= dict.fromkeys((run.final_evaluation or {"suites": {}})["suites"])
-    return list(names)
+    found = [run.final_evaluation for run in group if run.done]
+    return list(dict.fromkeys(name for evaluation in found if evaluation for name in evaluation["suites"]))
 
 
 def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: CellName = BASELINE) -> list[CellStats]:
@@ -108,11 +105,8 @@ def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: Ce
 
 def reference(group: list[Run], evaluation: str, suite: str) -> Estimate | None:
     """A model that no cell trained (evaluation "step_0": the start; "teacher"): the same in every run."""
-    for run in group:
-        scores = scores_of(run.evaluation(evaluation), suite)
-        if scores is not None:
-            return estimate(np.array([list(scores.values())]))
-    return None
+    scores = next(filter(None, (scores_of(run.evaluation(evaluation), suite) for run in group)), None)
+    return None if scores is None else estimate(np.array([list(scores.values())]))
 
 
 def cell_costs(group: list[Run], cells: list[CellName]) -> list[CellCost]:

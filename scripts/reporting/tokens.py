@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from opsd.utils.errors import UserError, first_line
 from reporting.runs import Run
 from reporting.stats import BASELINE
-from reporting.theme import QUADRANT_COLOURS, count_colours, ink
+from reporting.theme import INK, QUADRANT_COLOURS, count_colours, ink
 
 # Values below this are drawn here: a logarithmic axis has no zero.
 FLOOR_NATS = 1e-6
@@ -73,17 +73,8 @@ def plane(tokens: Tokens) -> Figure:
     """Tokens as hexagons, coloured by their number; the splits dashed; each quadrant's share of tokens and of Σδ."""
     figure, ax = plt.subplots(figsize=(7.4, 5.2), layout="constrained")
     x_N, y_N = (np.maximum(values, FLOOR_NATS) for values in (tokens.entropy_N, tokens.reverse_kl_N))
-    hexagons = ax.hexbin(
-        x_N,
-        y_N,
-        gridsize=46,
-        xscale="log",
-        yscale="log",
-        mincnt=1,
-        norm=LogNorm(),
-        cmap=count_colours(),
-        linewidths=0.2,
-    )
+    counted = {"mincnt": 1, "norm": LogNorm(), "cmap": count_colours()}
+    hexagons = ax.hexbin(x_N, y_N, gridsize=46, xscale="log", yscale="log", linewidths=0.2, **counted)
     figure.colorbar(hexagons, ax=ax, label="tokens", shrink=0.8)
     if tokens.splits is not None:
         ax.axvline(max(tokens.splits[0], FLOOR_NATS), color=ink(), linestyle="--", linewidth=1)
@@ -92,16 +83,10 @@ def plane(tokens: Tokens) -> Figure:
     for quadrant, (x, y, right) in CORNERS.items():
         own_N = tokens.quadrant_N == quadrant
         loss = tokens.reverse_kl_N[own_N].sum() / total if total else 0.0
-        ax.text(
-            x,
-            y,
-            f"Q{quadrant}: {100 * own_N.mean():.1f} % of tokens, {100 * loss:.1f} % of Σδ",
-            transform=ax.transAxes,
-            ha="right" if right else "left",
-            fontsize=9,
-            bbox={"facecolor": QUADRANT_COLOURS[quadrant - 1], "alpha": 0.85, "edgecolor": "none", "pad": 4},
-            color="#1d2126",
-        )
+        words = f"Q{quadrant}: {100 * own_N.mean():.1f} % of tokens, {100 * loss:.1f} % of Σδ"
+        box = {"facecolor": QUADRANT_COLOURS[quadrant - 1], "alpha": 0.85, "edgecolor": "none", "pad": 4}
+        where = {"transform": ax.transAxes, "ha": "right" if right else "left"}
+        ax.text(x, y, words, fontsize=9, color=INK["light"], bbox=box, **where)
     ax.set_xlabel("student entropy h, nats")
     ax.set_ylabel("divergence δ = KL(student‖teacher), nats")
     return figure
