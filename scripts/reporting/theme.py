@@ -60,8 +60,9 @@ class Picture:
 def picture(title: str, words: str, draw: Callable[[], Figure]) -> Picture:
     """`draw` in both schemes; it makes a figure under the settings that it finds."""
     how = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
-    light, dark = (base64.b64encode(_render(draw, scheme, **how)).decode() for scheme in ("light", "dark"))
-    return Picture(title, words, *(f"data:image/svg+xml;base64,{svg}" for svg in (light, dark)), draw)
+    svgs = (base64.b64encode(_render(draw, scheme, **how)).decode() for scheme in ("light", "dark"))
+    light, dark = (f"data:image/svg+xml;base64,{svg}" for svg in svgs)
+    return Picture(title, words, light, dark, draw)
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
