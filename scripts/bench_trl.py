@@ -69,15 +69,14 @@ def main(options: Options) -> None:
 def run(options: Options) -> None:
     """One trainer, and its file."""
     told = SETTINGS | {"method": options.method, "out": str(options.out / options.method), "steps": options.steps}
-    lines, keys = run_trl(told) if options.method.startswith("trl") else run_opsd(told)
+    curves = run_trl(told) if options.method.startswith("trl") else run_opsd(told)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     found = {"cpu_s": time.process_time(), "peak_mib": usage.ru_maxrss / 1024}
-    curves = {name: [line.get(key, 1.0) for line in lines] for name, key in keys.items()}
     (options.out / f"{options.method}.json").write_text(json.dumps(found | curves) + "\n")
 
 
-def run_trl(told: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """TRL's DistillationTrainer: what it logged of each step, and under which names."""
+def run_trl(told: dict[str, Any]) -> dict[str, list[float]]:
+    """TRL's DistillationTrainer: the losses that it logged, and the shares that were kept."""
     from datasets import Dataset
 
     trainer, selection = trl_trainer(told)
@@ -85,17 +84,19 @@ def run_trl(told: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]
     config = trl_config(told, micro_batches=4, logging_steps=1)
     made = trainer(told["student"], told["teacher"], config, train_dataset=data, **selection)
     made.train()
-    steps = [line for line in made.state.log_history if "loss" in line]
-    return steps, {"loss_nats": "loss", "kept_frac": "select/kept_frac"}
+    lines = [line for line in made.state.log_history if "loss" in line]
+    kept = [line.get("select/kept_frac", 1.0) for line in lines]
+    return {"loss_nats": [line["loss"] for line in lines], "kept_frac": kept}
 
 
-def run_opsd(told: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def run_opsd(told: dict[str, Any]) -> dict[str, list[float]]:
     """`opsd train`: the same of its metrics.jsonl."""
     from opsd.train import start
 
     start(opsd_config(told))
     lines = [json.loads(line) for line in Path(told["out"], "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["step"]], {"loss_nats": "loss/nats", "kept_frac": "select/kept_frac"}
+    keys = {"loss_nats": "loss/nats", "kept_frac": "select/kept_frac"}
+    return {name: [line[key] for line in lines if line["step"]] for name, key in keys.items()}
 
 
 if __name__ == "__main__":

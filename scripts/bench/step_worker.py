@@ -68,8 +68,11 @@ def run_opsd(line: Line, settings: dict[str, Any]) -> None:
         def stage(self, name: str) -> Iterator[None]:
             if name == "rollout":  # a step begins
                 line.end_step()
-                metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) if line.begun else {}
-                line.next_step({name: metrics.get(key) for name, key in COUNTS.items()})
+                counts: dict[str, Any] = {}
+                if line.begun:
+                    metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+                    counts = {name: metrics[key] for name, key in COUNTS.items()}
+                line.next_step(counts)
             with line.stage(name), super().stage(name):
                 yield
 
@@ -166,9 +169,9 @@ def run_vllm(line: Line, settings: dict[str, Any]) -> None:
     requests = [{"prompt_token_ids": prompt} for prompt in ids]
     counts: dict[str, Any] = {"loss_nats": None}
     for step in range(settings["steps"]):
-        line.next_step(counts)
         seeds = range(step * len(ids), (step + 1) * len(ids))
         params = [vllm.SamplingParams(max_tokens=settings["new_tokens"], seed=n, detokenize=False) for n in seeds]
+        line.next_step(counts)
         with line.stage("rollout"):
             outputs = llm.generate(requests, params, use_tqdm=False)
         line.end_step()
