@@ -158,7 +158,7 @@ def write_one(run: Run, out: Path) -> Section:
     tables = "\n".join(table.markdown() for table in section.tables)
     (out / "table.md").write_text(f"# {markdown_text(section.title)}\n\n{lines}\n{tables}")
     (out / "report.html").write_text(
-        page(section.title, [dataclasses.replace(section, title="")], note=""), encoding="utf-8"
+        page(section.title, [dataclasses.replace(section, title="")], beside_the_paper=False), encoding="utf-8"
     )
     return section
 

@@ -18,9 +18,9 @@ import tyro
 from opsd.utils.errors import UserError, exits_on_bad_input
 
 # Whoever has not installed it is told so.
-there = importlib.util.find_spec("wandb_workspaces") is not None
-panels: Any = importlib.import_module("wandb_workspaces.reports.v2") if there else None
-ws: Any = importlib.import_module("wandb_workspaces.workspaces") if there else None
+INSTALLED = importlib.util.find_spec("wandb_workspaces") is not None
+panels: Any = importlib.import_module("wandb_workspaces.reports.v2") if INSTALLED else None
+ws: Any = importlib.import_module("wandb_workspaces.workspaces") if INSTALLED else None
 
 # What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")

@@ -6,16 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
 from reporting.tables import TextTable
 from reporting.theme import Picture
 
 FOLDER = Path(__file__).parent
-BESIDE_THE_PAPER = (
-    "<p>Ours beside the paper’s, from finished run folders. "
-    '<span class="key">Columns in this tone are the paper’s.</span></p>'
-)
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class Section:
     pictures: list[Picture]
 
 
-def page(title: str, sections: list[Section], note: str = BESIDE_THE_PAPER) -> str:
-    """The whole page. note: HTML below the title."""
+def page(title: str, sections: list[Section], beside_the_paper: bool = True) -> str:
+    """The whole page. beside_the_paper: whether columns are the paper's, which is said below the title."""
     pages = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True)
-    return pages.get_template("page.html").render(title=title, note=Markup(note), sections=sections)
+    return pages.get_template("page.html").render(title=title, sections=sections, beside_the_paper=beside_the_paper)
