@@ -127,7 +127,10 @@ def run(words: list[str], errors: Path, place: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def served(teacher: Path) -> Iterator[str]:
-    """A server of a model's hidden states; its address. None is started for a head that cannot be read."""
+    """A server of a model's hidden states; its address. None is started for a head that cannot be read.
+
+    Raises TimeoutError where starting takes too long.
+    """
     port = get_free_port()
     url = f"http://127.0.0.1:{port}"
     try:
@@ -140,22 +143,17 @@ def served(teacher: Path) -> Iterator[str]:
     words += ["--dtype", "float32", "--max-model-len", "64"]
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        answers(url, process)
+        end = time.monotonic() + SERVER_S
+        while process.poll() is None:  # what has ended, the run itself says
+            if time.monotonic() > end:
+                raise TimeoutError(f"vLLM's server did not start in {SERVER_S} s")
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            time.sleep(1)
         yield url
     finally:
         process.terminate()
         process.wait()
-
-
-def answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server is up, or has ended. Raises TimeoutError where it takes too long."""
-    end = time.monotonic() + SERVER_S
-    while process.poll() is None and time.monotonic() < end:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
-            return
-        time.sleep(1)
-    if process.poll() is None:
-        raise TimeoutError(f"vLLM's server did not start in {SERVER_S} s")
 
 
 def page(text: str, cells: dict[str, dict[str, str]]) -> str:

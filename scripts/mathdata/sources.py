@@ -134,12 +134,12 @@ def _hub_records(dataset: str, config: str | None, split: str, name: str) -> Ite
     """Rows of a hub dataset by the package `datasets`, which comes with the extra `test` only."""
     try:
         from datasets import load_dataset
+
+        rows: Any = load_dataset(dataset, config, split=split)
     except ImportError as error:
         raise UserError(
             f"--sets {name}: the hub needs the package datasets; pip install datasets, or give a file: {name}=FILE"
         ) from error
-    try:
-        rows: Any = load_dataset(dataset, config, split=split)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--sets {name}: {dataset} cannot be loaded ({first_line(error)}); give a file: {name}=FILE"

@@ -277,7 +277,9 @@ def curves(group: list[Run], names: list[tuple[str, str]]) -> Figure:
         for cell in cells:
             curve = _curve([run for run in group if run.cell == cell], key)
             style = {"marker": "o", "markersize": 3} if len(curve) < 12 else {}
-            ax.plot(curve.index, curve["mean"], color=colours[cell], ls=dashes(cell), label=str(cell), lw=1.4, **style)
+            # More broken the fewer tokens: lines of one rule stay apart.
+            dash = "-" if cell.retention >= 0.5 else "--" if cell.retention >= 0.2 else ":"
+            ax.plot(curve.index, curve["mean"], color=colours[cell], ls=dash, label=str(cell), lw=1.4, **style)
             ax.fill_between(curve.index, curve["min"], curve["max"], color=colours[cell], alpha=0.12, lw=0)
     for ax in list(grid.flat)[len(names) :]:
         ax.set_axis_off()
@@ -332,11 +334,6 @@ def label(cell: CellName) -> str:
     name = cell.selector.replace("_", "\n", 1) if len(cell.selector) > 8 else cell.selector
     rule = name if cell.selector == "all" else f"{name}\n{100 * cell.retention:g} %"
     return "\n".join([rule, *cell.words])
-
-
-def dashes(cell: CellName) -> str:
-    """More broken the fewer tokens: lines of one rule stay apart."""
-    return "-" if cell.retention >= 0.5 else "--" if cell.retention >= 0.2 else ":"
 
 
 def _error(found: Estimate) -> float:
