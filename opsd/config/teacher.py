@@ -1,4 +1,4 @@
-"""The teacher: which model, where it runs, what it is shown."""
+"""The teacher: which model it is, where it runs, what it reads."""
 
 from __future__ import annotations
 
