@@ -51,11 +51,11 @@ def load_prompts(
 ) -> tuple[list[Prompt], int]:
     """All prompts of a file in file order, and the number of prompts dropped as too long.
 
-    more: further fields of a prompt, from its content, answer, record and place.
+    more: returns additional fields of a prompt, from its content, answer, record and the record's name for messages.
 
-    Raises UserError for a missing or malformed file, a field that is absent, a tokenizer without a chat
-    template where one is needed, a template that cannot do what `how.thinking` says, a prompt over `how.max_tokens`
-    (unless they are to be dropped).
+    Raises UserError for a missing or malformed file, an absent field, a tokenizer without a chat template if
+    one is needed, a template that cannot do what `how.thinking` says, or a prompt over `how.max_tokens` (unless
+    `how.overlong` is "drop").
     """
     check_template(tokenizer, how)
     prompts, dropped = [], 0

@@ -1,4 +1,4 @@
-"""A record as token ids: by the chat template, or as raw text."""
+"""Turns a record into token ids: by the chat template, or as raw text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from opsd.config.settings import PromptSettings
 from opsd.utils.errors import UserError, first_line
 
-# Who may speak last in a prompt: behind anyone else's words no answer of the model is due.
+# Roles that the last message of a prompt may have: after any other role the model is not expected to answer.
 _ASKING = ("user", "tool", "function", "ipython", "observation")
 
 

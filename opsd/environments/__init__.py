@@ -30,9 +30,9 @@ class Environment(Protocol):
         ...
 
     def asked(self, tokenizer: Any) -> Callable[[Any, str], list[int]]:
-        """From one of `prompts` and a text: the ids that the episode begins with where the text is what it asks.
+        """Returns a function of one of `prompts` and a text: the ids that its episode begins with if it asks the text.
 
-        For a teacher with a context of its own; tokenizer: its.
+        For a teacher with its own context; tokenizer: the teacher's.
         """
         ...
 

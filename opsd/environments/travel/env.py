@@ -18,9 +18,9 @@ Message = dict[str, str]
 
 
 class TravelEnv:
-    """Travel planning. deepplanning_root: a user's copy of the benchmark: its prompt, schemas and commonsense score.
+    """Travel planning. deepplanning_root: a user's copy of the benchmark, for its prompt, schemas and commonsense rules.
 
-    Raises UserError where deepplanning_root does not hold what is asked of it. Nothing that a model writes raises.
+    Raises UserError if deepplanning_root lacks a file that is needed. Nothing that a model writes raises.
     """
 
     def __init__(self, deepplanning_root: str | Path | None = None) -> None:

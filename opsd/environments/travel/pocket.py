@@ -1,6 +1,6 @@
-"""Tasks in the word form: a fresh random database each, three constraints, every value once in its table.
+"""Tasks in the word form: each has its own random database and three constraints; a table has each value only once.
 
-In 85 % of the tasks the hotel that is best over all stars has the wrong star, so that asking for `any` misleads.
+In 85 % of the tasks the best hotel of all has the wrong number of stars, so that asking for `any` misleads.
 """
 
 from __future__ import annotations

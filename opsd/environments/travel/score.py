@@ -1,6 +1,6 @@
-"""What a plan is worth: which hard constraints it satisfies, and, beside that, whether it is a plan at all.
+"""Scores a plan: which hard constraints it satisfies, and separately whether it is a valid plan at all.
 
-A constraint holds where the gold names stand anywhere in the plan; the budget is recomputed from the lines. That is the
+A constraint holds if the gold names occur anywhere in the plan; the budget is recomputed from the lines. That is the
 benchmark's rule; its own score is all-or-nothing (`hard_all`), the paper's Table 7 is the fraction (`hard_fraction`).
 """
 
