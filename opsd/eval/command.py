@@ -86,7 +86,7 @@ def evaluate(config: EvalCommand) -> None:
     grader, ends = load_grader(config.grader, "--grader"), _ends(config, tokenizer)
     header = _header(config, suites, device, ranks, clock)
     result = files.check(header)
-    # Before the first rank writes, all have looked.
+    # All ranks check before the first one writes.
     ranks.gather(None)
     if result is None:
         engine = _engine(config, tokenizer, suites, device, ranks, ends)

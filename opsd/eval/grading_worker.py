@@ -12,8 +12,8 @@ from typing import Any
 from math_verify import LatexExtractionConfig, grader, parse, verify
 from sympy import Basic, Float, Rational
 
-# Hard limits in addition to the parent's: a power such as 9^{9^{9}} runs in C code, which Python's signal handlers cannot
-# interrupt; it must neither outlive a killed parent nor use up the machine's memory.
+# Hard limits in addition to the parent's: a power such as 9^{9^{9}} runs in C code, which Python's signal handlers
+# cannot interrupt; it must neither outlive a killed parent nor use up the machine's memory.
 CPU_SECONDS = 30.0
 MEMORY_BYTES = 4 * 2**30
 # math-verify rounds decimals to six places, and treats exact numbers less than 1e-15 apart as equal: right for numbers

@@ -25,7 +25,7 @@ class Conversation(Protocol):
 
 @dataclass
 class Episode:
-    """An unfinished episode. limit: maximum response tokens, including the environment's. turns: those still allowed."""
+    """A growing episode. limit: maximum response tokens, including the environment's. turns: those still allowed."""
 
     id: int
     prompt: Prompt

@@ -82,7 +82,7 @@ def new_cache(config: PreTrainedConfig, limit: int) -> DynamicCache:
 
 @contextmanager
 def decode_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which a model with one of the trainer's attention kernels attends to its cache without copies, by sdpa.
+    """Context in which a model with one of the trainer's attention kernels reads its cache by sdpa, without copies.
 
     Rows in a batch are padded on the left: variable-length attention would remove the padding, and restore it,
     in every layer for every token.
@@ -101,7 +101,7 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
 ) -> tuple[Tensor, None]:
-    """sdpa; one query per row [B, H, 1, D] becomes G queries per key-value head, so keys and values are not repeated."""
+    """sdpa; one query per row [B, H, 1, D] becomes G queries per key-value head, so keys and values are not copied."""
     (B, H, queries, _), shared = query.shape, key.shape[1]
     by_head = attention_mask is not None and attention_mask.shape[1] != 1
     if queries != 1 or shared == H or by_head or how.get("position_bias") is not None:

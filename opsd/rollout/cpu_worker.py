@@ -14,8 +14,8 @@ SHARED_MEMORY = "/dev/shm"
 class RunCPUWorker(CPUWorker):
     """A worker whose shared memory is named after its run, and is freed when its ranks end, in whatever way.
 
-    vLLM names the ranks' shared memory after the port in their init method. Under a launcher this is "env://", without a
-    port: two runs on one machine used the same name, and memory left by a killed run kept the next from starting. The
+    vLLM names the ranks' shared memory after the port in their init method. Under a launcher this is "env://", without
+    a port: two runs on one machine used the same name, and memory left by a killed run kept the next from starting. The
     name comes from the engine's `additional_config["run"]`, the same on all ranks.
     """
 

@@ -1,6 +1,6 @@
-"""The decode loop: rows side by side on one key-value cache, token by token, each until it says that it is done.
+"""The decode loop: a batch of rows on one KV cache, token by token, until each row is done.
 
-Legend: B rows, L tokens so far, prompts padded at the left, V vocabulary.
+Legend: B rows, L tokens so far, prompts padded on the left, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Watches a run's numbers and says, once each, what goes wrong, why it probably does, and which flag helps.
+"""Watches a run's metrics and reports each problem once: what goes wrong, the likely reason, and which flag helps.
 
-A bound compares the last steps with the best that the run has had before, so that a slow decline is seen too. State is
-made of the lines of metrics.jsonl alone: a resumed run is fed what is there. docs/stops.md has the bounds' reasons.
+A bound compares the last steps with the run's best before, so that a slow decline is noticed too. The state comes only
+from the lines of metrics.jsonl: a resumed run is fed those. docs/stops.md gives the reasons for the bounds.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ import numpy as np
 
 from opsd.config import TrainConfig
 
-# Steps whose mean is compared; of a number that is logged more rarely, its last two values.
+# Number of steps whose mean is compared; of a metric that is logged less often, the last two values.
 WINDOW, REWARD_WINDOW = 5, 10
-# Fractions of rollouts: cut off, how many more than at best, or how many at all.
+# Fractions of rollouts that are truncated: the rise above the best, and the absolute bound.
 TRUNCATED_RISE, TRUNCATED = 0.25, 0.5
-# Lengths, as a multiple of the shortest within so many steps: slow growth may be what is taught.
+# Growth of lengths, as a multiple of the shortest within LENGTH_STEPS: slower growth may come from the teacher.
 LENGTH_GROWTH, LENGTH_STEPS = 1.5, 40
-# Fraction of tokens inside repeated n-grams, above the least.
+# Rise of the fraction of tokens inside repeated n-grams, above the lowest.
 REPETITION_RISE = 0.2
-# Fractions of the largest before: the chance of ending where the student ends, and the student's entropy.
+# Fractions of the highest value before: of the student's probability of its end token, and of its entropy.
 STOP_FALL, ENTROPY_FALL = 0.5, 0.25
-# Nats by which the teacher's log-probability of the student's ends is below the student's own.
+# Teacher's minus student's log-probability of the student's end tokens, in nats.
 STOP_DELTA_NATS = -5.0
-# Of the reward, a fraction; and how many standard errors of two windows' difference, prompts being the sample.
+# Fall of the reward, absolute and in standard errors (over prompts) of the difference of two windows.
 REWARD_FALL, STANDARD_ERRORS = 0.15, 4.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that goes wrong. name: its metric is health/NAME. text: one line for the user."""
+    """A problem. name: its metric is health/NAME. text: one line for the user."""
 
     name: str
     text: str
 
 
 class Recent(NamedTuple):
-    """The mean of a metric's last values, and the least and the largest that as many had in a row before these."""
+    """The mean of a metric's last values, and the lowest and highest mean of as many consecutive values before them."""
 
     now: float
     least: float
@@ -47,17 +47,17 @@ class Recent(NamedTuple):
 
 
 class Health:
-    """Fed with every step's metrics in their order; off: it says nothing."""
+    """Takes every step's metrics in order. If --health is off, it reports nothing."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._on, self._told = config.health != "off", set[str]()
         self._series: dict[str, list[tuple[int, float]]] = {}
-        # The least that a fall of the reward can mean: a prompt's rollouts stand or fall together.
+        # A smaller fall of the reward may be chance. Worst case: all rollouts of a prompt have the same reward.
         chance = STANDARD_ERRORS * 0.5 * (2 / (config.prompts_per_step * REWARD_WINDOW)) ** 0.5
         self._reward_fall = max(REWARD_FALL, chance)
 
     def see(self, metrics: dict[str, float]) -> list[Finding]:
-        """What this step's line shows for the first time."""
+        """The problems that this step's metrics show for the first time."""
         if not self._on:
             return []
         for name, value in metrics.items():
@@ -70,13 +70,13 @@ class Health:
         return new
 
     def _found(self, check: Callable[[], str | None]) -> Iterator[tuple[str, str]]:
-        """The check's name and what it says, where it says something and has not done so before."""
+        """The check's name and text, if it finds a problem that was not reported before."""
         name = check.__name__.removeprefix("_")
         if name not in self._told and (text := check()) is not None:
             yield name, f"health: {text}"
 
     def _recent(self, name: str, window: int = WINDOW, steps: int | None = None) -> Recent | None:
-        """A metric's last values beside those before, of the last `steps` only; None where there are too few yet."""
+        """A metric's last values and those before, within the last `steps`; None if there are too few yet."""
         series = self._series.get(name, [])
         if not series:
             return None

@@ -18,7 +18,7 @@ Message = dict[str, str]
 
 
 class TravelEnv:
-    """Travel planning. deepplanning_root: a user's copy of the benchmark, for its prompt, schemas and commonsense rules.
+    """Travel planning. deepplanning_root: a user's copy of the benchmark: its prompt, schemas and commonsense score.
 
     Raises UserError if deepplanning_root lacks a file that is needed. Nothing that a model writes raises.
     """
