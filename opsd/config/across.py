@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def check_parts(config: TrainConfig) -> None:
     """Raises UserError if two parts of `config` contradict each other."""
     if config.optim.warmup_steps > config.steps:
-        raise UserError(f"--optim.warmup_steps {config.optim.warmup_steps}: give 0 to --steps ({config.steps})")
+        raise UserError(f"--optim.warmup_steps {config.optim.warmup_steps}: give at most --steps ({config.steps})")
     if config.loss.reads_rewards and config.rollout.horizon < 1.0:
         raise UserError(
             f"--rollout.horizon {config.rollout.horizon:g} cuts answers before they can earn a reward: give 1, or "

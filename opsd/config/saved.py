@@ -29,7 +29,7 @@ def parse_resume(args: list[str]) -> ResumeConfig:
     others = [word for word in args if word.startswith("--") and word.partition("=")[0] not in ("--resume", "--steps")]
     if others:
         raise UserError(
-            f"--resume RUN takes no {others[0]}: a resumed run keeps its settings; --steps N alone extends it; "
+            f"--resume RUN takes no {others[0]}: a resumed run keeps its settings; only --steps N may be given; "
             "start a new run to change others"
         )
     return parse(ResumeConfig, args, "opsd train --resume")

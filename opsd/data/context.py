@@ -98,8 +98,8 @@ class TeacherPrompts:
         kept = [prompt for prompt in prompts if len(prompt.teacher_ids or ()) <= self._most]
         if not kept:
             raise UserError(
-                f"--teacher.max_prompt_tokens {self._most}: all {len(prompts)} prompts are longer as the teacher reads "
-                "them; raise it"
+                f"--teacher.max_prompt_tokens {self._most}: all {len(prompts)} prompts of the teacher are longer; "
+                "raise it"
             )
         return kept, len(prompts) - len(kept)
 

@@ -171,6 +171,6 @@ def hidden_messages(path: str, tokenizer: Any, how: PromptFormat) -> list[str]:
     if not found:
         return []
     return [
-        f"the chat template leaves out or changes messages in {len(found)} of {len(records)} prompts looked at: "
+        f"the chat template leaves out or changes messages in {len(found)} of {len(records)} prompts checked: "
         f"{found[0]}; give messages or a template that shows them"
     ]

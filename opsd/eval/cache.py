@@ -127,7 +127,7 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
     if (reason := _beyond_its_files(student) or _beyond_its_files(model)) is not None:
         return reason
     if ":" in config.eval.grader:
-        return f"what the grader {config.eval.grader} does is not known"
+        return f"the grader {config.eval.grader} is not part of opsd and may change"
     settings = {name: value for name, value in to_json(config).items() if name not in _TRAINING}
     settings["eval"] = {name: value for name, value in settings["eval"].items() if name not in _NOT_SAMPLING}
     suites: list[Suite] = models.evaluator.suites
@@ -246,7 +246,7 @@ class _Shared:
         except FileNotFoundError:
             return None
         except IsADirectoryError as error:
-            raise UserError(f"{entry.file} is a folder in the place of an evaluation file; remove it") from error
+            raise UserError(f"{entry.file} is a folder, not an evaluation file; remove it") from error
         except (OSError, ValueError):
             stored = None
         if _is_whole(stored, entry):

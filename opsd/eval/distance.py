@@ -197,7 +197,7 @@ def _read_answers(file: Path, key: dict[str, Any], prompts: list[Prompt], sample
         answers = [Rollout(number, prompts[number // samples], *row) for number, row in enumerate(rows)]
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise UserError(
-            f"--teacher_answers {file} cannot be read ({error!r}); remove it, and it is generated again"
+            f"--teacher_answers {file} cannot be read ({error!r}); remove it, to generate it again"
         ) from error
     if of != key or len(answers) != samples * len(prompts):
         raise UserError(

@@ -98,11 +98,11 @@ def needs_like_lengths(model: PreTrainedModel, context: Callable[[], AbstractCon
             if is_out_of_memory(error):
                 raise
         name = f"model {model.name_or_path}"
-        what, give = f"{name}: it cannot be sampled by transformers here", "give another model, or sample with vLLM"
+        what, give = f"{name}: transformers cannot sample from it here", "give another model, or sample with vLLM"
         with said(what, give):
             if _decodes(model, ALIKE):
                 return True
-    raise UserError(f"{what} (token by token, on its cache, it gives other values than for the whole sequence); {give}")
+    raise UserError(f"{what} (with its cache it gives other values than for the whole sequence); {give}")
 
 
 def _decodes(model: Any, lengths: tuple[int, ...]) -> bool:

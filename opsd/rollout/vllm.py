@@ -77,7 +77,7 @@ class VLLMSampler(RolloutEngine):
             seed=0,
             **_shared_memory(device, ranks),
         )
-        # vLLM's shutdown destroys the ranks' process group: it must come first.
+        # vLLM's shutdown destroys the ranks' process group, so it must come before `leave` does that.
         before_leaving(self._llm.llm_engine.engine_core.shutdown)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
@@ -150,7 +150,7 @@ class VLLMRollout(VLLMSampler):
         self._probe = Probe(engine, settings["dtype"], rollout.probe_tolerance, settings["max_model_tokens"])
         if in_pieces(engine.student.model):
             # Some layers cannot reload weights that come in pieces; find out now, not after the first step.
-            with said(f"--rollout.engine vllm: it does not take the weights of {path} anew", INSTEAD):
+            with said(f"--rollout.engine vllm: it cannot reload the weights of {path}", INSTEAD):
                 self._load_weights()
                 self._probe.try_out(self._scores, settings["vocab_size"])
         self._rest()

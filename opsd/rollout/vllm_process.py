@@ -118,7 +118,7 @@ class Sampler:
     def _list(self, count: int, kind: type, what: str) -> list[Any]:
         found = self.answer()
         if not (isinstance(found, list) and len(found) == count and all(isinstance(one, kind) for one in found)):
-            self._refuse(f"{count} {what} were asked for")
+            self._refuse(f"{count} {what} were requested")
         return found
 
     def _refuse(self, why: str) -> NoReturn:
@@ -158,7 +158,7 @@ class VLLMProcessRollout(RolloutEngine):
 
         self._on_main(start)
         if in_pieces(engine.student.model):
-            with said(f"--rollout.engine vllm_process: it does not take the weights of {path} anew", INSTEAD):
+            with said(f"--rollout.engine vllm_process: it cannot reload the weights of {path}", INSTEAD):
                 self._load_weights()
                 self._probe.try_out(self._scores, self._vocab_size)
 

@@ -83,7 +83,7 @@ def parse_time(text: Any, where: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the time {text!r} is damaged ({error}); put it back, or begin anew") from error
+        raise UserError(f"{where}: the time {text!r} is damaged ({error}); put it back, or start again") from error
 
 
 def time_of_run(model: Path) -> datetime | None:

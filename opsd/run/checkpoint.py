@@ -161,7 +161,7 @@ def load_state(path: Path) -> TrainerState:
         trainer = path / "trainer"
         values = json.loads((trainer / "state.json").read_text())
         if (kind := values["optimizer"]["kind"]) != _OPTIMIZER["kind"]:
-            raise ValueError(f"optimiser state of another form, {kind}")
+            raise ValueError(f"optimiser state of unknown format {kind}")
         tensors, teacher = load_file(trainer / "optimizer.safetensors"), trainer / "teacher.safetensors"
         held = load_file(teacher) if teacher.exists() else {}
         return TrainerState(values["step"], tensors, values["selector"], values["metrics"], held)

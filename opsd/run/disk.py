@@ -100,7 +100,7 @@ def damage(folder: Path, file: Path) -> str | None:
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     wrong = [name for name in known if found[name] != known[name]]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    return f"{wrong[0]} does not match its checksum" if wrong else None
 
 
 def checksums_of(folder: Path, only: str = "", but: str | None = None) -> dict[str, str]:

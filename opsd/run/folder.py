@@ -56,7 +56,7 @@ class RunFolder:
             folder = cls(path, config, began)
             folder._write_config()
             if aside is not None:
-                folder.notes = (f"an earlier attempt ended before its first step did: its files are in {aside}",)
+                folder.notes = (f"an earlier attempt ended before it finished a step: its files are in {aside}",)
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
         return folder

@@ -109,7 +109,7 @@ class Health:
             return None
         return (
             f"rollouts have grown from {recent.least:.0f} to {recent.now:.0f} tokens within {LENGTH_STEPS} steps: the "
-            "end is being unlearnt, or the teacher writes longer answers; give --select.stop_token always, or a "
+            "student forgets when to stop, or the teacher writes longer answers; give --select.stop_token always, or a "
             "smaller --optim.lr"
         )
 
@@ -118,14 +118,14 @@ class Health:
         recent = self._recent("stop/student_prob")
         if len(deltas) == 2 and max(deltas) <= STOP_DELTA_NATS:
             return (
-                f"where the student ends, the teacher gives the end e^{deltas[-1]:.0f} times the student's "
-                "probability: the stop will be trained away; the two end with different tokens, see the line about "
+                f"where the student ends, the teacher's probability of the end token is e^{deltas[-1]:.0f} times the "
+                "student's: the stop will be trained away; the two end with different tokens, see the line about "
                 "stops at the start (--rollout.stop_tokens), or student and teacher disagree on where to end"
             )
         if recent is None or recent.now > STOP_FALL * recent.largest:
             return None
         return (
-            f"the student's probability of ending where it ends has fallen from {recent.largest:.2f} to "
+            f"the student's probability of ending, where it ends, has fallen from {recent.largest:.2f} to "
             f"{recent.now:.2f}: the stop is being trained away; give --select.stop_token always, or see "
             "--rollout.stop_tokens"
         )
@@ -145,7 +145,7 @@ class Health:
             return None
         return (
             f"the student's entropy has collapsed from {recent.largest:.2g} to {recent.now:.2g} nats per token: it "
-            "writes one answer only; give --loss.divergence forward_kl or jsd, or a smaller --optim.lr"
+            "always writes the same answer; give --loss.divergence forward_kl or jsd, or a smaller --optim.lr"
         )
 
     def _reward(self) -> str | None:

@@ -117,7 +117,7 @@ def plan_problems(plan: Plan, meta: dict[str, Any]) -> list[str]:
     days, wanted = plan.daily_plans, int(meta["days"])
     problems = [f"a line fits no form: {plan.unread[0][:80]}"] if plan.unread else []
     if [day["day_number"] for day in days] != list(range(1, wanted + 1)):
-        problems.append(f"days {[day['day_number'] for day in days][:20]}, where 1 to {wanted} were asked for")
+        problems.append(f"days {[day['day_number'] for day in days][:20]} instead of 1 to {wanted}")
     for place, day in enumerate(days):
         if not day["activities"]:
             problems.append(f"day {day['day_number']} has no activity")

@@ -73,7 +73,7 @@ class TravelTask:
         """Raises UserError if a table's file is missing; reads none of them."""
         if self.given is None and (self.db_dir is None or not all((self.db_dir / f).is_file() for f in FILES.values())):
             raise UserError(
-                f"travel task {self.id} ({self.lang}) has no whole database; unzip database_{self.lang}.zip into "
+                f"travel task {self.id} ({self.lang}) has no complete database; unzip database_{self.lang}.zip into "
                 "database/ beside data/, and write the task files again"
             )
 
