@@ -11,15 +11,22 @@ from typing import Any
 
 # Errors of a pipe whose reader has ended, as in `| head`, and of a closed terminal.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
+_STDERR = 2
 
 
 class _Outliving(io.FileIO):
-    """An output of this process; once its reader has ended, further output is dropped."""
+    """An output of this process. Once its reader has ended, further output is dropped.
+
+    Lines on stderr for which a disk has no space are dropped too: the run itself may write to another disk. Results on
+    stdout are not.
+    """
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
+            if error.errno == errno.ENOSPC and self.fileno() == _STDERR:
+                return len(data)
             if error.errno not in _NOBODY_READS:
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
