@@ -110,7 +110,7 @@ class TeacherPrompts:
     def with_samples(self, rollouts: list[Rollout], rewards: list[float] | None, samples: int) -> list[Rollout]:
         """The rollouts, each with a context that shows another sample of its prompt with the full reward, 1.
 
-        samples: per prompt. Of several, the next by id whose context fits is taken; so each is shown about as often.
+        samples: per prompt. Of several, the next by id whose context fits is used; so all are used about equally often.
         If there is none, the teacher reads the student's prompt. Nothing changes for a context without {rollout}.
         """
         if not self.context.takes_sample or rewards is None:

@@ -70,7 +70,7 @@ def to_latex(text: str) -> str:
 def signs_to_latex(text: str) -> str:
     """The text with Unicode signs, roots, powers and fractions as LaTeX commands, and mixed numbers as fractions.
 
-    For any text, also one that only contains an answer.
+    For any text, not only a bare answer.
     """
     text = re.sub("(?:\\d\u0305)+", lambda run: rf"\overline{{{run[0].replace(chr(0x305), '')}}}", text)
     text = re.sub("(\\d)\u0307", r"\\dot{\1}", text)
