@@ -154,7 +154,7 @@ def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperat
 def stop_metrics(stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
     """How likely both models are to end a turn, and whether its end is trained on; empty if no token ended a turn.
 
-    stop/student_prob, stop/teacher_prob: mean probability of a stop where the turn ended; …_before: at the other tokens.
+    stop/student_prob, stop/teacher_prob: mean probability of a stop where the turn ended; …_before: at other tokens.
     stop/delta_nats: median over the ends of the teacher's log-probability of a stop minus the student's.
     stop/kept_frac: fraction of the ends that were trained on. stop/count: number of ends.
     """
