@@ -101,7 +101,7 @@ def _train(args: list[str]) -> None:
         raise
     except SystemExit as end:
         # A rule, a grader or a model's own code may call sys.exit.
-        raise RunStopped(f"code that the run called ended it by exit code {end.code}; {advice()}") from end
+        raise RunStopped(f"code called by the run ended it with exit code {end.code}; {advice()}") from end
     leave()
     if _among_several():
         signals.end(0)

@@ -155,7 +155,7 @@ class _Found:
         """The model has enough positions for the run's sequences."""
         check_positions(self._model.config, self._reach.spans, self._name)
         known = positions(self._model.config)
-        return f"{self._reach.longest:,} tokens, {'no limit is named' if known is None else f'of {known:,}'}"
+        return f"{self._reach.longest:,} tokens, {'no limit in config.json' if known is None else f'of {known:,}'}"
 
     def head(self) -> str:
         """The logits are computed in a known way."""
@@ -199,7 +199,7 @@ class _Found:
             alike = needs_like_lengths(self._model, nullcontext)
         except UserError as error:
             return f"not with --rollout.engine hf ({error})"
-        return f"rows of {'the same length' if alike else 'any length'} can be decoded side by side on a cache"
+        return f"rows of {'the same length' if alike else 'any length'} can be decoded in one batch with a cache"
 
     def steady(self) -> str:
         """The distribution is the same in training and evaluation mode."""

@@ -192,7 +192,7 @@ def check_divergence(divergence: str, beta: float, temperature: float) -> None:
     if divergence not in (*GRADIENTS, SAMPLED):
         raise UserError(f"unknown divergence {divergence!r}: give one of {', '.join(GRADIENTS)}, {SAMPLED}")
     if divergence == "jsd" and not 0.0 < beta < 1.0:
-        raise UserError(f"beta {beta} for jsd: give a share in (0, 1); its ends are reverse_kl and forward_kl")
+        raise UserError(f"beta {beta} for jsd: give a number in (0, 1); the limits are reverse_kl and forward_kl")
     if not 0.0 < temperature < float("inf"):
         raise UserError(f"loss temperature {temperature}: give a finite number above 0")
 

@@ -23,7 +23,7 @@ class HeldLogits:
     @property
     def work(self) -> Workspace:
         """The workspace, for reading only."""
-        assert self._work is not None, "these logits were used up"
+        assert self._work is not None, "these logits were taken already"
         return self._work
 
     def take(self) -> Workspace:

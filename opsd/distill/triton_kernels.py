@@ -5,7 +5,7 @@ For fp32 logits on CUDA; `triton_rows.py` starts them. Never imported without tr
 (a logit of -inf) add 0, while NaN stays NaN. `tl.maximum` would lose NaN on a GPU, so `tl.where` is used instead.
 
 Legend: C rows, W width of a row (`row_width`); s student, t teacher, u = s - t; p = P_S, q = P_T; lanes: a row's
-entries, BLOCK apart, are added up side by side and joined at the end. S, T: hidden·headᵀ + bias of either model;
+entries that are BLOCK apart, summed in parallel and joined at the end. S, T: hidden·headᵀ + bias of either model;
 S_AT, T_AT: which row of them a program reads. Logits over the temperature are s_outer·x, or s_outer·tanh(s_inner·x)
 if S_CAPPED (t_… for the teacher); V: how many entries of a row belong to the vocabulary.
 """

@@ -1,4 +1,4 @@
-"""`opsd plan`: whether a run fits its GPUs, what decides, and roughly how long a step takes."""
+"""`opsd plan`: whether a run fits its GPUs, what uses the most memory, and roughly how long a step takes."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def find_shape(name: str, flag: str) -> ModelShape:
             return shape_of(json.loads(file.read_text()), name, flag)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{flag} {name}: its config.json lacks a size ({error}); give a complete model's"
+                f"{flag} {name}: its config.json lacks a size ({error}); give a complete model folder"
             ) from error
     short = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").removeprefix("meta-")
     if short in BUILT_IN:

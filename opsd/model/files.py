@@ -128,7 +128,7 @@ def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
         raise _unsampled(path, flag, "the folder's weights are quantised, and vLLM would keep them so")
     text, head = model.config.get_text_config(), head_of(model)
     if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
-        raise _unsampled(path, flag, "config.json ties head and embeddings, which are two in its files")
+        raise _unsampled(path, flag, "config.json ties head and embeddings, but the files hold two")
     own = {
         name.replace(".base_layer.", "."): torch.empty(p.shape, dtype=p.dtype, device="meta")
         for name, p in model.named_parameters()

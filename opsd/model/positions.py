@@ -36,7 +36,7 @@ def check_positions(config: PretrainedConfig, spans: tuple[Span, ...], name: str
             room = known - span.prompt
             fix = f"give at most {room}" if room > 0 else span.shorter
             raise UserError(
-                f"{span.flag} {span.response} and a prompt of {span.prompt} tokens are over the {known} positions of "
+                f"{span.flag} {span.response} and a prompt of {span.prompt} tokens exceed the {known} positions of "
                 f"{name}; {fix}"
             )
 

@@ -26,7 +26,7 @@ def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[i
     ids = [*given] if isinstance(given, list) else [given]
     if given is not None and any(type(token) is not int or token < 0 for token in ids):
         raise UserError(
-            f"{tokenizer.name_or_path}: eos_token_id {given!r} is no token's id; give whole numbers from 0 in its "
+            f"{tokenizer.name_or_path}: eos_token_id {given!r} is not a token id; give whole numbers from 0 in its "
             "generation_config.json"
         )
     return list(dict.fromkeys(token for token in (*ids, tokenizer.eos_token_id) if token is not None))

@@ -52,15 +52,14 @@ def check_tensors(loading: dict[str, Any], path: str, flag: str, ours: Callable[
     lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     if lacking:
         raise UserError(
-            f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
+            f"{flag} {path}: its weights hold no {min(lacking)} of the shape in config.json; "
             "give a complete Hugging Face model folder"
         )
     foreign = [key for key in loading["unexpected_keys"] if ours(key) and not key.endswith(LEFT_OVER)]
     if foreign or loading.get("error_msgs"):
-        what = f"hold {min(foreign)}, which" if foreign else f"do not fit ({loading['error_msgs'][0]}), so that"
+        what = f"hold {min(foreign)}, which is not in" if foreign else f"({loading['error_msgs'][0]}) do not fit"
         raise UserError(
-            f"{flag} {path}: its weights {what} the model of its config.json does not take; give weights and "
-            "config.json of one model"
+            f"{flag} {path}: its weights {what} the model of its config.json; give weights and config.json of one model"
         )
 
 

@@ -204,8 +204,8 @@ def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach |
     check_positions(model.config, reach.spans, f"--teacher {path}")
     if (switch := rope_switch(model.config)) is not None and reach.longest > switch:
         raise UserError(
-            f"--teacher {path}: its rotary embeddings change past {switch} tokens, but in vLLM at every length; give "
-            "--teacher.kind local"
+            f"--teacher {path}: its rotary embeddings change beyond {switch} tokens, but vLLM changes them at every "
+            "length; give --teacher.kind local"
         )
     with running(f"--teacher {path}"):
         transform = find_transform(model, f"--teacher {path}")

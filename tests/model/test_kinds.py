@@ -374,7 +374,7 @@ def test_more_tokens_than_a_model_has_positions_are_refused(family, flag, tmp_pa
     name = "n_positions" if family == "GPT-2" else "max_position_embeddings"
     folder = write(tmp_path / "model", family, **{name: 32})
     spans = (Span(4, 28), Span(5, 60, flag))
-    said = rf"^{flag} 60 and a prompt of 5 tokens are over the 32 positions of --teacher {folder}; give at most 27$"
+    said = rf"^{flag} 60 and a prompt of 5 tokens exceed the 32 positions of --teacher {folder}; give at most 27$"
     with pytest.raises(UserError, match=said):
         load_scorer(str(folder), "--teacher", FP32, CPU, reach=Reach(spans))
     with pytest.raises(UserError, match=said):
