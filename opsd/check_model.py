@@ -164,7 +164,7 @@ class _Found:
         return f"logits are {_in_words(DistillHead.of(self._model, self._transform).as_head())}"
 
     def served_head(self) -> str:
-        """The same, if the folder is the one of a served teacher."""
+        """The same for the folder as that of a served teacher."""
         trust = self._config.trust_remote_code
         with running(self._name):
             find_transform(load_ends(self._config.folder, "model", torch.float32, trust), self._name)

@@ -45,7 +45,7 @@ def test_what_cannot_be_is_said_and_the_rest_is_checked_all_the_same(tmp_path):
     fine, lines = checked(folder, tokens=33)
     assert not fine
     assert [what for what, (well, _) in lines.items() if not well] == ["positions", "head", "head, served"]
-    assert "over the 32 positions" in lines["positions"][1] and "not hidden·head" in lines["head"][1]
+    assert "exceed the 32 positions" in lines["positions"][1] and "not hidden·head" in lines["head"][1]
     assert "checkpoints have do_sample true" in lines["save, reload"][1]
 
 

@@ -108,7 +108,7 @@ def settled(engine: EngineConfig, device: torch.device) -> EngineConfig:
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     """The rate of 1-based `step`: linear warm-up to lr, then cosine towards lr·min_lr_fraction.
 
-    A pure function of the step, so that the two cannot get out of step.
+    A pure function of the step, so that rate and step cannot drift apart.
     """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps

@@ -37,7 +37,7 @@ class TorchEngine(Engine):
         student.train()
 
     def sampling(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast if the compute type is bfloat16 (weights stay fp32), else nothing."""
+        """Autocast if the compute type is bfloat16 (trained weights stay fp32), else nothing."""
         if self._dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._dtype)

@@ -125,7 +125,7 @@ def body_of(model: PreTrainedModel) -> Any:
     """The model without its head, which gives final hidden states."""
     base: Any = model.base_model
     if base is model:
-        # Some models name a base model under which they have no part.
+        # Some models' base_model_prefix names no part of theirs.
         base = next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
     return base
 

@@ -81,7 +81,7 @@ def _fit(given: Tensor, seen: Tensor) -> Transform | None:
     if highest > 2 * tenth:
         cap, scale = None, highest / top
     else:
-        # There is a cap. The output that is nearest to half the cap determines the scale best.
+        # There is a cap. The output nearest to half of it determines the scale best.
         middle = int((seen / highest - 0.5).abs().argmin())
         cap, scale = highest, math.atanh(min(float(seen[middle]) / highest, 0.99)) * highest / float(given[middle])
     # Round, so that a scale of 1 is exactly 1.
