@@ -41,8 +41,8 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
 def main() -> None:
     """Run a command.
 
-    Exit code 2 for bad input, 1 for a run that cannot continue, 143 after SIGTERM, 130 after Ctrl-C; each prints one
-    line.
+    Exit code 2 for bad input, 1 for a run that cannot continue, 143 after SIGTERM, 130 after Ctrl-C, 129 after a
+    terminal was closed; each prints one line.
     """
     outlive_readers()
     with signals.heard():
