@@ -13,8 +13,8 @@ import torch
 from opsd.estimate.rates import product_rate, read_rate
 from opsd.utils.errors import UserError
 
-# The share that a step reaches of the rates of products and of reads alone: norms, rotary embeddings and sampling take
-# time too. On a CPU: docs/performance.md, "Where each part stands". Of a data sheet: assumed.
+# Shares of the rates of products and of reads that a step reaches: norms, rotary embeddings and sampling take time too.
+# On a CPU: docs/performance.md, "Where each part stands". Of a data sheet: assumed.
 MEASURED_SHARE, SHEET_SHARE = (0.55, 0.6), (0.4, 0.6)
 # Seconds for measuring a product, and again for measuring memory reads.
 MEASURE_S = 0.1

@@ -60,6 +60,6 @@ class SelfTeacher(Teacher):
         return self._engine.lent(self._shares) if self._shares else contextlib.nullcontext()
 
     def _states(self, hidden_ND: Tensor, head: Head) -> Tensor:
-        # The parameter later gets another tensor, this one is not overwritten; but ZeRO-3 gathers it again, so clone.
+        # The parameter will get another tensor, and this one is not overwritten. Not so under ZeRO-3: clone it there.
         self._head = head.changed(lambda part: part.detach().clone() if hasattr(part, "ds_id") else part.detach())
         return hidden_ND
