@@ -79,7 +79,7 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
 def _rollout(
     number: int, group: pd.DataFrame, written: dict[str, Any] | None, texts: Texts, labels: Labels
 ) -> dict[str, Any]:
-    """One rollout: all its tokens in `ids`; statistics in lists that skip tool tokens (`at`: the index in ids of each)."""
+    """One rollout: all its tokens in `ids`; statistics in lists that skip tool tokens (`at`: the index of each)."""
     ids = [int(i) for i in group["token_id"]] if written is None else written["response_ids"]
     place = group["position"].tolist() if written is not None else list(range(len(group)))
     found: dict[str, Any] = {"id": number, "ids": [texts.number(i) for i in ids]}
