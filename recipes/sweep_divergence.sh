@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What is trained: reverse KL (the paper's), forward KL or JSD (β = 0.5), on all tokens and on half of them by Soft-OR, whose
-# ranking stays on the reverse KL. Differences are to all tokens under reverse KL.
+# The trained divergence: reverse KL (the paper's), forward KL or JSD (β = 0.5), on all tokens and on half of them by
+# Soft-OR, which always ranks by the reverse KL. Differences are relative to all tokens under reverse KL.
 #
 # The paper trains reverse KL only; its numbers: assets/paper/tables.csv.
 # Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, 6 cells.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does the order of quadrants hold under another divergence? Rules that favour different quadrants, at 20 % of the tokens, each
+# Does the ranking of quadrants hold under other divergences? Rules that favour different quadrants, at 20 % of the tokens, each
 # trained by reverse KL (the paper's), forward KL and JSD, against all tokens. Question (a) of docs/questions.md.
 #
 # The paper's numbers: assets/paper/tables.csv.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A wandb workspace for runs of this trainer: accuracy, memory, selection, health, time; seeds averaged in their cell.
+"""A wandb workspace for runs of this trainer: accuracy, memory, selection, health, time; seeds of a cell averaged.
 
     python scripts/wandb_dashboard.py --entity TEAM --project opsd --suites math500 aime24 aime25
     python scripts/wandb_dashboard.py --entity TEAM --project opsd --dry_run
@@ -27,9 +27,9 @@ def _imported(name: str) -> Any:
 
 panels, ws = _imported("wandb_workspaces.reports.v2"), _imported("wandb_workspaces.workspaces")
 
-# What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
+# Top-level keys of a run's config (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")
-# Seeds of one cell are one line: their mean, shaded by its standard error.
+# The seeds of a cell are drawn as one line: their mean, shaded by its standard error.
 OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 QUADRANTS = (1, 2, 3, 4)
@@ -49,7 +49,7 @@ def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], sam
 
 
 def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
-    """All sections; those that are looked at first stand open."""
+    """All sections; those that are read first are open."""
     found = {
         "Accuracy": _accuracy(suites, samples),
         "Memory": _memory(),

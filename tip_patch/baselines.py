@@ -92,8 +92,8 @@ class IWOPD(Selector):
 
     After IW-OPD (arXiv 2606.22600): w_t = 1 + γ·(1 − Σ_{i<t}|a_i| / Σ_i|a_i|) over a rollout, with a = log q − log p of
     the sampled token: from 1 + γ at the first token down towards 1. Weights are taken as they are, without a mean of 1.
-    The paper keeps all tokens; if fewer are kept, they are the first ones, which weigh most (our reading). If both models
-    agree on a whole rollout, all its weights are 1 + γ. gamma: γ ≥ 0, the paper's 0.5.
+    The paper keeps all tokens; if fewer are kept, they are the first ones, which weigh most (our reading). If both
+    models agree on a whole rollout, all its weights are 1 + γ. gamma: γ ≥ 0, the paper's 0.5.
     """
 
     retention: float = 1.0
