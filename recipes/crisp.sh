@@ -2,8 +2,8 @@
 # Iterative compression (CRISP, arXiv 2603.05433): the student learns to answer as if it had been told to be brief. The
 # teacher is the student itself, prompted with that instruction and updated every 50 steps: no answers, no other model.
 #
-# The paper (Qwen3-8B and 14B, MATH-500): 57 to 59 % fewer tokens at 9 to 16 points more. The wording and the 50 steps are our choice.
-# The pocket model cannot follow an instruction: there the context is the plain prompt, and a run only shows that it works.
+# The paper (Qwen3-8B and 14B, MATH-500): 57 to 59 % fewer tokens at 9 to 16 points more. Wording and interval are ours.
+# The pocket model follows no instructions: there the context is the plain prompt, and a run only shows that it works.
 # Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, 1 cell.
 # Try it:      SCALE=pocket SEEDS=0 STEPS=20 RUNS=runs/try recipes/crisp.sh
 # Look first:  DRY_RUN=1 recipes/crisp.sh

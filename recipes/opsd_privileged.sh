@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-PAPER_PAIRS=(qwen3 qwen25)             # a GPU can hold these students twice: the second copy, in bf16, is the initial teacher
+PAPER_PAIRS=(qwen3 qwen25)             # one GPU holds these twice: the initial teacher is a bf16 copy
 CONTEXT=recipes/contexts/answer.txt    # our wording
 if [[ $SCALE == pocket ]]; then
     CONTEXT=recipes/contexts/pocket/answer.txt POCKET_STUDENT=${POCKET_STUDENT:-runs/pocket_reader}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does the ranking of quadrants hold under other divergences? Rules that favour different quadrants, at 20 % of the tokens, each
-# trained by reverse KL (the paper's), forward KL and JSD, against all tokens. Question (a) of docs/questions.md.
+# Does the ranking of quadrants hold under other divergences? Rules that favour different quadrants, at 20 % of the tokens,
+# each trained by reverse KL (the paper's), forward KL and JSD, against all tokens. Question (a) of docs/questions.md.
 #
 # The paper's numbers: assets/paper/tables.csv.
 # Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, 15 cells.

@@ -16,8 +16,8 @@ if [[ $SCALE == pocket ]]; then
     # tiny, and the bottom half changes almost nothing, so the table has both. SGD's learning rate is the one of 0.1, 0.3,
     # 1 and 3 at which Soft-OR 50 %, seed 0, gains most in 80 steps: from 18.4 to 32.8, 34.2, 32.5 and 0.0, measured with
     #   SCALE=pocket CELLS=soft_or-50 STEPS=80 RUNS=runs/rates recipes/table6_top_vs_bottom.sh --optim.kind sgd --optim.lr 0.3
-    # The command after "Try it" gave, from 18.4 ± 1.8: AdamW's bottom half 0.7 ± 0.2, SGD's 18.4 ± 1.8; the upper half 59.0 ±
-    # 2.6 and 42.8 ± 2.6. So Adam causes this student's collapse; under both, the bottom half teaches nothing.
+    # The command after "Try it" gave, from 18.4 ± 1.8: AdamW's bottom half 0.7 ± 0.2, SGD's 18.4 ± 1.8; the upper half
+    # 59.0 ± 2.6 and 42.8 ± 2.6. So Adam causes this student's collapse; under both, the bottom half teaches nothing.
     cell soft_or 0.5 --select.normalise_over batch --optim.kind sgd --optim.lr 0.3
     cell soft_or_bottom 0.5 --select.normalise_over batch --optim.kind sgd --optim.lr 0.3
 fi

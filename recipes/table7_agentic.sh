@@ -10,8 +10,9 @@
 # SCALE=paper reads DEEPPLANNING_ROOT (your copy of the benchmark's travel part, databases unzipped) and
 # AGENTIC14_STUDENT AGENTIC14_TEACHER AGENTIC32_STUDENT AGENTIC32_TEACHER. The paper leaves open: the split, its seed, the
 # languages, how plans are read and how Best@16 is formed; docs/agentic.md says how it is done here.
-# SCALE=pocket is synthetic-travel in the word form. Its student is an early checkpoint of the teacher with planted habits (it asks
-# for hotels of any star, takes the first train and a random restaurant): distillation repairs these and teaches no new skill.
+# SCALE=pocket is synthetic-travel in the word form. Its student is an early checkpoint of the teacher with planted habits:
+# it asks for hotels of any star, takes the first train and a random restaurant. Distillation repairs these habits and
+# teaches no new skill.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PAPER_PAIRS=(agentic14 agentic32)
