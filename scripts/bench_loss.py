@@ -5,7 +5,7 @@
     python scripts/bench_loss.py --tokens 1024 --widths 1024 --dtypes bfloat16
 
 Each case runs in its own process and measures its first call; on CUDA the median of three after a warm-up call. Writes
-into --out: cases.jsonl (a line per case, written when it ends; a case that is already there is not run again), table.md
+into --out: cases.jsonl (a line per case, written when it ends; cases that it already holds are not run again), table.md
 and figure.png. Ratios hold within one run.
 """
 

@@ -200,7 +200,7 @@ def take_turns(options: Options, settings: dict[str, Any]) -> tuple[dict[str, An
 
 
 def first_answers(options: Options, settings: dict[str, Any]) -> list[list[int]] | None:
-    """The answers of opsd-hf's first step, prompt by prompt; None where it does not run."""
+    """The answers of opsd-hf's first step, prompt by prompt; None if it does not run."""
     file = options.out / "work" / "opsd-hf" / "rollouts" / "step_1.jsonl"
     if not file.exists():
         return None

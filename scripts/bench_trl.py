@@ -2,7 +2,7 @@
 
     python scripts/bench_trl.py --out runs/bench_trl        about ten minutes on one core
 
-The same pair, prompts, numbers of answers and learning rate; 64 answers a step, Soft-OR at 50 % over rollouts. The
+The same pair, prompts, numbers of answers and learning rate; 64 answers per step, Soft-OR at 50 % over rollouts. The
 three TRL runs start from one seed and write the same answers in the first step; opsd uses its own sampling seeds. Each
 trains in its own process, one after the other, with one thread. curves.json holds, step by step, the loss in nats
 per trained token and the share of tokens that was kept, and for each run its CPU seconds (start and imports included)

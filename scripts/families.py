@@ -1,7 +1,7 @@
 """Tiny random models of the families that transformers builds from a configuration, as ordinary model folders.
 
 Matrices, and a head's bias, have a standard deviation of 0.35: with 0.02, transformers' default, the effect of a soft
-cap or of a leak between sequences would be too small to detect. The tokenizer has a token per character.
+cap or of a leak between sequences would be too small to detect. The tokenizer has one token per character.
 """
 
 from __future__ import annotations

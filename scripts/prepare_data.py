@@ -133,7 +133,7 @@ def parse_sources(options: Options) -> list[Source]:
 
 
 def as_jsonl(name: str, problems: list[Problem], instruction: str) -> str:
-    """One {"id", "prompt", "answer"} a line. The id is made from the problem's text: the same in every copy."""
+    """One {"id", "prompt", "answer"} per line. The id is made from the problem's text: the same for every copy."""
     lines = [
         {"id": f"{name}-{problem.digest[:12]}", "prompt": problem.text + instruction, "answer": problem.answer}
         for problem in problems

@@ -43,7 +43,7 @@ class Shares:
 
     @property
     def misses(self) -> float:
-        """How far the shares of tokens lie outside the paper's ranges, added up; 0 where they fit."""
+        """How far the shares of tokens lie outside the paper's ranges, added up; 0 if they fit."""
         q1, q2, q3, q4 = self.tokens
         found = {"q4": q4, "q1 + q2": q1 + q2, "q3": q3}
         return sum(max(low - found[name], found[name] - high, 0.0) for name, (low, high) in PAPER.items())

@@ -127,7 +127,7 @@ def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 6
         steps: Optimiser steps of a run.
         problems: Problems that each run is evaluated on, of 256.
         sureness: Factor on the student's row of <end>: at 0.5 its mean probability of ending is 0.91; at 1 it is
-            0.99999, where the gradient of the reverse KL nearly vanishes.
+            0.99999, and the gradient of the reverse KL nearly vanishes.
     """
     if not (runs / "pair" / "teacher").is_dir():
         make_pair(runs / "pair", sureness)

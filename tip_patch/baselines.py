@@ -166,7 +166,7 @@ class Verify(Selector):
 
 
 def scale_to_mean_one(raw_N: Tensor, kept_N: Tensor, rollout_N: Tensor) -> Tensor:
-    """Weights ∝ raw_N (0 outside kept rows) with mean 1 over each rollout's kept rows, fp32 [N]; 1 where all are 0."""
+    """Weights ∝ raw_N (0 outside kept rows) with mean 1 over each rollout's kept rows, fp32 [N]; 1 if all are 0."""
     rollouts = Rollouts.of(rollout_N)
     kept_R, sum_R = rollouts.sum(kept_N.double()), rollouts.sum(raw_N)
     flat_R = sum_R <= 0

@@ -34,7 +34,7 @@ def count_bins(values_M: Tensor) -> Tensor:
 
 
 class Histogram:
-    """Counts that fade: a step's tokens weigh decay^age."""
+    """Counts that decay: a step's tokens have weight decay^age."""
 
     def __init__(self, decay: float) -> None:
         self._decay, self._counts = decay, torch.zeros(BINS, dtype=torch.float64)

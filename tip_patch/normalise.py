@@ -22,7 +22,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def min_max(values_N: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """(value − low)/(high − low) clamped to [0, 1], fp64 [N]; 0 where high = low. low, high: fp64 [] or [N]."""
+    """(value − low)/(high − low) clamped to [0, 1], fp64 [N]; 0 if high = low. low, high: fp64 [] or [N]."""
     width = high - low
     scaled_N = (values_N.double() - low) / torch.where(width > 0, width, 1.0)
     return torch.where(width > 0, scaled_N.clamp(0.0, 1.0), 0.0)

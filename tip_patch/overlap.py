@@ -27,7 +27,7 @@ RULES: tuple[type[Selector], ...] = (
 
 
 def jaccard(first_N: Tensor, second_N: Tensor) -> float:
-    """|both| / |either| of two masks; 1 where neither keeps a token."""
+    """|both| / |either| of two masks; 1 if neither keeps a token."""
     either = int((first_N | second_N).sum())
     return int((first_N & second_N).sum()) / either if either else 1.0
 
@@ -47,7 +47,7 @@ class ShadowMasks:
     active rule's. stop/kept_frac_<rule>: the fraction of them that the shadow keeps.
 
     A shadow keeps as many tokens of each rollout as were trained on, whichever rule chose them; it normalises over
-    the step's tokens, or over rollouts where the active rule does, and with the active rule's clip. The active
+    the step's tokens, or over rollouts if the active rule does, and with the active rule's clip. The active
     rule is left out: two masks of one random rule would tell nothing about it. No masks if all tokens are trained on.
     select/jaccard_random is the overlap that chance alone gives.
     """

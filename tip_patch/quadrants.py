@@ -68,7 +68,7 @@ def _is_nats(split: str, nats: float) -> bool:
 class QuadrantTelemetry:
     """Shares of the four quadrants, and their part of loss, gradient and kept tokens.
 
-    entropy_split, divergence_split: where h and δ are split: a number of nats, "median" or "mean" of the step's tokens,
+    entropy_split, divergence_split: thresholds of h and δ: a number of nats, "median" or "mean" of the step's tokens,
     or "q0.8" for a quantile of them.
 
     Keys, for Q1 to Q4: quadrant/q1_frac (share of tokens), q1_loss_frac (of Σδ), q1_grad_frac (of Σ‖logit gradient‖),

@@ -1,4 +1,4 @@
-"""What all selectors share: options, budgets, and where scores come from."""
+"""What all selectors share: options, budgets, and scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tip_patch.options import check_choice, check_range, convert_options
 
 
 def read_field(stats: TokenStats, field: str, reader: str) -> Tensor:
-    """A statistic [N]. Raises UserError where it was not computed."""
+    """A statistic [N]. Raises UserError if it was not computed."""
     values_N = getattr(stats, field)
     if values_N is None:
         raise UserError(
@@ -29,7 +29,7 @@ def read_field(stats: TokenStats, field: str, reader: str) -> Tensor:
 class Selector:
     """A rule with options; subclasses say how rows are chosen. Dataclass fields are the options.
 
-    retention: fraction ρ of each rollout's tokens that is kept, in (0, 1]. normalise_over: where min and max are taken
+    retention: fraction ρ of each rollout's tokens that is kept, in (0, 1]. normalise_over: tokens that set min and max
     (see `normalise.py`); rules that normalise nothing report "micro_batch" whatever was set, so that a trainer runs
     no scoring pass for them. clip_quantile: entropy is clipped there before min-max, in (0, 1]; 1 is off.
     Errors: UserError for an option of the wrong type or out of range.

@@ -91,7 +91,7 @@ class SoftOr(NormalisingSelector):
     def score(self, stats: TokenStats, rollouts: Rollouts, seed: int) -> Tensor:
         entropy_N = self.normalised("entropy_N", stats, rollouts)
         divergence_N = self.normalised("reverse_kl_N", stats, rollouts)
-        # This form keeps its digits where both are small; 1 − (1−ĥ)(1−δ̂) would round such tokens to ties.
+        # This form keeps its digits if both are small; 1 − (1−ĥ)(1−δ̂) would round such tokens to ties.
         return entropy_N + divergence_N - entropy_N * divergence_N
 
 

@@ -98,6 +98,6 @@ class Check:
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖, in fp64; NaN where anything is NaN or infinite."""
+    """‖found − exact‖ / ‖exact‖, in fp64; NaN if anything is NaN or infinite."""
     exact = exact.double()
     return float((found.double() - exact).norm() / exact.norm())

@@ -19,7 +19,7 @@ def collect(rows: Iterable[Row], doubtful: bool) -> tuple[list[Problem], Counts]
 
     Rows are copies of one problem if their texts have the same `problem_key`; the copies' alphabetically first text is
     kept, so that the order of rows does not matter. Dropped: rows without text or
-    answer, problems whose copies disagree about the answer and, where `doubtful`, problems with the answer −1 or one
+    answer, problems whose copies disagree about the answer and, if `doubtful`, problems with the answer −1 or one
     beyond 2^53. doubtful: the set is known to have doubtful labels (see docs/data.md).
 
     Counts: "rows" − "blank" − "exact_copies" − "spacing_copies" − "notation_copies" − "conflicting" − "minus_one" −

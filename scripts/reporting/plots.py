@@ -232,7 +232,7 @@ def _lines(ax: Axes, points: dict[CellName, tuple[float, float]]) -> None:
 def average_and_best(
     stats: list[CellStats], best: list[tuple[CellName, Estimate | None]], suite: str, paper: Paper
 ) -> Figure:
-    """Figure 4's form: the mean over tries beside the best of them."""
+    """Figure 4's form: the mean over tries next to the best of them."""
     figure, axes = _panels(1 + len(paper.pairs), height=3.2)
     ours = {row.cell: 100 * row.accuracy.mean for row in stats if row.accuracy}
     ours_best = {cell: 100 * found.mean for cell, found in best if found}

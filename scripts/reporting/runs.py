@@ -21,7 +21,7 @@ NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telem
 class Run:
     """One run folder. config: config.json as it is. done: whether the run finished.
 
-    axes: which of AXES a row may differ in; differences in others make another protocol.
+    axes: which of AXES a row may differ in; a difference along any other axis is another protocol.
     """
 
     path: Path

@@ -195,7 +195,7 @@ def _keep_known(file: Path) -> None:
 
 
 def rollouts_of(micro: dict[str, Any], eos_ids: list[int]) -> list[Rollout]:
-    """The answers of a micro-batch of TRL's, without its padding."""
+    """The answers of one of TRL's micro-batches, without padding."""
     found = []
     for place, number in enumerate(micro[ROLLOUT].tolist()):
         written = micro["completion_mask"][place].bool()
