@@ -182,7 +182,7 @@ choose() {
         *) fail "SCALE=$SCALE is unknown; give paper or pocket" ;;
     esac
     PAIR_LIST=("${CHOSEN[@]}")
-    command -v python3 >/dev/null || fail "python3 is not found, which names the cells; install Python"
+    command -v python3 >/dev/null || fail "python3, which names the cells, is not found; install Python"
     names=$(printf '%s\n' "${CELL_FLAGS[@]}" | python3 scripts/reporting/cells.py) || exit 2
     read -r -d '' -a CELL_NAMES <<<"$names" || true
     chosen CELLS "${CELLS:-}" "${CELL_NAMES[@]}"

@@ -89,7 +89,7 @@ def run(stage: str, options: Options, seconds_left: float) -> None:
     limit = seconds_left if options.small else min(STAGES[stage], seconds_left)
     words = [stage, str(options.out.resolve()), options.device, "small" if options.small else "full"]
     print(f"== {stage}, at most {limit:.0f} s", flush=True)
-    failed = "the time for all stages was over" if limit <= 0 else _ended(words, log, limit)
+    failed = "the time for all stages was used up" if limit <= 0 else _ended(words, log, limit)
     if failed:
         with rows.open("a") as file:
             file.write(json.dumps({"stage": stage, "what": "the whole stage", "failed": failed}) + "\n")
@@ -112,7 +112,7 @@ def _ended(words: list[str], log: Path, limit: float) -> str | None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    said = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+    said = log.read_text().strip().splitlines()[-1:] or ["no output"]
     return None if code == 0 else f"exit code {code}: {said[0][:300]}"
 
 

@@ -79,7 +79,7 @@ def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[s
             env={**os.environ, **GIVEN_BACK},
         )
         if done.returncode:
-            raise UserError(f"{run} ended with exit code {done.returncode}; its message stands above")
+            raise UserError(f"{run} ended with exit code {done.returncode}; its message is above")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "selector": cell.selector,

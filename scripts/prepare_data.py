@@ -83,8 +83,8 @@ def _suite(source: Source) -> Prepared:
     expected = source.known.problems if source.known else None
     if expected is not None and len(problems) != expected:
         raise UserError(
-            f"{source.name} from {source.place} gives {len(problems)} problems, it has {expected}; "
-            "give a whole copy, or the set under another name"
+            f"{source.name} from {source.place} gives {len(problems)} problems instead of {expected}; "
+            "give a complete copy, or the set under another name"
         )
     return Prepared(source, {source.name: problems}, counts)
 

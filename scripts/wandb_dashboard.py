@@ -104,22 +104,22 @@ def _health() -> list[Any]:
     return [
         _lines("lengths of rollouts", *lengths, unit="tokens"),
         _lines("lengths by reward", *(f"length/mean_tokens_{group}" for group in REWARDED), unit="tokens"),
-        _lines("cut off", "rollout/truncated_frac", unit="fraction"),
+        _lines("truncated rollouts", "rollout/truncated_frac", unit="fraction"),
         _lines("tokens inside repeated n-grams", "repetition/ngram_frac", unit="fraction"),
-        _lines("the same by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
+        _lines("repetition by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
         _lines("compression ratio", "repetition/compression"),
-        _lines("chance of the end where it stands", "stop/student_prob", "stop/teacher_prob"),
-        _lines("chance of the end before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
-        _lines("teacher's less student's log-probability of the end", "stop/delta_nats", unit="nats"),
-        _lines("ends that are trained on", metric_regex="stop/kept_frac.*"),
-        _lines("where rules rank the end", metric_regex="stop/score_percentile.*"),
+        _lines("end token's probability at its position", "stop/student_prob", "stop/teacher_prob"),
+        _lines("end token's probability before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
+        _lines("teacher − student log-probability of the end token", "stop/delta_nats", unit="nats"),
+        _lines("end tokens trained on", metric_regex="stop/kept_frac.*"),
+        _lines("rank of the end token by rule", metric_regex="stop/score_percentile.*"),
         _lines("warnings", metric_regex="health/.*"),
     ]
 
 
 def _time() -> list[Any]:
     return [
-        _lines("a step by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
+        _lines("step time by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
         _bars("mean step", "summary/mean_step_s", "s"),
     ]
 

@@ -76,6 +76,6 @@ class Histogram:
         """Raises UserError for a state that does not fit this version's bins."""
         bins = torch.tensor(state["bins"], dtype=torch.int64)
         if bins.numel() and not 0 <= int(bins.min()) <= int(bins.max()) < BINS:
-            raise UserError(f"a running histogram reaches bin {int(bins.max())} of {BINS}: start a new run")
+            raise UserError(f"a saved histogram has bin {int(bins.max())}, this version {BINS}: start a new run")
         self._counts = torch.zeros(BINS, dtype=torch.float64)
         self._counts[bins] = torch.tensor(state["counts"], dtype=torch.float64)

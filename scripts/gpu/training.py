@@ -136,5 +136,5 @@ class _Runs:
         command = [sys.executable, "-m", "opsd", "train", *models, *files, *settings, *flags]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+            said = done.stderr.strip().splitlines()[-1:] or ["no output"]
             raise RuntimeError(f"opsd train ended with {done.returncode}: {said[0]}")

@@ -85,7 +85,7 @@ class Source:
             return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
         if self.known is None:
             raise UserError(
-                f"--sets {self.name}=hub: which dataset is meant is known for {', '.join(KNOWN)} only; "
+                f"--sets {self.name}=hub: the dataset is known for {', '.join(KNOWN)} only; "
                 f"give {self.name}=hub:OWNER/NAME:SPLIT"
             )
         return self.known.hub

@@ -122,5 +122,5 @@ if __name__ == "__main__":
     names = [CellName.of(config_of(line)).slug for line in sys.stdin]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        sys.exit(f"two cells are called {twice[0]}: they differ in what scripts/reporting/cells.py does not name")
+        sys.exit(f"two cells are called {twice[0]}: they differ in settings that names do not show")
     print("\n".join(names))

@@ -50,8 +50,8 @@ def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
     if not measured:
         return []
     words = (
-        f"Ours on {name}: ± the larger standard error, over problems or seeds; dotted the start"
-        f"{'' if crowded(suite.stats) else ', dashed the teacher'}."
+        f"Ours on {name}: ± the larger standard error, over problems or seeds; dotted: before training"
+        f"{'' if crowded(suite.stats) else '; dashed: the teacher'}."
     )
     found = [picture("Figure 1. Accuracy by rule.", words, lambda: bars(suite.stats, *common))]
     rules: dict[str, set[float]] = {}

@@ -64,7 +64,7 @@ class Results:
             return Measure()
         known = self.values.get("measures", {})
         if name is None or name not in known:
-            names = ", ".join(known) or "no measures beside its scores"
+            names = ", ".join(known) or "no measures besides its scores"
             raise UserError(f"--measure {name or ''}: give one that the file has: {names}")
         return Measure(name, **known[name])
 

@@ -63,12 +63,12 @@ def patch(losses: Any, selector: TokenSelector | None, seed: int = 0) -> Callabl
 def _check(selector: TokenSelector) -> None:
     if selector.normalise_over not in SCOPES:
         raise UserError(
-            f"normalise_over {selector.normalise_over!r} sees a whole step: give {' or '.join(SCOPES)} here"
+            f"normalise_over {selector.normalise_over!r} needs a whole step; here, give {' or '.join(SCOPES)}"
         )
     unknown = (selector.needs | selector.needs_kept) - STATISTICS.keys() - {"rollout_N", "vocab_size"}
     unknown |= (selector.needs | selector.needs_kept) & SAMPLED_FIELDS
     if unknown:
-        raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another one here")
+        raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another selector")
 
 
 class _Calls:

@@ -56,7 +56,7 @@ def check_context(divergence: Any, names: tuple[str, ...], saved: int) -> None:
     lacking = [name for name in names if not hasattr(context, name)]
     if lacking or len(context.saved_tensors) != saved:
         raise UserError(
-            f"TRL's {divergence.__name__} saves other tensors for its backward pass than in trl{KNOWN}; install that"
+            f"TRL's {divergence.__name__} saves other tensors for its backward pass than trl{KNOWN}; install that"
         )
 
 
