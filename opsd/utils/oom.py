@@ -1,4 +1,4 @@
-"""Out of memory: which exceptions say so, and which part of a run and which flag they are about."""
+"""Out of memory: recognises its exceptions, and names the stage of the run and the flags that help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from opsd.utils.errors import RunStopped, first_line
 
-# What torch, its allocators and BLAS say in a plain RuntimeError.
+# Messages of torch, its allocators and BLAS in a plain RuntimeError.
 _SAYINGS = (
     "out of memory",
     "can't allocate memory",
@@ -19,7 +19,7 @@ _SAYINGS = (
     "alloc_failed",
     "could not create a memory object",  # oneDNN
 )
-# What takes less memory, by stage of a run. No flag of these changes what is learned: a resumed run may take them.
+# What saves memory, by stage of a run. None of these flags changes what is learned: a resumed run may take them.
 HELP = {
     "loading": "--teacher.offload True or --teacher.shard True reduce what the teacher holds, "
     "--engine.kind deepspeed with --engine.zero_stage 3 shards the student",
@@ -35,7 +35,7 @@ WORDS = {"loading": "loading stage", "student": "student's forward and backward"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch.OutOfMemoryError, MemoryError, or a saying of torch's."""
+    """Whether an exception means out of memory: torch.OutOfMemoryError, MemoryError, or a known message of torch."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_for(stage: str, then: str = "continue with --resume") -> Iterator[None]:
-    """Within it, memory that runs out stops the run in one line: RunStopped with the stage and what helps it."""
+    """Context in which running out of memory raises RunStopped, with one line: the stage and what helps."""
     try:
         yield
     except Exception as error:
