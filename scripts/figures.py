@@ -3,8 +3,8 @@
 
     python scripts/figures.py runs --out runs/figures
 
-Each figure is drawn from the first of its folders under RUNS that holds finished runs; a figure without one is named
-with the command that makes its runs.
+Each figure is drawn from the first of its folders under RUNS that holds finished runs; if there is none, the command
+that makes its runs is printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reporting.theme import Picture, png
 PAGE = "figures.html"
 
 
-# Where a figure's runs may lie: tables or sweeps, the best first; also the names of their folders.
+# Tables or sweeps that a figure can be drawn from, the best first; their names are also those of their folders.
 SOURCES = {
     1: ("table5",),
     2: ("table5", "table3", "sweep_retention"),
@@ -35,7 +35,7 @@ SOURCES = {
 
 
 def drawn(runs: Path, figure: int) -> tuple[str, list[tuple[str, Picture]]]:
-    """The figure's first folder that has it, and what it shows there, each with its group's title; none: ("", [])."""
+    """The first folder that has the figure, and its pictures, each with its group's title; ("", []) if none has it."""
     for table in SOURCES[figure]:
         layout = LAYOUTS[table]
         if not any((runs / table).glob("*/DONE")):
@@ -52,7 +52,7 @@ def drawn(runs: Path, figure: int) -> tuple[str, list[tuple[str, Picture]]]:
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
-    """Redraw every figure whose runs are there, and say which are missing.
+    """Draw every figure whose runs exist, and say which are missing.
 
     Args:
         runs: Folder that holds the tables' and sweeps' folders, as recipes name them (runs/table5, …).

@@ -26,7 +26,7 @@ def convert_options(owner: Any, label: str) -> None:
 
 
 def check_range(label: str, name: str, value: float, low: float, high: float, *, open_low: bool = True) -> None:
-    """Raises UserError unless low < value ≤ high (low ≤ value where `open_low` is False)."""
+    """Raises UserError unless low < value ≤ high (low ≤ value if `open_low` is False)."""
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside:
         bracket, end = "(" if open_low else "[", ")" if math.isinf(high) else "]"

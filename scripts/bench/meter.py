@@ -1,5 +1,5 @@
-"""Seconds and peak memory of a piece of work: on a CPU by its clocks and the kernel's records, on CUDA by events and
-the allocator's records."""
+"""Seconds and peak memory of a piece of work: on a CPU from its clocks and the kernel's records, on CUDA from events
+and the allocator's records."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Calls on CUDA whose median counts, after one that compiles kernels and fills the allocator.
+# On CUDA the median of this many calls is reported, after one that compiles kernels and fills the allocator.
 WARM_CALLS = 3
 
 
 class Timed(NamedTuple):
-    """seconds: wall seconds, or between two events on CUDA. cpu_seconds: of this process, over all threads."""
+    """seconds: wall seconds, on CUDA between two events. cpu_seconds: of this process, over all threads."""
 
     seconds: float
     cpu_seconds: float
@@ -27,10 +27,10 @@ class Timed(NamedTuple):
 def measure(run: Callable[[], Tensor], device: torch.device) -> tuple[Timed, int]:
     """A call, and the bytes of its peak memory above what was in use before.
 
-    On a CPU the first call, cold; on CUDA the median of `WARM_CALLS` after a first one.
+    On a CPU, the first call, cold; on CUDA, the median of `WARM_CALLS` calls after a first one.
     """
     if device.type == "cpu":
-        # Let the kernel's record of this process's peak memory start anew.
+        # Reset the kernel's record of this process's peak memory.
         Path("/proc/self/clear_refs").write_text("5")
         resident = status_bytes("VmRSS")
         return timed(run, device), status_bytes("VmHWM") - resident

@@ -27,7 +27,7 @@ NAMES = {
     "trl": "(d) TRL",
 }
 COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#56b4e9", "#cc79a7"), strict=True))
-# Those that every line is compared with, by their letters.
+# The baselines that every row is compared with, by letter.
 BASELINES = {"a": "graph_kept", "b": "recomputed", "d": "trl"}
 HEADER = (
     *("type", "d", "N", "method", "kept", "wall s", "CPU s"),
@@ -37,7 +37,7 @@ HEADER = (
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, a line for each case. "~" marks what is extrapolated, "-" what is missing."""
+    """Markdown, one row per case. "~" marks what is extrapolated, "-" what is missing."""
     cases = _cases(rows)
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     for key in sorted(cases, key=_order):
@@ -108,7 +108,7 @@ def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _cases(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    """A row for each case, by KEY: the median of its repeats, with the machine's rates for its type and width."""
+    """One row per case, by KEY: the median of its repeats, with the machine's rates for its dtype and width."""
     rates = {(row["dtype"], row["width"]): row for row in rows if row["method"] == "rate"}
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -124,7 +124,7 @@ def _cases(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
 
 
 def _extrapolate(cases: dict[tuple[Any, ...], Row]) -> None:
-    """Add a kept graph where others were measured at more tokens than it fits."""
+    """Add a kept graph's row if others were measured at a token count at which it does not fit."""
     for dtype, width, tokens, *_ in list(cases):
         measured = sorted(
             (row["tokens"], row)

@@ -36,13 +36,13 @@ PYTHONPATH=site python3 scripts/gpu_check.py --docs docs
 Not included, for lack of memory or of a second card: vLLM and its sleep mode, flash-attn, several ranks, paper scale.
 """
 NOT_RUN = "**This has not been run.** No number of this project comes from a GPU.\n\n"
-# Not for the table of a stage: in every row the same, or too long.
+# Left out of the table of a stage: the same in every row, or too long.
 LEFT_OUT = {"stage", "seed", "kernels"}
 NOTES = ("failed", "missing")
 
 
 def document(rows: list[Row]) -> str:
-    """The page in Markdown; without a row, that nothing was run."""
+    """The page in Markdown; without rows it says that nothing was run."""
     if not rows:
         return f"# On a GPU\n\n{NOT_RUN}{HOW}"
     parts = ["# On a GPU", card(rows), aims(rows)]
@@ -57,7 +57,7 @@ def document(rows: list[Row]) -> str:
 
 
 def card(rows: list[Row]) -> str:
-    """What the numbers come from."""
+    """The hardware and versions that the numbers come from."""
     found = next((row for row in rows if row["what"] == "card"), None)
     if found is None:
         return "A dry run on a CPU: the numbers are meaningless."
@@ -80,7 +80,7 @@ AIMS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
 
 
 def aims(rows: list[Row]) -> str:
-    """What was aimed at on an H100, and what came out."""
+    """The targets for an H100, and the measurements."""
     lines = ["| target | measured |", "|:--|--:|"]
     for aim, (key, wanted, other) in AIMS.items():
         value, of = _first(rows, key, wanted), 1.0 if other is None else _first(rows, key, other)
@@ -89,14 +89,14 @@ def aims(rows: list[Row]) -> str:
 
 
 def _first(rows: list[Row], key: str, wanted: dict[str, Any]) -> float | None:
-    """The value in the first row that has all of this; of losses, at the most tokens where none are named."""
+    """The value in the first row that matches `wanted`; of losses, at the most tokens unless it names them."""
     tokens = max((row["tokens"] for row in rows if row["what"] == "loss"), default=0)
     wanted = ({"tokens": tokens} if wanted["what"] == "loss" else {}) | wanted
     return next((row[key] for row in rows if key in row and wanted.items() <= row.items()), None)
 
 
 def table(rows: list[Row]) -> str:
-    """One stage's rows; columns are all that any of them has."""
+    """One stage's rows; a column for each field that any of them has."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if name not in LEFT_OUT and name not in NOTES]
     lines = ["| " + " | ".join([*(name.replace("_", " ") for name in columns), "note"]) + " |"]
@@ -108,7 +108,7 @@ def table(rows: list[Row]) -> str:
 
 
 def kernels(rows: Iterable[Row]) -> Iterator[str]:
-    """The CUDA kernels that took longest, a paragraph a row that has them."""
+    """The slowest CUDA kernels, a paragraph per row that has them."""
     for row in rows:
         if row.get("kernels"):
             about = ", ".join(_shown(row[name]) for name in ("what", "vocab", "chunk", "width") if name in row)

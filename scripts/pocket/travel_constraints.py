@@ -22,7 +22,7 @@ from reporting.runs import Run, read_runs
 from reporting.tables import TextTable, percent
 
 Shares = dict[str, tuple[float, float | None]]
-"""Of one evaluation: for avg@k, best@k and each constraint, the mean and (with several trips) its standard error."""
+"""One evaluation: mean and (with several trips) standard error of avg@k, best@k and each constraint."""
 
 
 def shares_of(evaluation: dict[str, Any] | None) -> dict[str, Shares]:
@@ -68,7 +68,7 @@ def table_of(runs: list[Run], suite: str) -> TextTable:
 
 
 def _cell(entries: list[tuple[float, float | None]]) -> str:
-    """Mean over seeds; seeds share their trips, so the error over trips is that of one seed, the largest."""
+    """Mean over seeds; seeds share their trips, so the error over trips is the largest of any seed."""
     if not entries:
         return "-"
     errors = [error for _, error in entries if error is not None]
@@ -76,7 +76,7 @@ def _cell(entries: list[tuple[float, float | None]]) -> str:
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
-    """Avg@k and Best@k, and constraint by constraint what each cell's episodes satisfy.
+    """Avg@k and Best@k, and the share of each cell's episodes that satisfies each constraint.
 
     Args:
         runs: Folder that holds the run folders.
