@@ -29,6 +29,7 @@ OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "s
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 QUADRANTS = (1, 2, 3, 4)
 LENGTHS = ("p10", "mean", "p90", "max")
+MODELS = ("student", "teacher")
 REWARDED = ("rewarded", "unrewarded")
 
 
@@ -62,7 +63,7 @@ def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
         "Training": [
             _lines("trained divergence per kept token", "loss/nats", unit="nats"),
             _lines("reverse KL over all tokens", "student/reverse_kl_nats", unit="nats"),
-            _lines("entropy", "student/entropy_nats", "teacher/entropy_nats", unit="nats"),
+            _lines("entropy", *(f"{model}/entropy_nats" for model in MODELS), unit="nats"),
             _lines("gradient norm before clipping", "optim/grad_norm", log_y=True),
             _lines("learning rate", "optim/lr"),
         ],
@@ -80,10 +81,8 @@ def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
             _lines("tokens inside repeated n-grams", "repetition/ngram_frac", unit="fraction"),
             _lines("repetition by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
             _lines("compression ratio", "repetition/compression"),
-            _lines("end token's probability at its position", "stop/student_prob", "stop/teacher_prob"),
-            _lines(
-                "end token's probability before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True
-            ),
+            _lines("end token's probability at its position", *(f"stop/{model}_prob" for model in MODELS)),
+            _lines("end token's probability before it", *(f"stop/{model}_prob_before" for model in MODELS), log_y=True),
             _lines("teacher − student log-probability of the end token", "stop/delta_nats", unit="nats"),
             _lines("end tokens trained on", metric_regex="stop/kept_frac.*"),
             _lines("rank of the end token by rule", metric_regex="stop/score_percentile.*"),
