@@ -21,6 +21,8 @@ CORE = [
     "math-verify>=0.9,<0.10",
     # transformers needs it to inspect weights without loading them, and to read quantised weights and GGUF files.
     "accelerate>=1.10",
+    # For the pages of reports and the calls of tools in chat templates.
+    "jinja2>=3.1",
 ]
 LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
