@@ -32,7 +32,7 @@ from opsd.types import Head, MicroBatch, Rollout
 from opsd.update import StepPlanner, Update, rollout_weights
 from opsd.utils import signals
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
-from opsd.utils.errors import RunStopped, StepUnusable, UserError
+from opsd.utils.errors import DAMAGED, RunStopped, StepUnusable, UserError, said
 from opsd.utils.oom import memory_for
 from opsd.utils.paths import check_new_run
 from opsd.utils.seeding import derive_seed
@@ -363,13 +363,9 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:
     """Optimiser, selector and teacher as a checkpoint has them. Raises UserError where it does not fit this run."""
-    try:
+    what = f"checkpoint {newest}: its trainer state does not fit this run"
+    with said(what, "remove it to resume from the previous one", *DAMAGED):
         parts.teacher.load_state(state.teacher)
         parts.engine.load_optimizer_state(state.optimizer_tensors)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"checkpoint {newest}: its trainer state does not fit this run ({error!r}); "
-            "remove it to resume from the previous one"
-        ) from error

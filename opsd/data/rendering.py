@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsd.config.settings import PromptSettings
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 
 # Who may speak last in a prompt: behind anyone else's words no answer of the model is due.
 _ASKING = ("user", "tool", "function", "ipython", "observation")
@@ -114,12 +114,8 @@ def _encode_raw(text: str, tokenizer: Any) -> list[int]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
-    try:
+    with said(f"{where} does not fit the {how.whose} chat template", "fix the messages"):
         text = rendered(messages, tokenizer, how)
-    except Exception as error:  # a template is a program
-        raise UserError(
-            f"{where} does not fit the {how.whose} chat template ({first_line(error)}); fix the messages"
-        ) from error
     last = messages[-1]
     if last["role"] != "user" and not shows(text, last["content"]):
         raise UserError(

@@ -10,7 +10,7 @@ import torch
 from opsd.distill.chunks import may_hold
 from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.workspace import Workspace
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import is_out_of_memory
 
 
 class HeldLogits:

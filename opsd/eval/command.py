@@ -31,7 +31,7 @@ from opsd.run.began import time_of_run
 from opsd.run.console import progress_bar
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 from opsd.utils.seeding import derive_seed
 
 
@@ -226,7 +226,7 @@ def _vllm_engine(
 ) -> RolloutEngine:
     from opsd.rollout.vllm import VLLMSampler
 
-    try:
+    with said(f"--model {config.model}: vLLM cannot load it", "give --engine hf", OSError, ValueError, RuntimeError):
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         check_positions(model_config, _spans(config, longest_prompt), f"--model {config.model}")
         vocab_size = usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model")
@@ -243,9 +243,6 @@ def _vllm_engine(
             trust=config.trust_remote_code,
             vocab_size=vocab_size,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
 
 
 def _spans(config: EvalCommand, longest_prompt: int) -> tuple[Span, ...]:

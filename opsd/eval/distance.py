@@ -33,7 +33,7 @@ from opsd.run.began import time_of_run
 from opsd.selection import TokenStats
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import local_device
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.seeding import derive_seed
 
 # Of each token, and what its mean is called.
@@ -191,14 +191,10 @@ def _teacher_answers(
 
 
 def _read_answers(file: Path, key: dict[str, Any], prompts: list[Prompt], samples: int) -> list[Rollout]:
-    try:
+    with said(f"--teacher_answers {file} cannot be read", "remove it, and it is generated again", *DAMAGED):
         found = json.loads(file.read_text())
         of, rows = found["of"], found["answers"]
         answers = [Rollout(number, prompts[number // samples], *row) for number, row in enumerate(rows)]
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(
-            f"--teacher_answers {file} cannot be read ({error!r}); remove it, and it is generated again"
-        ) from error
     if of != key or len(answers) != samples * len(prompts):
         raise UserError(
             f"--teacher_answers {file} holds answers to other prompts, from another teacher or with other sampling "

@@ -10,9 +10,10 @@ from typing import Protocol
 from opsd.eval.answer_forms import angles_differ, in_one_form, kinds_differ, units_differ
 from opsd.eval.answer_text import signs_to_latex, to_latex
 from opsd.eval.math_verify_process import MAX_ANSWER_CHARACTERS, MAX_GOLD_CHARACTERS, WORKER
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, said
 from opsd.utils.plugins import load_path
 
+_GRADERS = "math, suffix or module:function"
 _TAIL_CHARACTERS = 2000
 _MAX_BOXES = 50
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -108,14 +109,10 @@ def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
     if name == "suffix":
         return SuffixGrader()
     if ":" not in name:
-        raise UserError(f"{flag} {name!r} is unknown; give math, suffix or module:function")
-    function = load_path(name, flag, "math, suffix or module:function")
-    try:
+        raise UserError(f"{flag} {name!r} is unknown; give {_GRADERS}")
+    function = load_path(name, flag, _GRADERS)
+    with said(f"{flag} {name!r} is not a function(response, gold)", f"give {_GRADERS}", TypeError, ValueError):
         inspect.signature(function).bind("response", "gold")
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{flag} {name!r} is not a function(response, gold) ({error}); give math, suffix or module:function"
-        ) from error
     return FunctionGrader(function)
 
 

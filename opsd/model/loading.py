@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,7 @@ from opsd.model.positions import check_positions
 from opsd.model.scorer import Scorer
 from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 from opsd.model.transform import find_transform
-from opsd.utils.errors import UserError, first_line
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import UserError, said
 from opsd.utils.paths import check_model_path
 
 
@@ -70,22 +68,6 @@ def load_scorer(
         check_steady(scorer, name)
     check_positions(model.config, reach.spans, name)
     return scorer
-
-
-@contextlib.contextmanager
-def said(what: str, give: str) -> Iterator[None]:
-    """Within it, whatever transformers or the Rust below it raise becomes a UserError of one line.
-
-    what: happened; give: what to do. Not where memory ran out, or where somebody stops the program.
-    """
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # tokenizers' and safetensors' panics are no Exception
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{what} ({first_line(error)}); {give}") from error
 
 
 def running(name: str) -> contextlib.AbstractContextManager[None]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from opsd.config import EngineConfig, RolloutConfig
 from opsd.engine import Engine, settled
 from opsd.model.files import in_pieces
-from opsd.model.loading import said
 from opsd.model.stops import eos_token_ids
 from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import RolloutEngine, gather_rollouts, jobs_of
@@ -21,6 +20,7 @@ from opsd.rollout.hf import cut_at_eos
 from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
+from opsd.utils.errors import said
 from opsd.utils.seeding import derive_seed
 
 # What to do where vLLM cannot serve.

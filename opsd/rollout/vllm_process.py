@@ -23,13 +23,12 @@ from torch import Tensor
 from opsd.config import RolloutConfig
 from opsd.engine import Engine
 from opsd.model.files import in_pieces
-from opsd.model.loading import said
 from opsd.rollout.base import RolloutEngine, jobs_of
 from opsd.rollout.probe import Probe
 from opsd.rollout.vllm import INSTEAD, rollouts_of
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
-from opsd.utils.errors import RunStopped
+from opsd.utils.errors import RunStopped, said
 from opsd.utils.going_on import advice
 
 Value = TypeVar("Value")

@@ -15,7 +15,7 @@ from opsd.data.template import Clock
 from opsd.model.files import files_digest
 from opsd.model.stops import PairStops
 from opsd.types import Prompt
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,16 @@ class Began:
         """The inverse; None where there are no values: folders of earlier versions lack them."""
         if values is None:
             return None
-        try:
+        with said("config.json: 'began' is damaged", "put it back, or start a new run", *DAMAGED):
             digests, time = dict(values["digests"]), values["time"]
             stops, models = PairStops.from_json(values.get("stops")), dict(values.get("models", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"config.json: 'began' is damaged ({error!r}); put it back, or start a new run") from error
         return cls(digests, None if time is None else parse_time(time, "config.json"), stops, models)
 
 
 def parse_time(text: Any, where: str) -> datetime:
     """An ISO time. Raises UserError for anything else; where: the file that holds it."""
-    try:
+    with said(f"{where}: the time {text!r} is damaged", "put it back, or begin anew", *DAMAGED):
         return datetime.fromisoformat(text)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the time {text!r} is damaged ({error}); put it back, or begin anew") from error
 
 
 def time_of_run(model: Path) -> datetime | None:

@@ -1,8 +1,21 @@
-"""The ways in which a command, or a step, ends early on purpose."""
+"""The ways in which a command, or a step, ends early on purpose, and how others' exceptions become one of them."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# What reading values raises that are damaged, or not what they should be.
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
+# What torch, its allocators and BLAS say in a plain RuntimeError where memory runs out.
+_SAYINGS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+    "could not create a memory object",  # oneDNN
+)
 
 
 class UserError(Exception):
@@ -31,6 +44,32 @@ class StepUnusable(RunStopped):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; its type's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch.OutOfMemoryError, MemoryError, or a saying of torch's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(saying in text for saying in _SAYINGS)
+
+
+@contextmanager
+def said(what: str, give: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Within it an exception of these kinds becomes a UserError of one line: what happened, why, and what to give.
+
+    kinds: none is any. Our own, a request to stop, and memory that ran out stay what they are.
+    """
+    try:
+        yield
+    except (UserError, RunStopped, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers' and safetensors' panics are no Exception
+        if is_out_of_memory(error) or not isinstance(error, kinds or BaseException):
+            raise
+        # Of a KeyError the text is the key alone.
+        why = repr(error) if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{what} ({why}); {give}") from error
 
 
 @contextmanager

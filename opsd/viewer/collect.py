@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 from opsd.viewer.examples import pick
 from opsd.viewer.labels import Label, Labels, labels_of
 from opsd.viewer.texts import Texts
@@ -157,10 +157,8 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _table(file: Path) -> pd.DataFrame:
-    try:
+    with said(f"{file} cannot be read", "give another --step", OSError, ValueError):
         return pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); give another --step") from error
 
 
 def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
@@ -171,14 +169,10 @@ def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def _text(file: Path) -> str:
-    try:
+    with said(f"{file} cannot be read", "give a complete run folder", OSError, UnicodeDecodeError):
         return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); give a complete run folder") from error
 
 
 def _json(text: str, file: Path) -> Any:
-    try:
+    with said(f"{file} is not JSON", "give a complete run folder", ValueError):
         return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error})") from error
