@@ -96,7 +96,9 @@ def evaluate(config: EvalCommand) -> None:
         done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks, frozenset(ends))
         if ranks.is_main:
             records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
-            result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
+            result = header | {
+                "suites": {name: statistics(own, grader.answer is not None) for name, own in records.items()}
+            }
             files.finish(result)
     elif ranks.is_main:
         Console(stderr=True).print(f"{files.result}: finished already", highlight=False, markup=False)

@@ -113,7 +113,10 @@ class Evaluator(SuiteRunner):
         self._tokenizer, self.grader = tokenizer, load_grader(config.grader)
 
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
-        return score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer, self.ends)
+        samples, how = self._config.samples, (self.grader, self._tokenizer, self.ends)
+        of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
+        pairs = zip(suite.problems, of_problem, strict=True)
+        return statistics([score_problem(problem, own, *how) for problem, own in pairs], self.grader.answer is not None)
 
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
         return grade_rollouts(rollouts, self.grader, self._tokenizer, self.ends)
@@ -147,42 +150,31 @@ def score_problem(
     problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any, ends: frozenset[int] = frozenset()
 ) -> ProblemRecord:
     """Grade a problem's rollouts. A truncated one is wrong, whatever stands in it."""
-    correct = grade_rollouts(rollouts, grader, tokenizer, ends)
+    correct, gold = grade_rollouts(rollouts, grader, tokenizer, ends), str(problem.answer)
     assert correct is not None
-    gold = str(problem.answer)
+
+    def answer(rollout: Rollout) -> str | None:
+        named = None if rollout.truncated else grader.answer
+        return None if named is None else named(_text(rollout, tokenizer, ends), gold)
+
     return ProblemRecord(
         id=problem.id,
         gold=gold,
         correct=[value == 1.0 for value in correct],
-        answers=[None if r.truncated else grader.answer(_text(r, tokenizer, ends), gold) for r in rollouts],
+        answers=[answer(r) for r in rollouts],
         tokens=[len(r.response_ids) for r in rollouts],
         truncated=[r.truncated for r in rollouts],
     )
 
 
-def score_suite(
-    suite: Suite,
-    rollouts: list[Rollout],
-    samples: int,
-    grader: Grader,
-    tokenizer: Any,
-    ends: frozenset[int] = frozenset(),
-) -> dict[str, Any]:
-    """Statistics of samples·problems rollouts, problem by problem; see `statistics`."""
-    of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
-    pairs = zip(suite.problems, of_problem, strict=True)
-    records = [score_problem(problem, own, grader, tokenizer, ends) for problem, own in pairs]
-    return statistics(records, grader.names_answers)
-
-
-def statistics(records: list[ProblemRecord], names_answers: bool = True) -> dict[str, Any]:
+def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, Any]:
     """Statistics of P problems with k samples each. Fractions; lengths in tokens.
 
     mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
     std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of problems
     solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
     `pass_at`). majority@k: share whose most frequent answer (the earlier one on a tie) is right; truncated rollouts
-    have no vote, a problem without votes is not solved; None where the grader is not one that names_answers.
+    have no vote, a problem without votes is not solved; None where the grader names no answers (votes).
     """
     correct_PK = np.array([record.correct for record in records], dtype=float)
     tokens_PK = np.array([record.tokens for record in records])
@@ -197,7 +189,7 @@ def statistics(records: list[ProblemRecord], names_answers: bool = True) -> dict
         "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
         "best@k": float(correct_PK.max(1).mean()),
         "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
-        "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if names_answers else None,
+        "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if votes else None,
         "mean_tokens": float(tokens_PK.mean()),
         "median_tokens": float(np.median(tokens_PK)),
         "max_tokens": int(tokens_PK.max()),
