@@ -96,9 +96,8 @@ def evaluate(config: EvalCommand) -> None:
         done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks, frozenset(ends))
         if ranks.is_main:
             records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
-            result = header | {
-                "suites": {name: statistics(own, grader.answer is not None) for name, own in records.items()}
-            }
+            votes = grader.answer is not None
+            result = header | {"suites": {name: statistics(own, votes) for name, own in records.items()}}
             files.finish(result)
     elif ranks.is_main:
         Console(stderr=True).print(f"{files.result}: finished already", highlight=False, markup=False)

@@ -23,8 +23,6 @@ STUDENT = ROOT / "assets" / "pocket" / "student"
 class Counting:
     """A grader that counts its questions and takes `seconds` of a clock of its own for each."""
 
-    names_answers = False
-
     def __init__(self, clock=None, seconds=0.0):
         self.asked, self._clock, self._seconds = [], clock, seconds
 
@@ -33,9 +31,6 @@ class Counting:
         if self._clock is not None:
             self._clock[0] += self._seconds
         return response.endswith(gold)
-
-    def answer(self, response, gold):
-        return None
 
 
 def test_the_reward_is_the_graders_verdict_on_texts_and_on_chat_messages():
