@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from opsd.config.settings import PositiveInt, Settings
 from opsd.model.checks import Reach, check_causal, check_packing, check_steady, difference, switches
@@ -38,7 +38,7 @@ class CheckModelConfig(Settings):
     """Check whether a model can be trained or serve as a teacher: the checks of `opsd train`, one line each; exit code
     0 or 2."""
 
-    folder: Positional[str]
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")]
     """Model folder in the Hugging Face format."""
     tokens: PositiveInt | None = None
     """Longest sequence of the planned run, in tokens: lengths at which a model's behaviour changes are tested up to it.

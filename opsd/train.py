@@ -21,7 +21,7 @@ from opsd.distill import DistillResult
 from opsd.distill.loss import distill
 from opsd.engine import check_engine, learning_rate, settled
 from opsd.eval.cache import check_cache, evaluate_before
-from opsd.eval.evaluator import summary
+from opsd.eval.evaluator import summary, unread
 from opsd.metrics import StepLog
 from opsd.rollout.lengths import trainable
 from opsd.run import checkpoint
@@ -250,7 +250,7 @@ class Trainer:
             many = f" ({skipped} steps before it were skipped, --optim.max_skipped_steps)" if skips else ""
             saved = f"the newest checkpoint in {folder.checkpoints} is intact"
             if not any(folder.checkpoints.glob("step_*")):
-                saved = "no checkpoint was saved yet"
+                saved = "no checkpoint was saved yet" + "; the same command starts it again" * (step == 1)
             where = folder.path / "rollouts" / f"{name}.jsonl"
             raise RunStopped(f"step {step}: {problem}{many}; its rollouts are in {where}, {saved}") from problem
 
@@ -261,6 +261,7 @@ class Trainer:
         metrics: dict[str, float] = {"step": 0}
         with self.stage("evaluation"):
             for name, result in evaluate_before(self.parts.models(), self.folder, tracker).items():
+                self.say_unread(result, tracker)
                 metrics |= summary(result, "teacher_eval" if name == "teacher" else "eval")
         tracker.step(metrics)
 
@@ -272,9 +273,15 @@ class Trainer:
         tracker.doing("evaluating")
         with self.stage("evaluation"):
             result = evaluator.run(self.parts.sampler, self.config.student, step)
+        self.say_unread(result, tracker)
         self.folder.write_eval(f"step_{step}", result)
         self.folder.write_card(step)
         return summary(result)
+
+    def say_unread(self, result: dict[str, Any], tracker: Tracker) -> None:
+        """Say where the grader could read no answer at all: a score of 0 that may be the grader's."""
+        for line in unread(result) if self.ranks.is_main else ():
+            tracker.say(line)
 
     def record(self, step: int, metrics: dict[str, float], tracker: Tracker) -> None:
         """Write a step's line, and say what goes wrong; under --health stop, save then and raise RunStopped."""

@@ -4,6 +4,7 @@
     python scripts/results.py collect runs/pocket --command "SEEDS='0 1 2' …" --out docs/results/pocket.json
     python scripts/results.py claims pocket=docs/results/pocket.json planning=docs/results/planning.json
     python scripts/results.py leaderboard docs/results/pocket.json --markdown --figure leaderboard.png
+    python scripts/results.py compare docs/results/pocket.json --cells q3-20 soft_or-20 --minus all
 
 `claims` reads docs/results/claims.json, which holds each claim and what was expected before the runs were made.
 """
@@ -21,6 +22,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
+from reporting.compare import compare, logged
 from reporting.leaderboard import gains_in, leaderboard
 from reporting.plots import gains_against_retention
 from reporting.results import Results, collect, write_results
@@ -70,6 +72,24 @@ class Leaderboard:
     """PNG to write: the same against retention."""
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Cells against each other: better, worse, alike or inconclusive, by the rules of docs/questions.md."""
+
+    results: Positional[Path]
+    """A file that `collect` or scripts/real_bench.py made."""
+    cells: tuple[str, ...]
+    """Names of cells, e.g. soft_or-20."""
+    minus: str | None = None
+    """The cell that each is compared with; none: with every other one."""
+    measure: str | None = None
+    """One of the file's measures; none: its scores."""
+    logged: tuple[str, ...] = ()
+    """What runs logged, to be shown in a second table: q3_kept_frac, jaccard_entropy, kept_frac, …"""
+    markdown: bool = False
+    """Print the tables as Markdown."""
+
+
 def write(args: Collect) -> None:
     """Gather the runs into a file of results."""
     commit = subprocess.run(
@@ -89,6 +109,14 @@ def rank(args: Leaderboard) -> None:
     leaderboard(gains, measure).show(args.markdown)
     if args.figure is not None:
         args.figure.write_bytes(png(lambda: gains_against_retention(gains, measure)))
+
+
+def contrast(args: Compare) -> None:
+    """Print how the cells differ, and what they logged."""
+    results = Results.read(args.results)
+    compare(results, args.cells, args.minus, args.measure).show(args.markdown)
+    if args.logged:
+        logged(results, args.cells, args.logged).show(args.markdown)
 
 
 def show(args: Claims) -> None:
@@ -121,13 +149,16 @@ def _row(verdict: Verdict) -> list[str]:
 def main(
     args: Annotated[Collect, subcommand("collect")]
     | Annotated[Claims, subcommand("claims")]
-    | Annotated[Leaderboard, subcommand("leaderboard")],
+    | Annotated[Leaderboard, subcommand("leaderboard")]
+    | Annotated[Compare, subcommand("compare")],
 ) -> None:
-    """Results as data, the claims judged by them, and rules ranked by them."""
+    """Results as data, the claims judged by them, rules ranked and compared by them."""
     if isinstance(args, Collect):
         write(args)
     elif isinstance(args, Claims):
         show(args)
+    elif isinstance(args, Compare):
+        contrast(args)
     else:
         rank(args)
 

@@ -85,7 +85,7 @@ def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[
         if is_messages:
             raise UserError(f"{where} holds chat messages; give --prompt_format chat")
         _check_text([str(content)], where)
-        ids = _encode_raw(str(content), tokenizer)
+        ids = _encode_raw(str(content), tokenizer, where)
     else:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if isinstance(content, list):
@@ -98,9 +98,16 @@ def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[
     return list(ids)
 
 
-def _encode_raw(text: str, tokenizer: Any) -> list[int]:
+def _ids(text: str, tokenizer: Any, where: str, framed: bool = False) -> list[int]:
+    """The text's tokens, framed: with those that the tokenizer puts around a text."""
+    give = "change the text, or give a model whose tokenizer has all of its characters, or an unknown token"
+    with said(f"{where}: the tokenizer cannot encode it", give):
+        return tokenizer(text, add_special_tokens=framed).input_ids
+
+
+def _encode_raw(text: str, tokenizer: Any, where: str) -> list[int]:
     """What the text encodes to behind what the tokenizer puts in front, which the text may have already; no end."""
-    ids, framed = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    ids, framed = _ids(text, tokenizer, where), _ids(text, tokenizer, where, framed=True)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = next((n for n in range(len(framed) - len(ids) + 1) if framed[n : n + len(ids)] == ids), len(framed))
     if ids[:added] != framed[:added]:
@@ -122,7 +129,7 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptForm
             f"{where}: the {how.whose} chat template leaves out the last message, of role {last['role']!r}; "
             "give messages that it shows"
         )
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return _ids(text, tokenizer, where)
 
 
 def rendered(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat) -> str:

@@ -17,7 +17,7 @@ from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt
 from opsd.data.prompts import digest
 from opsd.data.rendering import PromptFormat
 from opsd.data.template import Clock, steady
-from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics
+from opsd.eval.evaluator import Suite, load_suites, score_problem, statistics, unread
 from opsd.eval.files import DoneProblem, EvalFiles, Header, table
 from opsd.eval.grading import Grader, load_grader
 from opsd.model.checks import length_switches
@@ -104,6 +104,8 @@ def evaluate(config: EvalCommand) -> None:
     if ranks.is_main and result is not None:
         print(table(result))
         print(files.result)
+        for line in unread(result, "--grader"):
+            Console(stderr=True).print(f"opsd: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _meet(config: EvalCommand, device: torch.device) -> Ranks:

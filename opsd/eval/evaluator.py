@@ -175,10 +175,12 @@ def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, An
     solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
     `pass_at`). majority@k: share whose most frequent answer (the earlier one on a tie) is right; truncated rollouts
     have no vote, a problem without votes is not solved; None where the grader names no answers (votes).
+    answered_frac: share of the rollouts in which the grader found an answer; None likewise.
     """
     correct_PK = np.array([record.correct for record in records], dtype=float)
     tokens_PK = np.array([record.tokens for record in records])
     score_P, samples = correct_PK.mean(1), correct_PK.shape[1]
+    answered = float(np.mean([[answer is not None for answer in record.answers] for record in records]))
     draws = sorted({samples, *(2**power for power in range(samples.bit_length()))})
     right_P = [sum(record.correct) for record in records]
     return {
@@ -190,6 +192,7 @@ def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, An
         "best@k": float(correct_PK.max(1).mean()),
         "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
         "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if votes else None,
+        "answered_frac": answered if votes else None,
         "mean_tokens": float(tokens_PK.mean()),
         "median_tokens": float(np.median(tokens_PK)),
         "max_tokens": int(tokens_PK.max()),
@@ -224,6 +227,16 @@ def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
             flat[f"{prefix}/{name}/stderr_problems"] = suite["stderr_problems"]
         flat[f"{prefix}/{name}/truncated_frac"] = suite["truncated_frac"]
     return flat
+
+
+def unread(result: dict[str, Any], flag: str = "--eval.grader") -> list[str]:
+    """A line for each suite in whose whole responses the grader found no answer, right or wrong. flag: names it."""
+    return [
+        f"{name}: the grader found no answer in any response. {flag} math reads \\boxed{{…}} and lines that begin with "
+        f"'Answer:'; {flag} suffix compares the end of the response"
+        for name, suite in result["suites"].items()
+        if suite.get("answered_frac") == 0 and suite["truncated_frac"] < 1 and not suite["mean@k"]
+    ]
 
 
 def _majority_is_right(record: ProblemRecord) -> bool:

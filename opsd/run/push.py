@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import HfHubHTTPError, LocalTokenNotFoundError, validate_repo_id
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from opsd.config.settings import Settings
 from opsd.run import checkpoint
@@ -20,9 +21,9 @@ from opsd.utils.errors import UserError, first_line
 class PushConfig(Settings):
     """Upload a run's newest checkpoint to the hub: weights, tokenizer and model card, without the optimiser state."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run folder."""
-    name: Positional[str]
+    name: Annotated[Positional[str], arg(metavar="OWNER/NAME")]
     """Repository, OWNER/NAME; it is created if it does not exist."""
     private: bool = True
     """Whether a newly created repository is private."""

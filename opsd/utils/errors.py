@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opsd.utils.streams import outlive_readers
+
 # What reading values raises that are damaged, or not what they should be.
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
 # What torch, its allocators and BLAS say in a plain RuntimeError where memory runs out.
@@ -74,7 +76,9 @@ def said(what: str, give: str, *kinds: type[BaseException]) -> Iterator[None]:
 
 @contextmanager
 def exits_on_bad_input(script: str) -> Iterator[None]:
-    """A UserError within ends the process as the command line does: one line on stderr, exit code 2."""
+    """A script as the command line does it: a UserError within ends the process with one line on stderr, exit code 2;
+    whoever reads its output may leave."""
+    outlive_readers()
     try:
         yield
     except UserError as error:

@@ -72,7 +72,7 @@ def trained_nothing(path: Path) -> bool:
 def check_old_run(path: Path) -> None:
     """Raises UserError where there is no run."""
     if not (path / "config.json").is_file():
-        raise UserError(f"--resume {path}: no run there (config.json is missing); give a run folder")
+        raise UserError(f"{path}: no run there (config.json is missing); give a run folder")
 
 
 def hub_answers() -> bool:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from opsd.utils.errors import UserError, first_line
@@ -53,10 +54,21 @@ def load_path(path: str, what: str, give: str) -> Any:
         raise UserError(f"{what} {path!r} names a file; give its module: {module.removesuffix('.py')}:{attribute}")
     with _current_folder():
         try:
-            return getattr(importlib.import_module(module), attribute)
+            found = importlib.import_module(module)
+            _check_not_hidden(module, found)
+            return getattr(found, attribute)
+        except UserError as error:
+            raise UserError(f"{what} {path!r}: {error}") from error
         except (Exception, SystemExit) as error:  # a module of the user's own may do anything when it is imported
             said = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{what} {path!r} cannot be loaded ({said}); give {give}") from error
+
+
+def _check_not_hidden(module: str, found: Any) -> None:
+    """Raises UserError where a file here has the name of an installed module, which was imported in its place."""
+    here = Path(f"{module}.py")
+    if here.is_file() and Path(getattr(found, "__file__", None) or "").resolve() != here.resolve():
+        raise UserError(f"{here} of this folder is hidden by the installed module {module!r}; rename the file")
 
 
 @contextlib.contextmanager

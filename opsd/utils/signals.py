@@ -132,5 +132,7 @@ def end(code: int) -> NoReturn:
 
 def _say(line: str) -> None:
     """On stderr, by the first rank; not through Python's buffers, which the main thread may hold."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"opsd: {line}\n".encode())
+    # Ctrl-C has ended a `| tee` as well.
+    with contextlib.suppress(OSError):
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"opsd: {line}\n".encode())

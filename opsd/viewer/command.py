@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from opsd.config.settings import PositiveInt, Settings
 from opsd.run.disk import writing
@@ -19,7 +20,7 @@ class InspectConfig(Settings):
     """Show a step's rollouts as coloured text (entropy, divergence, quadrant, kept), in one HTML file that needs no
     network."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run folder; its tokens/ must hold a record (train with --telemetry.save_tokens True)."""
     step: int | None = None
     """Which recorded step; the last one by default."""

@@ -25,6 +25,8 @@ LOGGED = {
     "student_entropy_nats": "student/entropy_nats",
     "teacher_entropy_nats": "teacher/entropy_nats",
     **{f"{q}_frac": f"quadrant/{q}_frac" for q in QUADRANTS},
+    "q3_kept_frac": "quadrant/q3_kept_frac",
+    "jaccard_entropy": "select/jaccard_entropy",
 }
 
 

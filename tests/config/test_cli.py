@@ -184,3 +184,24 @@ def test_the_installed_command_stops_without_a_traceback(tmp_path):
     opsd = Path(sys.executable).with_name("opsd")
     done = subprocess.run([opsd, "train", "--resume", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.e2e
+def test_code_of_the_user_that_calls_exit_ends_a_run_with_a_reason(folders, monkeypatch, capsys, tmp_path):
+    """Exit code 0 of a rule would pass for a run that finished."""
+    (tmp_path / "quits.py").write_text(
+        "import sys\n"
+        "from tip_patch.selectors import SoftOr\n"
+        "class Rule(SoftOr):\n"
+        "    def score(self, *args, **kwargs):\n"
+        "        sys.exit(0)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--student", folders["model"], "--teacher", folders["model"], "--prompts", folders["prompts"]]
+    words += ["--prompt_format", "raw", "--out", "run", "--steps", "2", "--prompts_per_step", "1"]
+    words += ["--rollout.max_prompt_tokens", "10", "--rollout.max_new_tokens", "4", "--rollout.samples_per_prompt", "1"]
+    code, error = run([*words, "--select.by", "quits:Rule", "--select.retention", "0.5"], monkeypatch, capsys)
+    assert code == 1
+    assert error.splitlines()[-1] == (
+        "opsd: code that the run called ended it by exit code 0; continue with --resume run"
+    )

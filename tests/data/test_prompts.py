@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from opsd.data.prompts import PromptStream, digest, hidden_messages, load_prompts, read_records
 from opsd.data.rendering import PromptFormat
@@ -405,3 +406,13 @@ def test_a_digest_is_of_ids_tokens_and_answers_in_order():
     prompts = [Prompt("0", "a", [16], "1"), Prompt("1", "b", [17, 18], None)]
     whole = hashlib.sha256(b'[["0", [16], "1"], ["1", [17, 18], null]]').hexdigest()[:16]
     assert digest(prompts) == whole != digest(prompts[::-1])
+
+
+@pytest.mark.parametrize("how", [RAW, CHAT])
+def test_a_character_that_the_tokenizer_lacks_is_said_with_its_place(write, how):
+    """The pocket tokenizer's unknown token is not in its vocabulary, so that it encodes nothing but sums."""
+    pocket = AutoTokenizer.from_pretrained("assets/pocket/student")
+    pocket.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    message = error_of(write([{"prompt": "1+1="}, {"prompt": "one and one"}]), pocket, how)
+    assert "record 2: the tokenizer cannot encode it" in message
+    assert "UNK" in message

@@ -17,6 +17,7 @@ from opsd.eval.evaluator import (
     pass_at,
     standard_error,
     summary,
+    unread,
 )
 from opsd.eval.grading import MATH, SUFFIX, Grader
 from opsd.types import Prompt, Rollout, Sampling
@@ -286,3 +287,16 @@ def test_the_token_that_ends_a_response_is_not_graded_though_it_is_an_ordinary_o
     rollouts = [Rollout(0, prompt, ids, False)]
     assert grade_rollouts(rollouts, SUFFIX, tokenizer) == [0.0]
     assert grade_rollouts(rollouts, SUFFIX, tokenizer, frozenset({ids[-1]})) == [1.0]
+
+
+def test_a_grader_that_finds_no_answer_in_any_whole_response_is_said(score):
+    result = score({"p": "a1", "q": "a2"}, {"p": ["x;a1", "a1…"], "q": ["a2", "a9"]}, MATH)
+    assert (result["answered_frac"], result["mean@k"]) == (0.0, 0.0)
+    (line,) = unread({"suites": {"sums": result}})
+    assert line.startswith("sums: the grader found no answer in any response. --eval.grader math reads \\boxed{")
+    # Wrong answers that were read, and responses that were all cut off, are another matter.
+    read = score({"p": "a1"}, {"p": ["a9", "a1…"]})
+    assert read["answered_frac"] == 0.5
+    cut = score({"p": "a1"}, {"p": ["a1…", "a1…"]})
+    assert cut["answered_frac"] == 0.0
+    assert unread({"suites": {"read": read, "cut": cut}}) == []

@@ -357,6 +357,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rollouts_saved(settings, tmp_pa
     with pytest.raises(RunStopped, match="step 1: the teacher's states of 33 tokens are not finite") as stop:
         start(settings(run))
     assert str(stop.value).count("\n") == 0
+    assert str(stop.value).endswith("no checkpoint was saved yet; the same command starts it again")
     saved = [json.loads(line) for line in (run / "rollouts" / "stopped_at_step_1.jsonl").read_text().splitlines()]
     assert len(saved) == 6 and all(record["response_ids"] for record in saved)
     assert not (run / "DONE").exists()

@@ -1,0 +1,43 @@
+"""Output that may lose its reader."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from typing import Any
+
+# A pipe whose reader has ended, as in `| head`; a terminal that was closed.
+_NOBODY_READS = (errno.EPIPE, errno.EIO)
+
+
+class _Outliving(io.FileIO):
+    """An output of this process; what nobody reads any more is dropped, from then on."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in _NOBODY_READS:
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """From now on whoever read stdout or stderr may leave: a run goes on, and the text of --help ends quietly."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Not one that stands in for it, such as a test's.
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError):  # what it holds for somebody who has left already
+                stream.flush()
+            raw = io.BufferedWriter(_Outliving(stream.fileno(), "w", closefd=False))
+            line_by_line = stream.line_buffering or name == "stderr"
+            outliving = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=line_by_line)
+            setattr(sys, name, outliving)
+            setattr(sys, f"__{name}__", outliving)
