@@ -205,30 +205,17 @@ class Follower(RunFolder):
         super().__init__(path, dataclasses.replace(config, track=TrackConfig(progress=False)))
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Left to the first rank, as all below."""
+        """Left to the first rank."""
         return contextlib.nullcontext()
-
-    def finish(self) -> None:
-        """See alone."""
-
-    def write_metrics(self, metrics: dict[str, float]) -> None:
-        """See alone."""
 
     def history(self) -> list[dict[str, float]]:
         """Known to the first rank."""
         return []
 
-    def write_eval(self, name: str, result: dict[str, Any]) -> None:
-        """See alone."""
+    def _nothing(self, *_: Any) -> None:
+        """Left to the first rank."""
 
-    def read_eval(self, name: str) -> None:
-        """See alone."""
-
-    def write_card(self, step: int) -> None:
-        """See alone."""
-
-    def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
-        """See alone."""
+    finish = write_metrics = write_eval = read_eval = write_card = write_rollouts = _nothing  # pyrefly: ignore
 
 
 def _step_of(line: str) -> float:
