@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
 
+from opsd.data.prompts import read_records
 from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.seeding import derive_seed
 
@@ -170,20 +171,7 @@ def read_task_file(path: str | Path) -> list[TravelTask]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"task file {path} does not exist; write one with python -m opsd.environments.travel")
-    tasks = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}); give a task file") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); give one task per line") from error
-        tasks.append(from_json(values, f"{path} line {number}"))
-    if not tasks:
-        raise UserError(f"{path} holds no tasks; give at least one")
-    return tasks
+    return [from_json(values, f"{path} record {number}") for number, values in enumerate(read_records(path), start=1)]
 
 
 def write_task_file(tasks: list[TravelTask], path: Path) -> None:
