@@ -164,8 +164,8 @@ def save_adapters(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pa
 @torch.no_grad()
 def load_adapters(model: PreTrainedModel, folder: Path) -> None:
     """Take over adapters that `save_adapters` wrote, bit for bit. Raises UserError where they cannot be read."""
-    what = f"{folder.name} of checkpoint {folder.parent} cannot be read"
-    with said(what, "remove it to resume from the one before", SafetensorError, *DAMAGED):
+    give = f"its {folder.name} is damaged, remove it to resume from the one before"
+    with said(f"checkpoint {folder.parent} cannot be read", give, SafetensorError, *DAMAGED):
         tensors = load_file(folder / _FILE)
         for name, parameter in trained(model).items():
             if tensors[_saved_name(name)].shape != parameter.shape:
