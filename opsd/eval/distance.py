@@ -102,11 +102,9 @@ def measure_distance(config: DistanceCommand) -> dict[str, Any]:
         "model": config.model,
         "settings": {**dataclasses.asdict(config), "digest": digest(prompts)},
         "prompts": [prompt.id for prompt in prompts],
-        "own": token_means(model, teacher, own, prompts, config, vocab) | _shapes(own, prompts, config),
+        "own": token_means(model, teacher, own, prompts, config, vocab) | _by_answers(own, prompts, config, tokenizer),
         "teacher": token_means(model, teacher, theirs, prompts, config, vocab),
     }
-    if all(prompt.answer is not None for prompt in prompts):
-        result["own"]["accuracy"] = _accuracy(own, prompts, config, tokenizer)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result) + "\n")
@@ -151,25 +149,20 @@ def _by_prompt(stats: TokenStats, prompts: int, samples: int) -> dict[str, list[
     return found
 
 
-def _shapes(answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand) -> dict[str, list[float | None]]:
-    """Each prompt's mean length in tokens, and which fraction of its answers the length limit cut off."""
-    own = [answers[first : first + config.samples] for first in range(0, len(answers), config.samples)]
-    assert len(own) == len(prompts)
-    return {
-        "tokens": [sum(len(answer.response_ids) for answer in some) / config.samples for some in own],
-        "truncated": [sum(answer.truncated for answer in some) / config.samples for some in own],
-    }
-
-
-def _accuracy(
+def _by_answers(
     answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand, tokenizer: Any
-) -> list[float | None]:
-    grader = load_grader(config.grader, "--grader")
-    found: list[float | None] = []
-    for place, prompt in enumerate(prompts):
-        own = answers[place * config.samples : (place + 1) * config.samples]
-        correct = score_problem(prompt, own, grader, tokenizer).correct
-        found.append(sum(correct) / len(correct))
+) -> dict[str, list[float | None]]:
+    """Each prompt's mean length in tokens, and which fraction of its answers was cut off; where all have gold answers,
+    also which fraction is right."""
+    samples, grader = config.samples, load_grader(config.grader, "--grader")
+    own = [answers[place * samples : (place + 1) * samples] for place in range(len(prompts))]
+    found: dict[str, list[float | None]] = {
+        "tokens": [sum(len(answer.response_ids) for answer in some) / samples for some in own],
+        "truncated": [sum(answer.truncated for answer in some) / samples for some in own],
+    }
+    if all(prompt.answer is not None for prompt in prompts):
+        records = (score_problem(*pair, grader, tokenizer) for pair in zip(prompts, own, strict=True))
+        found["accuracy"] = [sum(record.correct) / samples for record in records]
     return found
 
 

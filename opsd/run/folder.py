@@ -140,7 +140,7 @@ class RunFolder:
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """eval/NAME.json."""
-        self._json("eval", name, result)
+        self._text("eval", f"{name}.json", json.dumps(result, indent=1) + "\n")
 
     def read_eval(self, name: str) -> dict[str, Any] | None:
         """eval/NAME.json; None where it is missing or damaged, to be made again."""
@@ -187,9 +187,6 @@ class RunFolder:
             target.parent.mkdir(exist_ok=True)
             with replacing(target) as temporary:
                 table.to_parquet(temporary, index=False)
-
-    def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
-        self._text(folder, f"{name}.json", json.dumps(value, indent=1) + "\n")
 
     def _text(self, folder: str, name: str, text: str) -> None:
         path = self.path / folder / name

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from opsd.utils.errors import UserError, said
+from opsd.utils.paths import check_old_run
 from opsd.viewer.examples import pick
 from opsd.viewer.labels import Label, Labels, labels_of
 from opsd.viewer.texts import Texts
@@ -29,8 +30,7 @@ NUMBERS = {
 
 def recorded_steps(run: Path) -> list[int]:
     """The steps with a token record, ascending. Raises UserError where `run` is not a run or holds none."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: no run there (config.json is missing); give a run folder")
+    check_old_run(run)
     found = [re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "tokens").glob("step_*.parquet")]
     steps = sorted(int(match[1]) for match in found if match)
     if not steps:
