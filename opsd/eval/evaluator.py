@@ -178,26 +178,35 @@ def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, An
     answered_frac: share of the rollouts in which the grader found an answer; None likewise.
     """
     correct_PK = np.array([record.correct for record in records], dtype=float)
-    tokens_PK = np.array([record.tokens for record in records])
-    score_P, samples = correct_PK.mean(1), correct_PK.shape[1]
+    tokens_PK, truncated_PK = (np.array([getattr(r, name) for r in records]) for name in ("tokens", "truncated"))
+    samples, right_P = correct_PK.shape[1], [sum(record.correct) for record in records]
     answered = float(np.mean([[answer is not None for answer in record.answers] for record in records]))
     draws = sorted({samples, *(2**power for power in range(samples.bit_length()))})
-    right_P = [sum(record.correct) for record in records]
     return {
-        "mean@k": float(score_P.mean()),
-        "k": samples,
-        "problems": len(records),
-        "stderr_problems": standard_error(score_P),
-        "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
-        "best@k": float(correct_PK.max(1).mean()),
+        **sample_statistics([record.id for record in records], correct_PK, tokens_PK, truncated_PK),
         "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
         "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if votes else None,
         "answered_frac": answered if votes else None,
+    }
+
+
+def sample_statistics(
+    ids: list[str], score_PK: np.ndarray, tokens_PK: np.ndarray, truncated_PK: np.ndarray
+) -> dict[str, Any]:
+    """Of `statistics` what any score in [0, 1] of P problems with k samples each has; best@k: the mean of the best."""
+    score_P, samples = score_PK.mean(1), score_PK.shape[1]
+    return {
+        "mean@k": float(score_P.mean()),
+        "k": samples,
+        "problems": len(ids),
+        "stderr_problems": standard_error(score_P),
+        "std_samples": float(score_PK.mean(0).std(ddof=1)) if samples > 1 else None,
+        "best@k": float(score_PK.max(1).mean()),
         "mean_tokens": float(tokens_PK.mean()),
         "median_tokens": float(np.median(tokens_PK)),
         "max_tokens": int(tokens_PK.max()),
-        "truncated_frac": float(np.mean([record.truncated for record in records])),
-        "scores": {record.id: float(score) for record, score in zip(records, score_P, strict=True)},
+        "truncated_frac": float(truncated_PK.mean()),
+        "scores": {name: float(score) for name, score in zip(ids, score_P, strict=True)},
     }
 
 

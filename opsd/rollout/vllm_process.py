@@ -134,8 +134,8 @@ class Sampler:
 class VLLMProcessRollout(RolloutEngine):
     """RolloutEngine over `rollout.samplers` processes that the first rank starts; see RolloutConfig.
 
-    settings: of `sampler_settings`, for the model folder that `engine`'s student was loaded from. What fails on the
-    first rank is raised on every rank. Steps stay on-policy: samplers rest while the student learns.
+    settings: VLLMSampler's arguments as JSON values, for the model folder that `engine`'s student was loaded from. What
+    fails on the first rank is raised on every rank. Steps stay on-policy: samplers rest while the student learns.
     """
 
     def __init__(self, engine: Engine, rollout: RolloutConfig, settings: dict[str, Any]) -> None:
