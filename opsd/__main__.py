@@ -41,7 +41,8 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
 def main() -> None:
     """Run a command.
 
-    Exit code 2 for bad input, 1 for a run that cannot go on, 143 after SIGTERM, 130 after Ctrl-C; each with one line.
+    Exit code 2 for bad input, 1 for a run that cannot go on, 143 after SIGTERM, 130 after Ctrl-C, 129 after a
+    terminal was closed; each with one line.
     """
     outlive_readers()
     with signals.heard():

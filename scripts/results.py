@@ -25,7 +25,7 @@ from reporting.claims import Verdict, judge, read_claims
 from reporting.compare import compare, logged
 from reporting.leaderboard import gains_in, leaderboard
 from reporting.plots import gains_against_retention
-from reporting.results import Results, collect, write_results
+from reporting.results import Results, collect, with_earlier, write_results
 from reporting.tables import TextTable
 from reporting.theme import png
 
@@ -44,6 +44,8 @@ class Collect:
     """File to write."""
     repository: Path = ROOT
     """Checkout that ran them; its commit is recorded."""
+    earlier: tuple[Path, ...] = ()
+    """Files that `collect` made of runs on the same problems: what the folder lacks is taken from them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def write(args: Collect) -> None:
         ["git", "-C", str(args.repository), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     values = collect(args.runs, commit, args.command)
+    for file in args.earlier:
+        values = with_earlier(values, file)
     write_results(args.out, values, values.pop("runs"))
 
 

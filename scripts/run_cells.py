@@ -24,13 +24,14 @@ from rich.console import Console
 from lanes.board import Board
 from lanes.cell import Cell, read_cells
 from opsd.utils.errors import UserError
+from opsd.utils.signals import to_hear
+from opsd.utils.streams import outlive_readers
 
 POLL_S = 0.2
 # A terminal's Ctrl-C reaches us from the terminal and from make: only what comes later is a second one.
 REPEAT_S = 1.0
 # How long what a cell's first process has left behind may take to end, before it is killed.
 LEFTOVER_S = 120.0
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOWN_LINES = 12
 
 
@@ -78,10 +79,8 @@ class Wish:
 
     def __init__(self) -> None:
         self.number, self.times, self._last_s = 0, 0, 0.0
-        for number in STOPS:
-            # nohup has it ignored.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._hear)
+        for number in to_hear():
+            signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: object) -> None:
         now = time.monotonic()
@@ -258,4 +257,6 @@ def cores() -> int:
 
 
 if __name__ == "__main__":
+    # Closing the terminal or `| head` must not leave cells behind that nobody watches.
+    outlive_readers()
     sys.exit(tyro.cli(main))

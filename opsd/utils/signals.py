@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first asks a run to save and stop, a second one ends the process at once.
+"""SIGTERM, Ctrl-C, a closed terminal: the first signal asks a run to save and stop, a second one ends it at once.
 
 Signals are heard by a thread, through Python's wake-up descriptor: a process that waits in a collective runs no Python
 handler, and must still be ended by a second signal.
@@ -21,7 +21,12 @@ from opsd.utils.going_on import advice
 # Launchers send two signals in a row (deepspeed's within 0.1 s), and a terminal's Ctrl-C reaches a process both from
 # the terminal and from its launcher: only what comes later is a second request.
 REPEAT_S = 1.0
-_HEARD = (signal.SIGTERM, signal.SIGINT)
+
+
+def to_hear() -> list[signal.Signals]:
+    """The signals that ask to stop. Under nohup the closing of a terminal is none: it is ignored there."""
+    hangs_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hangs_up]
 
 
 def interrupted() -> str:
@@ -48,7 +53,7 @@ class _Listener:
     def open(self) -> None:
         """From now on."""
         self._old_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, self._handle) for number in _HEARD}
+        self._old_handlers = {number: signal.signal(number, self._handle) for number in to_hear()}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def close(self) -> None:
@@ -65,7 +70,7 @@ class _Listener:
 
     def _listen(self) -> None:
         while heard := os.read(self._read, 1):
-            if heard[0] in _HEARD:
+            if heard[0] in self._old_handlers:
                 self._hear(heard[0])
         os.close(self._read)
 
@@ -85,7 +90,7 @@ _listener: _Listener | None = None
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Within it SIGTERM and SIGINT raise Interrupted, or are `heeded`. Elsewhere than in the main thread: nothing."""
+    """Within it the signals of `to_hear` raise Interrupted, or are `heeded`. Only the main thread hears them."""
     global _listener
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,15 +11,22 @@ from typing import Any
 
 # A pipe whose reader has ended, as in `| head`; a terminal that was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
+_STDERR = 2
 
 
 class _Outliving(io.FileIO):
-    """An output of this process; what nobody reads any more is dropped, from then on."""
+    """An output of this process. If its reader has left, it is dropped from then on.
+
+    Lines on stderr for which a disk has no space are dropped too: the run itself may write to another one. Results on
+    stdout are not.
+    """
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
+            if error.errno == errno.ENOSPC and self.fileno() == _STDERR:
+                return len(data)
             if error.errno not in _NOBODY_READS:
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)

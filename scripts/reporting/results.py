@@ -123,6 +123,22 @@ def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
     }
 
 
+def with_earlier(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """`collect`'s values with the runs of an earlier file that they lack; `earlier` says where these come from.
+
+    Raises UserError where the file's runs were trained or evaluated in another way.
+    """
+    old = Results.read(file).values
+    for name in ("suite", "samples", "steps", "before", "teacher", "problems"):
+        if old.get(name) != values[name]:
+            raise UserError(f"{file}: its runs have another {name!r} than those of the folder; give a file of the same")
+    there = {(run["cell"], run["seed"]) for run in values["runs"]}
+    more = [run for run in old["runs"] if (run["cell"], run["seed"]) not in there]
+    source = {"commit": old["commit"], "command": old["command"], "cells": sorted({run["cell"] for run in more})}
+    runs = sorted([*values["runs"], *more], key=lambda run: (run["cell"], run["seed"]))
+    return values | {"earlier": [*values.get("earlier", []), source], "runs": runs}
+
+
 def write_results(file: Path, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
     """A file of results: a line for what all share, then one for each run."""
     rows = ",\n".join("  " + json.dumps(run) for run in runs)

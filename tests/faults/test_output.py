@@ -19,8 +19,8 @@ def started(words: list[str], stderr: int) -> subprocess.Popen[bytes]:
 
 @pytest.mark.e2e
 @pytest.mark.fault(
-    "the reader of the output ends (`| tee` by the same Ctrl-C, `| head`), then another run's terminal is closed",
-    "the run goes on; Ctrl-C saves, exit 130; resumed, it finishes",
+    "the reader of the output ends (`| head`), then SIGHUP (its terminal closes); resumed on a terminal that closes",
+    "the run goes on; SIGHUP saves, exit 129; resumed, it finishes",
 )
 def test_nobody_reads(tmp_path):
     out, (read, write) = tmp_path / "run", os.pipe()
@@ -33,10 +33,11 @@ def test_nobody_reads(tmp_path):
     while not (out / "metrics.jsonl").exists() or len(metrics_of(out)) < 3:
         assert run.poll() is None and time.monotonic() < until
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    assert run.wait(WAIT_S) == 130
-    saved = [path.name for path in (out / "checkpoints").glob("step_*")]
-    assert saved == [f"step_{metrics_of(out)[-1]['step']}"]
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(WAIT_S) == 129
+    (saved,) = [int(path.name.removeprefix("step_")) for path in (out / "checkpoints").glob("step_*")]
+    # The last step's line may still be to come: it is written after the checkpoint.
+    assert saved - metrics_of(out)[-1]["step"] in (0, 1)
 
     terminal, theirs = os.openpty()
     run = started(["train", "--resume", str(out)], theirs)

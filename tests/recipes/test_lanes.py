@@ -100,6 +100,19 @@ def test_what_a_cell_says_is_in_its_own_file_and_not_on_the_recipes_output(proje
     assert [log.read_text() for log in logs] == ["from all\nof all\n", "from soft_or-50\nof soft_or-50\n"]
 
 
+def test_all_cells_run_though_nobody_reads_how_far_they_are(project):
+    program(project, f'touch "begun-$cell"; await gone{DONE}')
+    recipe = begin(project, LANES="1")
+    assert recipe.stdout is not None and recipe.stderr is not None
+    wait_for(project.root / "begun-all")
+    recipe.stdout.close()
+    recipe.stderr.close()
+    (project.root / "gone").touch()
+    recipe.wait(60)
+    assert len(list((project.root / "runs" / "table5").glob("*/DONE"))) == 5
+    assert project.calls()[-1].startswith("python")  # the report
+
+
 @pytest.mark.e2e
 def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on(project):
     stop = "case $cell in\n    all) await ready; echo progress; echo opsd: the disk is full >&2; exit 3 ;;\n"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from opsd.utils.errors import UserError
 from reporting.claims import Claim, judge, read_claims
-from reporting.results import Results, collect
+from reporting.results import Results, collect, with_earlier, write_results
 
 ALL = {0: {"a": 0.5, "b": 0.5, "c": 0.75, "d": 0.25}, 1: {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5}}
 SOFT = {0: {"a": 0.75, "b": 0.5, "c": 1.0, "d": 0.25}, 1: {"a": 0.5, "b": 0.5, "c": 0.75, "d": 0.25}}
@@ -103,6 +104,24 @@ def test_the_committed_claims_can_be_read_and_a_wrong_one_is_named(tmp_path):
     file.write_text(json.dumps({"margin": 0.1, "claims": [vars(claim("sideways"))]}))
     with pytest.raises(UserError, match="'sideways' is unknown"):
         read_claims(file)
+
+
+def test_what_was_run_earlier_is_taken_over_with_where_it_came_from(results, make_run, runs, tmp_path):
+    earlier = tmp_path / "earlier.json"
+    write_results(earlier, {**results.values}, results.values["runs"])
+    for old in runs.glob("pocket-soft_or-*"):
+        shutil.rmtree(old)
+    shutil.rmtree(runs / "pocket-all-seed1")
+    joined = with_earlier(collect(runs, "f00d", "today"), earlier)
+    assert (joined["commit"], joined["command"]) == ("f00d", "today")
+    assert [(run["cell"], run["seed"]) for run in joined["runs"]] == [
+        (c, s) for c in ("all", "soft_or-50") for s in (0, 1)
+    ]
+    source = {"commit": "c0ffee", "command": "recipes/table5_soft_or.sh", "cells": ["all", "soft_or-50"]}
+    assert joined["earlier"] == [source]
+    write_results(earlier, {**results.values, "steps": 7}, results.values["runs"])
+    with pytest.raises(UserError, match="another 'steps'"):
+        with_earlier(collect(runs, "f00d", "today"), earlier)
 
 
 def _committed():

@@ -24,8 +24,18 @@ def test_a_command_ends_quietly_where_its_reader_has_left(words):
     assert shown.returncode == 0
 
 
-def test_a_full_disk_is_still_an_error():
-    words = [sys.executable, "-c", SCRIPT]
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+def full(script: str, **streams: bool) -> subprocess.CompletedProcess[str]:
+    """A script whose output, stdout or stderr, goes to a disk that is full."""
+    with open("/dev/full", "wb") as disk:
+        to = {name: disk for name in streams} | {name: subprocess.PIPE for name in {"stdout", "stderr"} - set(streams)}
+        return subprocess.run([sys.executable, "-c", script], text=True, timeout=300, check=False, **to)
+
+
+def test_results_that_a_full_disk_cannot_hold_are_an_error():
+    done = full(SCRIPT, stdout=True)
     assert done.returncode != 0 and "No space left on device" in done.stderr
+
+
+def test_lines_that_a_full_disk_cannot_hold_end_nothing():
+    done = full(SCRIPT.replace("flush=True", "file=__import__('sys').stderr") + "print('done')", stderr=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
