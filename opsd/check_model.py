@@ -232,13 +232,13 @@ class _Found:
 
         limit = min(64, positions(self._model.config) or 64)
         ids = (torch.arange(5, 5 + limit - 1) % self._model.config.get_text_config().vocab_size).tolist()
-        with _quiet_stderr(), said(f"{self._name}: vLLM cannot load it", "sample with transformers"):
+        with _quiet_stderr(), said(f"{self._name}: vLLM cannot load it", "sample with transformers", Exception):
             trust = self._config.trust_remote_code
             sampler = VLLMSampler(self._config.folder, [], self._device, "float32", limit, 4, trust=trust)
         own = self._log_probs(ids)
         first = _mean_gap(sampler.score(ids), own)
         named = self._model.named_parameters(remove_duplicate=False)
-        with said(f"{self._name}: vLLM cannot reload its weights", "sample with transformers"):
+        with said(f"{self._name}: vLLM cannot reload its weights", "sample with transformers", Exception):
             sampler.load(piece for name, weight in named for piece in as_saved(self._model, name, weight.detach()))
             second = _mean_gap(sampler.score(ids), own)
         gaps = f"log-probabilities differ by {first:.1g} nats per token, by {second:.1g} after all weights were sent"

@@ -28,7 +28,7 @@ from opsd.run import checkpoint
 from opsd.run.folder import Follower, RunFolder
 from opsd.run.health import Health
 from opsd.run.tracking import Stopwatch, Tracker, forget_peak
-from opsd.types import Head, MicroBatch, Rollout
+from opsd.types import Head, MicroBatch, Rollout, Sampling
 from opsd.update import StepPlanner, Update, rollout_weights
 from opsd.utils import signals
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
@@ -127,7 +127,7 @@ class Trainer:
             self.watch = Stopwatch(self.engine.device)
             with self.stage("rollout"):
                 prompts, seed = parts.prompts.take(step), derive_seed(config.seed, "rollout", step)
-                sampling = dataclasses.replace(parts.sampling, max_new_tokens=config.rollout.horizon_at(step))
+                sampling = Sampling.of(config.rollout, config.rollout.horizon_at(step))
                 rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, sampling, seed)
             self.stop_if_asked(step - 1)
             with self.stage("reward"):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
 from opsd.data.prompts import digest
@@ -25,6 +25,7 @@ from opsd.model.files import files_digest
 from opsd.model.loading import load_model, load_tokenizer, running
 from opsd.model.positions import Span, check_positions
 from opsd.model.stops import generation_of, stated_stops, turn_ends
+from opsd.model.transform import check_finite
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_ends, usable_rows, vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.began import time_of_run
@@ -157,7 +158,7 @@ def _run_groups(
 ) -> Iterator[DoneProblem]:
     """Generate, grade and save every group that is not among `done`; all but generating is the first rank's."""
     finished = {(one.suite, one.record.id) for one in done}
-    sampling, samples = _sampling(config), config.samples
+    sampling, samples = Sampling.of(config, config.max_new_tokens), config.samples
     total = sum(len(group.problems) for group in groups)
     with progress_bar(Console(stderr=True), total, shown=config.progress and ranks.is_main) as bar:
         task = bar.add_task(Path(config.model).name, total=total, numbers="")
@@ -181,7 +182,8 @@ def _run_groups(
 
 def _header(config: EvalCommand, suites: list[Suite], device: torch.device, ranks: Ranks, clock: Clock) -> Header:
     """Everything that decides the numbers. The suites are known by their content, wherever their files lie."""
-    sampling = {**dataclasses.asdict(_sampling(config)), "samples": config.samples, "seed": config.seed}
+    sampling = dataclasses.asdict(Sampling.of(config, config.max_new_tokens))
+    sampling |= {"samples": config.samples, "seed": config.seed}
     names = ("prompt_format", "thinking", "grader", "engine", "dtype", "save_responses")
     settings = {name: getattr(config, name) for name in names}
     settings |= {
@@ -209,8 +211,9 @@ def _engine(
     check_positions(model.config, _spans(config, longest), f"--model {config.model}")
     vocab_size = model_vocabulary(tokenizer, model, "--model")
     check_ids((problem for suite in suites for problem in suite.problems), vocab_size, "--suite")
-    with running(f"--model {config.model}"):
-        _check_finite(model, config)
+    with running(f"--model {config.model}"), torch.no_grad():
+        one_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        check_finite(model.eval()(input_ids=one_11).logits, f"--model {config.model}")
         switches = length_switches(model, longest + config.max_new_tokens)
     ends = usable_ends(ends, vocab_size, "--model")
     how = {"ranks": ranks, "vocab_size": vocab_size, "switches": switches, "eos_ids": ends}
@@ -252,18 +255,5 @@ def _spans(config: EvalCommand, longest_prompt: int) -> tuple[Span, ...]:
     return (Span(longest_prompt, config.max_new_tokens, "--max_new_tokens"),)
 
 
-@torch.no_grad()
-def _check_finite(model: PreTrainedModel, config: EvalCommand) -> None:
-    model.eval()
-    if not torch.isfinite(model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits).all():
-        raise UserError(
-            f"--model {config.model}: its logits are not finite; the weights are damaged, give another copy"
-        )
-
-
 def _prompt_format(config: EvalCommand) -> PromptFormat:
     return PromptFormat.of(config, max_tokens=config.max_prompt_tokens, limit_flag="--max_prompt_tokens")
-
-
-def _sampling(config: EvalCommand) -> Sampling:
-    return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)

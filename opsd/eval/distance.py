@@ -94,8 +94,8 @@ def measure_distance(config: DistanceCommand) -> dict[str, Any]:
     def answers(scorer: Scorer) -> list[Rollout]:
         switches = length_switches(scorer.model, reach.longest) if scorer.alone else frozenset[int]()
         sampler = HFRollout(scorer.model, tokenizer, config.generate_batch, vocab_size=vocab, switches=switches)
-        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-        return sampler.generate(prompts, config.samples, sampling, derive_seed(config.seed, "distance"))
+        sampling, seed = Sampling.of(config, config.max_new_tokens), derive_seed(config.seed, "distance")
+        return sampler.generate(prompts, config.samples, sampling, seed)
 
     own, theirs = answers(model), _teacher_answers(config, prompts, lambda: answers(teacher))
     result = {

@@ -83,8 +83,7 @@ class SuiteRunner(ABC):
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int) -> None:
         self.suites, self._config = suites, config
-        length = config.max_new_tokens or max_new_tokens
-        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
+        self._sampling = Sampling.of(config, config.max_new_tokens or max_new_tokens)
 
     def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
         """Evaluate `engine` on every suite; the result is what eval/*.json holds. Fractions, tokens."""

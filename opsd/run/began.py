@@ -61,9 +61,7 @@ class Began:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        values = {"digests": self.digests, "time": None if self.time is None else self.time.isoformat()}
-        stops = None if self.stops is None else dataclasses.asdict(self.stops)
-        return values | {"stops": stops, "models": self.models}
+        return dataclasses.asdict(self) | {"time": None if self.time is None else self.time.isoformat()}
 
     @classmethod
     def from_json(cls, values: Any) -> Began | None:

@@ -60,14 +60,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def said(what: str, give: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Within it an exception of these kinds becomes a UserError of one line: what happened, why, and what to give.
 
-    kinds: none is any. Our own, a request to stop, and memory that ran out stay what they are.
+    kinds: none is any, but for memory that ran out. Our own, and a request to stop, stay what they are.
     """
     try:
         yield
     except (UserError, RunStopped, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers' and safetensors' panics are no Exception
-        if is_out_of_memory(error) or not isinstance(error, kinds or BaseException):
+        if not isinstance(error, kinds) if kinds else is_out_of_memory(error):
             raise
         # Of a KeyError the text is the key alone.
         why = repr(error) if isinstance(error, KeyError) else first_line(error)

@@ -37,7 +37,6 @@ def trainer_of(
         prompts=nothing,
         dropped_prompts=0,
         sampler=nothing,
-        sampling=nothing,
         teacher=teacher,
         teacher_sampler=None,
         selector=selector,
