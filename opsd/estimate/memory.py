@@ -25,12 +25,6 @@ PROCESS_GIB = {"cuda": 2.0, "cpu": 0.6}
 LAYER_CALL_S = 2e-4
 
 
-def compute_type(config: TrainConfig, kind: str) -> str:
-    """bfloat16 or float32, on a device of that kind."""
-    auto = "bfloat16" if kind == "cuda" else "float32"
-    return auto if config.engine.dtype == "auto" else config.engine.dtype
-
-
 @dataclass(frozen=True)
 class MemoryEstimate:
     """What one rank does with one pair of models. All lengths are the longest that the settings allow."""
@@ -43,7 +37,8 @@ class MemoryEstimate:
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the compute type."""
-        return 2 if compute_type(self.config, self.hardware.kind) == "bfloat16" else 4
+        dtype = self.config.engine.dtype
+        return 2 if dtype == "bfloat16" or (dtype == "auto" and self.hardware.kind == "cuda") else 4
 
     @property
     def longest(self) -> int:

@@ -118,14 +118,13 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The last step of metrics.jsonl; 0 where it has none."""
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
-        return int(max((step for step in map(_step_of, lines) if step < float("inf")), default=0))
+        return int(max((line["step"] for line in self.history()), default=0))
 
     def history(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far."""
+        """The lines of metrics.jsonl so far, without one that a kill has cut short."""
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def skipped_in_row(self) -> int:
         """How many of the newest steps were skipped (--optim.on_nonfinite), counted back from the last line."""
