@@ -13,7 +13,7 @@ from typing import NoReturn
 
 # Before torch is loaded: idle OpenMP threads that spin slow everything else on a CPU down.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A process that falls because another one has ended would print its C++ stack above the line that says so.
+# Else a rank that fails because another one has ended prints its C++ stack above our error line.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from opsd.config.cli import parse
@@ -41,8 +41,8 @@ USAGE = """usage: opsd COMMAND [OPTIONS]
 def main() -> None:
     """Run a command.
 
-    Exit code 2 for bad input, 1 for a run that cannot go on, 143 after SIGTERM, 130 after Ctrl-C, 129 after a
-    terminal was closed; each with one line.
+    Exit code 2 for bad input, 1 for a run that cannot continue, 143 after SIGTERM, 130 after Ctrl-C, 129 after a
+    terminal was closed; each prints one line.
     """
     outlive_readers()
     with signals.heard():
@@ -54,7 +54,7 @@ def main() -> None:
             _stop(1, str(error))
         except signals.Interrupted as wish:
             if wish.orderly and os.environ.get("RANK", "0") != "0":
-                signals.end(wish.exit_code)  # all ranks agreed to stop: the first one says so
+                signals.end(wish.exit_code)  # all ranks agreed to stop: rank 0 prints the line
             _stop(wish.exit_code, str(wish))
         except KeyboardInterrupt:
             _stop(130, signals.interrupted())
@@ -101,14 +101,14 @@ def _train(args: list[str]) -> None:
         raise
     except SystemExit as end:
         # A rule, a grader or a model's own code may call sys.exit.
-        raise RunStopped(f"code that the run called ended it by exit code {end.code}; {advice()}") from end
+        raise RunStopped(f"code called by the run ended it with exit code {end.code}; {advice()}") from end
     leave()
     if _among_several():
         signals.end(0)
 
 
 def _started(args: list[str]) -> Callable[[], None]:
-    """A new run, once everything is checked that can be without loading a library that takes seconds."""
+    """Prepare a new run. Whatever needs no slow import is checked first."""
     from opsd.config import TrainConfig
     from opsd.config.file import with_file
     from opsd.config.paths import check_paths
@@ -122,7 +122,7 @@ def _started(args: list[str]) -> Callable[[], None]:
 
 
 def _resumed(args: list[str]) -> Callable[[], None]:
-    """A run that goes on, checked likewise."""
+    """Prepare to resume a run, with the same early checks."""
     from opsd.config.saved import check_resumable, parse_resume
 
     asked = parse_resume(args)
@@ -168,11 +168,11 @@ def _inspect(args: list[str]) -> None:
 def _plan(args: list[str]) -> None:
     from opsd.estimate.command import PlanConfig, plan
 
-    # These two may stand without a value.
+    # These two flags may come without a value.
     for place in range(len(args), 0, -1):
         if args[place - 1] in {"--json", "--brief"} and args[place : place + 1] not in (["True"], ["False"]):
             args = [*args[:place], "True", *args[place:]]
-    # Not fitting is an answer, no error: the verdict is on stdout, and the exit code 1.
+    # A run that does not fit is an answer, not an error: the verdict goes to stdout, and the exit code is 1.
     if not plan(parse(PlanConfig, args, "opsd plan")):
         sys.exit(1)
 
@@ -208,8 +208,8 @@ def _selectors(args: list[str]) -> None:
 
 
 def _quiet() -> None:
-    """Libraries' own progress bars and notices would tear ours apart."""
-    # transformers' helpers import DeepSpeed wherever it is installed, and it reports on the machine.
+    """Silence the libraries' own progress bars and notices: they would break up our output."""
+    # transformers' helpers import DeepSpeed if it is installed, and DeepSpeed then logs details of the machine.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
@@ -218,9 +218,9 @@ def _quiet() -> None:
 
 
 def _stop(code: int, message: str, or_left: bool = False) -> NoReturn:
-    """End the command with a line; of several ranks the first one to fail says it, for all.
+    """End the command with one line; of several ranks, only the first to fail prints it.
 
-    or_left: one that the first rank has left says it too.
+    or_left: rank 1 prints it too if rank 0, which keeps the store, does not answer.
     """
     if not _among_several() or _first_to_fail(or_left):
         print(f"opsd: {message}", file=sys.stderr)
@@ -228,7 +228,7 @@ def _stop(code: int, message: str, or_left: bool = False) -> NoReturn:
 
 
 def _fail(error: Exception) -> NoReturn:
-    """A defect of ours: its traceback, exit code 1. Ranks that only fall with another say nothing."""
+    """Report a bug in opsd: traceback, exit code 1. Ranks that fail only because another one did print nothing."""
     if not _among_several():
         raise error
     from opsd.utils.distributed import contact_lost

@@ -1,4 +1,4 @@
-"""`opsd check-model FOLDER`: what `opsd train` asks of a model, one line each."""
+"""`opsd check-model FOLDER`: check what `opsd train` requires of a model, one line per check."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from opsd.utils.distributed import local_device
 from opsd.utils.errors import UserError, said
 
 CLOSE = 1e-3
-# Longest sequence that is tried where nobody names one.
+# Longest sequence tested, in tokens, unless --tokens is given.
 TOKENS = 512
 
 
@@ -53,12 +53,12 @@ class CheckModelConfig(Settings):
 
 @dataclass
 class Report:
-    """The lines so far, and whether each of them is well."""
+    """The checks so far: whether each passed, its name, and its line."""
 
     lines: list[tuple[bool, str, str]] = field(default_factory=list)
 
     def check(self, what: str, act: Callable[[], str]) -> bool:
-        """Note what `act` says, or the UserError that it raises; whether it is well."""
+        """Run a check; record and print the line it returns, or its UserError. Returns whether it passed."""
         try:
             said, fine = act(), True
         except UserError as error:
@@ -69,12 +69,12 @@ class Report:
 
     @property
     def fine(self) -> bool:
-        """Whether all are."""
+        """Whether all checks passed."""
         return all(fine for fine, *_ in self.lines)
 
 
 def check_model(config: CheckModelConfig) -> Report:
-    """Print a line for each check. Those that need a model are left out where there is none."""
+    """Print a line for each check. If the weights cannot be loaded, the checks that need them are skipped."""
     report, found = Report(), _Found(config)
     report.check("tokenizer", found.tokenizer)
     if not report.check("weights", found.weights):
@@ -100,7 +100,7 @@ def check_model(config: CheckModelConfig) -> Report:
 
 
 class _Found:
-    """The model and what is known of it. Every method is a check: it returns a line, or raises UserError."""
+    """The model and what is known about it. Every public method is a check: it returns a line, or raises UserError."""
 
     def __init__(self, config: CheckModelConfig) -> None:
         self._config, self._name = config, f"model {config.folder}"
@@ -111,12 +111,12 @@ class _Found:
         self._transform, self._reach = PLAIN, _reach(config.tokens or TOKENS)
 
     def tokenizer(self) -> str:
-        """A tokenizer that can be loaded."""
+        """The tokenizer can be loaded."""
         self._tokenizer = load_tokenizer(self._config.folder, "model", self._config.trust_remote_code)
         return f"{len(self._tokenizer.get_vocab()):,} tokens"
 
     def weights(self) -> str:
-        """Weights that the model takes, one for one."""
+        """The saved weights match the model's parameters one to one."""
         self._model = load_model(
             self._config.folder, "model", torch.float32, self._device, self._config.trust_remote_code
         )
@@ -126,12 +126,12 @@ class _Found:
         return f"{sum(p.numel() for p in self._model.parameters()):,} parameters, all of them the model's"
 
     def vocabulary(self) -> str:
-        """A row for every token that a text can hold."""
+        """There is a row for every token that can occur in a text."""
         size = model_vocabulary(self._tokenizer, self._model, self._name)
         return f"{size:,} ids are sampled and scored, of {self._model.get_output_embeddings().weight.shape[0]:,} rows"
 
     def template(self) -> str:
-        """A chat template; not every run needs one."""
+        """The chat template works, if there is one; not every run needs one."""
         if self._tokenizer.chat_template is None:
             return "none: prompts can only be raw (--prompt_format raw)"
         messages = [{"role": "user", "content": "1+1"}]
@@ -140,7 +140,7 @@ class _Found:
         return f"a message of {len(self._tokenizer('1+1').input_ids)} tokens becomes {len(ids)}"
 
     def ends(self) -> str:
-        """A token that ends a response."""
+        """Which tokens end a response."""
         size = model_vocabulary(self._tokenizer, self._model, self._name)
         ends = turn_ends(self._model.generation_config, self._tokenizer, chat=True)
         check_ends(ends, size, self._name)
@@ -150,27 +150,27 @@ class _Found:
         return ", ".join(f"{token} ({name})" for token, name in zip(ends, known, strict=True))
 
     def positions(self) -> str:
-        """Positions for the tokens of the run."""
+        """The model has enough positions for the run's sequences."""
         check_positions(self._model.config, self._reach.spans, self._name)
         known = positions(self._model.config)
-        return f"{self._reach.longest:,} tokens, {'no limit is named' if known is None else f'of {known:,}'}"
+        return f"{self._reach.longest:,} tokens, {'no limit in config.json' if known is None else f'of {known:,}'}"
 
     def head(self) -> str:
-        """Logits that are made in a known way."""
+        """The logits are computed in a known way."""
         with running(self._name):
             self._transform = find_transform(self._model, self._name)
         return f"logits are {_in_words(DistillHead.of(self._model, self._transform).as_head())}"
 
     def served_head(self) -> str:
-        """The same for the folder as a served teacher's."""
+        """The same for the folder as that of a served teacher."""
         trust = self._config.trust_remote_code
         with running(self._name):
             find_transform(load_ends(self._config.folder, "model", torch.float32, trust), self._name)
         return "can be loaded for --teacher.kind vllm"
 
     def rows(self) -> str:
-        """Sequences that change neither each other nor what stands before a token."""
-        # Where the head is unknown this goes on all the same: the other lines are of use.
+        """Sequences do not affect each other, and no token affects those before it."""
+        # Runs even if the head is unknown: the result is still useful.
         self._scorer = Scorer(self._model, transform=self._transform)
         with running(self._name):
             check_causal(self._scorer, self._name)
@@ -180,7 +180,7 @@ class _Found:
         return f"sequences are {self._scorer.layout} and do not affect each other{past}"
 
     def one_row(self) -> str:
-        """The same in one row, as ZeRO-3 needs it: what fails here is not a fault of the model."""
+        """The same in one packed row, as ZeRO-3 needs it. A model may fail this and still be trained without ZeRO-3."""
         whole = Scorer(self._model, packed=True, transform=self._transform)
         try:
             with running(self._name):
@@ -190,23 +190,23 @@ class _Found:
         return "sequences can be packed into one row"
 
     def sampled(self) -> str:
-        """Decoding by transformers that gives what the model does: what fails here may be sampled with vLLM."""
+        """Decoding with transformers agrees with the model. A model that fails this may be sampled with vLLM."""
         from opsd.rollout.decode import needs_like_lengths
 
         try:
             alike = needs_like_lengths(self._model, nullcontext)
         except UserError as error:
             return f"not with --rollout.engine hf ({error})"
-        return f"rows of {'the same length' if alike else 'any length'} can be decoded side by side on a cache"
+        return f"rows of {'the same length' if alike else 'any length'} can be decoded in one batch with a cache"
 
     def steady(self) -> str:
-        """One distribution, in training as in evaluation."""
+        """The distribution is the same in training and evaluation mode."""
         with running(self._name):
             check_steady(self._scorer, self._name)
         return "hidden states are the same in training and evaluation, and in repeated calls"
 
     def saved(self) -> str:
-        """A checkpoint that is the model."""
+        """A saved checkpoint gives the same logits."""
         notes = make_savable(self._model, self._tokenizer, self._config.folder, "model") if self._tokenizer else []
         own = self._states(self._model)
         with tempfile.TemporaryDirectory() as place:
@@ -221,12 +221,12 @@ class _Found:
         return "; ".join(["a checkpoint has the same logits", *notes])
 
     def sent(self) -> str:
-        """Weights under the names that vLLM reads."""
+        """The weights have the names that vLLM reads."""
         check_sampled(self._model, self._config.folder, "model")
         return "under the names of the folder's files"
 
     def vllm(self) -> str:
-        """vLLM's log-probabilities beside the model's own, before and after it is sent all weights."""
+        """vLLM's log-probabilities agree with the model's own, before and after all weights are sent to it."""
         from opsd.rollout.probe import TOLERANCE_NATS
         from opsd.rollout.vllm import VLLMSampler
 
@@ -253,7 +253,7 @@ class _Found:
 
     @torch.no_grad()
     def _log_probs(self, ids: list[int]) -> Tensor:
-        """Of every token but the first."""
+        """The log-probability of every token but the first, in nats."""
         given = torch.tensor([ids], device=self._device)
         log_probs_LV = self._model.eval()(input_ids=given, use_cache=False).logits[0].float().log_softmax(-1)
         return log_probs_LV[:-1].gather(-1, given[0, 1:, None])[:, 0].cpu()
@@ -264,7 +264,7 @@ def _reach(tokens: int) -> Reach:
 
 
 def _in_words(head: Head) -> str:
-    """How logits are made of hidden states."""
+    """How logits are computed from hidden states."""
     scale, softcap = head.transform.scale, head.transform.softcap
     said = "hidden·head" if head.bias_V is None else "hidden·head + bias"
     said += "" if scale == 1.0 else f", times {scale:g}"
@@ -277,7 +277,7 @@ def _mean_gap(ours: list[float], own: Tensor) -> float:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """vLLM's C++ and its children write to the file itself."""
+    """Silence file descriptor 2 itself: vLLM's C++ code and child processes write to it directly."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:

@@ -26,12 +26,12 @@ from opsd.update import Update
 from opsd.utils.distributed import Ranks
 from opsd.utils.seeding import derive_seed
 
-# Statistics whose means are the run's diagnostics, and the metrics that show them.
+# Statistics whose means are logged, and the names of those metrics.
 MEANS = {name: of.metric for name, of in STATISTICS.items() if of.metric is not None}
 
 
 class StepLog:
-    """Measures each step of a run, and writes its files where they are due."""
+    """Measures each step of a run, and writes its files when they are due."""
 
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder) -> None:
         self._config, self._parts, self._folder = config, parts, folder
@@ -49,7 +49,7 @@ class StepLog:
     def top_tokens(
         self, step: int, rollouts: list[Rollout], micros: list[MicroBatch], teacher: list[Tensor]
     ) -> tuple[ModelTop, ModelTop] | None:
-        """Both models' likeliest tokens for the token record, before the update changes one; None if not due.
+        """Both models' likeliest tokens for the token record, taken before the update; None if not due.
 
         At the rows of the recorded rollouts, in the order of the micro-batches. One forward pass of the student over
         every micro-batch, whether or not it holds such a row: under sharding all ranks must make the same calls.
@@ -81,7 +81,7 @@ class StepLog:
     def of_step(
         self, step: int, rollouts: list[Rollout], rewards: list[float] | None, batches: list[MicroBatch]
     ) -> dict[str, float]:
-        """What the step's rollouts and micro-batches (of all ranks) say, and its file of rollouts where it is due."""
+        """Metrics of the step's rollouts and micro-batches (of all ranks); writes its file of rollouts if due."""
         config, packed = self._config, sum(micro.input_ids_1L.numel() for micro in batches)
         metrics: dict[str, float] = {
             "step": step,
@@ -102,7 +102,7 @@ class StepLog:
         if rewards is not None:
             metrics["rollout/reward"] = sum(rewards) / len(rewards)
         every, recorded = config.telemetry.save_rollouts_every, config.telemetry.save_tokens and self._due(step)
-        # A record of tokens is looked at with its prompts.
+        # The viewer shows a token record together with its prompts.
         if every and (step % every == 0 or step in {1, config.steps} or recorded):
             self._folder.write_rollouts(f"step_{step}", rollouts, self._parts.tokenizer, rewards)
         return metrics
@@ -110,7 +110,7 @@ class StepLog:
     def of_update(
         self, step: int, rollouts: list[Rollout], update: Update | None, top: tuple[ModelTop, ModelTop] | None
     ) -> dict[str, float]:
-        """What the step's update (None: it was left out) says, and the token record where it is due."""
+        """Metrics of the step's update (None: the step was skipped); writes the token record if due."""
         if update is None:
             return {"optim/skipped": 1}
         metrics = {
@@ -142,7 +142,7 @@ class StepLog:
         return metrics
 
     def of_cut(self, rollouts: list[Rollout], trained: list[Rollout]) -> dict[str, float]:
-        """How much of the rollouts is not trained on because they were cut off, where --rollout.truncated says so."""
+        """How many rollouts and tokens are left out because they were cut off; none under --rollout.truncated keep."""
         if self._config.rollout.truncated == "keep":
             return {}
         tokens = sum(rollout.student_tokens() for rollout in rollouts)
@@ -152,7 +152,7 @@ class StepLog:
         }
 
     def _due(self, step: int) -> list[TokenTelemetry]:
-        """All installed telemetry where it is due in this step, else none. A short run has it at its last step."""
+        """All installed telemetry if due in this step, else none. In a run of fewer steps, its last step is due."""
         every = min(self._config.telemetry.every, self._config.steps)
         return self._parts.telemetry if every and step % every == 0 else []
 

@@ -1,11 +1,11 @@
-"""The seam between the trainer and token selection.
+"""The interface between the trainer and token selection.
 
-The trainer knows nothing of any selection rule. It computes per-token statistics, hands them to a
-`TokenSelector`, and trains on the rows that come back kept. Rules live in other packages and are found
+The trainer does not know any selection rule. It computes per-token statistics, passes them to a
+`TokenSelector`, and trains on the rows that it keeps. Rules live in other packages and are found
 by entry point (group `opsd.selectors`) or by "module:Name". Telemetry (named numbers drawn from the
 same statistics, such as quadrant shares) plugs in the same way (group `opsd.telemetry`).
 
-Legend: N student tokens of a micro-batch, or of a whole step where a docstring says so.
+Legend: N student tokens of a micro-batch, or of a whole step if the docstring says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUPPORT_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStats:
-    """What is known of each student token. A field nobody asked for is None.
+    """What is known about each student token. A field that was not requested is None.
 
     Shapes are [N]; divergences and entropies are fp32 nats, over the shared vocabulary and at the loss
     temperature (paper Eq. 2 without its 1/log|V|, and Eq. 3).
@@ -42,9 +42,9 @@ class TokenStats:
     grad_norm_N: L2 norm of the logit gradient of the reverse KL. teacher_mass_N: fp32, the teacher's probability of the
     student's `SUPPORT_TOKENS` likeliest tokens. log_ratio_N: log P_T − log P_S of the sampled token, nats.
     token_ids_N: int64, the sampled token.
-    stop_log_prob_N, teacher_stop_log_prob_N: natural logarithm of the chance that a turn ends here, by any stop token.
+    stop_log_prob_N, teacher_stop_log_prob_N: log-probability (nats) that a turn ends here, by any stop token.
     stop_N: bool, the sampled token ends a turn.
-    vocab_size: |V| that the probabilities run over.
+    vocab_size: |V|, the size of the vocabulary that the probabilities cover.
     """
 
     rollout_N: torch.Tensor
@@ -65,11 +65,11 @@ class TokenStats:
 
 
 class Statistic(NamedTuple):
-    """A statistic that is computed from logits: its type, and what it costs.
+    """A statistic that is computed from logits: its type, and what it needs.
 
     teacher: also needs the teacher's logits. required: in every token record, and in `token_stats` unless other fields
-    are named. metric: the name of its mean among a step's metrics. divergence: the divergence that it equals, per
-    token: where every token is kept, it comes with the loss at no cost.
+    are named. sampled: needs the sampled tokens. metric: the name of its mean among a step's metrics. divergence: the
+    divergence that it equals per token; if every token is kept, the loss yields it at no cost.
     """
 
     dtype: torch.dtype = torch.float32
@@ -93,7 +93,7 @@ STATISTICS = {
     "teacher_mass_N": Statistic(required=False),
     "log_ratio_N": Statistic(required=False, sampled=True),
 }
-# Only where the run says which tokens end a turn.
+# Only if the run knows which tokens end a turn.
 STOP_STATISTICS = {
     "stop_log_prob_N": Statistic(teacher=False, required=False),
     "teacher_stop_log_prob_N": Statistic(required=False),
@@ -103,12 +103,12 @@ STOP_FIELDS = frozenset(STOP_STATISTICS)
 TEACHER_FIELDS = frozenset(name for name, of in ALL_STATISTICS.items() if of.teacher)
 SAMPLED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.sampled)
 REQUIRED_FIELDS = frozenset(name for name, of in STATISTICS.items() if of.required)
-# Known without looking at a logit: a selector may list them in `needs`.
+# Known without computing logits: a selector may list them in `needs`.
 GIVEN_FIELDS = frozenset({"rollout_N", "token_ids_N", "stop_N", "vocab_size"})
 
 
 def field_of(divergence: str) -> str | None:
-    """The statistic that a divergence is; None where it is none of them."""
+    """The statistic that equals this divergence; None if there is none."""
     return next((name for name, of in STATISTICS.items() if of.divergence == divergence), None)
 
 
@@ -131,7 +131,7 @@ class TokenSelector(Protocol):
     are scored after the choice (NaN, or 0 in integer and bool fields, outside the kept rows) and handed to
     `weigh`, which is called only when needs_kept is not empty.
     normalise_over: "micro_batch" | "rollout" | "batch" | "running"; a rule that normalises nothing says
-    "micro_batch" whatever it was asked. Under "batch" the trainer calls `prepare` once per step with the
+    "micro_batch", whatever was configured. Under "batch" the trainer calls `prepare` once per step with the
     statistics of every micro-batch and rank, before any call.
     fixed_budget: True if the kept count follows from rollout lengths alone (see `budget`).
     `weigh` and `end_step` have defaults: a rule may leave them out.
@@ -147,7 +147,7 @@ class TokenSelector(Protocol):
         ...
 
     def prepare(self, all_stats: TokenStats) -> None:
-        """Learn what the step as a whole looks like (scope "batch")."""
+        """Take in the statistics of the whole step (scope "batch")."""
         ...
 
     def __call__(self, stats: TokenStats, seed: int = 0) -> Selection:
@@ -155,11 +155,11 @@ class TokenSelector(Protocol):
         ...
 
     def weigh(self, stats: TokenStats, selection: Selection) -> Selection:
-        """The selection with loss weights, by what `needs_kept` names."""
+        """The selection with loss weights, computed from the `needs_kept` fields."""
         return selection
 
     def end_step(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Learn from the step that ends (scope "running"); within a step nothing changes.
+        """Update the running state after a step (scope "running"); within a step it does not change.
 
         Called on every rank. reduce takes a CPU tensor and returns its sum over ranks.
         """
@@ -191,7 +191,7 @@ class TokenTelemetry(Protocol):
 
 
 def with_defaults(selector: TokenSelector) -> TokenSelector:
-    """The same rule, with what it leaves out: its class need not be derived from TokenSelector."""
+    """The same rule, with defaults for methods it lacks: its class need not derive from TokenSelector."""
     return _complete(selector, TokenSelector, ("weigh", "end_step"))
 
 
@@ -228,19 +228,19 @@ def load_selector(name: str, **options: Any) -> TokenSelector | None:
         selector: Any = factory(**options)
     except UserError:
         raise
-    except Exception as error:  # a rule of the user's own
+    except Exception as error:  # the rule may be the user's own code
         raise UserError(f"selector {name!r} cannot be made ({type(error).__name__}: {first_line(error)})") from error
     _check_selector(selector, name)
     return with_defaults(selector)
 
 
 def selector_takes(name: str, option: str) -> bool:
-    """Whether a selector has an option of that name. Raises UserError where there is no such selector."""
+    """Whether a selector has an option of that name. Raises UserError if there is no such selector."""
     return _takes(_selector_factory(name), option)
 
 
 def _selector_factory(name: str) -> Any:
-    """What makes the selector of that name."""
+    """The class or function that builds the selector of that name."""
     found = installed(SELECTOR_GROUP)
     check_selector_name(name)
     factory: Any = found[name].load() if name in found else load_path(name, "selector", "'module:Name'")
@@ -255,7 +255,7 @@ def _takes(factory: Any, option: str) -> bool:
 
 
 def _check_selector(selector: Any, name: str) -> None:
-    """Raises UserError for what is not a TokenSelector, or reads statistics that nobody computes."""
+    """Raises UserError if `selector` is not a TokenSelector, or needs an unknown statistic."""
     wanted = [*inspect.get_annotations(TokenSelector), "budget", "prepare", "state_dict", "load_state_dict", "__call__"]
     lacking = [attribute for attribute in wanted if not hasattr(selector, attribute)]
     if lacking:
@@ -269,7 +269,7 @@ def _check_selector(selector: Any, name: str) -> None:
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of a run's options of telemetry that what is installed here takes: the run may come from elsewhere."""
+    """The run's telemetry options that telemetry installed here accepts: the run may come from another machine."""
     known = set().union(*(inspect.signature(factory).parameters for factory in _telemetry()))
     return {name: value for name, value in options.items() if name in known}
 
@@ -279,7 +279,7 @@ def _telemetry() -> list[Any]:
 
 
 def load_telemetry(options: dict[str, Any] | None = None) -> list[TokenTelemetry]:
-    """All installed telemetry, in the order of their names; each is built with those of `options` that it takes.
+    """All installed telemetry, in order of name; each is built with those of `options` that it takes.
 
     Errors: UserError for an option that none of them takes.
     """

@@ -1,4 +1,4 @@
-"""On-policy distillation. One step is one pass through the loop of `Trainer.train`; its update stands right below."""
+"""On-policy distillation. One step is one pass through the loop of `Trainer.train`; its update is right below."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(config: TrainConfig) -> None:
     """Train from the student's folder into a new run folder. Raises UserError before anything is written."""
     check_new_run(Path(config.out))
     check_cache(config)
-    # What was chosen is what config.json says, and what the run goes on with.
+    # Settle automatic settings now: config.json records the choice, and a resumed run uses the same.
     config = dataclasses.replace(config, engine=settled(config.engine, local_device(config.engine.device)))
     config = pinned(config)
     ranks = _join_ranks(config)
@@ -53,7 +53,7 @@ def start(config: TrainConfig) -> None:
 
 
 def pinned(config: TrainConfig) -> TrainConfig:
-    """With the commits of the data sets that lie on the hub: what they hold later is another run's."""
+    """The same with hub data sets fixed to their current commits: later changes there do not affect this run."""
     pairs = (pair.partition("=") for pair in config.eval.suite)
     suites = tuple(f"{name}={pin(place)}" if place else name for name, _, place in pairs)
     return dataclasses.replace(config, prompts=pin(config.prompts), eval=dataclasses.replace(config.eval, suite=suites))
@@ -62,8 +62,8 @@ def pinned(config: TrainConfig) -> TrainConfig:
 def resume(path: Path, steps: int | None = None) -> None:
     """Continue from a run's newest intact checkpoint, with the numbers that the uninterrupted run would have had.
 
-    steps: a later end than the run's own; its schedule then stretches to there. Raises UserError where the run is over
-    or every checkpoint is lost: a run never starts again unasked.
+    steps: a later end than the run's own; its schedule is then stretched to it. Raises UserError if the run is finished
+    or every saved checkpoint is lost: a run never silently starts over.
     """
     check_resumable(path, steps)
     folder = RunFolder.open(path)
@@ -74,14 +74,14 @@ def resume(path: Path, steps: int | None = None) -> None:
 
 
 def _resume(path: Path, folder: RunFolder, config: TrainConfig, ranks: Ranks, steps: int | None) -> None:
-    """See resume. config: the folder's, with the end that is wanted now."""
+    """See `resume`. config: the folder's, with the number of steps wanted now."""
     newest, notes = ranks.broadcast(_find_checkpoint(folder) if ranks.is_main else (None, []))
     state = None if newest is None else checkpoint.load_state(newest)
     parts = assemble(config, ranks, newest, folder.began)
     if state is not None:
         _restore(parts, state, newest)
     has_line = ranks.broadcast(folder.cut_after(None if state is None else state.step) if ranks.is_main else False)
-    # Where the run ended between a step's checkpoint and its line of metrics, the line is still to come.
+    # If the run ended after a step's checkpoint but before its line of metrics, the line is still to be written.
     pending = None if state is None or has_line else {"step": state.step, **state.metrics}
     done_steps = 0 if state is None else state.step
     if steps is not None:
@@ -93,7 +93,7 @@ def _resume(path: Path, folder: RunFolder, config: TrainConfig, ranks: Ranks, st
 
 
 def extension(old: TrainConfig, new: TrainConfig, done_steps: int) -> str:
-    """What a later end makes of the learning rate, in a line."""
+    """How extending the run changes the learning rate, in one line."""
     before, after = (learning_rate(done_steps + 1, config.steps, config.optim) for config in (old, new))
     said = f"extended from {old.steps} to {new.steps} steps"
     if before == after:
@@ -105,9 +105,9 @@ def extension(old: TrainConfig, new: TrainConfig, done_steps: int) -> str:
 
 
 class Trainer:
-    """A run: its settings, its parts, its folder, and the loop. done_steps: steps that were trained before."""
+    """A run: its settings, its parts, its folder, and the loop. done_steps: steps already trained."""
 
-    # Whom a stage is told to, while there is somebody.
+    # Shows the current stage; None until the run starts.
     tracker: Tracker | None = None
 
     def __init__(self, config: TrainConfig, parts: Parts, folder: RunFolder, done_steps: int = 0) -> None:
@@ -120,7 +120,7 @@ class Trainer:
         self.watch = Stopwatch(parts.engine.device)
 
     def train(self, tracker: Tracker) -> None:
-        """The loop. Where a signal has asked for it, the weights are saved and the run stops, between two stages."""
+        """The loop. If a signal asks it to stop, it saves the weights and stops between two stages."""
         config, parts, ranks, log = self.config, self.parts, self.ranks, self.log
         skipped = ranks.broadcast(self.folder.skipped_in_row())
         for step in range(self.done_steps + 1, config.steps + 1):
@@ -147,7 +147,7 @@ class Trainer:
                 update = self.update(micros, teacher, step, watched, weights)
             skipped = 0 if update is not None else skipped + 1
             parts.teacher.end_step(step)
-            # Not needed until the next ones are there; at scale they are gigabytes.
+            # No longer needed, and gigabytes at scale.
             del teacher
             with self.stage("sync"):
                 parts.sampler.sync()
@@ -168,10 +168,10 @@ class Trainer:
     ) -> Update:
         """One optimiser step on this rank's share of micro-batches, given the teacher's hidden states [N, E] of each.
 
-        watched: statistics to take over all tokens, which changes nothing that is trained. weights: of each of the
-        step's rollouts, by id; they never change the count. Raises StepUnusable, on every rank and with all as it was
-        before the step, where there is no token to train on, or where the teacher's states, the loss or its gradient
-        are not finite; RunStopped where a selector keeps another count than it announced.
+        watched: statistics to compute over all tokens; they do not affect training. weights: the loss weight of each of
+        the step's rollouts, by id; they never change the kept count. Raises StepUnusable, on every rank and with all
+        state as before the step, if there is no token to train on, or if the teacher's states, the loss or its gradient
+        are not finite; RunStopped if a selector keeps a different count than it announced.
         """
         lr, planner = learning_rate(step, self.config.steps, self.config.optim), self.planner
         spec = planner.loss_at(step)
@@ -185,7 +185,7 @@ class Trainer:
 
                 result = self.engine.forward(micro, loss)
                 self.engine.backward(result.loss_sum, planner.denominator(plan, result))
-                # The graph is let go.
+                # Free the graph.
                 results.append(dataclasses.replace(result, loss_sum=result.loss_sum.detach()))
             planner.check_results(plan, results)
             with self.stage("optimiser"):
@@ -196,11 +196,11 @@ class Trainer:
             raise
 
     def run(self, notes: Sequence[str] = (), pending: dict[str, Any] | None = None) -> None:
-        """Evaluation, training and the end. notes: printed first.
+        """Evaluate, train and finish. notes: printed first.
 
-        pending: metrics of the last step that is done, where they lack a line yet.
+        pending: metrics of the last finished step, if their line is not written yet.
         """
-        # Loading takes copies of its own, which no step needs.
+        # Loading makes temporary copies, which must not count towards the peak memory of a step.
         forget_peak(self.engine.device)
         with Tracker(self.folder, self.done_steps) as tracker:
             self.tracker = tracker
@@ -222,7 +222,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of a step: its seconds are `time/NAME_s`; memory that runs out in it stops the run in one line."""
+        """A stage of a step: its seconds are `time/NAME_s`; running out of memory in it stops the run with one line."""
         if self.tracker is not None:
             self.tracker.stage(name)
         with memory_for(name), self.watch.stage(name):
@@ -232,14 +232,14 @@ class Trainer:
     def kept_if_unusable(
         self, step: int, rollouts: list[Rollout], rewards: list[float] | None, skipped: int
     ) -> Iterator[None]:
-        """Where the step cannot be trained on, its rollouts are kept for a look, and the run stops.
+        """If the step cannot be trained on, save its rollouts for inspection and stop the run.
 
-        Or the step is left out, as --optim.on_nonfinite says. skipped: how many in front of it were.
+        Under --optim.on_nonfinite skip, skip the step instead. skipped: how many steps right before it were skipped.
         """
         try:
             yield
         except RunStopped as problem:
-            # Every rank has the step's rollouts and decides alike; the first one writes.
+            # Every rank has the step's rollouts and decides the same; rank 0 writes them.
             optim, folder = self.config.optim, self.folder
             skips = isinstance(problem, StepUnusable) and optim.on_nonfinite == "skip"
             leave_out = skips and skipped < optim.max_skipped_steps
@@ -255,7 +255,7 @@ class Trainer:
             raise RunStopped(f"step {step}: {problem}{many}; its rollouts are in {where}, {saved}") from problem
 
     def evaluate_before(self, tracker: Tracker) -> None:
-        """The teacher and the student as they start; the metrics of step 0."""
+        """Evaluate the teacher and the untrained student; their results are the metrics of step 0."""
         if not self.parts.evaluator.suites:
             return
         metrics: dict[str, float] = {"step": 0}
@@ -279,12 +279,13 @@ class Trainer:
         return summary(result)
 
     def say_unread(self, result: dict[str, Any], tracker: Tracker) -> None:
-        """Say where the grader could read no answer at all: a score of 0 that may be the grader's."""
+        """Name suites in which the grader found no answer at all: the score of 0 may be the grader's fault."""
         for line in unread(result) if self.ranks.is_main else ():
             tracker.say(line)
 
     def record(self, step: int, metrics: dict[str, float], tracker: Tracker) -> None:
-        """Write a step's line, and say what goes wrong; under --health stop, save then and raise RunStopped."""
+        """Write a step's line and print its health warnings; under --health stop, a warning also saves a checkpoint and
+        raises RunStopped."""
         warnings = self.health.see(metrics) if self.ranks.is_main else []
         tracker.step(metrics | {f"health/{warning.name}": 1 for warning in warnings})
         for warning in warnings:
@@ -297,13 +298,13 @@ class Trainer:
             raise RunStopped(f"step {step}: stopped by --health stop, {saved}; {resume}")
 
     def save_if_due(self, step: int, metrics: dict[str, float]) -> None:
-        """A checkpoint, where one is due. It comes before the step's evaluation, which may be long."""
+        """Save a checkpoint if one is due. It comes before the step's evaluation, which may be long."""
         every = self.config.checkpoint.every
         if step == self.config.steps or (every and step % every == 0):
             self.save(step, metrics)
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
-        """A checkpoint of the weights as they are, after `step`; a call of all ranks, which wait for its end."""
+        """Save a checkpoint of the weights after `step`. All ranks must call it; they wait until it is written."""
         with self.stage("checkpoint"):
             optimizer = self.engine.optimizer_state()
             weights, adapters, teacher = self.engine.weights(), self.engine.adapters(), self.parts.teacher.state()
@@ -317,14 +318,14 @@ class Trainer:
             self.ranks.gather(None)
 
     def save_unless_there(self, step: int, metrics: dict[str, float]) -> None:
-        """A checkpoint of `step`, where none is there; a call of all ranks."""
+        """Save a checkpoint of `step` unless there is one. All ranks must call it."""
         if not self.ranks.broadcast(checkpoint.place(self.folder.checkpoints, step).exists()):
             self.save(step, metrics)
 
     def stop_if_asked(self, step: int, metrics: dict[str, float] | None = None) -> None:
-        """Where a signal reached any rank: save what `step` made, unless that is done already, and raise Interrupted.
+        """If a signal reached any rank: save a checkpoint of `step` unless there is one, and raise Interrupted.
 
-        metrics: the step's, where its line is not written yet.
+        metrics: the step's, if its line is not written yet.
         """
         number = max(self.ranks.gather(signals.asked()))
         if not number:
@@ -344,7 +345,7 @@ class Trainer:
 
 
 def _join_ranks(config: TrainConfig) -> Ranks:
-    """This process among the training processes; alone under the torch engine."""
+    """Join the other training processes; the torch engine has a single rank."""
     check_engine(config)
     if config.engine.kind != "deepspeed":
         return ONE_RANK
@@ -352,9 +353,9 @@ def _join_ranks(config: TrainConfig) -> Ranks:
 
 
 def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, None where none was saved yet; and what to tell about it, a line each.
+    """The newest intact checkpoint (None if none was saved yet), and notes to print about it, one line each.
 
-    Raises UserError where all that were saved are lost.
+    Raises UserError if all saved checkpoints are lost.
     """
     newest, notes = checkpoint.newest(folder.checkpoints)
     every, reached = folder.config.checkpoint.every, folder.last_step()
@@ -369,7 +370,7 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:
-    """Optimiser, selector and teacher as a checkpoint has them. Raises UserError where it does not fit this run."""
+    """Restore optimiser, selector and teacher from a checkpoint. Raises UserError if it does not fit this run."""
     what = f"checkpoint {newest}: its trainer state does not fit this run"
     with said(what, "remove it to resume from the previous one", *DAMAGED):
         parts.teacher.load_state(state.teacher)

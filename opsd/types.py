@@ -18,9 +18,9 @@ import torch
 class Prompt:
     """One prompt. id: the record's own id, or its place in the file. ids: token ids. answer: gold, or None.
 
-    teacher_ids: what the teacher reads in place of ids; None: the same. teacher_asked: what they are rendered from once
-    a sample of the student is put in (`opsd.data.context`); None where they need none. teacher: which one scores it, by
-    name, where there are several.
+    teacher_ids: what the teacher reads in place of ids; None: the same. teacher_asked: the text or messages from which
+    teacher_ids are rendered once a sample of the student is filled in (`opsd.data.context`); None if they need no
+    sample. teacher: name of the teacher that scores it, if there are several.
     """
 
     id: str
@@ -32,12 +32,12 @@ class Prompt:
     teacher: str = field(default="", kw_only=True)
 
     def content(self) -> list[Any]:
-        """All that decides how it is asked and graded, as JSON values."""
+        """Everything that determines how it is asked and graded, as JSON values."""
         own = [value for value in (self.teacher_ids, self.teacher_asked, self.teacher or None) if value is not None]
         return [self.id, self.ids, self.answer, *own]
 
     def tokens(self) -> int:
-        """Of the student's prompt or the teacher's, whichever is longer."""
+        """Length of the student's prompt or the teacher's, whichever is longer."""
         return max(len(self.ids), len(self.teacher_ids or ()))
 
 
@@ -60,14 +60,14 @@ class Sampling:
 class Stops:
     """The tokens that end a response, or a turn of it.
 
-    joined: the loss takes them for one token, because the two models end with different ones.
+    joined: the loss treats them as one token, because the two models end with different ones.
     """
 
     ids: tuple[int, ...] = ()
     joined: bool = False
 
 
-# Nothing is known to end a turn.
+# No token is known to end a turn.
 NO_STOPS = Stops()
 
 
@@ -101,9 +101,9 @@ class MicroBatch:
     """Several whole rollouts in one row, without padding; attention stays within each by its positions.
 
     input_ids_1L, position_ids_1L: int64 [1, L]; positions restart at 0 with every rollout.
-    rows_N: where in L the hidden state stands that predicts the n-th student token.
-    token_ids_N: that token. rollout_N: its rollout's id. teacher: the name of the one that scores all of them, where
-    there are several.
+    rows_N: index in L of the hidden state that predicts the n-th student token.
+    token_ids_N: that token. rollout_N: its rollout's id. teacher: name of the teacher that scores all of them, if there
+    are several.
     """
 
     input_ids_1L: torch.Tensor
@@ -122,7 +122,7 @@ class MicroBatch:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, in the row's order. A copy on a device is given them: it need not be asked."""
+        """Tokens of each sequence, in the row's order. `to` copies them, so that a device is not waited for."""
         (start_S,) = (self.position_ids_1L[0] == 0).nonzero(as_tuple=True)
         ends = [*start_S.tolist()[1:], self.position_ids_1L.shape[1]]
         return [end - start for start, end in zip(start_S.tolist(), ends, strict=True)]
@@ -136,7 +136,7 @@ class MicroBatch:
 class Transform:
     """What a model does to x = hidden·headᵀ + bias: logits = cap(scale·x), cap(y) = softcap·tanh(y / softcap).
 
-    softcap: None where there is none; else above 0, as scale is.
+    scale: above 0. softcap: above 0, or None.
     """
 
     scale: float = 1.0
@@ -153,17 +153,17 @@ PLAIN = Transform()
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A model's way from final hidden states to logits: weight_VD, bias_V (None: there is none), then the transform."""
+    """How a model computes logits from final hidden states: weight_VD, bias_V (or None), then the transform."""
 
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None = None
     transform: Transform = PLAIN
 
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Head:
-        """The same on other tensors, such as `torch.Tensor.detach` gives."""
+        """The same with `change`, e.g. `torch.Tensor.detach`, applied to its tensors."""
         return Head(change(self.weight_VD), None if self.bias_V is None else change(self.bias_V), self.transform)
 
     def logits(self, hidden_ND: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        """The model's own logits [N, V] at once, differentiable. rows: the first ones of the vocabulary alone."""
+        """The model's own logits [N, V] at once, differentiable. rows: compute only so many first columns of V."""
         bias_V = None if self.bias_V is None else self.bias_V[:rows]
         return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD[:rows], bias_V))

@@ -1,4 +1,4 @@
-"""What an update needs beside the engine: which tokens of a step are trained on, and what their loss is divided by.
+"""What an update needs besides the engine: which tokens of a step are trained on, and what their loss is divided by.
 
 Legend: N student tokens of a micro-batch, D and E hidden sizes, V shared vocabulary.
 """
@@ -29,10 +29,10 @@ from opsd.utils.errors import RunStopped, StepUnusable, UserError
 class Update:
     """What one update did. loss_nats: trained divergence per kept token. kept, tokens: counts over all ranks.
 
-    grad_norm: before clipping. kept_N: the mask over all ranks' student tokens, rank by rank and there micro-batch by
-    micro-batch. stats: their statistics; fields that nobody asked for are None. chunk_halvings: how often, since the
-    update before and over all ranks, the loss ran out of memory and went on with half of the rows in a chunk. teachers:
-    of several, by name, the divergence per kept token and the kept tokens that each scored.
+    grad_norm: before clipping. kept_N: the mask over all ranks' student tokens, in order of rank, then micro-batch.
+    stats: their statistics; fields that were not requested are None. chunk_halvings: how often, since the previous
+    update and over all ranks, the loss ran out of memory and continued with half as many rows per chunk. teachers: if
+    there are several, by name, the divergence per kept token and the number of kept tokens of each.
     """
 
     loss_nats: float
@@ -47,9 +47,9 @@ class Update:
 
 @dataclass
 class StepPlan:
-    """How each micro-batch's tokens are chosen. kept: over all ranks; 0 until the one micro-batch's choice is made.
+    """How each micro-batch's tokens are chosen. kept: count over all ranks; 0 if the loss is yet to choose.
 
-    scored: the micro-batches' statistics, where they had to be taken before the choice.
+    scored: the micro-batches' statistics, if they had to be computed before the choice.
     """
 
     choices: list[Choice]
@@ -88,11 +88,11 @@ class StepPlanner:
         return LossSpec(c.divergence_at(step), *how)
 
     def plan(self, micros: list[MicroBatch], teacher: list[Tensor], seed: int, watched: frozenset[str]) -> StepPlan:
-        """The step's plan. seed: decides random selection. watched: statistics to take over all tokens as well.
+        """The step's plan. seed: decides random selection. watched: statistics to compute over all tokens as well.
 
-        Masks are made beforehand where a choice needs sight of the whole step, or the count does, and the step has
-        several micro-batches; otherwise within the loss, at no further forward pass. Raises StepUnusable, on every
-        rank, where there is no token to train on, or where the teacher's states are not finite.
+        Masks are made beforehand if the choice or its count depends on the whole step and the step has several
+        micro-batches; otherwise within the loss, without another forward pass. Raises StepUnusable, on every rank, if
+        there is no token to train on, or if the teacher's states are not finite.
         """
         self._check_usable(micros, teacher)
         selector = self._selector
@@ -115,7 +115,7 @@ class StepPlanner:
         teacher_NE: Tensor,
         rollout_weights: Tensor | None = None,
     ) -> Inputs:
-        """What the loss core takes of one micro-batch, checked once. rollout_weights: by rollout id."""
+        """The loss core's inputs for one micro-batch, checked once. rollout_weights: by rollout id."""
         return check_inputs(
             student_ND,
             head,
@@ -135,8 +135,8 @@ class StepPlanner:
         return plan.kept
 
     def check_results(self, plan: StepPlan, results: list[DistillResult]) -> None:
-        """Raises, before the optimiser's step, StepUnusable for a loss that is not finite; RunStopped where the
-        selector kept another count than it announced."""
+        """Called before the optimiser's step. Raises StepUnusable if the loss is not finite; RunStopped if the selector
+        kept a different count than it announced."""
         loss_nats = self._loss_nats(plan, results)
         if not math.isfinite(loss_nats):
             self._engine.discard()
@@ -147,8 +147,8 @@ class StepPlanner:
     def end_step(
         self, plan: StepPlan, micros: list[MicroBatch], results: list[DistillResult], grad_norm: float
     ) -> Update:
-        """End the selector's step and report the update. Raises StepUnusable for a gradient that is not finite: the
-        engine took no step."""
+        """End the selector's step and report the update. Raises StepUnusable if the gradient is not finite; the engine
+        then took no step."""
         if not math.isfinite(grad_norm):
             raise StepUnusable(f"the gradient's norm is {grad_norm}")
         if self._selector is not None:
@@ -162,7 +162,7 @@ class StepPlanner:
         return Update(loss_nats, plan.kept, kept_N.numel(), grad_norm, kept_N, stats, halvings, teachers)
 
     def forget_step(self) -> None:
-        """The selector as it was: state does not change within a step, so loading it undoes `prepare`."""
+        """Reset the selector: its state does not change within a step, so reloading it undoes `prepare`."""
         if self._selector is not None:
             self._selector.load_state_dict(self._selector.state_dict())
 
@@ -181,9 +181,9 @@ class StepPlanner:
         return found
 
     def _check_usable(self, micros: list[MicroBatch], teacher: list[Tensor]) -> None:
-        """Raises StepUnusable, on every rank, where none has a token, or where a teacher's states are not finite."""
+        """Raises StepUnusable, on every rank, if none has a token, or if a teacher's states are not finite."""
         tokens = sum(micro.student_tokens() for micro in micros)
-        # Summed by rows: a mask of every number would be a quarter of the states themselves.
+        # Sum each row first: a mask over all elements would take a quarter of the states' own memory.
         bad = sum(int((~hidden_NE.sum(-1, dtype=torch.float32).isfinite()).sum()) for hidden_NE in teacher)
         found = self._ranks.gather((tokens, bad))
         if not sum(tokens for tokens, _ in found):
@@ -192,12 +192,12 @@ class StepPlanner:
             raise StepUnusable(f"the teacher's states of {bad} tokens are not finite")
 
     def _count_is_known(self) -> bool:
-        """Whether the kept count follows from the rollouts alone: without a rule it does, stops or not."""
+        """Whether the kept count follows from the rollouts alone; without a selector it does for any stop_token."""
         return self._selector is None or (self._selector.fixed_budget and self._stop_token == "as_scored")
 
     @torch.no_grad()
     def _score(self, micro: MicroBatch, teacher_NE: Tensor, watched: frozenset[str]) -> TokenStats:
-        """One micro-batch's statistics: those watched, and what a choice made beforehand reads."""
+        """One micro-batch's statistics: the watched ones, and those the selector needs."""
         assert self._selector is not None
         needs = watched | self._selector.needs | self._selector.needs_kept
 
@@ -221,7 +221,7 @@ class StepPlanner:
         return sum(int((micro.token_ids_N == token).sum()) for token in self._stops.ids)
 
     def _total(self, kept: int) -> int:
-        """Over all ranks. Raises StepUnusable where none keeps a token."""
+        """The sum over all ranks. Raises StepUnusable if it is 0."""
         total = int(self._ranks.sum(kept))
         if not total:
             raise StepUnusable("there is no token to train on: the selector kept none")
@@ -229,7 +229,7 @@ class StepPlanner:
 
 
 def rollout_weights(rollouts: list[Rollout], rewards: list[float] | None, config: TrainConfig) -> Tensor | None:
-    """The loss weight of each of a step's rollouts; None where the settings name none, or nothing is rewarded."""
+    """The loss weight of each of a step's rollouts; None if the settings ask for none, or there are no rewards."""
     loss, samples = config.loss, config.rollout.samples_per_prompt
     if not loss.reads_rewards or rewards is None:
         return None
@@ -264,8 +264,8 @@ def reward_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable], bet
 def paced_weights(rewards: Sequence[float], prompt_ids: Sequence[Hashable]) -> Tensor:
     """w = p·(1−p) of each rollout's prompt, p its mean reward, scaled to mean 1 over the step's rollouts, fp32.
 
-    After PACED (arXiv 2603.11178): what the student always or never gets right teaches little. Our reading: p is that
-    of this step's rollouts, where the paper measures it beforehand; and where every w is 0, all weights are 1.
+    After PACED (arXiv 2603.11178): prompts that the student always or never gets right teach little. Our reading: p is
+    measured on this step's rollouts, while the paper measures it beforehand; if every w is 0, all weights are 1.
     """
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt_ids))}
     prompt_N = torch.tensor([numbers[prompt] for prompt in prompt_ids])

@@ -25,7 +25,7 @@ def test_a_model_that_can_be_trained_has_a_line_for_each_check(tmp_path, capsys)
     fine, lines = checked(write(tmp_path / "model", "Mistral"), tokens=40)
     assert fine and tuple(lines) == LINES
     assert lines["rows"] == (True, "sequences are padded and do not affect each other; tried past 16 tokens")
-    assert lines["sampled"] == (True, "rows of any length can be decoded side by side on a cache")
+    assert lines["sampled"] == (True, "rows of any length can be decoded in one batch with a cache")
     # Libraries may have said something of their own.
     printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]
     assert len(printed) == len(LINES) and all(line.startswith("ok ") for line in printed)
@@ -45,7 +45,7 @@ def test_what_cannot_be_is_said_and_the_rest_is_checked_all_the_same(tmp_path):
     fine, lines = checked(folder, tokens=33)
     assert not fine
     assert [what for what, (well, _) in lines.items() if not well] == ["positions", "head", "head, served"]
-    assert "over the 32 positions" in lines["positions"][1] and "not hidden·head" in lines["head"][1]
+    assert "exceed the 32 positions" in lines["positions"][1] and "not hidden·head" in lines["head"][1]
     assert "checkpoints have do_sample true" in lines["save, reload"][1]
 
 

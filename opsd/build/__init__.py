@@ -1,4 +1,4 @@
-"""Everything a run is made of, loaded and checked before anything is written."""
+"""Loads and checks all parts of a run before anything is written."""
 
 from opsd.build.assembly import Parts as Parts
 from opsd.build.assembly import assemble as assemble

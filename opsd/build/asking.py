@@ -18,8 +18,8 @@ from opsd.utils.errors import UserError
 
 
 class Asked(NamedTuple):
-    """What a run asks. world: its environment, if any. dropped, unfit: prompts that were too long for the student, for
-    the teacher. asking: how the teacher is asked, where that is not as the student is."""
+    """What a run asks. world: its environment, if any. dropped, unfit: number of prompts that were too long for the
+    student and for the teacher. asking: how the teacher is asked; None: as the student is."""
 
     world: Any
     prompts: list[Any]
@@ -30,7 +30,7 @@ class Asked(NamedTuple):
 
 
 def ask(config: TrainConfig, tokenizer: Any, teacher_tokenizer: Any) -> Asked:
-    """Prompts and suites, rendered by the student's tokenizer and, where it is asked otherwise, by the teacher's."""
+    """Prompts and suites, rendered by the student's tokenizer; if the teacher has its own prompts, also by its own."""
     how = prompt_format(config)
     asking = teacher_prompts(config, teacher_tokenizer, how)
     world = load_environment(config.environment.kind, config, tokenizer)
@@ -63,7 +63,7 @@ def teacher_prompts(config: TrainConfig, tokenizer: Any, how: PromptFormat) -> T
 
 
 def check_answers(config: TrainConfig, prompts: list[Prompt], asking: TeacherPrompts | None) -> None:
-    """Raises UserError where a prompt has no answer and the run goes by rewards."""
+    """Raises UserError if a prompt has no answer and the run needs rewards."""
     missing = next((prompt.id for prompt in prompts if prompt.answer is None), None)
     if missing is None or config.environment.kind != "none":
         return

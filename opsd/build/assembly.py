@@ -47,10 +47,10 @@ from opsd.utils.oom import memory_for
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run, in the order a step uses them. dropped_prompts: over-long ones that were left out.
+    """The parts of a run, in the order a step uses them. dropped_prompts: number of prompts dropped as too long.
 
-    source: the folder that the student was loaded from. notes: what to tell at the start, a line each. asking: how the
-    teacher is asked, where that is not as the student is.
+    source: the folder that the student was loaded from. notes: lines to print at the start. asking: how the teacher is
+    asked; None: as the student is.
     """
 
     ranks: Ranks
@@ -73,17 +73,17 @@ class Parts:
     asking: TeacherPrompts | None = None
 
     def models(self) -> Models:
-        """What an evaluation reads of them."""
+        """The parts that an evaluation needs."""
         how = (self.ranks, self.engine.device, self.stops)
         return Models(self.evaluator, self.sampler, self.teacher_sampler, *how)
 
 
 @memory_for("loading", "then start again")
 def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, began: Began | None = None) -> Parts:
-    """Load what `config` names; the student from `checkpoint` where one is given.
+    """Load what `config` names; the student from `checkpoint` if one is given.
 
-    began: what the run began with, if it goes on: the prompts must be the same.
-    Raises UserError for whatever cannot serve. Writes nothing.
+    began: for a resumed run, what it began with; the prompts must be the same.
+    Raises UserError for anything that cannot be used. Writes nothing.
     """
     check_trackers(config)
     check_rollout(config.rollout)
@@ -123,7 +123,7 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
     longer = length_switches(student.model, reach.longest) if student.alone else frozenset[int]()
     built = {} if own else build_teachers(config, ranks, device, teacher_reach)
     own_head, its_heads = student.head.as_head(), [each.head_for(empty(name)) for name, each in built.items()]
-    # Of a teacher that gives log-probabilities no head is known; its tokenizer says what it can give.
+    # A teacher that gives log-probabilities has no known head; its tokenizer says which tokens it knows.
     heads = [head or own_head for head in its_heads] or [own_head]
     vocab_size = min(
         shared_vocabulary(tokenizer, its, own_head, head) for its, head in zip(tokenizers, heads, strict=True)

@@ -22,7 +22,7 @@ from opsd.utils.errors import UserError
 
 
 def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: str) -> list[str]:
-    """What would fail later fails now: saving, and vLLM's taking of the weights. Returns what to tell, a line each.
+    """Checks now that the student can be saved and that vLLM accepts its weights. Returns lines to print.
 
     Raises UserError.
     """
@@ -46,9 +46,9 @@ def check_student(config: TrainConfig, student: Scorer, tokenizer: Any, path: st
 def load_student(config: TrainConfig, path: str, device: torch.device, reach: Reach | None = None) -> Scorer:
     """The student of `path`: config.student, or a checkpoint of this run.
 
-    Under LoRA a checkpoint's own weights are merged ones; training goes on with the base and the adapters.
+    With LoRA a checkpoint's weights have the adapters merged in; training resumes from the base model and the adapters.
     """
-    # As DeepSpeedEngine will have it: what is checked here must be what is used.
+    # The same condition as in DeepSpeedEngine: what is checked here must be what is used.
     packed = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
 
     compute = getattr(torch, settled(config.engine, device).dtype)
@@ -67,13 +67,13 @@ def load_student(config: TrainConfig, path: str, device: torch.device, reach: Re
 
 
 def check_adapters(lora: LoraConfig) -> None:
-    """Raises UserError where adapters are asked for and peft is not installed."""
+    """Raises UserError if adapters are requested and peft is not installed."""
     if lora.rank and importlib.util.find_spec("peft") is None:
         raise UserError(f"--lora.rank {lora.rank}: peft is not installed; run `make setup`, or give 0")
 
 
 def read_folders(config: TrainConfig, checkpoint: Path | None) -> dict[str, str]:
-    """The models that a run's weights are read from, by flag; what a checkpoint holds is not read there again."""
+    """The folders that a run's weights are read from, by flag; without those whose weights the checkpoint holds."""
     anew = checkpoint is None
     student = {"--student": config.student} if anew or config.lora.rank else {}
     teachers = config.teacher_paths() if anew or not config.teacher.follows else {}
@@ -81,7 +81,7 @@ def read_folders(config: TrainConfig, checkpoint: Path | None) -> dict[str, str]
 
 
 def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:
-    """Each teacher's own. Raises UserError where one maps other tokens than the student's, `tokenizer`."""
+    """Each teacher's tokenizer. Raises UserError if one maps tokens to other ids than the student's, `tokenizer`."""
     found = []
     for name, path in config.teacher_paths().items():
         found.append(load_tokenizer(path, f"--teachers {name}" if name else "--teacher", config.trust_remote_code))
@@ -90,7 +90,7 @@ def load_teacher_tokenizers(config: TrainConfig, tokenizer: Any) -> list[Any]:
 
 
 def build_teachers(config: TrainConfig, ranks: Ranks, device: torch.device, reach: Reach) -> dict[str, Teacher]:
-    """The teachers that `config` names, by name; a single one has none."""
+    """The teachers that `config` names, by name; a single one has the name ""."""
     return {name: build_teacher(config, ranks, device, reach, name) for name in config.teacher_paths()}
 
 
@@ -117,7 +117,7 @@ def build_teacher(config: TrainConfig, ranks: Ranks, device: torch.device, reach
 
 
 def lies_in_student(config: TrainConfig) -> bool:
-    """Whether the teacher is the student's own model at other weights, not a model of its own."""
+    """Whether the teacher is the student's model with other weights, not a separate model."""
     t = config.teacher
     here = t.kind == "local" and not t.shard and not t.offload
     return t.follows or (t.is_student and config.lora.rank > 0 and here)

@@ -1,4 +1,4 @@
-"""What writes the rollouts, and what selects their tokens."""
+"""Builds the sampler of the rollouts and the selector of their tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opsd.utils.errors import UserError
 
 
 def check_rollout(rollout: RolloutConfig) -> None:
-    """Raises UserError where the sampler that is named cannot run here: before minutes are spent on loading."""
+    """Raises UserError if the configured sampler cannot run here, before minutes are spent on loading."""
     if rollout.engine != "hf":
         if importlib.util.find_spec("vllm") is None:
             raise UserError(f"--rollout.engine {rollout.engine}: vLLM is not installed; run `make setup`, or give hf")
@@ -65,7 +65,7 @@ def build_rollout(
 
 
 def build_selector(select: SelectConfig) -> TokenSelector | None:
-    """The selector of the settings; it is handed its retention, and what its own defaults may not say."""
+    """The configured selector; it gets its retention, and the settings that may differ from its own defaults."""
     if select.by == ALL_TOKENS:
         return None
     defaults = SelectConfig()
@@ -73,7 +73,7 @@ def build_selector(select: SelectConfig) -> TokenSelector | None:
     if select.clip_quantile != defaults.clip_quantile:
         options["clip_quantile"] = select.clip_quantile
     scope = select.normalise_over
-    # A rule's own default is micro_batch. batch, the trainer's, is handed only to a rule that has the option.
+    # A rule's own default is micro_batch. The trainer's default, batch, is passed only to a rule that has the option.
     if scope != "micro_batch" and (scope != defaults.normalise_over or selector_takes(select.by, "normalise_over")):
         options["normalise_over"] = scope
     return load_selector(select.by, **(options | select.options))

@@ -1,4 +1,4 @@
-"""Which tokens end a turn of this pair, and whether its chat templates agree."""
+"""Which tokens end a turn of this student and teacher, and whether their chat templates agree."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def settle_stops(
     joinable: bool,
     began: Began | None = None,
 ) -> tuple[PairStops, list[str]]:
-    """What ends the rollouts of this pair, and what to tell, a line each; a run that goes on keeps what it began with.
+    """What ends the rollouts of this pair, and lines to print; a resumed run keeps what it began with.
 
-    tokenizers: the teachers'. joinable: whether the loss can take several stops for one.
-    Where that is more than the student's own folder names, its checkpoints name it: whatever samples from them stops.
+    tokenizers: the teachers'. joinable: whether the loss can merge several stops into one.
+    If the student's folder does not name them all, its checkpoints do, so that any sampler of a checkpoint stops there.
     Raises UserError for stops that cannot be reconciled.
     """
     own, beyond = eos_token_ids(student.model.generation_config, tokenizer), set[int]()
     if began is not None:
-        # A folder of an earlier version: its rollouts end where the student does.
+        # A folder of an earlier version has no stops: its rollouts end at the student's own end tokens.
         pair = began.stops or PairStops(own, own, Stops(tuple(own)))
     else:
         chat, trust = config.prompt_format == "chat", config.trust_remote_code
@@ -55,7 +55,7 @@ def settle_stops(
 def compare_templates(
     prompts: list[Prompt], path: str, tokenizer: Any, teacher_tokenizer: Any, how: PromptFormat, clock: Clock
 ) -> list[str]:
-    """A line where the teacher's chat template would ask the prompts otherwise than the student's, which asks both."""
+    """A warning line if the teacher's chat template renders a prompt differently; both models get the student's."""
     if (tokenizer.chat_template, tokenizer.special_tokens_map) == (
         teacher_tokenizer.chat_template,
         teacher_tokenizer.special_tokens_map,

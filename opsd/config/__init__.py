@@ -1,4 +1,4 @@
-"""Settings of a run, and the command line made from them."""
+"""Settings of a run, and the command line that is made from them."""
 
 from opsd.config.rollout import RolloutConfig as RolloutConfig
 from opsd.config.schema import CheckpointConfig as CheckpointConfig

@@ -1,4 +1,4 @@
-"""A run's settings against each other, across its parts; each part has checked itself."""
+"""Checks a run's settings across its parts; each part has checked itself."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def check_parts(config: TrainConfig) -> None:
-    """Raises UserError where two parts of `config` do not fit each other."""
+    """Raises UserError if two parts of `config` contradict each other."""
     if config.optim.warmup_steps > config.steps:
-        raise UserError(f"--optim.warmup_steps {config.optim.warmup_steps}: give 0 to --steps ({config.steps})")
+        raise UserError(f"--optim.warmup_steps {config.optim.warmup_steps}: give at most --steps ({config.steps})")
     if config.loss.reads_rewards and config.rollout.horizon < 1.0:
         raise UserError(
             f"--rollout.horizon {config.rollout.horizon:g} cuts answers before they can earn a reward: give 1, or "
@@ -62,7 +62,7 @@ def _check_several(config: TrainConfig) -> None:
     if config.teacher.context is not None:
         raise UserError("--teacher.context works with one teacher only; give --teacher instead of --teachers")
     for name in names:
-        config.teacher_of(name)  # each has servers, where they are served
+        config.teacher_of(name)  # raises if a served teacher has no server
 
 
 def _check_logprobs(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Arguments to a frozen dataclass by tyro, and tyro's message boxes to one line."""
+"""Parses arguments into a frozen dataclass with tyro, and shortens tyro's message boxes to one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from opsd.config.settings import Settings, fields_of, is_part, required_of
 from opsd.utils.errors import UserError
 
 Config = TypeVar("Config", bound=Settings)
-# tyro says what is wrong in a box on stderr. Its structured errors are in a private module, which its authors call
-# unstable; so the box is read, here alone.
+# tyro prints errors in a box on stderr. Its structured errors are in a private module, which its authors call
+# unstable; so the box is parsed, and only here.
 _TITLE = re.compile(r"╭─[^╮]*╮")
 _BOX = re.compile(r"[─-╿]+")
 _OPTION = re.compile(r"(--[A-Za-z][\w.]*) ")
@@ -31,8 +31,8 @@ def parse(
 ) -> Config:
     """`args` as a `config`; `--help` prints all flags and exits. Raises UserError, one line, for bad arguments.
 
-    bare_switches: a bool field is --field and --no-field; else it takes a value, --field True.
-    unset: what stands for arguments that are not given, required ones too.
+    bare_switches: a bool field is given as --field or --no-field; otherwise it takes a value, --field True.
+    unset: values of arguments that are not given, required ones too.
     """
     markers = () if bare_switches else (tyro.conf.FlagConversionOff,)
     default: dict[str, Any] = {} if unset is None else {"default": unset}
@@ -47,7 +47,7 @@ def parse(
 
 
 def one_line(box: str, config: type[Settings], args: list[str]) -> str:
-    """What tyro says of `args` in a box over many lines, as one: what is wrong, and the nearest of the known flags."""
+    """tyro's box about `args` as one line: what is wrong, and the closest known flag."""
     text, flags = " ".join(_BOX.sub(" ", _TITLE.sub(" ", re.sub(r"\x1b\[[\d;]*m", "", box))).split()), flags_of(config)
     text = re.split(r"For full helptext|Argument helptext|Perhaps you meant", text)[0].strip().removesuffix(".")
     unknown = re.search(r"Unrecognized options: ([^\s,]+)", text)
@@ -61,7 +61,7 @@ def one_line(box: str, config: type[Settings], args: list[str]) -> str:
     missing = re.search(r"Missing from [^:]+: (.*)", text)
     if missing:
         options = [flag for flag in _OPTION.findall(missing[1]) if flag in flags]
-        # Of arguments without a flag the box has the types alone; taken in order, the last ones are missing.
+        # For arguments without a flag the box has only types. They are filled in order, so the last ones are missing.
         bare = [name.upper() for name in required_of(config) if f"--{name}" not in options]
         lacking = missing[1].count("(required)") - len(options)
         return f"missing: {', '.join([*bare[len(bare) - lacking :], *options])}"
@@ -89,7 +89,7 @@ def asked_for(kind: Any) -> str:
 
 
 def flags_of(settings: type[Settings]) -> dict[str, Any]:
-    """Every flag of a dataclass of settings with its type, those of its parts with a dot."""
+    """Every flag of a dataclass of settings with its type; flags of its parts have a dot."""
     found = {}
     for name, kind in fields_of(settings).items():
         part = kind.__origin__ if typing.get_origin(kind) is typing.Annotated else kind

@@ -14,15 +14,15 @@ from opsd.config.schema import TrainConfig, to_json
 from opsd.config.teacher import TeacherConfig
 from opsd.utils.errors import UserError, first_line
 
-# What a run writes into config.json beside its settings.
+# What a run writes into config.json in addition to its settings.
 OF_A_RUN = ("began", "extended")
 _UNSET = TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out="")
 
 
 def with_file(args: list[str]) -> list[str]:
-    """The arguments without --config FILE, and with the file's settings as flags where no flag stands for them.
+    """The arguments without --config FILE, and with the file's settings as flags unless the same flag is given.
 
-    So a file is checked as flags are, in the same words. Raises UserError.
+    So a file is checked like flags, with the same messages. Raises UserError.
     """
     if "--config" not in args:
         return args
@@ -41,7 +41,7 @@ def dumped(args: list[str]) -> str:
     """Every setting of the run that these arguments describe, as YAML; models, prompts and folder may be left out."""
     words = with_file([word for word in args if word != "--dump_config"])
     config = parse(TrainConfig, words, "opsd train", unset=_UNSET)
-    # By way of JSON, tuples are lists.
+    # The round trip through JSON turns tuples into lists.
     return yaml.safe_dump(json.loads(json.dumps(to_json(config))), sort_keys=False, allow_unicode=True)
 
 
@@ -64,7 +64,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _flags(values: dict[str, Any], part: str = "") -> dict[str, list[str]]:
-    """Each flag and its words. A mapping is a part of the settings; options are a mapping themselves."""
+    """Each flag and its words. A mapping is a part of the settings, except options, whose value is a mapping."""
     found: dict[str, list[str]] = {}
     for name, value in values.items():
         flag = f"--{part}{name}"

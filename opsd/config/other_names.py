@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Our flag, and in brackets its unit where theirs is another; then their names, the last part of those with dots. An
-# evaluation's own flags come second in a line.
+# Our flag, and in brackets its unit if theirs differs; then their names (of dotted names, the last part). The flag of
+# `opsd eval` comes second in a line.
 _NAMES = """
 --student --model: model_path model_name_or_path model_name student_model_path actor_model_path pretrained_model_name
 --teacher: teacher_model teacher_model_path teacher_model_name_or_path teacher_path ref_model
@@ -79,11 +79,11 @@ def flag_for(name: str, flags: list[str]) -> str | None:
 
 
 def unit_for(name: str) -> str:
-    """In brackets, what our flag counts where another trainer's name counts something else; else nothing."""
+    """In brackets, what our flag counts, if the other trainer's flag counts something else; otherwise ""."""
     return next((_UNITS[key] for key in _keys(name) if key in _UNITS), "")
 
 
 def _keys(name: str) -> tuple[str, str]:
-    """The whole name, which says more than its last part does, and that."""
+    """The whole name, which is more specific, and its last part."""
     plain = re.split(r"[=\s]", name.lstrip("-"))[0].lower().replace("-", "_")
     return plain.replace(".", "_"), plain.rpartition(".")[2]

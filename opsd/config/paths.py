@@ -1,4 +1,4 @@
-"""The paths that a run's settings name, looked at before anything is loaded."""
+"""Checks the paths that a run's settings name before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_paths(config: TrainConfig) -> None:
-    """What a run that is to begin names: its folder, selector, both models, prompts, suites. Raises UserError."""
+    """Checks the folder, selector, models, prompts and suites of a new run. Raises UserError."""
     if not config.out:
         raise UserError("--out is empty; give a new folder")
     check_new_run(Path(config.out))

@@ -1,4 +1,4 @@
-"""How the student writes: sampler, lengths, what ends a response."""
+"""How the student generates: sampler, lengths, what ends a response."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RolloutConfig(LengthSettings, SamplingSettings, part="rollout"):
     are neither scored nor counted in the loss's denominator; rollout/left_out_tokens says how many there are."""
 
     def horizon_at(self, step: int) -> int:
-        """Tokens that answers are written to in 1-based `step`, at least 1."""
+        """Maximum number of new tokens in 1-based `step`, at least 1."""
         grown = (step - 1) / (self.horizon_steps - 1) if self.horizon_steps else 0.0
         fraction = min(1.0, self.horizon + (1.0 - self.horizon) * grown)
         return max(1, int(fraction * self.max_new_tokens + 1e-9))

@@ -1,4 +1,4 @@
-"""A run's config.json, read and looked at before the libraries that continue with the run are loaded."""
+"""Reads and checks a run's config.json before the heavy libraries that resume the run are loaded."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def parse_resume(args: list[str]) -> ResumeConfig:
     others = [word for word in args if word.startswith("--") and word.partition("=")[0] not in ("--resume", "--steps")]
     if others:
         raise UserError(
-            f"--resume RUN takes no {others[0]}: a resumed run keeps its settings; --steps N alone extends it; "
+            f"--resume RUN takes no {others[0]}: a resumed run keeps its settings; only --steps N may be given; "
             "start a new run to change others"
         )
     return parse(ResumeConfig, args, "opsd train --resume")
 
 
 def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """A run folder's settings, and what stands beside them: "began", "extended". Raises UserError."""
+    """A run folder's settings, and the other keys of its config.json: "began", "extended". Raises UserError."""
     check_old_run(path)
     with said(f"--resume {path}: config.json is not JSON", "put it back, or start a new run", ValueError):
         values = json.loads((path / "config.json").read_text())
@@ -52,9 +52,9 @@ def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def check_resumable(path: Path, steps: int | None = None) -> TrainConfig:
-    """The settings that a run goes on with: its own, but for its end where `steps` is given.
+    """The settings that a run resumes with. steps: the new total number of steps, if it is to be extended.
 
-    Raises UserError where it has finished, or where `steps` would not prolong it.
+    Raises UserError if it has finished, or if `steps` would not extend it.
     """
     config, _ = read_run(path)
     if steps is not None and steps <= config.steps:

@@ -1,7 +1,7 @@
-"""Every setting of a run, in frozen dataclasses. The command line is made from these; so is config.json.
+"""Every setting of a run, in frozen dataclasses. The command line and config.json are made from these.
 
-Units stand in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) but for sizes:
-those let a pair of half a billion parameters train on a laptop, and recipes/ state the paper's.
+Units are in names or docstrings: tokens, steps, nats, seconds. Defaults are the paper's (Table 9) except for sizes:
+these let a pair of half a billion parameters train on a laptop; recipes/ state the paper's.
 """
 
 from __future__ import annotations
@@ -161,13 +161,13 @@ class TrainConfig(PromptSettings, StepSettings):
     """
 
     def teacher_paths(self) -> dict[str, str]:
-        """By name, folder (or hub name) of each teacher's weights, or of those that it starts from; one has no name."""
+        """Folder (or hub name) of each teacher's (initial) weights, by name; a single teacher has the name ""."""
         if not self.teachers:
             return {"": self.student if self.teacher.is_student else self.teacher.model}
         return dict((name, path) for name, _, path in (pair.partition("=") for pair in self.teachers))
 
     def teacher_of(self, name: str) -> TeacherConfig:
-        """What holds for the teacher of that name."""
+        """The settings of the teacher of that name."""
         urls = self.teacher.urls
         if self.teachers and self.teacher.kind != "local":
             urls = tuple(url.removeprefix(f"{name}=") for url in urls if url.startswith(f"{name}="))
@@ -186,12 +186,12 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_json`. Raises UserError for a setting that this version does not know, or that is damaged."""
+    """The inverse of `to_json`. Raises UserError for a setting that is unknown to this version, missing or damaged."""
     return _made(TrainConfig, values, "")
 
 
 def _made(kind: type[Settings], values: Any, part: str) -> Any:
-    """Settings of a type, from what JSON makes of them. part: what their names begin with."""
+    """Settings of a type from their JSON values. part: the prefix of their names."""
     if not isinstance(values, dict):
         raise UserError(f"config.json: {part[:-1] or 'it'} is {values!r}, not a group of settings; put it back")
     kinds = fields_of(kind)

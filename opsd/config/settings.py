@@ -1,4 +1,4 @@
-"""What dataclasses of settings share: bounds, which stand in the types of fields, and fields of several commands."""
+"""What dataclasses of settings share: bounds, given in the types of fields, and fields that several commands have."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeGuard, Union
 
 from opsd.utils.errors import UserError
 
-# Whatever is counted or measured here stays far below; a count beyond it would run for ever.
+# Real settings stay far below this; a count above it would run for ever.
 MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number may be. holds: false for NaN too. give: what a message asks for."""
+    """What a number may be. holds: whether a value is allowed (NaN never is). give: what the error message asks for."""
 
     holds: Callable[[Any], bool]
     give: str
@@ -37,9 +37,9 @@ ProperFraction = Annotated[float, Bound(lambda value: 0 < value < 1, "a fraction
 
 
 class Settings:
-    """A dataclass of settings. Making one raises UserError for a value outside its field's bounds or choices.
+    """A dataclass of settings. Its constructor raises UserError for a value outside its field's bounds or choices.
 
-    part: what its flags begin with, e.g. "rollout."; given when a class is declared, without the dot.
+    part: the prefix of its flags, e.g. "rollout."; the class declaration gives it without the dot.
     """
 
     part: ClassVar[str] = ""
@@ -55,12 +55,12 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Raise UserError where fields do not fit each other."""
+        """Raises UserError if fields contradict each other."""
 
 
 @cache
 def fields_of(settings: type) -> dict[str, Any]:
-    """The fields of a dataclass and their types, with what stands beside these."""
+    """The fields of a dataclass and their types, with annotations such as bounds."""
     kinds = typing.get_type_hints(settings, include_extras=True)
     return {field.name: kinds[field.name] for field in dataclasses.fields(settings)}
 
@@ -77,14 +77,14 @@ def is_part(kind: Any) -> TypeGuard[type[Settings]]:
 
 
 def fits(kind: Any, value: Any) -> bool:
-    """Whether a value is of a field's type; whether it is within its bounds is another question."""
+    """Whether a value is of a field's type; bounds are not checked."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return fits(args[0], value)
     if origin in (Union, UnionType):
         return any(fits(arg, value) for arg in args)
     if origin is Literal:
-        # One that is none of the choices is said with what they are.
+        # A value that is none of the choices passes here; the constructor's error then lists the choices.
         return type(value) in {type(choice) for choice in args}
     if origin is tuple:
         return isinstance(value, tuple) and all(fits(args[0], one) for one in value)
@@ -94,7 +94,7 @@ def fits(kind: Any, value: Any) -> bool:
 
 
 def wanted(kind: Any, value: Any) -> str:
-    """What to give in place of `value`; nothing where it is within the bounds and choices of its type."""
+    """What to give instead of `value`; "" if it is within the bounds and choices of its type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         bounds = [bound for bound in args[1:] if isinstance(bound, Bound)]
@@ -102,7 +102,7 @@ def wanted(kind: Any, value: Any) -> str:
     if origin is Literal:
         return "" if value in args else f"one of: {', '.join(map(str, args))}"
     if origin in (Union, UnionType):
-        # A type with bounds stands first, words such as auto or None behind it.
+        # The type with bounds comes first, then words such as auto or None.
         words = [word for arg in args[1:] for word in typing.get_args(arg) or (None,)]
         return "" if value in words else wanted(args[0], value)
     return ""
@@ -177,7 +177,7 @@ class StepSettings(Settings):
     """Training prompts: a .jsonl or .parquet file, or a dataset on the hub as hub:OWNER/NAME:SPLIT or
     hub:OWNER/NAME:CONFIG:SPLIT; config.json then records its commit."""
     out: str
-    """Folder to write to; a run's must be new, empty, or of a run that ended before its first step did."""
+    """Folder to write to; a run's must be new, empty, or of a run that ended before its first step was complete."""
     steps: PositiveInt = 100
     """Optimiser steps."""
     prompts_per_step: PositiveInt = 8

@@ -1,4 +1,4 @@
-"""The teacher: which model, where it runs, what it is shown."""
+"""The teacher: which model it is, where it runs, what it reads."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TeacherConfig(Settings, part="teacher"):
             raise UserError(f"--teacher.ema {self.ema} needs --teacher self with --teacher.weights ema")
         if self.follows and (self.kind != "local" or self.shard or self.offload):
             raise UserError(
-                f"--teacher.weights {self.weights}: this teacher is held in the student, with its sharding; leave out "
+                f"--teacher.weights {self.weights}: this teacher is part of the student and sharded with it; leave out "
                 "--teacher.kind, --teacher.shard and --teacher.offload"
             )
         if self.kind != "local" and not self.urls:

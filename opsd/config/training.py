@@ -75,11 +75,11 @@ class LossConfig(Settings, part="loss"):
 
     @property
     def reads_rewards(self) -> bool:
-        """Whether rewards weigh the loss."""
+        """Whether rewards weight the loss."""
         return bool(self.reward_beta) or self.prompt_weights != "none"
 
     def divergence_at(self, step: int) -> str:
-        """What is trained in 1-based `step`."""
+        """The divergence that is trained in 1-based `step`."""
         if self.divergence != "forward_then_reverse":
             return self.divergence
         return "forward_kl" if step <= self.warmup_steps else "reverse_kl"

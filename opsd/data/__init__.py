@@ -1,1 +1,1 @@
-"""Prompt files to token ids, and rollouts to micro-batches."""
+"""Turns prompt files into token ids, and rollouts into micro-batches."""

@@ -1,7 +1,7 @@
-"""What the teacher is asked in place of the student's prompt: a text with the record's columns, or a rewarded sample.
+"""The teacher's own prompts: a text with the record's columns or a rewarded sample, in place of the student's prompt.
 
-The teacher scores the student's own response behind it. So it may see the answer (on-policy self-distillation), another
-sample that was rewarded (SDPO, arXiv 2601.20802), or an instruction that the student is to follow unasked.
+The teacher scores the student's response after it. So it may see the answer (on-policy self-distillation), another
+sample that was rewarded (SDPO, arXiv 2601.20802), or an instruction that the student is to learn to follow without it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from opsd.utils.errors import DAMAGED, UserError, said
 
 Content = str | list[dict[str, Any]]
 SAMPLE = "rollout"
-# Braces around anything but a column's name, as in \boxed{7} or {}, stand for themselves.
+# Braces around anything but a column's name, as in \boxed{7} or {}, are kept as they are.
 _NAME = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 _UNCLOSED = re.compile(r"\{prompt(?![\w.}])")
-# Stands where a sample is to come: no text holds this character.
+# Placeholder for a sample: a character that occurs in no text.
 _OPEN = "\ufdd0"
 
 
 class TeacherContext:
     """The text of a file, in which {prompt}, {answer} and any column stand for a record's values, {rollout} for a
-    rewarded sample. It takes the place of the prompt's last message; those before it stay."""
+    rewarded sample. It replaces the prompt's last message; earlier messages stay."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -37,7 +37,7 @@ class TeacherContext:
 
     @classmethod
     def read(cls, path: str) -> TeacherContext:
-        """The file's text without the newline at its end. Raises UserError where it cannot be read, or is blank."""
+        """The file's text without trailing newlines. Raises UserError if it is unreadable, blank or names no column."""
         with said(f"--teacher.context {path} cannot be read as text", "give a text file", *DAMAGED):
             text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
         if not text.strip():
@@ -50,9 +50,9 @@ class TeacherContext:
         return context
 
     def fill(self, content: Content, answer: str | None, column: Callable[[str], Any], where: str) -> Content:
-        """The prompt's content with the context as its last message. column: a record's value by its name.
+        """The prompt's content with the context as its last message. column: returns the record's value of a column.
 
-        Raises UserError, with `where`, for a record that lacks what the text names.
+        Raises UserError, which begins with `where`, for a record that lacks a value that the text names.
         """
         question = content if isinstance(content, str) else content[-1]["content"]
         if answer is None and "{answer}" in self._text:
@@ -64,7 +64,8 @@ class TeacherContext:
 
 
 class TeacherPrompts:
-    """How the teacher is asked. tokenizer: its template renders the context. most: tokens of the teacher's prompt."""
+    """How the teacher is asked. tokenizer: the teacher's, whose template renders the context. most: longest prompt of
+    the teacher, in tokens."""
 
     def __init__(self, context: TeacherContext, tokenizer: Any, how: PromptFormat, most: int) -> None:
         self.context, self._tokenizer, self._most = context, tokenizer, most
@@ -73,12 +74,12 @@ class TeacherPrompts:
         check_template(tokenizer, self._how)
 
     def of_record(self, content: Content, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
-        """The further fields of a prompt, for `load_prompts`. Raises UserError."""
+        """The additional fields of a prompt, for `load_prompts`. Raises UserError."""
         asked = self.context.fill(content, answer, lambda name: lookup(record, name, where), where)
         return self._fields(asked, partial(self._encode, asked, where))
 
     def of_episodes(self, prompts: list[Any], world: Any) -> list[Any]:
-        """An environment's prompts with those fields: the text in place of what a task asks. Raises UserError."""
+        """An environment's prompts with these fields; the context replaces the task's text. Raises UserError."""
         self._render = render = world.asked(self._tokenizer)
         found = []
         for prompt in prompts:
@@ -88,15 +89,15 @@ class TeacherPrompts:
         return found
 
     def fitting(self, prompts: list[Any]) -> tuple[list[Any], int]:
-        """The prompts that are short enough for the teacher, and how many others there were.
+        """The prompts that are short enough for the teacher, and the number of the others.
 
-        Raises UserError where none is left.
+        Raises UserError if none is left.
         """
         kept = [prompt for prompt in prompts if len(prompt.teacher_ids or ()) <= self._most]
         if not kept:
             raise UserError(
-                f"--teacher.max_prompt_tokens {self._most}: all {len(prompts)} prompts are longer as the teacher reads "
-                "them; raise it"
+                f"--teacher.max_prompt_tokens {self._most}: all {len(prompts)} prompts of the teacher are longer; "
+                "raise it"
             )
         return kept, len(prompts) - len(kept)
 
@@ -105,10 +106,10 @@ class TeacherPrompts:
         return self._most if self.context.takes_sample else max(len(prompt.teacher_ids) for prompt in prompts)
 
     def with_samples(self, rollouts: list[Rollout], rewards: list[float] | None, samples: int) -> list[Rollout]:
-        """The rollouts, each with a context that shows another sample of its prompt whose reward is whole, 1.
+        """The rollouts, each with a context that shows another sample of its prompt with the full reward, 1.
 
-        samples: per prompt. Of several, the next one by id whose context fits: so each is shown about equally often.
-        Where there is none, the teacher reads the student's prompt. Nothing changes for a context without {rollout}.
+        samples: per prompt. Of several, the next by id whose context fits is used; so all are used about equally often.
+        If there is none, the teacher reads the student's prompt. Nothing changes for a context without {rollout}.
         """
         if not self.context.takes_sample or rewards is None:
             return rollouts
@@ -139,7 +140,7 @@ class TeacherPrompts:
 
 
 def _put(prompt: Prompt, sample: str) -> Content:
-    """The prompt's context with a sample in its open place."""
+    """The prompt's context with a sample in place of {rollout}."""
     asked = prompt.teacher_asked
     assert asked is not None
     if isinstance(asked, str):

@@ -13,7 +13,7 @@ FORMS = (".parquet", ".jsonl", ".json")
 
 @dataclass(frozen=True)
 class HubPlace:
-    """A split of a data set. config: the folder or word that its files' names hold besides; revision: a commit."""
+    """A split of a data set. config: a word that its files' paths also contain, or ""; revision: a commit."""
 
     name: str
     config: str
@@ -22,7 +22,7 @@ class HubPlace:
 
     @classmethod
     def of(cls, place: str) -> HubPlace | None:
-        """None for what is no place on the hub. Raises UserError for a damaged one."""
+        """The split that `place` names; None if it does not start with hub:. Raises UserError for a malformed one."""
         if not place.startswith("hub:"):
             return None
         found = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?::([\w.-]+))?:([\w.-]+)(?:@([\w./-]+))?", place)
@@ -31,7 +31,7 @@ class HubPlace:
         return cls(found[1], found[2] or "", found[3], found[4])
 
     def files(self) -> list[Path]:
-        """The split's files, downloaded or from the cache, in the order of their names. Raises UserError."""
+        """The split's files, downloaded or cached, sorted by name. Raises UserError."""
         from huggingface_hub import snapshot_download
 
         patterns = [f"*{self.split}*{form}" for form in FORMS]
@@ -47,17 +47,17 @@ class HubPlace:
         )
 
     def pinned(self) -> str:
-        """The same place at the commit that is there now."""
+        """The same place with the commit that is its newest now."""
         commit = next(parent.name for parent in self.files()[0].parents if parent.parent.name == "snapshots")
         return f"hub:{self.name}:{f'{self.config}:' if self.config else ''}{self.split}@{commit}"
 
     def _is_ours(self, name: Path) -> bool:
-        """Whether a file's path holds the split, and the configuration if there is one, as words of their own."""
+        """Whether a file's path contains the split, and the configuration if there is one, as whole words."""
         held = [word for word in (self.split, self.config) if word]
         return all(re.search(rf"(?<![^/._-]){re.escape(word)}(?![^/._-])", str(name)) for word in held)
 
 
 def pin(place: str) -> str:
-    """A place on the hub with its commit; any other one as it is. Raises UserError where it cannot be had."""
+    """A place on the hub with its commit; any other path unchanged. Raises UserError if it cannot be fetched."""
     found = HubPlace.of(place)
     return place if found is None else found.pinned()

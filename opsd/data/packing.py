@@ -1,7 +1,7 @@
-"""Rollouts to packed micro-batches: the only place where positions are shifted by one.
+"""Packs rollouts into micro-batches: the only place where positions are shifted by one.
 
 Legend: L tokens of a packed row, N student tokens to train on (no prompt, no tool output, no padding); S sequences of a
-micro-batch, R rows of a group of them, P padded places of all groups.
+micro-batch, R rows of a group of sequences, P positions of all padded groups together.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 
 from opsd.types import MicroBatch, Rollout
 
-# Sequences of a group are padded to its longest. A group may hold this much padding, in tokens or as a share of its
-# places, whichever is more: below that a further forward pass costs more than the padding that it saves.
+# Sequences of a group are padded to its longest. A group may contain this much padding, in tokens or as a fraction of
+# its positions, whichever is more: below that, another forward pass costs more than the padding that it saves.
 PADDING_TOKENS = 256
 PADDING_SHARE = 0.125
 
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """A micro-batch's sequences in rows of their own, padded at the right, in groups of about equal length.
+    """A micro-batch's sequences, one per row, padded on the right, in groups of about equal length.
 
-    groups: int64 [R, longest] each; a sequence attends to nothing but itself, and causal attention never reaches the
-    padding. place_L: where each token of the packed row stands among the P places, all groups flattened and joined.
+    groups: int64 [R, longest] each; a sequence attends only to itself, and causal attention never reaches the padding.
+    place_L: index of each token of the packed row among the P positions, all groups flattened and concatenated.
     """
 
     groups: list[torch.Tensor]
@@ -64,11 +64,11 @@ def _group_shapes(lengths: list[int]) -> list[tuple[int, int]]:
 
 
 def pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:
-    """Spread rollouts over micro-batches of at most `max_tokens` tokens, longest first into the first that fits.
+    """Pack rollouts into micro-batches of at most `max_tokens` tokens: first-fit, longest first.
 
     A rollout is never split: one longer than `max_tokens` gets a micro-batch of its own. Rollouts without
-    student tokens carry no loss and are left out. The result depends on the rollouts alone. Those of different teachers
-    lie apart, teacher by teacher.
+    student tokens have no loss and are left out. The result depends only on the rollouts. A micro-batch has one
+    teacher; micro-batches are ordered by teacher.
     """
     teachers = sorted({rollout.prompt.teacher for rollout in rollouts})
     return [
@@ -96,11 +96,11 @@ def _pack(rollouts: list[Rollout], max_tokens: int) -> list[MicroBatch]:
 
 
 def share(batches: list[MicroBatch], rank: int, world_size: int) -> list[MicroBatch]:
-    """A rank's part of a step's micro-batches: as many for every rank, about as many tokens.
+    """A rank's part of a step's micro-batches: the same number for every rank, and about as many tokens.
 
-    Dealt out largest first, to and fro; ranks that get one fewer are given an empty one, because a sharded engine's
-    ranks go through forward and backward together. With one rank nothing changes. Of several teachers, each scores as
-    many on every rank.
+    They are dealt out largest first, in alternating order of ranks. Ranks that get one fewer are given an empty one,
+    because the ranks of a sharded engine run forward and backward together. With one rank nothing changes. Each of
+    several teachers scores the same number on every rank.
     """
     if world_size == 1:
         return batches
@@ -123,16 +123,16 @@ def _share(batches: list[MicroBatch], rank: int, world_size: int) -> list[MicroB
 
 
 def empty(teacher: str = "") -> MicroBatch:
-    """A micro-batch without a student token: one input token, a loss of 0 and gradients of 0."""
+    """A micro-batch without student tokens: one input token, a loss of 0 and gradients of 0."""
     none = torch.zeros(0, dtype=torch.int64)
     one = torch.zeros(1, 1, dtype=torch.int64)
     return MicroBatch(one, one, none, none, none, teacher)
 
 
 def for_teacher(micros: list[MicroBatch], rollouts: list[Rollout]) -> list[MicroBatch]:
-    """The same student tokens in the same order, behind the prompts that the teacher reads.
+    """The same student tokens in the same order, after the prompts that the teacher reads.
 
-    rollouts: the step's. A micro-batch in which no prompt has `teacher_ids` is handed through as it is.
+    rollouts: the step's. A micro-batch in which no prompt has `teacher_ids` is returned unchanged.
     """
     by_id = {rollout.id: rollout for rollout in rollouts}
     found = []
@@ -144,7 +144,7 @@ def for_teacher(micros: list[MicroBatch], rollouts: list[Rollout]) -> list[Micro
 
 
 def _input_tokens(rollout: Rollout) -> int:
-    """Of the longer of student's and teacher's. The last token is predicted, never read: it is not an input."""
+    """Input tokens with the longer of the student's and the teacher's prompt. The last token is only predicted."""
     return rollout.prompt.tokens() + len(rollout.response_ids) - 1
 
 
@@ -158,7 +158,7 @@ def _join(rollouts: list[Rollout], of_teacher: bool = False) -> MicroBatch:
         positions += range(len(sequence) - 1)
         for offset, (token, by_student) in enumerate(zip(rollout.response_ids, rollout.by_student, strict=True)):
             if by_student:
-                # The hidden state of the token before it predicts this one: the shift by one.
+                # The hidden state of the previous token predicts this one: the shift by one.
                 rows.append(start + prompt_tokens + offset - 1)
                 tokens.append(token)
                 owners.append(rollout.id)

@@ -1,4 +1,4 @@
-"""Prompt files to token ids. Text is encoded once, here; afterwards only ids are passed on."""
+"""Turns prompt files into token ids. Text is encoded once, here; afterwards only ids are passed on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.paths import check_records_path
 from opsd.utils.seeding import derive_seed
 
-# In so many records messages are looked for that the template leaves out: it does so nearly everywhere.
+# Number of records checked for messages that the template leaves out: a template that does so does it in nearly all.
 LOOKED_AT = 1000
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or .parquet file, or a place on the hub, as dicts. UserError where one cannot be read."""
+    """The rows of a .jsonl or .parquet file, or of a hub: data set, as dicts. Raises UserError if one is unreadable."""
     place = HubPlace.of(str(path))
     if place is not None:
         return [record for file in place.files() for record in read_records(file)]
@@ -32,7 +32,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     check_records_path(path)
     if path.suffix == ".parquet":
         with said(f"{path} cannot be read as parquet", "give a complete file", *DAMAGED):
-            # Not by way of pandas, which makes 3 a 3.0 where another row has no value.
+            # Not through pandas, which turns 3 into 3.0 if another row has no value.
             records = pq.read_table(path).to_pylist()
     else:
         records = list(_read_jsonl(path))
@@ -47,13 +47,13 @@ def load_prompts(
     how: PromptFormat,
     more: Callable[[Any, str | None, dict[str, Any], str], dict[str, Any]] | None = None,
 ) -> tuple[list[Prompt], int]:
-    """All prompts of a file in file order, and how many over-long ones were dropped.
+    """All prompts of a file in file order, and the number of prompts dropped as too long.
 
-    more: further fields of a prompt, from its content, answer, record and place.
+    more: returns additional fields of a prompt, from its content, answer, record and the record's name for messages.
 
-    Raises UserError for a missing or malformed file, a field that is absent, a tokenizer without a chat
-    template where one is needed, a template that cannot do what `how.thinking` says, a prompt over `how.max_tokens`
-    (unless they are to be dropped).
+    Raises UserError for a missing or malformed file, an absent field, a tokenizer without a chat template if
+    one is needed, a template that cannot do what `how.thinking` says, or a prompt over `how.max_tokens` (unless
+    `how.overlong` is "drop").
     """
     check_template(tokenizer, how)
     prompts, dropped = [], 0
@@ -80,7 +80,8 @@ def load_prompts(
 
 
 def routed(field: str, names: Iterable[str]) -> Callable[[Any, str | None, dict[str, Any], str], dict[str, Any]]:
-    """For `load_prompts`: the teacher of a prompt, which its record names in a field. Raises UserError for no name."""
+    """For `load_prompts`: the teacher of a prompt, named by a field of its record. Raises UserError for unknown names.
+    """
 
     def more(content: Any, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
         return {"teacher": checked_route(lookup(record, field, where), field, names, where)}
@@ -89,15 +90,15 @@ def routed(field: str, names: Iterable[str]) -> Callable[[Any, str | None, dict[
 
 
 def checked_route(value: Any, field: str, names: Iterable[str], where: str) -> str:
-    """A teacher's name. Raises UserError for one that no teacher has."""
+    """`value`, a teacher's name. Raises UserError if no teacher has it."""
     if value not in list(names):
         raise UserError(f"{where}: {field!r} is {short(value)}; --teachers has {', '.join(names)}")
     return value
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """Of the prompts as they are asked and graded, in their order: 16 hexadecimal digits."""
-    # Of one JSON list, a prompt at a time: those of an environment may carry megabytes.
+    """Hash of the prompts as they are asked and graded, in their order: 16 hexadecimal digits."""
+    # The hash of one JSON list, fed prompt by prompt: an environment's prompts may have megabytes each.
     sha256 = hashlib.sha256(b"[")
     for number, prompt in enumerate(prompts):
         sha256.update((", " * bool(number) + json.dumps(prompt.content())).encode())
@@ -108,8 +109,8 @@ def digest(prompts: Iterable[Prompt]) -> str:
 class PromptStream:
     """The prompts of step 1, 2, …: a shuffle per epoch, a pure function of (seed, step).
 
-    Step s takes the positions (s−1)·n … s·n−1 of an endless row of shuffled epochs; nothing is stored, so a
-    resumed run sees what the uninterrupted one would have seen.
+    Step s takes positions (s−1)·n … s·n−1 of an endless sequence of shuffled epochs; nothing is stored, so a
+    resumed run sees the prompts that an uninterrupted one would have seen.
     """
 
     def __init__(self, prompts: list[Prompt], per_step: int, seed: int) -> None:
@@ -143,7 +144,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None:
-    """The gold answer as text; None where there is none or it is blank."""
+    """The gold answer as text; None if it is missing or blank."""
     answer = lookup(record, how.answer_field, where, required=False)
     if answer is None:
         return None
@@ -154,18 +155,18 @@ def _answer(record: dict[str, Any], how: PromptFormat, where: str) -> str | None
 
 
 def hidden_messages(path: str, tokenizer: Any, how: PromptFormat) -> list[str]:
-    """A line where the chat template leaves messages out; the first LOOKED_AT records of a file tell."""
+    """A warning line if the chat template leaves messages out; only the first LOOKED_AT records are checked."""
     found, records = [], read_records(path)[:LOOKED_AT]
     for number, record in enumerate(records, start=1):
         content = lookup(record, how.prompt_field, path)
         messages = content if isinstance(content, list) else [{"role": "user", "content": content}]
         text = rendered(messages, tokenizer, how)
-        # What an earlier answer thought is left out on purpose.
+        # The thinking of an earlier answer is left out on purpose.
         hidden = [m["role"] for m in messages if not shows(text, m["content"].rpartition("</think>")[2])]
         found += [f"record {number} lacks a message of role {hidden[0]!r}"] if hidden else []
     if not found:
         return []
     return [
-        f"the chat template leaves out or changes messages in {len(found)} of {len(records)} prompts looked at: "
+        f"the chat template leaves out or changes messages in {len(found)} of {len(records)} prompts checked: "
         f"{found[0]}; give messages or a template that shows them"
     ]

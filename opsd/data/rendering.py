@@ -1,4 +1,4 @@
-"""A record as token ids: by the chat template, or as raw text."""
+"""Turns a record into token ids: by the chat template, or as raw text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from opsd.config.settings import PromptSettings
 from opsd.utils.errors import UserError, said
 
-# Who may speak last in a prompt: behind anyone else's words no answer of the model is due.
+# Roles that the last message of a prompt may have: after any other role the model is not expected to answer.
 _ASKING = ("user", "tool", "function", "ipython", "observation")
 
 
@@ -17,7 +17,7 @@ _ASKING = ("user", "tool", "function", "ipython", "observation")
 class PromptFormat:
     """How a record becomes token ids; the same for training, evaluation, student and teacher.
 
-    kind: "chat" | "raw". thinking: "on" | "off", handed to the chat template. whose: template, for messages.
+    kind: "chat" | "raw". thinking: "on" | "off", passed to the chat template. whose: its owner, for messages.
     max_tokens: longest prompt; overlong: "error" | "drop". limit_flag: the option that sets max_tokens, for messages.
     """
 
@@ -32,7 +32,7 @@ class PromptFormat:
 
     @classmethod
     def of(cls, settings: PromptSettings, **more: Any) -> PromptFormat:
-        """As a command's settings say; `more` are the further fields."""
+        """The format that a command's settings describe; `more`: the other fields."""
         names = settings.prompt_field, settings.answer_field
         return cls(settings.prompt_format, settings.thinking, *names, **more)
 
@@ -50,7 +50,7 @@ def lookup(record: dict[str, Any], field: str, where: str, required: bool = True
 
 
 def check_template(tokenizer: Any, how: PromptFormat) -> None:
-    """Raises UserError where there is no template for chats, or where its thinking mode would not be the stated one."""
+    """Raises UserError if there is no chat template, or if it cannot follow `how.thinking`."""
     if how.kind != "chat":
         return
     if not tokenizer.chat_template:
@@ -62,7 +62,7 @@ def check_template(tokenizer: Any, how: PromptFormat) -> None:
             for thinking in (True, False)
         )
     except Exception:  # a template is a program
-        # It may want more than one message; what it refuses in a record is said there.
+        # It may need more than one message; an error on a record is reported when the record is encoded.
         return
     if on != off:
         return
@@ -74,7 +74,7 @@ def check_template(tokenizer: Any, how: PromptFormat) -> None:
 
 
 def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
-    """A text or messages as token ids. Raises UserError, with `where`, for what cannot be asked."""
+    """A text or messages as token ids. Raises UserError, which begins with `where`, for an unusable prompt."""
     is_messages = isinstance(content, list) and all(_is_message(message) for message in content)
     if not content or not (isinstance(content, str) or is_messages):
         raise UserError(
@@ -99,14 +99,14 @@ def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[
 
 
 def _ids(text: str, tokenizer: Any, where: str, framed: bool = False) -> list[int]:
-    """The text's tokens, framed: with those that the tokenizer puts around a text."""
+    """The text's tokens; framed: with the special tokens that the tokenizer adds around a text."""
     give = "change the text, or give a model whose tokenizer has all of its characters, or an unknown token"
     with said(f"{where}: the tokenizer cannot encode it", give):
         return tokenizer(text, add_special_tokens=framed).input_ids
 
 
 def _encode_raw(text: str, tokenizer: Any, where: str) -> list[int]:
-    """What the text encodes to behind what the tokenizer puts in front, which the text may have already; no end."""
+    """The text's tokens after the tokenizer's prefix, added only if the text lacks it; without an end token."""
     ids, framed = _ids(text, tokenizer, where), _ids(text, tokenizer, where, framed=True)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     added = next((n for n in range(len(framed) - len(ids) + 1) if framed[n : n + len(ids)] == ids), len(framed))
@@ -114,7 +114,7 @@ def _encode_raw(text: str, tokenizer: Any, where: str) -> list[int]:
         ids = framed[:added] + ids
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
-    # Behind its end a text does not go on; where one token is both, it begins another one.
+    # A text cannot continue after its end token, except if that is also the start token: then it begins a new text.
     while eos not in (None, bos) and ids and ids[-1] == eos:
         ids = ids[:-1]
     return ids
@@ -138,13 +138,13 @@ def rendered(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat) 
 
 
 def shows(text: str, content: str) -> bool:
-    """Whether a template's text holds a message's content, as it stands or as JSON, whatever blanks it changed."""
+    """Whether a template's text contains a message's content, verbatim or as JSON; whitespace is ignored."""
     squeezed = "".join(text.split())
     return any("".join(form.split()) in squeezed for form in (content, json.dumps(content)[1:-1]))
 
 
 def _check_last(message: dict[str, Any], where: str) -> None:
-    """Raises UserError where the last message asks for no answer: it is one, or it says nothing."""
+    """Raises UserError if the last message asks for no answer: it is an answer itself, or is empty."""
     if message["role"] not in _ASKING:
         raise UserError(
             f"{where} ends with a message of role {message['role']!r}: no answer can follow it; "
@@ -155,7 +155,7 @@ def _check_last(message: dict[str, Any], where: str) -> None:
 
 
 def _check_text(texts: list[str], where: str) -> None:
-    """Raises UserError for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    """Raises UserError for half of a surrogate pair, which JSON can contain and no tokenizer accepts."""
     for text in texts:
         try:
             text.encode()

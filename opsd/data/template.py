@@ -1,4 +1,4 @@
-"""A chat template's text as a function of what is known: a run that goes on another day asks what it asked before."""
+"""Makes chat templates deterministic: a run that is resumed on another day asks the same prompts as before."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 
 class Clock:
-    """The time that templates see (`strftime_now`), standing still. asked: whether one has looked at it."""
+    """The fixed time that templates see (`strftime_now`). asked: whether a template has used it."""
 
     def __init__(self, time: datetime | None = None) -> None:
         self.time, self.asked = time or datetime.now().replace(microsecond=0), False
 
     def __call__(self, how: str) -> str:
-        """The time in the form of `strftime`."""
+        """The time, formatted by `strftime`."""
         self.asked = True
         return self.time.strftime(how)
 
 
 def steady(tokenizer: Any, clock: Clock) -> None:
-    """From now on the tokenizer's chat template is a function of its messages and settings and of the clock's time.
+    """Makes the tokenizer's chat template a function of its messages, its settings and the clock's time alone.
 
-    Whoever applies it: a template may ask for the time, and its random choices then hang on the messages.
+    This holds for every later caller. A template may ask for the time; its random choices are seeded by the messages.
     """
     apply = tokenizer.apply_chat_template
 

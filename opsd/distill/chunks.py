@@ -1,4 +1,4 @@
-"""How many tokens are worked on at once."""
+"""How many tokens are processed at once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def slices(rows: int, step: int) -> Iterator[slice]:
 
 @dataclass
 class ChunkBound:
-    """Most tokens whose logits exist at once, over a run's life: it falls by halves where memory runs out.
+    """Maximum number of tokens whose logits exist at once: halved, for the rest of the run, when memory runs out.
 
-    tokens: the bound as it is now. halvings: how often it fell.
+    tokens: the current bound. halvings: how often it was halved.
     """
 
     tokens: int | Literal["auto"]
@@ -36,33 +36,33 @@ class ChunkBound:
 
 ChunkTokens = int | Literal["auto"] | ChunkBound
 
-# "auto" takes this share of the free memory, within bounds: more rows stop paying once the products run at full
+# "auto" takes this share of the free memory, within bounds: more rows gain nothing once the products run at full
 # rate (the head's gradient is read and written once per chunk, which 256 rows hide well on a CPU).
 FREE_SHARE = 0.25
 MIN_CHUNK_TOKENS = 16
 MAX_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
-# A vocabulary so small that a chunk would have fewer entries than this gets longer chunks: calls then cost the most.
+# If a chunk would have fewer logits than this (a small vocabulary), it gets more rows: call overhead would dominate.
 SMALL_CHUNK_ENTRIES = 2**18
-# Most that one model's logits may take where they are held for a second reading.
+# Maximum bytes of one model's logits that are held for a second pass.
 MAX_HELD_BYTES = {"cpu": 150 * 2**20, "cuda": 1200 * 2**20}
-# Element-wise passes walk a chunk in blocks of rows whose buffers take this much: about what stays in a CPU's
+# Element-wise passes process a chunk in blocks of rows whose buffers take this many bytes: about what stays in a CPU's
 # last-level cache between two passes; on CUDA, enough to fill the device.
 BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 512 * 2**20}
-# Rows of logits are this many entries wide, or a multiple: tensor cores want rows that start at aligned addresses, and
-# the vocabularies of Qwen2.5 and Qwen3 are odd. `Head.project_` fills what is beyond the vocabulary.
+# Rows of logits are padded to a multiple of this many entries: tensor cores need rows that start at aligned addresses,
+# and the vocabulary sizes of Qwen2.5 and Qwen3 are odd. `Projection.project_` fills the padding.
 ROW_MULTIPLE = {"cpu": 1, "cuda": 64}
-# Chunks of one size, micro-batch after micro-batch, are what CUDA's allocator keeps memory for.
+# If chunks have the same size in every micro-batch, CUDA's allocator can reuse their memory.
 CHUNK_MULTIPLE = {"cpu": 1, "cuda": 128}
 
 
-# Triton needs a compiler of C for what starts its kernels, and takes one of these.
+# Triton compiles the launchers of its kernels with one of these C compilers.
 HAS_TRITON = importlib.util.find_spec("triton") is not None and bool(
     os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
 )
 
 
 def has_row_kernels(like: Tensor, wide: torch.dtype) -> bool:
-    """Whether `triton_rows` does the element-wise work: on CUDA, for fp32 logits, where triton can run."""
+    """Whether `triton_rows` does the element-wise work: on CUDA, for fp32 logits, if triton can run."""
     return HAS_TRITON and like.is_cuda and wide == torch.float32
 
 
@@ -73,17 +73,17 @@ def row_width(kind: str, vocab_size: int) -> int:
 
 
 def most_rows(kind: str, vocab_size: int) -> int:
-    """Most rows of an "auto" chunk on a device of this kind, however much memory is free."""
+    """Maximum rows of an "auto" chunk on a device of this kind, however much memory is free."""
     return max(MAX_CHUNK_TOKENS[kind], SMALL_CHUNK_ENTRIES // vocab_size)
 
 
 def most_held_rows(kind: str, vocab_size: int, wide: torch.dtype = torch.float32) -> int:
-    """Most rows whose logits are held under "auto", however much memory is free."""
+    """Maximum number of rows whose logits are held under "auto", however much memory is free."""
     return max(most_rows(kind, vocab_size), MAX_HELD_BYTES[kind] // (vocab_size * wide.itemsize))
 
 
 def may_hold(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> bool:
-    """Whether the logits of so many rows may all exist at once."""
+    """Whether the logits of `rows` rows may all exist at once."""
     if isinstance(chunk_tokens, ChunkBound):
         chunk_tokens = chunk_tokens.tokens
     if chunk_tokens != "auto":
@@ -92,10 +92,10 @@ def may_hold(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor
 
 
 def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype) -> int:
-    """Rows per chunk: at most `chunk_tokens`. On a CPU evened out, so that the last chunk is not a stub; on CUDA a
-    multiple of 128 where the bound allows it, which may be more than there are rows.
+    """Rows per chunk: at most `chunk_tokens`. On a CPU all chunks are about equal, so that the last one is not tiny; on
+    CUDA it is a multiple of 128 if the bound allows it, and may exceed `rows`.
 
-    "auto" asks the free memory of `like`'s device. Raises UserError for a bound below 1.
+    "auto" depends on the free memory of `like`'s device. Raises UserError for a bound below 1.
     """
     if isinstance(chunk_tokens, ChunkBound):
         chunk_tokens = chunk_tokens.tokens
@@ -117,7 +117,7 @@ def chunk_rows(chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tens
 
 
 class Attempt:
-    """One try of a whole pass, as a context that gives the rows per chunk. failed: memory ran out within it."""
+    """One attempt at a whole pass: a context manager that gives the rows per chunk. failed: it ran out of memory."""
 
     def __init__(self, chunk: int) -> None:
         self.chunk, self.failed = chunk, False
@@ -126,7 +126,7 @@ class Attempt:
         return self.chunk
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        """Memory that runs out on a single row is the caller's to name."""
+        """Suppress running out of memory, except on a single row: that is raised to the caller."""
         self.failed = error is not None and self.chunk > 1 and is_out_of_memory(error)
         return self.failed
 
@@ -134,13 +134,13 @@ class Attempt:
 def attempts(
     chunk_tokens: ChunkTokens, rows: int, vocab_size: int, like: Tensor, wide: torch.dtype
 ) -> Iterator[Attempt]:
-    """Tries of a whole pass: the first, and where memory runs out, one from its start with half of the rows per chunk.
+    """Attempts at a whole pass: after one that runs out of memory, another from the start with half the rows per chunk.
 
         for attempt in attempts(…):
             with attempt as chunk: …
 
-    So the result is that of the smaller chunk, and nothing is counted twice: a try undoes what an earlier one left, and
-    lets go of its buffers. A `ChunkBound` stays at what it fell to.
+    The result is that of the last attempt. So that nothing is counted twice, the caller's `with` block must first reset
+    what a failed attempt left, and free its buffers. A `ChunkBound` keeps the lower value.
     """
     bound = chunk_tokens if isinstance(chunk_tokens, ChunkBound) else ChunkBound(chunk_tokens)
     while True:

@@ -22,7 +22,7 @@ from opsd.utils.errors import UserError
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "eopd", "sampled_token"]
 SAMPLED: Divergence = "sampled_token"
 SCRATCH_BUFFERS = 2
-# Statistics that read how both models' exponentials add up.
+# Statistics that need both models' sums of exponentials.
 _OF_BOTH_MASSES = frozenset({"reverse_kl_N", "forward_kl_N", "teacher_entropy_N", "teacher_mass_N", "log_ratio_N"})
 
 
@@ -31,8 +31,8 @@ def logits_(
 ) -> Tensor:
     """Turn hidden·headᵀ + bias into a model's logits over the temperature, in place.
 
-    height: entries of a row that are of the vocabulary; what is beyond them stays as far below. tanh_BW: a buffer in
-    which the tanh of a soft cap is left, of which its derivative is made.
+    height: how many entries of a row belong to the vocabulary; the padding after them stays far below. tanh_BW: a
+    buffer that receives the tanh of a soft cap, for its derivative.
     """
     if transform.softcap is not None:
         scaled_BV = products_BW[:, :height].mul_(transform.scale / transform.softcap)
@@ -46,25 +46,28 @@ def logits_(
 
 
 def through_cap_(grad_BW: Tensor, tanh_BW: Tensor, height: int) -> None:
-    """Turn a gradient by capped logits into one by what was capped, in place; tanh_BW as `logits_` left it."""
+    """Turn a gradient with respect to capped logits into one with respect to the uncapped ones, in place.
+
+    tanh_BW: as `logits_` left it.
+    """
     grad_BV = grad_BW[:, :height]
     torch.ops.aten.tanh_backward.grad_input(grad_BV, tanh_BW[:, :height], grad_input=grad_BV)
 
 
 def centre_(logits_BV: Tensor) -> Tensor:
-    """Logits less their row's largest one, in place.
+    """Subtract each row's largest logit, in place.
 
-    What shifts a whole row drops out before anything is added up: a sum of p·(difference of logits) rounds in
-    proportion to its terms, so with rows that lie 20 apart it would be off by 1e-5 of a divergence of 0.1 nats.
+    A constant shift of a row is removed before anything is summed: a sum of p·(difference of logits) rounds in
+    proportion to its terms, so with rows that are 20 apart it would be off by 1e-5 of a divergence of 0.1 nats.
     """
     return logits_BV.sub_(logits_BV.amax(-1, keepdim=True))
 
 
 def exp_(centred_BV: Tensor, out_BV: Tensor) -> Tensor:
-    """exp of centred logits into out_BV, which may be they; returns its mass Σ exp [B], from 1 to V.
+    """exp of centred logits into out_BV, which may be the same tensor; returns its mass Σ exp [B], from 1 to V.
 
-    Not divided by the mass: that is left to whoever has added up a row. Torch's softmax divides by a sum that it
-    takes one term after another, which over 150,000 tokens is off by 1e-5; `sum` adds in blocks of blocks.
+    The result is not divided by the mass: callers divide after they have summed a row. Torch's softmax sums one term
+    after another, which over 150,000 tokens is off by 1e-5; `sum` adds in nested blocks.
     """
     return torch.exp(centred_BV, out=out_BV).sum(-1)
 
@@ -74,7 +77,7 @@ def reverse_kl_(
 ) -> tuple[Tensor, Tensor]:
     """KL(P_S‖P_T). With r = log p − log q and kl = Σ p·r the gradient is p·(r − kl) (paper Eq. 1 and 3).
 
-    The normalisers cancel in r − kl, so differences u of centred logits serve: p·(u − Σ p·u).
+    The normalisers cancel in r − kl, so differences u of centred logits suffice: p·(u − Σ p·u).
     """
     u_BV = torch.sub(centre_(student_BV), centre_(teacher_BV), out=scratch_SBV[0])
     student_B, teacher_B = exp_(student_BV, student_BV), exp_(teacher_BV, teacher_BV)
@@ -101,9 +104,9 @@ def jsd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: floa
     """β·KL(P_T‖M) + (1−β)·KL(P_S‖M), M = β·P_T + (1−β)·P_S.
 
     The gradient is (1−β)·p·(a − Σ p·a) with a = log(p/M). With x = log q − log p + log(β/(1−β)), a is
-    −softplus(x) and log(q/M) is −softplus(−x) = x − softplus(x), but for constants: they cancel in the gradient
+    −softplus(x) and log(q/M) is −softplus(−x) = x − softplus(x), up to constants: they cancel in the gradient
     and add up to the entropy H(β) of the mixture in the loss. No logarithm of a vanishing M is ever taken, and
-    where p dominates M the gradient keeps its digits.
+    the gradient stays accurate where p dominates M.
     """
     x_BV = torch.sub(centre_(teacher_BV), centre_(student_BV), out=scratch_SBV[0])
     student_B, teacher_B = exp_(student_BV, student_BV), exp_(teacher_BV, teacher_BV)
@@ -119,11 +122,11 @@ def jsd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, beta: floa
 
 
 def eopd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """KL(P_S‖P_T) + 1[H(P_T) > τ]·KL(P_T‖P_S): the forward KL joins where the teacher is unsure (τ in nats).
+    """KL(P_S‖P_T) + 1[H(P_T) > τ]·KL(P_T‖P_S): the forward KL is added where the teacher is unsure (τ in nats).
 
     Entropy-Aware On-Policy Distillation, arXiv 2603.07079: L = L_OPD + λ·1[H(p_T) > τ]·L_FKL with τ = 0.8. Its authors
     estimate the reverse KL on the sampled token, clipped, and take the forward KL over the teacher's 16 likeliest
-    tokens. Both are exact here, over the whole vocabulary, with λ = 1: our reading. The gate hangs on the teacher
+    tokens. Both are exact here, over the whole vocabulary, with λ = 1: our reading. The gate depends on the teacher
     alone, so the gradient is p·(r − kl) + 1[…]·(p − q).
     """
     u_BV = torch.sub(centre_(student_BV), centre_(teacher_BV), out=scratch_SBV[0])
@@ -139,8 +142,8 @@ def eopd_(student_BV: Tensor, teacher_BV: Tensor, scratch_SBV: Tensor, threshold
     return (mean_B - apart_B).clamp_min_(0.0) + gate_B * forward_B, student_B
 
 
-# In place: (student logits, teacher logits, scratch, parameter) -> nats [B] and a mass [B]. In the student's logits is
-# then left the divergence's gradient with respect to them, times that mass. parameter: jsd's β, eopd's τ.
+# In place: (student logits, teacher logits, scratch, parameter) -> nats [B] and a mass [B]. The student's logits are
+# replaced by the divergence's gradient with respect to them, times that mass. parameter: jsd's β, eopd's τ.
 GRADIENTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "reverse_kl": reverse_kl_,
     "forward_kl": forward_kl_,
@@ -155,8 +158,8 @@ def sampled_token_(
     """a = log p_y − log q_y at the sampled token y, with the gradient a·(1_y − p) of a policy gradient.
 
     In the form of tinker-cookbook, slime and prime-rl: −ratio·A with advantage A = −a, held fixed, and ratio = p_y over
-    what it was when y was sampled. A step here makes one update from its own samples, so the ratio is 1 and its
-    gradient that of log p_y. The mean over y drawn from p is the reverse KL's, of the value and of the gradient, since
+    its value when y was sampled. Each step here makes one update from its own samples, so the ratio is 1 and its
+    gradient is that of log p_y. In expectation over y ~ p, value and gradient are those of the reverse KL, since
     E[1_y − p] = 0; a single draw is off by as much as a varies over the vocabulary. The value may be negative.
     """
     centre_(student_BV), centre_(teacher_BV)
@@ -189,7 +192,7 @@ def check_divergence(divergence: str, beta: float, temperature: float) -> None:
     if divergence not in (*GRADIENTS, SAMPLED):
         raise UserError(f"unknown divergence {divergence!r}: give one of {', '.join(GRADIENTS)}, {SAMPLED}")
     if divergence == "jsd" and not 0.0 < beta < 1.0:
-        raise UserError(f"beta {beta} for jsd: give a share in (0, 1); its ends are reverse_kl and forward_kl")
+        raise UserError(f"beta {beta} for jsd: give a number in (0, 1); the limits are reverse_kl and forward_kl")
     if not 0.0 < temperature < float("inf"):
         raise UserError(f"loss temperature {temperature}: give a finite number above 0")
 
@@ -203,9 +206,9 @@ def token_fields_(
 ) -> dict[str, Tensor]:
     """The fields of `TokenStats` named in `needs`, each [B], from logits, which are overwritten.
 
-    teacher_BV may be None when `needs` names no teacher field. grad_norm_N is the norm by these logits: by those before
-    a temperature it is 1/T of it. Entropies are taken from centred logits: a sum of terms of one sign, so that those of
-    sure tokens keep their digits.
+    teacher_BV may be None when `needs` names no teacher field. grad_norm_N is for the gradient with respect to these
+    logits; with respect to those before the temperature, the norm is 1/T of it. Entropies are computed from centred
+    logits: all terms then have the same sign, so that small entropies stay accurate.
     """
     fields: dict[str, Tensor] = {}
     exp_BV, u_BV = scratch_SBV[0], scratch_SBV[1]
@@ -226,7 +229,7 @@ def token_fields_(
         fields["entropy_N"] = _entropy(student_BV, exp_BV, student_B)
     if teacher_BV is None:
         return fields
-    mean_B = student_B  # stands in where it is not read
+    mean_B = student_B  # a placeholder, never read
     if needs & {"reverse_kl_N", "grad_norm_N"}:
         weighted_BV = torch.mul(exp_BV, u_BV, out=student_BV)
         mean_B = weighted_BV.sum(-1) / student_B
@@ -252,7 +255,7 @@ def token_fields_(
 
 
 def likeliest(logits_BV: Tensor) -> Tensor:
-    """Ids of each row's `SUPPORT_TOKENS` largest logits [B, K], in no order; all ids where there are no more."""
+    """Ids of each row's `SUPPORT_TOKENS` largest logits [B, K], unordered; all ids if there are no more."""
     return logits_BV.topk(min(SUPPORT_TOKENS, logits_BV.shape[-1]), sorted=False).indices
 
 

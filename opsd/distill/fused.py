@@ -1,6 +1,6 @@
 """Loss and both gradients, formed chunk by chunk in the forward pass, so that no logits outlive their chunk.
 
-Where the logits of a whole micro-batch are few enough, they are held for both readings instead (`held.py`).
+If a whole micro-batch's logits are small enough, they are held for both passes instead (`held.py`).
 
 Legend: N tokens, K trained rows, C rows of a chunk, V shared vocabulary, D and E hidden sizes.
 """
@@ -36,14 +36,14 @@ class Trained:
         return self.inputs.rows if self.kept_K is None else self.kept_K.shape[0]
 
     def where(self, part: slice) -> slice | Tensor:
-        """Which of the N rows a part of the K is."""
+        """Where a part of the K trained rows is among the N rows."""
         return part if self.kept_K is None else self.kept_K[part]
 
 
 class FusedLoss(torch.autograd.Function):
     """apply(*inputs.leaves, trained, held) → Σ weight·divergence, differentiable, and the divergences [K].
 
-    held: the logits of all rows, where they are there already; they are used up.
+    held: the logits of all rows, if they exist already; they are overwritten.
     """
 
     @staticmethod
@@ -63,12 +63,12 @@ class FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         if not ctx.gradients:
-            # The first backward gave its buffers away. Under retain_graph they are formed anew; otherwise this
+            # The first backward gave its buffers away. Under retain_graph they are computed again; otherwise this
             # read raises autograd's own error for a graph already freed.
             _ = ctx.saved_tensors
             _, *ctx.gradients = differentiate(ctx.trained, ctx.needs_input_grad[:3])
         gradients, ctx.gradients = ctx.gradients, ()
-        # Scaled in place, the head's while still wide: a second [V, D] buffer would be the largest of all.
+        # Scale in place, the head's gradient while still wide: a second [V, D] buffer would be the largest of all.
         leaves = ctx.trained.inputs.leaves
         return (
             *(
@@ -87,7 +87,7 @@ def differentiate(
     """Divergences [K] in nats; gradients of hidden states [N, D] (their own type), full head [V, D] and its bias [V]
     (wide type).
 
-    Of the weighted sum; of the three those that are wanted. Nothing in the loop waits for the device.
+    They are of the weighted sum; those that are not wanted are None. Nothing in the loop waits for the device.
     """
     inputs, weight_K, rows = trained.inputs, trained.weight_K, trained.rows
     loss_K = torch.zeros(rows, dtype=inputs.wide, device=inputs.student_ND.device)
@@ -100,11 +100,11 @@ def differentiate(
         return loss_K, grad_ND, grad_VD, grad_V
     head, chunk_tokens, height = inputs.student_projection(), trained.spec.chunk_tokens, inputs.vocab_size
     for attempt in attempts(chunk_tokens, rows, height, inputs.student_ND, inputs.wide):
-        # What a try that ran out of memory left is dropped: its buffers, and the sums over chunks.
+        # Drop what an attempt that ran out of memory left: its buffers, and the sums over chunks.
         logits = out_CW = found = grad_CD = hidden_CD = None
         total_VD, total_V = (None if total is None else total.zero_()[:height] for total in (grad_VD, grad_V))
         with attempt as chunk, torch.autocast(inputs.student_ND.device.type, enabled=False):
-            # The logits that are held serve the first try alone: it overwrites them.
+            # Only the first attempt can use the held logits: it overwrites them.
             chunks, held = _projected(trained, chunk) if held is None else _held(trained, held), None
             for part, logits, out_CW in chunks:
                 where = trained.where(part)
@@ -125,8 +125,8 @@ def differentiate(
 
 
 def _projected(trained: Trained, chunk: int) -> Iterator[tuple[slice, Logits, Tensor]]:
-    """Which of the K rows, their logits, which are projected here, at most `chunk` rows at a time, and where their
-    gradient goes."""
+    """Project at most `chunk` of the K rows at a time. Yields which rows, their logits, and the buffer for their
+    gradient."""
     gradient_CW = None
     for part, _, logits in projected(trained.inputs, trained.kept_K, chunk, kernels=trained.spec.has_kernels):
         if gradient_CW is None:
@@ -135,7 +135,7 @@ def _projected(trained: Trained, chunk: int) -> Iterator[tuple[slice, Logits, Te
 
 
 def _held(trained: Trained, held: HeldLogits) -> Iterator[tuple[slice, Logits, Tensor]]:
-    """As `_projected`: all K rows at once, from logits that are there already."""
+    """Like `_projected`, but all K rows at once, from logits that exist already."""
     inputs, kept_K, work, everything = trained.inputs, trained.kept_K, held.take(), slice(0, trained.rows)
     teacher_CW = work.teacher_CV
     if not held.has_teacher:

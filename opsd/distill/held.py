@@ -1,6 +1,6 @@
 """Logits that are projected once and read twice: by the choice of tokens, then by the loss on the chosen ones.
 
-Only where the logits of all rows of a micro-batch take no more memory than a chunk at a large vocabulary does.
+Only if the logits of all rows of a micro-batch take no more memory than one chunk does with a large vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from opsd.utils.errors import is_out_of_memory
 
 
 class HeldLogits:
-    """The products of all rows, in a workspace; the teacher's only where they were asked for."""
+    """The products of all rows, in a workspace; the teacher's only if requested."""
 
     def __init__(self, work: Workspace) -> None:
         self._work: Workspace | None = work
@@ -23,19 +23,19 @@ class HeldLogits:
 
     @property
     def work(self) -> Workspace:
-        """The workspace, to be read and left as it is."""
-        assert self._work is not None, "these logits were used up"
+        """The workspace, for reading only."""
+        assert self._work is not None, "these logits were taken already"
         return self._work
 
     def take(self) -> Workspace:
-        """The workspace, to be overwritten: nothing else holds it from now on."""
+        """The workspace, which the caller may overwrite: it cannot be read or taken again."""
         work, self._work = self.work, None
         return work
 
 
 @torch.no_grad()
 def hold_logits(inputs: Inputs, spec: LossSpec, teacher: bool) -> HeldLogits | None:
-    """All rows' logits; None where they may not all exist at once, or where memory runs out for them."""
+    """All rows' logits; None if they may not all exist at once, or if memory runs out."""
     like, rows = inputs.student_ND, inputs.rows
     if not rows or not may_hold(spec.chunk_tokens, rows, inputs.vocab_size, like, inputs.wide):
         return None

@@ -1,4 +1,4 @@
-"""What every call of the loss core starts from: both models' states and heads, checked, and which loss is asked for."""
+"""The inputs of every call of the loss core: both models' states and heads, checked, and which loss to compute."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from opsd.utils.errors import UserError
 
 MEMORIES = ("fused", "whole")
 ENTROPY_THRESHOLD = 0.8
-"""Nats; what arXiv 2603.07079 takes."""
+"""Nats; the value of arXiv 2603.07079."""
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Which divergence, at which temperature, in chunks of at most how many tokens; the rest: see `distill_loss`.
+    """The divergence, its temperature, and the maximum tokens per chunk; for the rest see `distill_loss`.
 
     Raises UserError for values that are not allowed.
     """
@@ -35,12 +35,12 @@ class LossSpec:
 
     @property
     def parameter(self) -> float:
-        """What the divergence reads beside the logits: jsd's β, eopd's τ."""
+        """The divergence's own parameter: jsd's β, eopd's τ."""
         return self.entropy_threshold if self.divergence == "eopd" else self.beta
 
     @property
     def has_kernels(self) -> bool:
-        """Whether Triton's kernels know this divergence; else torch's operations take its rows on CUDA too."""
+        """Whether the Triton kernels support this divergence; else torch's operations compute it, on CUDA too."""
         return self.divergence != SAMPLED
 
     def __post_init__(self) -> None:
@@ -55,12 +55,12 @@ class LossSpec:
 class Inputs:
     """Both models' final hidden states and heads, checked, and the vocabulary they share.
 
-    student_ND, teacher_NE: hidden states. student_head, teacher_head: heads in full height. Without a teacher's
+    student_ND, teacher_NE: hidden states. student_head, teacher_head: heads with all their rows. Without a teacher's
     head its "states" are some log-probabilities (`top_log_probs.packed`).
-    vocab_size: rows of either head that count. student_type, teacher_type: what products are taken in;
+    vocab_size: how many rows of each head are used. student_type, teacher_type: what products are computed in;
     wide: the type of logits and sums (fp32, or fp64 if an input is). rollout_N: int64, which rollout each row belongs
-    to. token_ids_N: the sampled tokens, where known. weight_N: loss weights given by the caller, None for all ones.
-    stops: the tokens that end a turn. temperature: the one that stops are joined at.
+    to. token_ids_N: the sampled tokens, if known. weight_N: loss weights given by the caller, None for all ones.
+    stops: the tokens that end a turn. temperature: at which stops are joined.
     """
 
     student_ND: Tensor
@@ -83,41 +83,41 @@ class Inputs:
 
     @property
     def stop_N(self) -> Tensor | None:
-        """Which of the sampled tokens end a turn, bool [N]; None where tokens or stops are not known."""
+        """Which of the sampled tokens end a turn, bool [N]; None if tokens or stops are not known."""
         if self.token_ids_N is None or not self.stops.ids:
             return None
         return _any_of(self.token_ids_N, self.stops.ids)
 
     @property
     def scored_ids_N(self) -> Tensor | None:
-        """The sampled tokens as the distributions know them: joined stops by the column that stands for them."""
+        """The sampled tokens' columns in the distributions: that of their first one for joined stops."""
         if self.token_ids_N is None or not self.stops.joined:
             return self.token_ids_N
         return self.token_ids_N.masked_fill(_any_of(self.token_ids_N, self.stops.ids), self.stops.ids[0])
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What gradients flow to: the student's hidden states, its head's weight, its head's bias if there is one."""
+        """The tensors that get gradients: the student's hidden states, its head's weight, and bias if there is one."""
         return self.student_ND, self.student_head.weight_VD, self.student_head.bias_V
 
     def student_projection(self) -> Projection:
-        """The student's products, cut to the shared vocabulary, outside autograd."""
+        """The student's projection, cut to the shared vocabulary, outside autograd."""
         return self._projection(self.student_head, self.student_type)
 
     @property
     def transforms(self) -> tuple[Transform, Transform]:
-        """What makes the student's and the teacher's logits of their products."""
+        """How the student's and the teacher's products become logits."""
         return self.student_head.transform, PLAIN if self.teacher_head is None else self.teacher_head.transform
 
     def teacher_projection(self) -> Projection | TopLogProbs:
-        """The teacher's products, cut to the shared vocabulary, outside autograd."""
+        """The teacher's projection, cut to the shared vocabulary, outside autograd."""
         if self.teacher_head is None:
             return TopLogProbs(self.vocab_size, self.student_head.transform)
         return self._projection(self.teacher_head, self.teacher_type)
 
     def _projection(self, head: Head, product: torch.dtype) -> Projection:
         bias_V = None if head.bias_V is None else head.bias_V.detach()[: self.vocab_size]
-        # In products, which the head's scale still multiplies.
+        # Products are joined before the head's scale multiplies them.
         joined = Joined(self.stops.ids, self.temperature / head.transform.scale) if self.stops.joined else None
         return Projection(head.weight_VD.detach()[: self.vocab_size], product, self.wide, bias_V, joined)
 
@@ -137,12 +137,12 @@ def check_inputs(
 ) -> Inputs:
     """Check shapes and settle vocabulary and types. Raises UserError naming what does not fit.
 
-    temperature: the loss's, which joined stops are joined at.
+    temperature: the loss's; stops are joined at it.
     """
     student_head = _checked("student", student_ND, student_head)
     teacher_head = None if teacher_head is None else _checked("teacher", teacher_NE, teacher_head)
     if stops.joined and not (teacher_head is not None and can_join(student_head, teacher_head)):
-        who = "no head" if teacher_head is None else "a head with a soft cap"
+        who = "a teacher without a head" if teacher_head is None else "a head with a soft cap"
         raise UserError(f"{who} has no logit for joined stops: give stops that are not joined")
     if student_ND.shape[0] != teacher_NE.shape[0]:
         raise UserError(
@@ -183,12 +183,12 @@ def check_inputs(
 
 
 def can_join(*heads: Head) -> bool:
-    """Whether joined stops have a logit behind these heads: a capped one cannot rise above its cap."""
+    """Whether joined stops have a logit under these heads: a capped logit cannot rise above its cap."""
     return all(head.transform.softcap is None for head in heads)
 
 
 def _checked(name: str, hidden: Tensor, given: Tensor | Head) -> Head:
-    """A model's head; a weight alone is a head without bias and transform. Raises UserError where it does not fit."""
+    """A model's head; a weight alone is a head without bias and transform. Raises UserError if it does not fit."""
     head = given if isinstance(given, Head) else Head(given)
     weight_VD, bias_V, transform = head.weight_VD, head.bias_V, head.transform
     if hidden.dim() != 2 or weight_VD.dim() != 2 or hidden.shape[1] != weight_VD.shape[1]:
@@ -204,7 +204,7 @@ def _checked(name: str, hidden: Tensor, given: Tensor | Head) -> Head:
 
 
 def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | None:
-    """An optional [N] argument on the device of `like_ND`. Raises UserError where its length is not N."""
+    """An optional [N] argument on the device of `like_ND`. Raises UserError if its length is not N."""
     if values_N is None:
         return None
     rows = like_ND.shape[0]
@@ -214,7 +214,7 @@ def on_rows(name: str, values_N: Tensor | None, like_ND: Tensor) -> Tensor | Non
 
 
 def _any_of(token_ids_N: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Which of the ids are among `tokens`; the device is not waited for."""
+    """Which of the ids are among `tokens`, without waiting for the device."""
     found_N = torch.zeros_like(token_ids_N, dtype=torch.bool)
     for token in tokens:
         found_N |= token_ids_N == token

@@ -28,7 +28,7 @@ from opsd.utils.errors import UserError
 class DistillResult:
     """loss_sum: Σ over kept tokens of weight·divergence, nats, differentiable. kept_N: bool, the tokens trained on.
 
-    stats: what was computed on the way, else None. A field holds all rows, except that those of a selector's
+    stats: the fields that were computed; the others are None. A field holds all rows, except that those of a selector's
     `needs_kept` hold NaN (0 for integers and bools) outside the kept rows.
     """
 
@@ -59,17 +59,17 @@ def distill_loss(
 ) -> DistillResult:
     """Divergence between student and teacher, summed over the tokens a selector keeps (paper Eq. 1, 7/9).
 
-    student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens; the heads make logits of
-    them: weights [V, D] and [V, E], or a `Head` for a bias, a scale or a soft cap; None for a teacher of which
+    student_hidden_ND, teacher_hidden_NE: final hidden states at the same N student tokens. The heads: weights [V, D]
+    and [V, E], or a `Head` for a bias, a scale or a soft cap; the teacher's is None if
     teacher_hidden_NE holds some log-probabilities (`top_log_probs.packed`). Gradients flow to the student's
     hidden states, weight and bias. Divide loss_sum once, by the kept count of
-    the whole step. rollout_N: each token's rollout id (None: one rollout). selector, or kept_N instead: the mask as
-    given, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.
+    the whole step. rollout_N: each token's rollout id (None: one rollout). selector: the rule that keeps tokens; or
+    kept_N: the mask itself, without scoring; neither: all tokens. weight_N multiplies a token's loss, never the count.
     divergence: reverse_kl = KL(P_S‖P_T), forward_kl, jsd with `beta`, eopd (the reverse KL, and the forward KL too
-    where the teacher's entropy is above `entropy_threshold` nats), or sampled_token (the log-ratio at token_ids_N, as
-    a policy gradient takes it; see `divergence.sampled_token_`). temperature divides both logits; gradients
-    carry 1/T. memory: fused is flat in N, whole keeps K×V logits. vocab_size: rows of the heads that count (None:
-    the lower head's). chunk_tokens bounds the rows worked on at once and does not change the result.
+    where the teacher's entropy is above `entropy_threshold` nats), or sampled_token (the log-ratio at token_ids_N, with
+    a policy gradient; see `divergence.sampled_token_`). temperature divides both logits; gradients
+    carry 1/T. memory: fused is flat in N, whole keeps K×V logits. vocab_size: how many rows of the heads are used
+    (None: those of the smaller head). chunk_tokens bounds the rows processed at once and does not change the result.
     Errors: UserError for arguments that do not fit, naming them.
     """
     spec = LossSpec(divergence, beta, temperature, chunk_tokens, memory, entropy_threshold)
@@ -85,9 +85,9 @@ def distill_loss(
 
 
 def distill(inputs: Inputs, choice: Choice, spec: LossSpec) -> DistillResult:
-    """See `distill_loss`, on inputs that were checked. They know what products are taken in: autocast is off here."""
+    """`distill_loss` on checked inputs. Autocast is off here: they state which types products are computed in."""
     if spec.divergence == SAMPLED:
-        # As a statistic that reads them: they must be there, and in the vocabulary.
+        # The check for a statistic of the sampled tokens: they must be given, and in the vocabulary.
         check_needs(frozenset({"teacher_rank_N"}), inputs)
     with torch.autocast(inputs.student_ND.device.type, enabled=False):
         stats, selection, held = choose(inputs, choice, spec)

@@ -30,7 +30,7 @@ def materialized_loss(trained: Trained) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         teacher_KV = _project(inputs, teacher_KE, teacher=True)
     if any(transform != PLAIN for transform in inputs.transforms):
-        # What is beyond the vocabulary must not be scaled or capped.
+        # The padding beyond the vocabulary must not be scaled or capped.
         logits_KV, teacher_KV = (
             transform(products_KW[:, : inputs.vocab_size])
             for transform, products_KW in zip(inputs.transforms, (logits_KV, teacher_KV), strict=True)
@@ -74,7 +74,7 @@ class _Project(torch.autograd.Function):
         hidden_KD, head_VD, bias_V = ctx.saved_tensors
         head, height = ctx.inputs.student_projection(), ctx.inputs.vocab_size
         if head.joined is not None:
-            grad_KV = grad_KV.clone()  # autograd's own
+            grad_KV = grad_KV.clone()  # the original belongs to autograd
             head.part_(grad_KV, hidden_KD)
         grad_VD = total_VD = grad_V = None
         if ctx.needs_input_grad[1]:

@@ -1,13 +1,13 @@
 """The four matrix products of the loss, with fp32 accumulation whatever the input type.
 
-On CUDA half-precision inputs go to the tensor cores and the result comes out in fp32 (`out_dtype`). CPUs have no such
-product in torch, and a bf16 result would round the logits. There the head is widened one tile of rows at a time, and
-oneDNN is allowed to multiply in bf16: what was bf16 before comes through unrounded, and sums and results stay fp32.
-fp32 products go to oneDNN too where the processor has AVX-512: torch's own `mm` uses MKL, which takes
-half as long a vector on processors of other makers than its own (docs/performance.md has the numbers).
+On CUDA half-precision inputs go to the tensor cores and the result comes out in fp32 (`out_dtype`). Torch has no such
+product for CPUs, and a bf16 result would round the logits. There the head is widened one tile of rows at a time, and
+oneDNN is allowed to multiply in bf16: values that were bf16 are not rounded again, and sums and results stay fp32.
+fp32 products also go to oneDNN if the processor has AVX-512: torch's own `mm` uses MKL, which uses vectors of
+half the length on processors of other makers (docs/performance.md has the numbers).
 
-Rows of logits may be wider than the vocabulary (`row_width`). What is beyond it is filled so that no softmax notices,
-and enters no product: rows of a head above the shared vocabulary may hold anything.
+Rows of logits may be wider than the vocabulary (`row_width`). The padding is filled so that it does not change any
+softmax, and enters no product: rows of a head beyond the shared vocabulary may hold anything.
 
 Legend: C rows of a chunk, V shared vocabulary, W width of a row of logits, T rows of a tile of the vocabulary, D hidden
 size.
@@ -24,20 +24,20 @@ from torch import Tensor
 
 from opsd.distill.chunks import slices
 
-# What a CPU multiplies of the head at once: in wide precision a tile, and the chunk's logits over it, stay in cache
+# How much of the head a CPU multiplies at once: a tile in wide precision, and the chunk's logits over it, stay in cache
 # until they are used.
 TILE_BYTES = 8 * 2**20
 TILE_ROWS = 1024
-# On CUDA a product over the vocabulary takes a multiple of this in one go, and what is left in another: kernels for the
+# On CUDA a product over the vocabulary is split into a multiple of this many rows and the rest: kernels for the
 # tensor cores read several entries at a time.
 ALIGNED_ROWS = 64
-# The logits beyond the vocabulary: exp of it is 0 beside any logit, and unlike -inf it has a difference with itself.
+# The value of logits beyond the vocabulary: its exp is 0 next to any logit, and unlike with -inf, BEYOND - BEYOND is 0.
 BEYOND = -1e30
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
-    """The type products are taken in: autocast's where it is on, else the wider of the two inputs'."""
+    """The type products are computed in: autocast's if it is on, else the wider of the two inputs'."""
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return torch.promote_types(hidden.dtype, head.dtype)
@@ -62,16 +62,16 @@ def _onednn(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Joined:
-    """Tokens that count as one: its chance is the sum of theirs. The first one's column stands for it.
+    """Tokens that count as one, with the sum of their probabilities, in the first one's column.
 
-    temperature: what the products are divided by on their way to log-probabilities.
+    temperature: the products are divided by it before log_softmax.
     """
 
     ids: tuple[int, ...]
     temperature: float = 1.0
 
     def join_(self, products_CW: Tensor) -> Tensor:
-        """T·ln Σ exp(x/T) of these tokens in the first one's column, and no chance for the others."""
+        """Put T·ln Σ exp(x/T) of these tokens into the first one's column, and give the others probability 0."""
         first, *rest = self.ids
         own_EC = torch.stack([products_CW[:, token] for token in self.ids])
         products_CW[:, first] = torch.logsumexp(own_EC / self.temperature, 0) * self.temperature
@@ -80,7 +80,7 @@ class Joined:
         return products_CW
 
     def part_(self, grad_CW: Tensor, products_CE: Tensor) -> None:
-        """Spread the gradient of the one token over them all, by their own products: the chain rule of `join_`."""
+        """Spread the joined token's gradient over all of them, by their own products: the chain rule of `join_`."""
         whole_C = grad_CW[:, self.ids[0]].clone()
         share_CE = torch.softmax(products_CE / self.temperature, -1)
         for place, token in enumerate(self.ids):
@@ -90,7 +90,7 @@ class Joined:
 class Projection:
     """A head's weight [V, D] read in `product` precision, with results in `wide` precision, and its bias [V] if any.
 
-    Holds no copy of the weight, except where CUDA needs it cast. joined: tokens whose logits come out as one.
+    Holds no copy of the weight, unless CUDA needs it cast. joined: tokens whose logits are merged into one.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Projection:
         self.onednn = ONEDNN and not self.on_cuda and product == wide == torch.float32
 
     def _precision(self) -> AbstractContextManager[None]:
-        # CUDA has no use for a setting of the CPU's products, which is the whole process's.
+        # Not on CUDA: the setting is for CPU products, and applies to the whole process.
         return bf16_products() if self.product == torch.bfloat16 and not self.on_cuda else nullcontext()
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -119,7 +119,7 @@ class Projection:
             yield rows, self.weight_VD[rows].to(self.product).to(self.wide)
 
     def _spans(self) -> Iterator[slice]:
-        """The vocabulary in a part of aligned length and the rest, leaving out one that is empty."""
+        """The vocabulary as a span of aligned length and the rest, without an empty one."""
         height = self.weight_VD.shape[0]
         aligned = height - height % ALIGNED_ROWS
         for span in (slice(0, aligned), slice(aligned, height)):
@@ -127,15 +127,18 @@ class Projection:
                 yield span
 
     def project_(self, hidden_CD: Tensor, out_CW: Tensor, student_CW: Tensor | None = None) -> Tensor:
-        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in what out has beyond the head's rows.
+        """out = hidden · headᵀ + bias, in the wide type; `BEYOND` in columns of out beyond the head's rows.
 
-        student_CW: for a teacher of few log-probabilities alone, which stands in a head's place.
+        student_CW: not read here; `TopLogProbs`, which can take a head's place, needs it.
         """
         self._project_(hidden_CD, out_CW)
         return out_CW if self.joined is None else self.joined.join_(out_CW)
 
     def part_(self, grad_CW: Tensor, hidden_CD: Tensor) -> None:
-        """Turn the gradient by what `project_` gave into that by the head's own; hidden_CD: as given there."""
+        """Turn the gradient with respect to `project_`'s result into that of the unjoined products, in place.
+
+        hidden_CD: as given to `project_`.
+        """
         if self.joined is None:
             return
         ids = list(self.joined.ids)
@@ -168,16 +171,16 @@ class Projection:
         return out_CW
 
     def _add_bias_(self, out_CW: Tensor, rows: slice) -> None:
-        """To the logits of some rows of the head."""
+        """Add the bias of some rows of the head to their logits."""
         if self.bias_V is not None:
             out_CW[:, rows].add_(self.bias_V[rows])
 
     def gradients_(
         self, grad_CW: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
     ) -> Tensor | None:
-        """total += gradᵀ · hidden where a total is given; returns grad · head [C, D] where wanted. In the wide type.
+        """total += gradᵀ · hidden if a total is given; returns grad · head [C, D] if wanted. In the wide type.
 
-        The gradient may be as wide as rows of logits are, and on CUDA in the product type already.
+        grad_CW may be padded like rows of logits, and on CUDA be in the product type already.
         """
         if self.on_cuda:
             return self._cuda_gradients_(grad_CW, hidden_wanted, hidden_CD, total_VD)
@@ -192,7 +195,7 @@ class Projection:
     def _cuda_gradients_(
         self, grad_CW: Tensor, hidden_wanted: bool, hidden_CD: Tensor, total_VD: Tensor | None
     ) -> Tensor | None:
-        # Cast once for both products, and whole: of a slice the copy would have rows as short as the vocabulary.
+        # Cast once for both products, with the padding: a copy of a slice would lose the rows' alignment.
         grad_CW, hidden_CD = grad_CW.to(self.product), hidden_CD.to(self.product)
         sum_CD = None
         for span in self._spans():
@@ -240,7 +243,7 @@ class Projection:
             return torch.mm(grad_CV.to(self.product), self.weight_VD).to(self.wide)
         sum_CD = grad_CV.new_zeros(grad_CV.shape[0], self.weight_VD.shape[1])
         for rows, tile_TD in self._tiles():
-            # A sum of its own for each tile. For a few rows MKL adds one product after another, onto the sum so far
-            # under `addmm_`: over 150,000 tokens that is off by 1e-5.
+            # Sum each tile separately. For few rows, MKL's `addmm_` would add one product after another onto the
+            # running sum: over 150,000 tokens that is off by 1e-5.
             sum_CD.add_(torch.mm(grad_CV[:, rows], tile_TD))
         return sum_CD

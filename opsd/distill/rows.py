@@ -1,7 +1,7 @@
 """The element-wise work on rows of both models' logits: the loss with its logit gradient, and the statistics.
 
-Behind one face: torch's operations, block by block within the workspace's scratch (`divergence.py`), or Triton's
-kernels where `chunks.has_row_kernels` says so (`triton_rows.py`), which read each logit once per pass.
+One interface to torch's operations, block by block within the workspace's scratch (`divergence.py`), and to Triton's
+kernels (`triton_rows.py`, if `chunks.has_row_kernels`), which read each logit once per pass.
 
 Legend: C rows, B rows of a block, W width of a row (`chunks.row_width`).
 """
@@ -29,10 +29,10 @@ from opsd.distill.workspace import Workspace
 
 
 class Logits(NamedTuple):
-    """Rows of both models' products in a workspace, to be used up; the teacher's may be None for its absence.
+    """Rows of both models' products in a workspace, which may be overwritten; the teacher's are None without one.
 
-    held: they are all of a micro-batch's, to be left as they are, and the C rows that are meant are kept_C of them
-    (None: all). The teacher's may then be other products than the workspace's, of these C rows alone.
+    held: these are all rows of a micro-batch and must not be changed; the C rows to process are kept_C of them
+    (None: all). teacher_CW may then be a tensor outside the workspace, with these C rows alone.
     """
 
     work: Workspace
@@ -43,18 +43,18 @@ class Logits(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many rows are worked on, C."""
+        """How many rows are processed, C."""
         return self.student_CW.shape[0] if self.kept_C is None else self.kept_C.shape[0]
 
     @property
     def teacher_kept_C(self) -> Tensor | None:
-        """Which rows of the teacher's are meant; None: all, in order."""
+        """Which of the teacher's rows to process; None: all, in order."""
         return self.kept_C if self.teacher_CW is self.work.teacher_CV else None
 
     def block(self, rows: slice, temperature: float, tanh_BW: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Both models' logits [B, W] over the temperature, of some of the C rows, to be overwritten.
+        """Both models' logits [B, W] over the temperature, of some of the C rows; the caller may overwrite them.
 
-        tanh_BW: as for `logits_`, of the student's soft cap.
+        tanh_BW: as for `logits_`, for the student's soft cap.
         """
         student_BW = self._taken(0, self.student_CW, self.kept_C, rows)
         logits_(student_BW, self.work.transforms[0], self.work.vocab_size, temperature, tanh_BW)
@@ -64,7 +64,7 @@ class Logits(NamedTuple):
         return student_BW, logits_(teacher_BW, self.work.transforms[1], self.work.vocab_size, temperature)
 
     def _taken(self, model: int, products_CW: Tensor, kept_C: Tensor | None, rows: slice) -> Tensor:
-        """A model's products of a block: copies where the workspace's own are held."""
+        """A model's products of a block; copies, if the workspace's own are held."""
         if not self.held or (model and products_CW is not self.work.teacher_CV):
             return products_CW[rows]
         return self.work.copied(model, products_CW, rows if kept_C is None else kept_C[rows])
@@ -88,7 +88,7 @@ def projected(
 
 
 class Differentiated(NamedTuple):
-    """gradient_CW: by hidden·headᵀ + bias, weights included, but for the factor scale_C1 (None: nothing is left out).
+    """gradient_CW: with respect to hidden·headᵀ + bias, weights included; still to be multiplied by scale_C1 if given.
 
     loss_C: divergences in nats, without weights.
     """
@@ -106,9 +106,9 @@ class Differentiated(NamedTuple):
 
 
 def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bool = False) -> Tensor:
-    """Where the logit gradients of so many rows go: over the student's logits, or beside them.
+    """The buffer for the logit gradients of `rows` rows: the student's logits themselves, or a new tensor.
 
-    Beside them where kernels write them in the type that products take, or read rows that are picked.
+    A new one if kernels write another type than that of the logits, or read picked rows.
     """
     logits_CW = work.student_CV[:rows]
     if not work.kernels or (product == logits_CW.dtype and not picked):
@@ -119,10 +119,10 @@ def gradient_buffer(work: Workspace, rows: int, product: torch.dtype, picked: bo
 def differentiate_(
     logits: Logits, spec: LossSpec, weight_C: Tensor | None, out_CW: Tensor, token_ids_C: Tensor | None = None
 ) -> Differentiated:
-    """Loss and gradient of the rows that are meant, in out_CW (see `gradient_buffer`). token_ids_C: what was sampled.
+    """Loss and gradient (in out_CW, see `gradient_buffer`) of the C rows. token_ids_C: the sampled tokens.
 
-    With torch's operations held gradients are gathered at the head of the student's buffer: the k-th kept row never
-    stands before the k-th place, so a block overwrites nothing that a later one reads.
+    With torch's operations, gradients from held logits go to the first rows of the student's buffer: the k-th kept row
+    is never before row k, so a block overwrites nothing that a later one reads.
     """
     work = logits.work
     transform = work.transforms[0]
@@ -144,13 +144,13 @@ def differentiate_(
             through_cap_(student_BW, tanh_BW, work.vocab_size)
         if logits.held:
             out_CW[block] = student_BW
-    # weight·scale/(mass·T): per row it costs nothing outside the gradient.
+    # weight·scale/(mass·T) is kept out of the gradient: one factor per row costs nothing to apply later.
     scale_C = transform.scale / (torch.cat(masses) * spec.temperature)
     return Differentiated(out_CW, torch.cat(losses), (scale_C if weight_C is None else scale_C * weight_C)[:, None])
 
 
 def score_(needs: frozenset[str], logits: Logits, temperature: float, token_ids_C: Tensor | None) -> dict[str, Tensor]:
-    """The named fields of `TokenStats` [C]. The logits are used up, unless they are held."""
+    """The named fields of `TokenStats` [C]. The logits are overwritten, unless they are held."""
     if logits.work.kernels:
         from opsd.distill import triton_rows
 

@@ -29,8 +29,8 @@ StopToken = Literal["as_scored", "always", "never"]
 class Choice:
     """Which rows are trained on: those of `selection`, else those that `selector` keeps, else all.
 
-    seed: decides random choices. watch: fields that are reported over all rows besides. whole_step: these rows are all
-    of the step's, so scope "batch" is fitted on them here. stop_token: see `with_stops`.
+    seed: decides random choices. watch: further fields to report over all rows. whole_step: these are all rows of the
+    step, so scope "batch" is fitted on them here. stop_token: see `with_stops`.
     """
 
     selector: TokenSelector | None = None
@@ -44,9 +44,9 @@ class Choice:
 def choose(
     inputs: Inputs, choice: Choice, spec: LossSpec, known: dict[str, Tensor] | None = None
 ) -> tuple[TokenStats, Selection, HeldLogits | None]:
-    """The selection with its weights, the statistics it was made from, and the logits where they are held.
+    """The selection with its weights, the statistics it was made from, and the logits if they are held.
 
-    known: statistics [N] that need not be computed any more.
+    known: statistics [N] that are computed already.
     """
     selector, known = choice.selector, known or {}
     needs = frozenset() if selector is None else check_needs(selector.needs, inputs) - known.keys()
@@ -55,7 +55,7 @@ def choose(
         held = hold_logits(inputs, spec, teacher=bool(needs & TEACHER_FIELDS))
     fields = known | score_rows(inputs, needs, spec, held=held)
     watched = check_needs(choice.watch, inputs) - fields.keys()
-    # What is watched must not change what is trained, to the last bit: it decides nothing about what is held.
+    # Watched fields must not change training by a single bit: they do not affect which logits are held.
     readable = held is not None and (held.has_teacher or not watched & TEACHER_FIELDS)
     fields |= score_rows(inputs, watched, spec, held=held if readable else None)
     stats = build_stats(inputs, fields)
@@ -71,14 +71,14 @@ def choose(
 def choose_beforehand(
     selector: TokenSelector, scored: list[TokenStats], ranks: Ranks, seed: int, stop_token: StopToken = "as_scored"
 ) -> list[Selection]:
-    """The selections, with their weights, of a step's micro-batches, by statistics that were taken of all of them."""
+    """The selections, with their weights, of a step's micro-batches, from the statistics of all of them."""
     if selector.normalise_over == "batch":
         prepare(selector, join_ranks(scored, ranks))
     return [weigh(selector, stats, pick(selector, stats, seed, stop_token)) for stats in scored]
 
 
 def pick(selector: TokenSelector, stats: TokenStats, seed: int, stop_token: StopToken = "as_scored") -> Selection:
-    """The selector's choice, `with_stops`. Raises UserError where it is no Selection, RunStopped where it fails."""
+    """The selector's choice, `with_stops`. Raises UserError if it is not a Selection, RunStopped if the rule fails."""
     with _rule(selector):
         selection: object = selector(stats, seed)
     if not isinstance(selection, Selection):
@@ -98,20 +98,20 @@ def with_stops(selection: Selection, stats: TokenStats, stop_token: StopToken) -
 
 
 def weigh(selector: TokenSelector, stats: TokenStats, selection: Selection) -> Selection:
-    """The selection with the weights that the selector sets by what it reads on kept rows only, if anything."""
+    """The selection with the weights that the selector computes from its `needs_kept` fields, if it has any."""
     with _rule(selector):
         return selector.weigh(stats, selection) if selector.needs_kept else selection
 
 
 def prepare(selector: TokenSelector, stats: TokenStats) -> None:
-    """Let a selector of scope "batch" see the step as a whole."""
+    """Let a selector of scope "batch" see the whole step."""
     with _rule(selector):
         selector.prepare(stats)
 
 
 @contextlib.contextmanager
 def _rule(selector: TokenSelector) -> Iterator[None]:
-    """Within it a rule works, which may be the user's own: where it fails, the line says which and where."""
+    """Around a selector's code, which may be the user's: if it fails, RunStopped says which one and where."""
     try:
         yield
     except (UserError, RunStopped):
@@ -138,7 +138,7 @@ def mask_of(kept_N: Tensor, inputs: Inputs) -> Tensor:
 def _weigh(
     inputs: Inputs, selector: TokenSelector, stats: TokenStats, selection: Selection, spec: LossSpec
 ) -> tuple[TokenStats, Selection]:
-    """Score the kept rows for what `needs_kept` names and is not there yet, then `weigh`."""
+    """Score the kept rows for the `needs_kept` fields that are still missing, then `weigh`."""
     missing = frozenset(name for name in selector.needs_kept if getattr(stats, name) is None)
     if missing := check_needs(missing, inputs):
         kept_K = mask_of(selection.kept_N, inputs).nonzero().squeeze(-1)

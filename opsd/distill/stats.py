@@ -26,7 +26,7 @@ from opsd.types import Head
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
-# Rows whose exponentials exist at once where the mass of a row of logits is summed up.
+# Rows whose exponentials exist at once while the stop probabilities are computed.
 STOP_ROWS = 64
 
 
@@ -82,7 +82,7 @@ def score_rows(
 ) -> dict[str, Tensor]:
     """The named fields [N]. With kept_K (row numbers) only those rows are scored; the others hold NaN (or 0).
 
-    held: all rows' logits, which are read and left as they are. Without them rows are projected chunk by chunk.
+    held: all rows' logits, which are not changed. Without them rows are projected chunk by chunk.
     """
     rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
     fields, ids_N = {name: _blank(name, inputs) for name in needs}, inputs.scored_ids_N
@@ -107,7 +107,7 @@ def score_rows(
 
 
 def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperature: float) -> dict[str, Tensor]:
-    """Those of `STOP_FIELDS` that are named [C], from logits that are left as they are."""
+    """The `STOP_FIELDS` named in `needs` [C], from logits, which are not changed."""
     student, teacher = inputs.transforms
     models = {
         "stop_log_prob_N": (student, logits.student_CW),
@@ -127,11 +127,11 @@ def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperat
 
 
 def stop_metrics(stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
-    """What both models think of ending, and whether it is trained on; nothing where no token ended a turn.
+    """How likely both models are to end a turn, and whether its end is trained on; empty if no token ended a turn.
 
-    stop/student_prob, stop/teacher_prob: mean chance that the turn ends where it did; …_before: over all other tokens.
-    stop/delta_nats: median of what the teacher's log-probability of the end is above the student's. stop/kept_frac:
-    fraction of the ends that were trained on. stop/count: how many there are.
+    stop/student_prob, stop/teacher_prob: mean probability of a stop where the turn ended; …_before: at other tokens.
+    stop/delta_nats: median over the ends of the teacher's log-probability of a stop minus the student's.
+    stop/kept_frac: fraction of the ends that were trained on. stop/count: number of ends.
     """
     stop_N = stats.stop_N
     if stop_N is None or stats.stop_log_prob_N is None or stats.teacher_stop_log_prob_N is None or not stop_N.any():
@@ -158,7 +158,7 @@ def _blank(name: str, inputs: Inputs) -> Tensor:
 
 
 def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
-    """TokenStats from what is known; fields nobody asked for are None."""
+    """TokenStats from the computed fields; the others are None."""
     values: dict[str, Any] = {name: fields.get(name) for name in ALL_STATISTICS}
     known: dict[str, Any] = {"token_ids_N": inputs.token_ids_N, "stop_N": inputs.stop_N}
     return TokenStats(rollout_N=inputs.rollout_N, vocab_size=inputs.vocab_size, **known, **values)
@@ -167,7 +167,7 @@ def build_stats(inputs: Inputs, fields: dict[str, Tensor]) -> TokenStats:
 def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
     """The statistics of several micro-batches as one, on the first one's device.
 
-    A field is None where any part lacks it. Errors: UserError if there is no part.
+    A field is None if any part lacks it. Errors: UserError if there is no part.
     """
     if not parts:
         raise UserError("no statistics to join: give at least one micro-batch's")
@@ -181,7 +181,7 @@ def concatenate_stats(parts: Sequence[TokenStats]) -> TokenStats:
 
 
 def join_ranks(parts: Sequence[TokenStats], ranks: Ranks) -> TokenStats:
-    """The whole step's statistics, on every rank; a field is None where any micro-batch of any rank lacks it."""
+    """The whole step's statistics, on every rank; a field is None if any micro-batch of any rank lacks it."""
     own = concatenate_stats(parts)
     fields = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
     common = set.intersection(*ranks.gather(set(fields)))

@@ -1,4 +1,4 @@
-"""A teacher of which only some log-probabilities per token are known: how the loss core reads it.
+"""How the loss core reads a teacher of which only some log-probabilities per token are known.
 
 Legend: C rows, K entries known per row, V shared vocabulary, W width of a row of logits.
 """
@@ -12,26 +12,26 @@ from opsd.distill.divergence import logits_
 from opsd.distill.matmul import BEYOND
 from opsd.types import PLAIN, Transform
 
-# Most that the known entries may hold of a distribution: rounding must not leave less than nothing for the others.
+# Maximum total probability of the known entries: rounding must not leave a negative rest for the others.
 MOST = 1.0 - 1e-6
 
 
 def packed(ids_NK: Tensor, log_prob_NK: Tensor) -> Tensor:
-    """Ids and log-probabilities as one fp32 tensor [N, 2K], as it stands in the place of a teacher's hidden states.
+    """Ids and log-probabilities as one fp32 tensor [N, 2K], to be passed in place of a teacher's hidden states.
 
-    An id of -1 is an empty entry; one is full in every row. fp32 holds ids below 2^24 exactly.
+    An id of -1 is an empty entry; every row has at least one full entry. fp32 holds ids below 2^24 exactly.
     """
     return torch.cat([ids_NK.float(), log_prob_NK.float()], 1)
 
 
 class TopLogProbs:
-    """In the place of a teacher's head: logits from what `packed` holds.
+    """Takes the place of a teacher's head: computes logits from what `packed` holds.
 
-    What the known entries leave of the teacher's distribution is spread over the other tokens as the student's own.
-    Then a divergence from the student, and its gradient, is exactly that of distributions over the K known tokens and
-    one bucket for all others: log(p/q) is the same for each of these. The teacher's entropy is not known so; what is
-    taken for it is that of the spread. Only at temperature 1: what a teacher gives at another one does not follow from
-    some of its log-probabilities.
+    The probability that the known entries leave is spread over the other tokens in proportion to the student's own.
+    A divergence from the student, and its gradient, are then exactly those of distributions over the K known tokens and
+    one bucket for all others: log(p/q) is the same for each of these. The teacher's entropy is not known; that of the
+    spread distribution is used for it. Only at temperature 1: some log-probabilities do not determine the teacher's
+    distribution at another temperature.
     """
 
     def __init__(self, vocab_size: int, student: Transform = PLAIN) -> None:
@@ -40,12 +40,13 @@ class TopLogProbs:
     def project_(self, known_C2K: Tensor, out_CW: Tensor, student_CW: Tensor) -> Tensor:
         """The teacher's log-probabilities, `BEYOND` outside the vocabulary. student_CW: the student's products."""
         ids_CK, log_prob_CK = known_C2K.to(out_CW.dtype).chunk(2, 1)
-        # A model may have rows beyond the vocabulary, which its server names too: as a local teacher's, they are cut.
+        # A model may have rows beyond the vocabulary, and its server may return them: they are cut, as for a local
+        # teacher.
         beyond_CK = ids_CK >= self._vocab_size
         beyond_C1 = log_prob_CK.exp().masked_fill(~beyond_CK, 0.0).sum(1, keepdim=True).clamp_max(MOST)
         log_prob_CK = log_prob_CK - torch.log1p(-beyond_C1)
         empty_CK = (ids_CK < 0) | beyond_CK
-        # An empty entry says what the first full one says: it is written twice, and counted once.
+        # Each empty entry repeats the first full one: that is written more than once, but counted once.
         full_C1 = (~empty_CK).int().argmax(1, keepdim=True)
         ids_CK = torch.where(empty_CK, ids_CK.gather(1, full_C1), ids_CK).to(torch.int64)
         log_prob_CK = torch.where(empty_CK, log_prob_CK.gather(1, full_C1), log_prob_CK)

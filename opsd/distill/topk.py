@@ -19,7 +19,7 @@ from opsd.utils.errors import UserError
 
 @dataclass(frozen=True)
 class ModelTop:
-    """One model's view of each row: its K likeliest tokens, likeliest first, and the sampled token's chance.
+    """One model's view of each row: its K likeliest tokens, likeliest first, and the sampled token's log-probability.
 
     ids_NK: int64. log_prob_NK, sampled_N: fp32, natural logarithms; −inf for a token outside the shared vocabulary.
     """
@@ -31,15 +31,15 @@ class ModelTop:
 
 @torch.no_grad()
 def top_tokens(inputs: Inputs, k: int, spec: LossSpec) -> tuple[ModelTop, ModelTop]:
-    """Student's and teacher's k likeliest tokens (all, where the vocabulary is smaller) over the shared vocabulary.
+    """Student's and teacher's k likeliest tokens (all, if the vocabulary is smaller) over the shared vocabulary.
 
-    inputs: with the tokens that were sampled. Errors: UserError for a k below 1.
+    inputs: must hold the sampled tokens. Errors: UserError for a k below 1.
     """
     if k < 1:
         raise UserError(f"top tokens {k}: give a number from 1")
     ids_N = inputs.token_ids_N
     assert ids_N is not None
-    # A head may be higher than the vocabulary, and its sampler may draw from the rows above.
+    # A head may have more rows than the vocabulary, and its sampler may draw from those.
     outside_N = ids_N >= inputs.vocab_size
     inside_N1 = ids_N.masked_fill(outside_N, 0)[:, None]
     k = min(k, inputs.vocab_size)
@@ -56,7 +56,7 @@ def top_tokens(inputs: Inputs, k: int, spec: LossSpec) -> tuple[ModelTop, ModelT
 
 
 def _fill(tops: tuple[ModelTop, ModelTop], inputs: Inputs, temperature: float, chunk: int, ids_N1: Tensor) -> None:
-    """`chunk` rows at a time; one buffer serves both models in turn."""
+    """Fill `tops`, `chunk` rows at a time; one buffer serves both models in turn."""
     device, k = inputs.student_ND.device, tops[0].ids_NK.shape[1]
     buffer_CW = torch.empty(chunk, row_width(device.type, inputs.vocab_size), dtype=inputs.wide, device=device)
     teacher, (own, its) = inputs.teacher_projection(), inputs.transforms

@@ -1,16 +1,16 @@
 """The element-wise work on rows of logits as Triton kernels: one program per token reads both models' logits once.
 
 For fp32 logits on CUDA; `triton_rows.py` starts them. Never imported without triton. The maths is that of
-`opsd/distill/divergence.py`: what shifts a whole row is taken off before anything is added up, and terms that vanish
-(a logit of -inf) add 0, while NaN stays NaN. `tl.maximum` would lose it on a GPU, so `tl.where` is used instead.
+`opsd/distill/divergence.py`: a constant shift of a row is removed before anything is summed, and terms that vanish
+(a logit of -inf) add 0, while NaN stays NaN. `tl.maximum` would lose NaN on a GPU, so `tl.where` is used instead.
 
 Legend: C rows, W width of a row (`row_width`); s student, t teacher, u = s - t; p = P_S, q = P_T; lanes: a row's
-entries, BLOCK apart, are added up side by side and joined at the end. S, T: hidden·headᵀ + bias of either model;
+entries that are BLOCK apart, summed in parallel and joined at the end. S, T: hidden·headᵀ + bias of either model;
 S_AT, T_AT: which row of them a program reads. Logits over the temperature are s_outer·x, or s_outer·tanh(s_inner·x)
-where S_CAPPED says so (t_… of the teacher); V: entries of a row that are of the vocabulary.
+if S_CAPPED (t_… for the teacher); V: how many entries of a row belong to the vocabulary.
 """
 
-# The language of the kernels is not Python's: types are known to Triton's compiler alone.
+# Kernels are not ordinary Python: only Triton's compiler knows their types.
 # pyrefly: ignore-errors[unbound-name]
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Entries of a row per step. So pass 1 takes 64 registers per thread (80 with the rank), and four programs of eight
-# warps on a multiprocessor keep 32 KB of reads in flight; of 2048 entries it spills. The gradient has no sums to keep.
+# Entries of a row per step. Pass 1 then takes 64 registers per thread (80 with the rank), and four programs of eight
+# warps on a multiprocessor keep 32 KB of reads in flight; with 2048 it spills. The gradient has no sums to keep.
 STATISTICS_BLOCK, GRADIENT_BLOCK = 1024, 4096
 WARPS, STAGES = 8, 2
-# What pass 1 leaves of a row, by line of its output.
+# What pass 1 writes for each row, in the order of its output's lines.
 NAMES = (
     "reverse_kl_N",
     "forward_kl_N",
@@ -46,7 +46,7 @@ FLOOR = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _add(x, u, top, z, e, w):
-    """A block added to a model's lanes: top = max, z = Σ exp(x-top), e = Σ exp(x-top)·(x-top), w = Σ exp(x-top)·u."""
+    """Add a block to a model's lanes: top = max, z = Σ exp(x-top), e = Σ exp(x-top)·(x-top), w = Σ exp(x-top)·u."""
     d = x - top
     small = tl.exp(-tl.abs(d))  # one exponential serves both cases: the other factor is 1
     higher = d > 0.0
@@ -58,7 +58,7 @@ def _add(x, u, top, z, e, w):
 
 @triton.jit
 def _join(top, z, e, w):
-    """A model's lanes as one row: max, Σ exp, entropy, Σ p·u."""
+    """Join a model's lanes into one row: max, Σ exp, entropy, Σ p·u."""
     best = tl.max(top, 0)
     shrink = tl.exp(top - best)
     total = tl.sum(z * shrink, 0)
@@ -73,7 +73,7 @@ def _floor0(x):
 
 @triton.jit
 def _offset(x):
-    """About the largest logit of a row, by its first block; any finite number would do."""
+    """Roughly the largest logit of a row, from its first block; any finite number would do."""
     best = tl.max(x, 0)
     return tl.where(tl.abs(best) < 1.0e29, best, 0.0)
 
@@ -84,7 +84,7 @@ def _tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     one = 1.0 + e
     far = tl.where(x < 0.0, e - 1.0, 1.0 - e) / one
-    # Of a small x, 1 - e has few digits left.
+    # For a small x, 1 - e has few digits left.
     y = x * x
     near = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, near, far), 4.0 * e / (one * one)
@@ -92,7 +92,7 @@ def _tanh(x):
 
 @triton.jit
 def _logits(x, at, V, inner, outer, CAPPED: tl.constexpr):
-    """Logits over the temperature; what is beyond the vocabulary must not come near by a cap."""
+    """Logits over the temperature; the padding beyond the vocabulary is not capped, so that it stays far below."""
     if CAPPED:
         tanh, _ = _tanh(x * inner)
         return tl.where(at < V, tanh * outer, x)
@@ -152,7 +152,7 @@ def statistics_kernel(
         mode = tl.min(tl.where(s_top == s_max, first, 2147483647), 0)  # the first of equals, as argmax
         at_mode = tl.load(t_row + mode, mask=mode < W, other=-float("inf"))
         at_mode = _logits(at_mode, mode, V, t_inner, t_outer, T_CAPPED)
-        # NaN is agreement with nothing: a maximum does not show it, a sum does.
+        # A row with NaN agrees with nothing: the maximum does not show NaN, the sum does.
         agree = (at_mode == t_max) & (t_sum == t_sum) & (s_sum == s_sum)
         tl.store(OUT + AGREE * rows + row, agree.to(tl.float32))
     if RANKED:
@@ -185,7 +185,7 @@ def norm_kernel(
 def _softplus(x):
     """ln(1 + e^x) and ln(1 + e^-x)."""
     y = tl.exp(-tl.abs(x))
-    # ln(1 + y) to all digits of a small y: the rounding of 1 + y cancels.
+    # ln(1 + y), accurate for a small y: the rounding of 1 + y cancels.
     one = 1.0 + y
     least = tl.where(one == 1.0, y, tl.log(one) * (y / (one - 1.0)))
     return tl.where(x > 0.0, x, 0.0) + least, tl.where(x < 0.0, -x, 0.0) + least
@@ -214,7 +214,7 @@ def jsd_kernel(
         p, q = tl.exp(s), tl.exp(t)
         of_p += tl.where(p > 0.0, p * soft, 0.0)
         of_q += tl.where(q > 0.0, q * minus, 0.0)
-    # A term of NaN was left out by the comparison, but the mass that divides has it.
+    # The comparisons drop a term of NaN, but the mass that divides keeps it.
     tl.store(OUT + row, tl.sum(of_p, 0) / s_sum)
     tl.store(OUT + rows + row, tl.sum(of_q, 0) / t_sum)
 
@@ -224,7 +224,7 @@ def gradient_kernel(
     S, T, S_AT, T_AT, ROW, JSD, SCALE, OUT, rows, W, V, stride, out_stride, s_inner, s_outer, t_inner, t_outer,
     logit_beta, DIVERGENCE: tl.constexpr, S_CAPPED: tl.constexpr, T_CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pass 2, grid (rows, blocks of W): gradient·SCALE[row] into OUT, which may be S where no rows are picked."""
+    """Pass 2, grid (rows, blocks of W): gradient·SCALE[row] into OUT, which may be S if no rows are picked."""
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = at < W
     s_max, s_sum = tl.load(ROW + S_MAX * rows + row), tl.load(ROW + S_SUM * rows + row)
@@ -239,7 +239,7 @@ def gradient_kernel(
         g = tl.where(p > 0.0, p * ((s - t) - tl.load(ROW + MEAN_U * rows + row)), 0.0) * (scale / s_sum)
     elif DIVERGENCE == "forward_kl":
         g = (p / s_sum - tl.exp(t) / t_sum) * scale
-    elif DIVERGENCE == "eopd":  # JSD: 1 where the forward KL joins, else 0
+    elif DIVERGENCE == "eopd":  # JSD: 1 where the forward KL is added, else 0
         gate = tl.load(JSD + row)
         mean = tl.load(ROW + MEAN_U * rows + row) - gate
         g = tl.where(p > 0.0, p * ((s - t) - mean), 0.0) * (scale / s_sum) - tl.exp(t) * (gate * scale / t_sum)

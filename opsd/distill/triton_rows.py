@@ -1,9 +1,9 @@
-"""The element-wise work on rows of logits by the kernels of `triton_kernels.py`; `rows.py` says when.
+"""The element-wise work on rows of logits with the kernels of `triton_kernels.py`; `rows.py` decides when.
 
 Never imported without triton. Legend: C rows, W width of a row (`row_width`).
 """
 
-# What a kernel is called with is known to Triton alone.
+# Only Triton knows the arguments of a kernel launch.
 # pyrefly: ignore-errors[bad-argument-count, bad-argument-type, bad-keyword-argument, unexpected-keyword]
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def token_fields(
     needs: frozenset[str], logits: Logits, temperature: float, token_ids_C: Tensor | None
 ) -> dict[str, Tensor]:
-    """As `rows.score_`; the logits are left as they are."""
+    """Like `rows.score_`; the logits are not changed."""
     with torch.cuda.device_of(logits.student_CW):
         pair = _Pair(logits, temperature)
         row, found = _fields(pair, needs, token_ids_C)
@@ -47,7 +47,7 @@ def token_fields(
 
 
 def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """What pass 1 leaves, and the fields that kernels make."""
+    """The output of pass 1, and the fields that kernels compute."""
     row = pair.statistics(token_ids_C if "teacher_rank_N" in needs else None)
     found = {name: row[NAMES.index(name)] for name in needs & set(NAMES)}
     if "top1_agree_N" in found:
@@ -62,7 +62,7 @@ def _fields(pair: _Pair, needs: frozenset[str], token_ids_C: Tensor | None) -> t
 def _of_few_tokens(
     logits: Logits, temperature: float, row: Tensor, needs: frozenset[str], token_ids_C: Tensor | None
 ) -> dict[str, Tensor]:
-    """The fields that read a few logits per row: by torch's operations, beside the sums that pass 1 has left."""
+    """The fields that read a few logits per row: torch's operations, with the sums of pass 1."""
     found: dict[str, Tensor] = {}
     height, (student, teacher) = logits.work.vocab_size, logits.work.transforms
     if not needs & {"teacher_mass_N", "log_ratio_N"} or logits.teacher_CW is None:
@@ -75,7 +75,7 @@ def _of_few_tokens(
         return logits_(products_CW.gather(-1, ids_CK), transform, ids_CK.shape[1], temperature)
 
     if "teacher_mass_N" in needs:
-        # What makes logits of products keeps their order.
+        # The transform from products to logits keeps their order.
         support_CK = likeliest(logits.student_CW[:, :height])
         exp_CK = (picked(logits.teacher_CW, support_CK, teacher) - teacher_max_C[:, None]).exp()
         found["teacher_mass_N"] = exp_CK.sum(-1) / teacher_sum_C
@@ -89,9 +89,10 @@ def _of_few_tokens(
 
 
 def gradient_(logits: Logits, spec: LossSpec, scale_C: Tensor, out_CW: Tensor) -> Tensor:
-    """The divergences [C] in nats; out = gradient by the logits over the temperature, through the cap, times scale.
+    """The divergences [C] in nats. out = scale times the gradient with respect to the logits over the temperature,
+    through the cap.
 
-    out_CW: of any floating type, and the student's products themselves where no rows of theirs are picked.
+    out_CW: of any floating type; it may be the student's products themselves if no rows are picked.
     """
     with torch.cuda.device_of(logits.student_CW):
         return _differentiate_(_Pair(logits, spec.temperature), spec, scale_C, out_CW)
@@ -116,7 +117,7 @@ def _differentiate_(pair: _Pair, spec: LossSpec, scale_C: Tensor, out_CW: Tensor
 
 
 class _Pair:
-    """Rows of both models' products and what makes logits of them, as the kernels take them, and a launch of each."""
+    """Both models' products and transforms as arguments of the kernels, with a method to launch each kernel."""
 
     def __init__(self, logits: Logits, temperature: float) -> None:
         student_CW, work = logits.student_CW, logits.work

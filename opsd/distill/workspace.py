@@ -1,4 +1,4 @@
-"""The buffers that chunks of tokens are worked on in.
+"""The buffers in which chunks of tokens are processed.
 
 Legend: C rows of a chunk, B rows of a block, V width of a row (`chunks.row_width`), S scratch buffers.
 """
@@ -22,8 +22,8 @@ class Workspace:
     """The buffers a call reuses over its chunks: products of both models' states and heads [C, V], scratch for a block
     of rows [S, B, V].
 
-    V is `row_width`, vocab_size or more. transforms: what makes the student's and the teacher's logits of the
-    products. Beside `SCRATCH_BUFFERS` there is one for a student's soft cap and, where copies were asked for, two for a
+    V is `row_width`, vocab_size or more. transforms: how the student's and the teacher's products become logits.
+    Besides `SCRATCH_BUFFERS` there is one for a student's soft cap and, if copies were requested, two for a
     block of both models' logits. kernels: `has_row_kernels`; these need no scratch.
     """
 
@@ -40,12 +40,12 @@ class Workspace:
     ) -> Workspace:
         """Buffers for `rows` of the inputs' tokens, on their device; without a teacher its buffer is empty.
 
-        kernels: whether they may do the work, where they can.
+        kernels: whether Triton's kernels may be used, if they can run.
         """
         like, wide, transforms = inputs.student_ND, inputs.wide, inputs.transforms
         kernels = kernels and has_row_kernels(like, wide)
         used = SCRATCH_BUFFERS + (transforms[0].softcap is not None)
-        # Whole rows for each thread, and as many for one as for another.
+        # Whole rows, and the same number for each thread.
         threads = 1 if like.is_cuda else torch.get_num_threads()
         width = row_width(like.device.type, inputs.vocab_size)
         per_step = threads * (2 + used) * width * wide.itemsize

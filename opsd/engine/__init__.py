@@ -1,4 +1,4 @@
-"""What holds the student's weights and runs the optimiser step."""
+"""The engines: they hold the student's weights and run the optimiser step."""
 
 import importlib.util
 
@@ -15,7 +15,7 @@ __all__ = ["Engine", "TorchEngine", "build_engine", "check_engine", "learning_ra
 
 
 def check_engine(config: TrainConfig) -> None:
-    """Raises UserError where the engine that `config` names cannot run here."""
+    """Raises UserError if the engine that `config` names cannot run here."""
     kind = config.engine.kind
     if kind == "torch" and world_size() > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What every engine must do, and the learning rate, which none of them keeps."""
+"""The interface of every engine, and the learning rate, which no engine stores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Engine(ABC):
 
     @abstractmethod
     def sampling(self) -> contextlib.AbstractContextManager[Any]:
-        """Within it the student's own model generates: in the compute type, with whole weights on every rank."""
+        """Context in which the student's own model generates: in the compute type, with whole weights on every rank."""
 
     @abstractmethod
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
@@ -59,7 +59,7 @@ class Engine(ABC):
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The plain model's whole weights in full precision on the first rank, {} on the others.
 
-        Adapters are merged in. None: they lie in the model.
+        Adapters are merged in. None if the model's own parameters are these weights.
         """
         return self._collect(self._plain_weights())
 
@@ -72,9 +72,9 @@ class Engine(ABC):
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the plain model, whole on every rank, one at a time, under the name that it has in a file.
 
-        A second full copy never exists. Adapters are merged in. Experts that lie in one parameter come one by one.
+        A second full copy never exists. Adapters are merged in. Experts fused into one parameter come one by one.
 
-        A tied head comes twice, under both of its names: who takes the weights over may keep two copies.
+        A tied head comes twice, under both of its names: the receiver may keep two copies.
         """
         for plain in plain_weights(self.student.model, remove_duplicate=False):
             with self._whole(plain) as tensor:
@@ -83,16 +83,16 @@ class Engine(ABC):
     def master(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's share of each trained weight in fp32, by name: the weight itself, or an equal flat part of it.
 
-        A part where ZeRO shares out the optimiser's state. Who keeps a share copies it.
+        A part if ZeRO partitions the optimiser's state. A caller that keeps a share must copy it.
         """
         return ((name, self._share(self._full_weight(parameter))) for name, parameter in self._named.items())
 
     @abstractmethod
     def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Within it the model computes with weights of these shares, as `master` gives them, in place of its own."""
+        """Context in which the model computes with these shares' weights (as from `master`) instead of its own."""
 
     def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Whole tensors of such shares on the first rank, {} on the others."""
+        """The whole tensors of such shares on the first rank, {} on the others."""
         return self._collect((name, self._joined(share, self._named[name])) for name, share in shares.items())
 
     def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ class Engine(ABC):
 
 
 def settled(engine: EngineConfig, device: torch.device) -> EngineConfig:
-    """The settings with the compute type that `auto` is on `device`."""
+    """The settings with `auto` replaced by the compute type for `device`."""
     if engine.dtype != "auto":
         return engine
     bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -156,21 +156,21 @@ def settled(engine: EngineConfig, device: torch.device) -> EngineConfig:
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     """The rate of 1-based `step`: linear warm-up to lr, then cosine towards lr·min_lr_fraction.
 
-    A pure function of the step, so that it cannot drift from it.
+    A pure function of the step, so that rate and step cannot drift apart.
     """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
-    # The floor is reached one step behind the last, as with a scheduler that is stepped afterwards: the last step
-    # still learns.
+    # The floor is reached one step after the last, as with a scheduler that is stepped after each update: the last
+    # step still learns.
     progress = (step - 1 - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return optim.lr * (optim.min_lr_fraction + (1.0 - optim.min_lr_fraction) * cosine)
 
 
 def parameter_groups(named: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser's groups, none empty. Norm gains and biases are not decayed, as everywhere in the field."""
+    """The optimiser's groups, none empty. Norm gains and biases are not decayed, as usual."""
     decayed = [p for p in named.values() if p.dim() >= 2]
     plain = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -178,7 +178,7 @@ def parameter_groups(named: dict[str, torch.nn.Parameter], weight_decay: float) 
 
 
 def optimizer_of(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of every engine. SGD's decay is AdamW's: without momentum, lr·decay·w is taken off either way."""
+    """The optimiser of every engine. SGD decays like AdamW: without momentum, both subtract lr·decay·w."""
     groups = parameter_groups(named, optim.weight_decay)
     if optim.kind == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
@@ -188,7 +188,7 @@ def optimizer_of(named: dict[str, torch.nn.Parameter], optim: OptimConfig) -> to
 
 @contextlib.contextmanager
 def swapped(named: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Within it the parameters hold these tensors, whole, in their own shape; what they held comes back."""
+    """Context in which the parameters hold these whole tensors of the same shapes; then their own are restored."""
     own = {name: parameter.data for name, parameter in named.items()}
     for name, parameter in named.items():
         parameter.data = tensors[name]

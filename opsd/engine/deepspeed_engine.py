@@ -22,14 +22,14 @@ from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import Head, MicroBatch
 from opsd.utils.distributed import Ranks
 
-# What each optimiser keeps for a weight.
+# The state tensors that each optimiser keeps per weight.
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
 class DeepSpeedEngine(Engine):
     """Engine on DeepSpeed: torch's AdamW or SGD over shards, fp32 master weights whatever the compute type.
 
-    What is called on one rank is called on all, and the same number of micro-batches goes through each (see
+    All ranks must make the same calls, with the same number of micro-batches (see
     `opsd.data.packing.share`): under ZeRO every forward and backward is a collective.
     """
 
@@ -38,7 +38,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         super().__init__(student, engine, device, ranks)
         self._stage, self._moments = engine.zero_stage, MOMENTS[optim.kind]
-        # Ranks gather weights layer by layer: each must call the model as often as the others.
+        # Ranks gather weights layer by layer: all must call the model the same number of times.
         student.packed = student.packed or self._stage == 3
         exact = {}
         if self._dtype != torch.float32:
@@ -54,12 +54,12 @@ class DeepSpeedEngine(Engine):
         for name, weight in exact.items():
             self._tensor_api("safe_set_full_fp32_param")(self._named[name], weight.to(device))
         for buffer, value in buffers:
-            # Rotary frequencies stay fp32: rounded, far positions would be others.
+            # Rotary frequencies stay fp32: rounding them would shift far positions.
             buffer.data = value
         student.train()
 
     def sampling(self) -> contextlib.AbstractContextManager[Any]:
-        """Engine's. ZeRO-3 gathers once, so that ranks may then write answers of different lengths."""
+        """See Engine. ZeRO-3 gathers once, so that ranks may then generate answers of different lengths."""
         if self._stage < 3:
             return contextlib.nullcontext()
         from deepspeed.runtime.zero import unwrap_model_for_generation
@@ -67,10 +67,10 @@ class DeepSpeedEngine(Engine):
         return unwrap_model_for_generation(self._engine)
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
-        """Engine's, through DeepSpeed's wrapper, so that shards are gathered where a module needs them."""
+        """See Engine. Goes through DeepSpeed's wrapper, so that shards are gathered when a module needs them."""
 
         def visible(hidden_ND: torch.Tensor, head: Head) -> tuple[list[torch.Tensor], Result]:
-            # DeepSpeed hangs its backward hooks on tensors that it finds in a module's output: the loss must be one.
+            # DeepSpeed attaches its backward hooks to the tensors in a module's output: the loss must be one of them.
             result = use(hidden_ND, head)
             return [result.loss_sum] if isinstance(result, DistillResult) else [], result
 
@@ -78,7 +78,7 @@ class DeepSpeedEngine(Engine):
         return dataclasses.replace(result, loss_sum=found[0]) if found else result
 
     def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
-        """Engine's. DeepSpeed takes the mean over ranks: times their number, it is the sum."""
+        """See Engine. DeepSpeed averages over ranks; multiplying by their number gives the sum."""
         self._engine.backward(loss_sum * (self.ranks.world_size / global_count), scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
@@ -88,17 +88,17 @@ class DeepSpeedEngine(Engine):
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
 
     def discard(self) -> None:
-        """Engine's.
+        """See Engine.
 
-        ZeRO keeps gradients in buffers of its own, which a step empties. So one is taken that DeepSpeed refuses by
-        itself: a gradient that is not finite joins the others.
+        ZeRO keeps gradients in buffers of its own, which only a step empties. So take a step that DeepSpeed skips by
+        itself: add a gradient that is not finite.
         """
 
         def spoil(hidden_ND: torch.Tensor, _: Head) -> DistillResult:
             nothing: Any = None
             return DistillResult(math.nan * hidden_ND.sum(), nothing, nothing)
 
-        # By way of a hidden state: it reaches whatever is trained, be it adapters alone.
+        # Through a hidden state, so that it reaches everything that is trained, even if that is only adapters.
         one_row = dataclasses.replace(empty(), rows_N=torch.zeros(1, dtype=torch.int64))
         self.backward(self.forward(one_row, spoil).loss_sum, 1.0)
         if math.isfinite(self.step(0.0)):
@@ -106,8 +106,8 @@ class DeepSpeedEngine(Engine):
 
     @contextlib.contextmanager
     def lent(self, shares: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Engine's. Under ZeRO-3 it is the shards that change, and weights that are always whole are gathered
-        anew; under ZeRO-1 and 2 a second copy of the weights is there meanwhile, in the compute type."""
+        """See Engine. Under ZeRO-3 the shards are replaced, and weights that stay whole are gathered again;
+        under ZeRO-1 and 2 a second copy of the weights exists meanwhile, in the compute type."""
         if self._stage < 3:
             whole = {name: self._whole_of(share, self._named[name]) for name, share in shares.items()}
             with swapped(self._named, whole):
@@ -136,14 +136,14 @@ class DeepSpeedEngine(Engine):
                 self._tensor_api("safe_set_full_optimizer_state")(parameter, tensor, moment)
 
     def _allocate_moments(self) -> None:
-        """AdamW's state before its first step, as it would make it then: so it can be read and loaded at any time.
+        """Create AdamW's state before its first step, as AdamW would, so that it can be read and loaded at any time.
 
         DeepSpeed's ZeRO-1 and 2 would link only the first group's parameters to their moments.
         """
         optimizer = self._torch_optimizer()
         shards = [shard for group in optimizer.param_groups for shard in group["params"]]
         if self._stage == 3:
-            # They are in the groups during a step only.
+            # The shards are in the groups only during a step.
             shards = self._engine.optimizer.fp32_partitioned_groups_flat
         for shard in shards:
             zeros = {moment: torch.zeros_like(shard) for moment in self._moments}
@@ -161,7 +161,7 @@ class DeepSpeedEngine(Engine):
         return self._tensor_api("safe_get_full_fp32_param")(parameter)
 
     def _share(self, whole: torch.Tensor) -> torch.Tensor:
-        """Engine's, cut as ZeRO-3 cuts it: flat, filled up with zeros."""
+        """See Engine. Split as by ZeRO-3: flat, padded with zeros."""
         size = math.ceil(whole.numel() / self.ranks.world_size)
         part = whole.detach().flatten()[self.ranks.rank * size :][:size]
         return torch.nn.functional.pad(part, (0, size - part.numel()))
@@ -171,7 +171,7 @@ class DeepSpeedEngine(Engine):
         return self.ranks.concatenate(share)[: math.prod(shape)].view(shape)
 
     def _whole_of(self, share: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The same in the parameter's type."""
+        """Like `_joined`, in the parameter's type."""
         return self._joined(share.to(parameter.dtype), parameter)
 
     def _set_shards(self, shares: dict[str, torch.Tensor]) -> None:
@@ -184,7 +184,7 @@ class DeepSpeedEngine(Engine):
             offload.persistent_parameters[0].all_gather(offload.persistent_parameters)
 
     def _state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The optimiser's state in turn, as named whole tensors."""
+        """The optimiser's state, one by one, as named whole tensors."""
         step = next(iter(self._torch_optimizer().state.values()))["step"]
         for name, parameter in self._named.items():
             for moment in self._moments:
@@ -207,7 +207,7 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
     if engine.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        # Counts that DeepSpeed wants stated; nothing of ours is divided by them.
+        # Counts that DeepSpeed requires; nothing of ours is divided by them.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -223,16 +223,16 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, told which accelerator to take and to keep quiet."""
+    """Import DeepSpeed with the right accelerator and without its notices."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     if device.type == "cpu":
-        # A faster all-reduce that DeepSpeed would compile at the first start: that needs a compiler, and a build that
-        # was killed leaves a lock behind which later starts wait for without end. gloo does as well here.
+        # Otherwise DeepSpeed compiles a faster all-reduce at the first start: that needs a compiler, and a build that
+        # was killed leaves a lock for which later starts wait forever. gloo is good enough here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls collectives by names that newer versions of torch warn about.
+    # DeepSpeed calls collectives by names that newer versions of torch warn about.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

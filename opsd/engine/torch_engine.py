@@ -38,7 +38,7 @@ class TorchEngine(Engine):
         student.train()
 
     def sampling(self) -> contextlib.AbstractContextManager[Any]:
-        """The compute type: bfloat16 with fp32 master weights, or nothing."""
+        """Autocast if the compute type is bfloat16 (trained weights stay fp32), else nothing."""
         if self._dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._dtype)
@@ -67,7 +67,7 @@ class TorchEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, torch.Tensor] | None:
-        """Engine's: without adapters they lie in the model, whole and in fp32."""
+        """See Engine. Without adapters, the model's own parameters are the weights, whole and in fp32."""
         return super().weights() if has_adapters(self.student.model) else None
 
     def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,6 @@
-"""Environments: episodes of several turns with tools, in place of single answers.
+"""Environments: episodes of several turns with tools, instead of single answers.
 
-Each is found by its entry point in group `opsd.environments`, as selectors are; the trainer imports none of them.
+Each is found by its entry point in the group `opsd.environments`, like selectors; the trainer imports none of them.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ GROUP = "opsd.environments"
 
 
 class Environment(Protocol):
-    """Built from (config, tokenizer); raises UserError for files that cannot serve.
+    """Built from (config, tokenizer); raises UserError for unusable files.
 
-    prompts: how the training episodes begin; dropped: how many over-long ones were left out. evaluator: what
-    `opsd.eval.evaluator.Evaluator` is for single answers.
+    prompts: how the training episodes begin; dropped: number of prompts left out as too long. evaluator: the
+    counterpart of `opsd.eval.evaluator.Evaluator`, which is for single answers.
     """
 
     prompts: list[Any]
@@ -26,18 +26,18 @@ class Environment(Protocol):
     evaluator: Any
 
     def episodes(self, engine: RolloutEngine) -> RolloutEngine:
-        """Episodes, turn by turn, over `engine`, which samples single answers."""
+        """A sampler of whole episodes; `engine` samples each turn."""
         ...
 
     def asked(self, tokenizer: Any) -> Callable[[Any, str], list[int]]:
-        """From one of `prompts` and a text: the ids that the episode begins with where the text is what it asks.
+        """Returns a function of one of `prompts` and a text: the ids that its episode begins with if it asks the text.
 
-        For a teacher with a context of its own; tokenizer: its.
+        For a teacher with its own context; tokenizer: the teacher's.
         """
         ...
 
     def column(self, prompt: Any, name: str) -> Any:
-        """What a context may show of a prompt's task by name; None where it has no such thing."""
+        """The value of a prompt's task that a context shows as {name}; None if there is none."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""`opsd plan`: whether a run fits its GPUs, what decides, and roughly how long a step takes."""
+"""`opsd plan`: whether a run fits its GPUs, what uses the most memory, and roughly how long a step takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opsd.estimate.shapes import ModelShape, find_shape
 from opsd.utils.durations import in_words
 from opsd.utils.errors import UserError, said
 
-# What takes less of a part, of the phase's largest ones.
+# How to reduce each part that can be the largest of a phase.
 KNOBS = {
     "activations": "--engine.gradient_checkpointing True or a smaller --engine.micro_batch_tokens",
     "attention masks": "--engine.dtype bfloat16 on CUDA, or a smaller --engine.micro_batch_tokens",
@@ -79,7 +79,7 @@ class PlanConfig(Settings):
 
 
 def plan(config: PlanConfig) -> bool:
-    """Print the plan; whether it fits. Raises UserError for settings that cannot be."""
+    """Print the plan; returns whether the run fits. Raises UserError for impossible settings."""
     found = planned(config)
     if config.json:
         print(json.dumps(found))
@@ -93,7 +93,7 @@ def plan(config: PlanConfig) -> bool:
 def planned(config: PlanConfig, adapters: bool = True) -> dict[str, Any]:
     """The plan as JSON values: GiB by phase and part, rough seconds, the verdict. Raises UserError as `plan`.
 
-    adapters: say how much of the student they lie on, which takes seconds.
+    adapters: report how much of the student they cover, which takes seconds.
     """
     run, coverage = config.run, _adapters(config.run) if adapters else []
     (teacher, *others) = run.teacher_paths().values()
@@ -147,7 +147,7 @@ def _check_weights(path: str, flag: str) -> None:
 
 
 def hardware_of(config: PlanConfig, shape: ModelShape) -> Hardware:
-    """What the plan assumes, with what its flags state in place of it. shape: the student's, which is measured with."""
+    """The hardware that the plan assumes; flags override parts of it. shape: the student's, used for measuring."""
     name, device = config.hardware, "cpu" if config.hardware == "cpu" else config.run.engine.device
     flash = config.attention == "flash" and config.run.engine.dtype != "float32"
     if name in SHEETS:
@@ -163,14 +163,14 @@ def hardware_of(config: PlanConfig, shape: ModelShape) -> Hardware:
 
 
 def _hint(config: PlanConfig, hardware: Hardware) -> str | None:
-    """How to plan for GPUs, where several ranks were asked for and this machine has only its CPU."""
+    """How to plan for GPUs, if several ranks were requested and this machine has only its CPU."""
     if config.gpus == 1 or config.hardware != "this" or hardware.kind != "cpu" or config.run.engine.device == "cpu":
         return None
     return f"there is no GPU here: for {config.gpus} GPUs add --hardware {', '.join([*SHEETS][:-1])} or {[*SHEETS][-1]}"
 
 
 def _positions(run: TrainConfig, shapes: tuple[ModelShape, ModelShape]) -> str | None:
-    """A line where a model has too few positions for the longest sequence; a run looks at its own prompts."""
+    """A warning if a model has too few positions for the longest sequence; a run checks its actual prompts instead."""
     asked, new = run.rollout.max_prompt_tokens, run.rollout.max_new_tokens
     for flag, shape in zip(("--student", "--teacher"), shapes, strict=True):
         if shape.positions is not None and asked + new > shape.positions:
@@ -182,7 +182,7 @@ def _positions(run: TrainConfig, shapes: tuple[ModelShape, ModelShape]) -> str |
 
 
 def _adapters(config: TrainConfig) -> list[str]:
-    """How much of a student's folder adapters lie on, in a line; none without adapters, or without a folder."""
+    """How much of the student the adapters cover, in one line; empty without adapters, or without a model folder."""
     if not config.lora.rank or not (Path(config.student) / "config.json").is_file():
         return []
     from opsd.model.loading import check_folder
@@ -195,7 +195,7 @@ def _adapters(config: TrainConfig) -> list[str]:
 
 def _show(found: dict[str, Any]) -> None:
     console, phases = Console(width=110), found["phases_gib"]
-    # As Text: a bracket in a folder's name is a bracket.
+    # As Text, so that brackets in a folder's name are not taken for markup.
     title = Text(f"{found['student']} ← {found['teacher']}, {_ranks(found)}")
     table = Table("GiB per rank", *phases, title=title)
     parts = list(dict.fromkeys(part for of_phase in phases.values() for part in of_phase))
@@ -208,7 +208,7 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def in_short(found: dict[str, Any]) -> str:
-    """The phases' sums, tokens and rough times, what adapters lie on and positions lack, and the verdict."""
+    """The phases' sums, tokens and rough times, the adapters' coverage, missing positions, and the verdict."""
     sums = ", ".join(f"{phase} {sum(parts.values()):.1f}" for phase, parts in found["phases_gib"].items())
     seconds = ", ".join(f"{phase} {_span(value)}" for phase, value in found["rough_seconds"].items())
     lines = [
@@ -222,7 +222,7 @@ def in_short(found: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """One line: whether it fits on what, where most of the memory goes, what helps, and how long a run may take."""
+    """One line: whether the run fits, what uses most of the memory, what reduces it, and how long the run may take."""
     knob = f" ({found['knob']} reduces it)" if not found["fits"] else ""
     step_s, steps = sum(found["rough_seconds"].values()), found["steps"]
     return (

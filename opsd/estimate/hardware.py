@@ -1,4 +1,4 @@
-"""What a plan assumes of the machine: this one, measured in about half a second, or a GPU by its data sheet."""
+"""The hardware that a plan assumes: this machine, measured in about half a second, or a GPU by its data sheet."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from opsd.estimate.rates import product_rate, read_rate
 from opsd.utils.errors import UserError
 
-# Of what a machine reaches in products and reads alone, a step gets so much: norms, rotations and draws take time too.
+# Shares of the rates of products and of reads that a step reaches: norms, rotary embeddings and sampling take time too.
 # On a CPU: docs/performance.md, "Where each part stands". Of a data sheet: assumed.
 MEASURED_SHARE, SHEET_SHARE = (0.55, 0.6), (0.4, 0.6)
-# Seconds that a product, and reading memory, are measured.
+# Seconds for measuring a product, and again for measuring memory reads.
 MEASURE_S = 0.1
-# Tokens and the longest side of a weight of that product: enough for the device to be busy, and soon done.
+# Tokens and the weight's longest side in that product: enough to keep the device busy, and still quick.
 MEASURE_SIZES = {"cpu": (256, 2048), "cuda": (4096, 8192)}
 
 
@@ -43,9 +43,9 @@ SHEETS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """gpus ranks, each with gib of memory. tflops, bandwidth_gbs: what a step gets of them, utilisation taken off.
+    """gpus ranks, each with gib of memory. tflops, bandwidth_gbs: the rates that a step is expected to reach.
 
-    kind: cuda or cpu. flash: attention is of variable length. name: as a verdict says it, e.g. "this CPU".
+    kind: cuda or cpu. flash: attention is of variable length. name: as in the verdict, e.g. "this CPU".
     """
 
     gpus: int
@@ -58,16 +58,16 @@ class Hardware:
 
 
 def sheet_hardware(name: str, ranks: int, flash: bool) -> Hardware:
-    """A GPU that need not be here."""
+    """A GPU by its data sheet; this machine need not have it."""
     sheet, (arithmetic, reading) = SHEETS[name], SHEET_SHARE
     rates = arithmetic * sheet.tflops, reading * sheet.bandwidth_gbs
     return Hardware(ranks, sheet.gib, *rates, flash, "cuda", f"{'an' if name[0] in 'ahl' else 'a'} {name.upper()}")
 
 
 def this_hardware(device: str, ranks: int, flash: bool, shape: tuple[int, int]) -> Hardware:
-    """This machine: its GPU, or its CPU where `device` is cpu or there is none. shape: of the product that is measured.
+    """This machine: its GPU, or its CPU if `device` is cpu or there is no GPU. shape: the measured product's weight.
 
-    Raises UserError where `device` is cuda and there is no GPU.
+    Raises UserError if `device` is cuda and there is no GPU.
     """
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
@@ -76,7 +76,7 @@ def this_hardware(device: str, ranks: int, flash: bool, shape: tuple[int, int]) 
     if place.type == "cuda":
         total, name = torch.cuda.mem_get_info(place)[1], f"this {torch.cuda.get_device_name(place)}"
     else:
-        # Its processes share it.
+        # The ranks share the machine.
         threads = torch.get_num_threads()
         total, name = _memory() / ranks, f"this CPU ({threads} thread{'s' * (threads > 1)})"
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -92,16 +92,16 @@ def this_hardware(device: str, ranks: int, flash: bool, shape: tuple[int, int]) 
 
 
 def _forget_peak() -> None:
-    """Let the process's peak memory start here: what was measured with is given back, and no part of a run's peak.
+    """Reset the process's peak memory: the measurement's buffers are freed and must not count towards a run's peak.
 
-    Where the system is not Linux, the peak stays.
+    On systems other than Linux, the peak stays.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its container's."""
+    """Bytes of memory that this process may use: the machine's, or its container's."""
     limits = [psutil.virtual_memory().total]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(file).read_text().strip() if Path(file).is_file() else ""

@@ -1,4 +1,4 @@
-"""The peak memory of a GPU by phase and part, estimated from the settings as the code spends it; and a rough time."""
+"""The peak memory of a GPU by phase and part, estimated from settings and what the code allocates; and a rough time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ WIDE = 4  # bytes of a logit, a master weight and a moment: all fp32
 # Whole [K, V] fp32 buffers alive at the worst moment of --loss.memory whole: both models' logits, and what autograd
 # keeps for backward.
 WHOLE_BUFFERS = {"reverse_kl": 5, "forward_kl": 4, "jsd": 8, "eopd": 8, "forward_then_reverse": 5, "sampled_token": 5}
-# DeepSpeed's defaults, in numbers: gradients on their way, and weights gathered at once under ZeRO-3.
+# DeepSpeed's defaults, in elements: gradients that are reduced at once, and weights gathered at once under ZeRO-3.
 REDUCE_BUCKET, LIVE_WEIGHTS = 500_000_000, 1_000_000_000
-# Assumed, not measured: CUDA's context, NCCL and the allocator's holes. On a CPU: Python with torch and transformers.
+# Assumed, not measured: CUDA's context, NCCL and memory fragmentation. On a CPU: Python with torch and transformers.
 PROCESS_GIB = {"cuda": 2.0, "cpu": 0.6}
-# Seconds of Python and of starting kernels in one layer's forward pass, by transformers.
+# Seconds of Python and kernel launches in one layer's forward pass, with transformers.
 LAYER_CALL_S = 2e-4
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one rank does with one pair of models. All lengths are the longest that the settings allow."""
+    """Memory and time of one rank, for one pair of models. All lengths are the longest that the settings allow."""
 
     config: TrainConfig
     student: ModelShape
@@ -48,7 +48,7 @@ class MemoryEstimate:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of a step over all ranks, every rollout as long as it may be."""
+        """Tokens of a step over all ranks, with every rollout at its maximum length."""
         return self.config.prompts_per_step * self.config.rollout.samples_per_prompt * self.longest
 
     @property
@@ -67,7 +67,7 @@ class MemoryEstimate:
 
     @property
     def masked(self) -> bool:
-        """Whether attention needs a mask: sdpa over a packed row, which is ZeRO-3's layout alone."""
+        """Whether attention needs a mask: sdpa over a packed row, a layout that only ZeRO-3 uses."""
         return self.zero == 3 and not self.hardware.flash
 
     @property
@@ -97,7 +97,7 @@ class MemoryEstimate:
         return rank * s.layers * sum(sides[name] for name in chosen)
 
     def share(self, stage: int) -> int:
-        """Over how many ranks that is spread which ZeRO shares out from `stage` on."""
+        """The number of ranks that share whatever ZeRO partitions from `stage` on; 1 below that stage."""
         return self.hardware.gpus if (self.zero or 0) >= stage else 1
 
     def states(self) -> dict[str, float]:
@@ -106,7 +106,7 @@ class MemoryEstimate:
         held = self.itemsize if self.zero else WIDE
         weights = (self.trained * held + frozen * self.itemsize) / self.share(3)
         moments = 2 * WIDE if self.config.optim.kind == "adamw" else 0
-        # Beside weights in the compute type ZeRO keeps fp32 ones.
+        # ZeRO keeps fp32 weights in addition to those in the compute type.
         state = self.trained * (moments + (WIDE if self.zero else 0)) / self.share(1)
         return {
             "student weights": 0.0 if engine.offload_parameters else weights,
@@ -115,10 +115,10 @@ class MemoryEstimate:
         }
 
     def layer_bytes(self) -> float:
-        """What autograd keeps of one layer, a token, but for masks; counted on transformers' own layers."""
+        """Bytes that autograd keeps per token of one layer, without masks; counted on transformers' own layers."""
         s, i = self.student, self.itemsize
         norms_and_inputs = 24 if i == 4 else (26 if self.autocast else 16)
-        # Beside a mask sdpa repeats keys and values for every query head.
+        # With a mask, sdpa repeats keys and values for every query head.
         attention = 2 * s.query_width + 2 * (s.query_width if self.masked else s.kv_width)
         small = 8 + 4 * s.heads
         if s.head_norms:
@@ -126,30 +126,30 @@ class MemoryEstimate:
         return norms_and_inputs * s.hidden + i * (attention + 4 * s.ffn) + small
 
     def activations(self) -> dict[str, float]:
-        """Bytes that a micro-batch's forward leaves for backward, and what one layer's backward takes beside it."""
+        """Bytes that a micro-batch's forward keeps for backward, and that one layer's backward takes in addition."""
         s, i, tokens, layers = self.student, self.itemsize, self.micro_tokens, self.kept_layers
         ends = (2 * i + 4) * s.hidden + 2 * i * s.head_dim
         inputs = s.layers * s.hidden * i if self.config.engine.gradient_checkpointing else 0
         return {
             "activations": tokens * (layers * self.layer_bytes() + ends + inputs),
-            # sdpa turns the mask that keeps packed sequences apart into numbers, and keeps it, in every layer.
+            # In every layer, sdpa converts the mask that separates packed sequences to floats, and keeps it.
             "attention masks": layers * i * tokens**2 if self.masked else 0.0,
             "one layer's backward": tokens * i * (3 * s.ffn + 2 * s.hidden),
         }
 
     @property
     def kept_layers(self) -> int:
-        """Layers whose activations are there at once."""
+        """Number of layers whose activations exist at once."""
         return 1 if self.config.engine.gradient_checkpointing else self.student.layers
 
     def autocast_copies(self, layers: int, head: bool = False) -> dict[str, float]:
-        """Bytes of the weights of so many layers, and of the head, that autocast holds in the compute type."""
+        """Bytes of autocast's copies of the weights of `layers` layers, and of the head, in the compute type."""
         s = self.student
         weights = layers * s.layer_matrices + (s.head_parameters if head else 0)
         return {"autocast's copies": self.itemsize * weights if self.autocast else 0}
 
     def loss(self) -> float:
-        """Bytes of the loss stage beside hidden states: logits, and gradients of hidden states and head."""
+        """Bytes of the loss stage besides hidden states: logits, and gradients of hidden states and head."""
         tokens, kind, chosen = self.micro_tokens, self.hardware.kind, self.config.loss.chunk_tokens
         vocab = min(self.student.vocab, self.teacher.vocab)
         kept = math.ceil(tokens * (1.0 if self.config.select.by == "all" else self.config.select.retention))
@@ -161,18 +161,18 @@ class MemoryEstimate:
             buffers = WHOLE_BUFFERS[self.config.loss.divergence] * kept + 2 * chunk
             return buffers * row_width(kind, vocab) * WIDE + head
         most_held = most_held_rows(kind, vocab) if chosen == "auto" else chosen
-        # The logits that are scored are held for the loss.
+        # Logits that are scored for selection are held for the loss.
         held = self.config.select.by != "all" and tokens <= most_held
         logits = self._logits(tokens, kept, held=True) if held else self._logits(chunk, chunk, held=False)
         return logits + head + tokens * self.student.hidden * self.itemsize
 
     def _logits(self, rows: int, trained: int, held: bool) -> float:
-        """Bytes of both models' logits, and of what the element-wise work needs beside them."""
+        """Bytes of both models' logits, and of what the element-wise work needs besides them."""
         kind = self.hardware.kind
         width = row_width(kind, min(self.student.vocab, self.teacher.vocab))
         logits = 2 * rows * width * WIDE
         if kind == "cuda":
-            # Kernels need no scratch. Gradients go beside the logits, unless type and rows are the same.
+            # Kernels need no scratch. Gradients need a buffer of their own, unless type and rows are the same.
             return logits + (trained * width * self.itemsize if held or self.itemsize != WIDE else 0)
         scratch = SCRATCH_BUFFERS + (2 if held else 0)
         block = min(rows, max(1, BLOCK_BYTES[kind] // ((2 + SCRATCH_BUFFERS) * width * WIDE)))
@@ -185,7 +185,7 @@ class MemoryEstimate:
         return c.follows or (c.is_student and self.config.lora.rank > 0 and c.kind == "local" and not c.shard)
 
     def teacher_weights(self, working: bool) -> float:
-        """Bytes of the teacher's weights on a rank, while it computes or not; its head is always there."""
+        """Bytes of the teacher's weights on a rank, while it computes (working) or not; its head is always there."""
         t, i, c = self.teacher, self.itemsize, self.config.teacher
         head = t.head_parameters * i
         if self.in_student:
@@ -198,7 +198,7 @@ class MemoryEstimate:
         return t.parameters * i if working or not c.offload else head
 
     def teacher_layer(self) -> float:
-        """Bytes of one of its layers at work, where it works here."""
+        """Bytes that one of the teacher's layers needs to compute; 0 if the teacher is not on these ranks."""
         t, c, tokens = self.teacher, self.config.teacher, self.micro_tokens
         if c.kind != "local":
             return 0.0
@@ -213,14 +213,14 @@ class MemoryEstimate:
         return max(forward, backward, key=lambda parts: sum(parts.values()))
 
     def buffers(self) -> float:
-        """DeepSpeed's own: a bucket of gradients, gathered weights under ZeRO-3."""
+        """Bytes of DeepSpeed's own buffers: a bucket of gradients, and gathered weights under ZeRO-3."""
         if not self.zero:
             return 0.0
         bucket = min(REDUCE_BUCKET, self.trained) * self.itemsize
         return bucket + (min(LIVE_WEIGHTS, self.student.parameters) * self.itemsize if self.zero == 3 else 0)
 
     def sampler(self) -> dict[str, float]:
-        """Bytes that sampling takes beside the training's."""
+        """Bytes that sampling takes in addition to training."""
         r = self.config.rollout
         if r.engine == "vllm_process" and (r.sampler_gpus or self.hardware.kind == "cpu"):
             return {}  # on GPUs of its own, or not in this process
@@ -232,13 +232,13 @@ class MemoryEstimate:
         return self.sampling_weights() | {"sampler (key-value cache)": cache}
 
     def sampling_weights(self) -> dict[str, float]:
-        """Bytes of the student's weights that are there beside its own while transformers samples."""
+        """Bytes of the additional copies of the student's weights that exist while transformers samples."""
         whole = self.student.parameters * self.itemsize if self.zero == 3 else 0
         whole += self.copied_weights(self.student)
         return {"sampler (whole weights)": whole} | self.autocast_copies(self.student.layers, head=True)
 
     def copied_weights(self, shape: ModelShape) -> int:
-        """Bytes of the weights in oneDNN's layout, which sampling by transformers keeps on a CPU in fp32."""
+        """Bytes of the weights in oneDNN's layout, which sampling with transformers keeps on a CPU in fp32."""
         if self.hardware.kind != "cpu" or self.itemsize != WIDE:
             return 0
         return WIDE * (shape.layers * shape.layer_matrices + shape.vocab * shape.hidden)
@@ -273,7 +273,7 @@ class MemoryEstimate:
         resident |= {"teacher weights": self.teacher_weights(working=False)}
         hidden = self.rank_tokens * self.teacher.hidden * self.itemsize if t.cache == "device" else 0
         waiting = resident | {"teacher's states": hidden}
-        # A single micro-batch's backward starts with no gradient beside it.
+        # With a single micro-batch, backward starts without accumulated gradients.
         first = not self.zero and self.rank_tokens <= self.micro_tokens
         held = {} if first else {"gradients": states["gradients"]}
         update = 0.0  # AdamW's fused kernel makes no copies
@@ -292,19 +292,19 @@ class MemoryEstimate:
         return {phase: {part: n / GIB for part, n in parts.items() if n} for phase, parts in found.items()}
 
     def seconds(self) -> dict[str, float]:
-        """Rough seconds of a step by phase: products at the given rate, sampling at that of memory."""
+        """Rough seconds of a step by phase: products at the given rate, sampling mostly at the rate of memory reads."""
         s, t, h, r = self.student, self.teacher, self.hardware, self.config.rollout
         tokens, mean = self.rank_tokens, self.longest / 2
 
         def forward(shape: ModelShape, masked: bool) -> float:
-            # Under a mask every token meets the whole row, its own future and other sequences included.
+            # With a mask every token attends to the whole row, including its own future and other sequences.
             met = self.micro_tokens if masked else mean
             return tokens * (2 * shape.parameters + 4 * met * shape.query_width * shape.layers) / (h.tflops * 1e12)
 
         rollouts = math.ceil(self.step_tokens / self.longest / h.gpus)
         batches = math.ceil(rollouts / r.generate_batch)
         cache = min(rollouts, r.generate_batch) * mean * s.kv_bytes(self.itemsize)
-        # A token of every answer: its weights and cache are read, its products taken, its layers called one by one.
+        # For a token of every answer, weights and cache are read, products computed, and layers called one by one.
         read_s = (s.parameters * self.itemsize + cache) / (h.bandwidth_gbs * 1e9)
         products_s = min(rollouts, r.generate_batch) * 2 * s.parameters / (h.tflops * 1e12)
         token_s = max(read_s, products_s) + s.layers * (LAYER_CALL_S if r.engine == "hf" else 0.0)

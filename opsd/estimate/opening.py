@@ -1,4 +1,4 @@
-"""What a run says before it loads models: what it is, what it will need, and what it cannot do here."""
+"""What a run prints before it loads models: what it is, what it will need, and warnings if that is too much."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from opsd.estimate.command import PlanConfig, planned, verdict
 from opsd.utils.errors import UserError
 from opsd.utils.paths import model_name
 
-# A run that may take longer is warned of.
+# A run that may take longer than this, in seconds, prints a warning.
 LONG_S = 24 * 3600.0
 
 
 def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
-    """Which models, how much a step writes at most, the plan's verdict; then warnings, a line each.
+    """Which models, how much a step generates at most, and the plan's verdict; then warnings, one line each.
 
-    longest_prompt: in tokens. A model whose family cannot be planned is trained all the same.
+    longest_prompt: in tokens. A model whose family cannot be planned can still be trained.
     """
     run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_prompt_tokens=longest_prompt))
     size = run.prompts_per_step * run.rollout.samples_per_prompt

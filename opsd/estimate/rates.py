@@ -1,4 +1,4 @@
-"""How fast this machine is at what a step is made of: matrix products, and reading memory."""
+"""How fast this machine is at the main operations of a step: matrix products, and reading memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def product_rate(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """GFLOP/s of the best product [tokens, D] · Wᵀ with a W [rows, D] of `shapes`; `seconds` for each of them.
+    """GFLOP/s of the best product [tokens, D] · Wᵀ with a W [rows, D] of `shapes`; measured for `seconds` each.
 
-    On a CPU torch's products and oneDNN's, which sampling takes in fp32. clock: what counts, seconds of any kind.
+    On a CPU both torch's products and oneDNN's, which sampling uses in fp32. clock: returns seconds, of any kind.
     """
     products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [functional.linear]
     if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -43,7 +43,7 @@ def read_rate(seconds: float, clock: Clock = time.perf_counter, device: torch.de
 
 
 def fastest(act: Callable[[], object], seconds: float, clock: Clock, device: torch.device = CPU) -> float:
-    """The fastest of several calls by `clock`, after one that does not count."""
+    """Seconds of the fastest of several calls, by `clock`, after a warm-up call."""
 
     def call() -> None:
         act()

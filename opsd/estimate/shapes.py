@@ -1,4 +1,4 @@
-"""Model shapes: those of the paper's pairs, built in, and any folder's by its config.json."""
+"""Model shapes: built-in ones for the paper's pairs, and any folder's from its config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 @dataclass(frozen=True)
 class ModelShape:
     """A decoder's dimensions. tied: head and embedding are one matrix. positions: the longest sequence that
-    the model was made for, in tokens; None where it is not known. family: decides biases and per-head norms."""
+    the model was made for, in tokens; None if it is not known. family: decides biases and per-head norms."""
 
     name: str
     family: str
@@ -37,7 +37,7 @@ class ModelShape:
 
     @property
     def kv_width(self) -> int:
-        """Of keys, and again of values."""
+        """Width of the keys, and of the values."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -63,7 +63,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of them, a tied head counted once."""
+        """All parameters, a tied head counted once."""
         ends = self.head_parameters * (1 if self.tied else 2) + self.hidden
         return self.layers * self.layer_parameters + ends
 
@@ -95,16 +95,16 @@ BUILT_IN = {
 
 
 def find_shape(name: str, flag: str) -> ModelShape:
-    """A folder's shape by its config.json, else a built-in one by its short or hub name, in any case.
+    """A folder's shape from its config.json, else a built-in one by its short or hub name, ignoring case.
 
-    Raises UserError where there is neither, or where the family is not one of FAMILIES.
+    Raises UserError if there is neither, or if the family is not one of FAMILIES.
     """
     folder = Path(name)
     if folder.is_dir():
         file = folder / "config.json"
         if not file.is_file():
             raise UserError(f"{flag} {name}: no config.json there; give a model folder or one of {', '.join(BUILT_IN)}")
-        with said(f"{flag} {name}: its config.json lacks a size", "give a complete model's", *DAMAGED):
+        with said(f"{flag} {name}: its config.json lacks a size", "give a complete model folder", *DAMAGED):
             return shape_of(json.loads(file.read_text()), name, flag)
     short = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").removeprefix("meta-")
     if short in BUILT_IN:
@@ -139,7 +139,7 @@ def shape_of(config: dict[str, Any], name: str, flag: str) -> ModelShape:
 
 
 def _positions(config: dict[str, Any]) -> int | None:
-    """As `opsd.model.checks.positions` counts them, stretched where rotary positions are scaled."""
+    """Like `opsd.model.positions.positions`: more, if rotary positions are scaled."""
     known = config.get("max_position_embeddings")
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     original, factor = scaling.get("original_max_position_embeddings") or known, scaling.get("factor")

@@ -1,4 +1,4 @@
-"""Two LaTeX answers in one form: intervals for inequalities, radians for degrees, where the other one has them."""
+"""Brings two LaTeX answers into the same form: intervals for inequalities, radians for degrees, if they differ."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _UNIT_OF = {name: names.split()[0] for names in _UNITS for name in names.split()
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TEXT = r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname)\s*\{[^{}]*\}"
 _UNIT = re.compile(rf"(?<=[\d.)\]}}])\s*(?:{_TEXT}|[a-zA-Z])(?:{_TEXT}|[a-zA-Z/. ]|\^\s*\{{?\s*\d\s*\}}?)*$")
-# A price, with its sign in front: $5.
+# A price with a leading dollar sign: $5.
 _PRICE = re.compile(r"\s*[+-]?\s*\\\$\s*[\d.]")
-# ∠ABC or ∠{ABC}; a side or segment AB under a bar.
+# ∠ABC or ∠{ABC}; a segment AB with a bar over it.
 _ANGLE = re.compile(r"\\angle\s*(?:\{\s*)?([A-Z])\s*([A-Z])\s*([A-Z])(?:\s*\})?")
 _SEGMENT = re.compile(r"\\overline\s*\{\s*([A-Z])\s*([A-Z])\s*\}")
 _COMMAND_AND_BRACES = r"\\[a-z]+\s*(?=\{)|[{}.]"
@@ -51,11 +51,11 @@ _ATOM = re.compile(r"(?:\d[\d.]*|\\[a-zA-Z]+|[a-zA-Z])$")
 
 
 def in_one_form(answer: str, gold: str) -> tuple[str, str]:
-    """Both answers so that they can be compared; what needs no change has none.
+    """Both answers in forms that can be compared; unchanged if they already can be.
 
-    Inequalities become intervals where the other answer is a set, or an inequality in the same variable. Degrees become
-    radians where either has degrees, and either a trigonometric function or π; else math-verify leaves the sign out.
-    A segment has its ends in the order of the alphabet.
+    Inequalities become intervals if the other answer is a set, or an inequality in the same variable. Degrees become
+    radians if one answer has degrees and one has a trigonometric function or π; otherwise math-verify ignores the
+    degree sign. The ends of a segment are put in alphabetical order.
     """
     answer, gold = (_SEGMENT.sub(_in_order, text) for text in (answer, gold))
     if _DEGREE.search(answer + " " + gold) and _TURN.search(answer + " " + gold):
@@ -71,9 +71,9 @@ def in_one_form(answer: str, gold: str) -> tuple[str, str]:
 
 
 def units_differ(answer: str, gold: str) -> bool:
-    """Whether both have units that are known here, and not the same ones: cm³ and cm², km and m, $5 and 5 cents.
+    """Whether both have known units, and different ones: cm³ and cm², km and m, $5 and 5 cents.
 
-    Where either has none, or an unknown one, the numbers decide alone, as in math-verify, which reads no units. Units
+    If either has no unit or an unknown one, only the numbers count, as in math-verify, which ignores units. Units
     are not converted: 5 cents are not $0.05 here.
     """
     ours, theirs = _units(answer), _units(gold)
@@ -90,9 +90,9 @@ def kinds_differ(answer: str, gold: str) -> bool:
 
 
 def angles_differ(answer: str, gold: str) -> bool:
-    """Whether both are angles by their points, ∠ABC, and not the same: math-verify takes the letters for a product.
+    """Whether both are angles given by points, ∠ABC, and different: math-verify reads the letters as a product.
 
-    ABC without the sign stays a product, and equals CBA: nothing says that it is a name.
+    ABC without the sign stays a product and equals CBA: nothing marks it as an angle.
     """
     named = [_ANGLE.fullmatch(_LAYOUT.sub("", text).strip()) for text in (answer, gold)]
     if None in named:
@@ -117,7 +117,7 @@ def _in_order(segment: re.Match[str]) -> str:
 
 
 def _units(text: str) -> list[tuple[str, int]]:
-    """The name and the power of each unit behind a number, "m/s" as two, and of $5; [] where there is none, or one is
+    """The name and power of each unit after a number ("m/s" has two), or of $5; [] if there is none or one is
     unknown.
     """
     found = _UNIT.search(_LAYOUT.sub(" ", text).strip())
@@ -141,7 +141,7 @@ def _unit(words: str) -> tuple[str, int] | None:
 
 
 def _solutions(text: str) -> tuple[str, str] | None:
-    """The variable of an inequality (or of several, joined by "or") and its solutions as intervals; None for others."""
+    """The variable of an inequality (or several, joined by "or") and its solutions as intervals; None otherwise."""
     text = _LAYOUT.sub(" ", text).strip()
     if not _RELATION.search(text):
         return None
@@ -155,7 +155,7 @@ def _solutions(text: str) -> tuple[str, str] | None:
 
 
 def _interval(clause: str) -> tuple[str, str] | None:
-    """The variable and the solutions of a < x, a < x ≤ b, or of two bounds joined by "and"."""
+    """The variable and the solutions of a < x, of a < x ≤ b, or of two bounds joined by "and"; None otherwise."""
     parts = [_bounds(part) for part in _AND.split(clause)]
     bounds = [bound for part in parts for bound in part]
     if not all(parts) or len({variable for variable, _, _ in bounds}) != 1:
@@ -192,7 +192,7 @@ def _is_constant(text: str) -> bool:
 
 
 def _in_radians(text: str) -> str:
-    """Each degree sign as π/180 times what it stands behind."""
+    """The text with each degree sign replaced: what precedes it is multiplied by π/180."""
     text = _LAYOUT.sub(" ", text)
     done, place = "", 0
     for sign in _DEGREE.finditer(text):
@@ -204,7 +204,7 @@ def _in_radians(text: str) -> str:
 
 
 def _atom_start(text: str) -> int:
-    """Where the number, letter or bracket that ends `text` begins, with the command that takes the brackets."""
+    """Where the last number, letter or bracket of `text` starts; a command starts before its brackets."""
     text = text.rstrip()
     start = len(text)
     while start and text[start - 1] in ")}]" and (opened := _opening(text, start - 1)) is not None:
@@ -219,7 +219,7 @@ def _atom_start(text: str) -> int:
 
 
 def _opening(text: str, end: int) -> int | None:
-    """The place of the bracket that the one at `end` closes."""
+    """The index of the bracket that the one at `end` closes."""
     mirrored = text[: end + 1][::-1].translate(str.maketrans("(){}[]", ")(}{]["))
     place = closing(mirrored, 0)
     return None if place is None else end - place

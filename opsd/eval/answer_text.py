@@ -1,6 +1,6 @@
-"""Answers as people write them, in the LaTeX that math-verify reads: signs, roots, mixed numbers, repeating decimals.
+"""Turns answers as people write them into LaTeX for math-verify: signs, roots, mixed numbers, repeating decimals.
 
-From text to text; what is not understood stays as it is.
+Text in, text out; anything that is not recognised is left as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RAISED: dict[str, str] = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾�
 _LOWERED: dict[str, str] = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙ", "0123456789+-=()n", strict=True))
 _RAISED_RUN, _LOWERED_RUN = f"[{''.join(_RAISED)}]+", f"[{''.join(_LOWERED)}]+"
 _SPLIT_FRACTION = re.compile(f"({_RAISED_RUN})⁄({_LOWERED_RUN})")
-# A raised number in front of a root is its index, unless it is the power of what stands in front of it.
+# A raised number before a root sign is the root's index, unless it is the power of what precedes it.
 _ROOT = re.compile(rf"(?:(?<![\w)}}\]])({_RAISED_RUN}))?([√∛∜])\s*")
 _NEAR = 500
 _INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
@@ -43,24 +43,24 @@ _DOTTED = r"\\dot\s*(?:\{\d\}|\d)"
 _REPEATING = (
     re.compile(rf"{_POINT}{_BLANK}*{_OVER}(?:{{\s*(?P<unit>\d{{1,30}})\s*}}|(?P<digit>\d)){_END}"),
     re.compile(rf"{_POINT}(?P<unit>{_DOTTED}\d{{0,30}}{_DOTTED}){_END}"),
-    # Behind other digits, brackets may be a product; a whole answer is none.
+    # After other digits, brackets may be a product, except if the number is the whole answer.
     re.compile(rf"(?<![\d.,^_])(?P<whole>\d{{0,30}})\.(?P<first>)\((?P<unit>\d{{1,30}})\){_END}"),
     re.compile(r"^(?P<sign>\s*-?\s*)(?P<whole>\d{0,30})\.(?P<first>\d{1,30})\((?P<unit>\d{1,30})\)\s*$"),
 )
 _POWERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _LARGE = re.compile(rf"(?<=\d)\s*(\\text\s*\{{\s*)?({'|'.join(_POWERS)})(?![a-zA-Z])(?(1)\s*\}}|)")
-# 1e-8 by itself; 2e-3 may be 2·e − 3.
+# 1e-8 is a number in scientific notation; 2e-3 may be 2·e − 3.
 _SCIENTIFIC = re.compile(r"^\s*(-?(?:\d+\.\d+|1)(?=[eE])|-?\d+(?=E|e[+-]?\d\d))[eE]\+?(-?\d{1,3})\s*$")
 _GOES_ON = re.compile(r"(?<![\d.,^_])(\d{0,30})\.(\d{1,60})\s*(?:\.{3,}|\\(?:l|c)?dots[cbmio]?(?![a-zA-Z]))")
-# Groups of three digits, which math-verify would multiply; with plain blanks only where nothing else is there.
+# Groups of three digits, which math-verify would multiply; groups with plain blanks only if they are the whole answer.
 _GROUPED = re.compile(r"(?<![\d.,^_])\d{1,3}(?:(?:\\[,;: ]|~)\s*\d{3})+(?![\d/])")
 _SPACED = re.compile(r"\s*[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?\s*")
-# So many digits are what math-verify compares; fewer say too little.
+# math-verify compares this many digits; fewer are too few to compare.
 _ENOUGH_DIGITS = 6
 
 
 def to_latex(text: str) -> str:
-    r"""A bare answer's text in LaTeX: signs as commands, mixed numbers and repeating decimals as fractions.
+    r"""An answer's text in LaTeX: signs as commands, mixed numbers and repeating decimals as fractions.
 
     1\,000 becomes 1000.
     """
@@ -68,9 +68,9 @@ def to_latex(text: str) -> str:
 
 
 def signs_to_latex(text: str) -> str:
-    """Unicode's signs, roots, powers and fractions as LaTeX commands, and mixed numbers as fractions.
+    """The text with Unicode signs, roots, powers and fractions as LaTeX commands, and mixed numbers as fractions.
 
-    For any text, also one that holds an answer somewhere.
+    For any text, not only a bare answer.
     """
     text = re.sub("(?:\\d\u0305)+", lambda run: rf"\overline{{{run[0].replace(chr(0x305), '')}}}", text)
     text = re.sub("(\\d)\u0307", r"\\dot{\1}", text)
@@ -85,7 +85,7 @@ def signs_to_latex(text: str) -> str:
 
 
 def _ungrouped(text: str) -> str:
-    """Numbers without the blanks between their groups of three digits."""
+    """The text without the blanks between groups of three digits."""
     if _SPACED.fullmatch(text):
         return text.replace(" ", "")
     return _GROUPED.sub(lambda found: re.sub(r"\D", "", found[0]), text)
@@ -111,7 +111,7 @@ def _sign(sign: str) -> str:
 
 
 def _roots(text: str) -> str:
-    """√ and its kin as \\sqrt, the innermost first; one without a radicand stays."""
+    """The text with √, ∛ and ∜ as \\sqrt, innermost first; a sign without a radicand is kept."""
     for root in reversed(list(_ROOT.finditer(text))):
         behind = text[root.end() :]
         if behind.startswith("("):
@@ -123,7 +123,7 @@ def _roots(text: str) -> str:
             found = _RADICAND.match(behind)
             radicand, end = (None, 0) if found is None else (found[0], found.end())
             if re.match(rf"\^|{_RAISED_RUN}", behind[end:]):
-                radicand = None  # √x²: whose power it is, is not said
+                radicand = None  # √x² is ambiguous: (√x)² or √(x²)
         if radicand is not None:
             index = f"[{_plain(root[1])}]" if root[1] else _INDEX[root[2]]
             body = f"{{{radicand}}}" if end else ""
@@ -132,7 +132,7 @@ def _roots(text: str) -> str:
 
 
 def closing(text: str, start: int) -> int | None:
-    """The place of the bracket that closes the one at `start`, if it is near; other kinds are not looked at."""
+    """The index of the bracket that closes the one at `start`, if it is near; other kinds of brackets are ignored."""
     opened, closed = text[start], {"(": ")", "{": "}", "[": "]"}[text[start]]
     depth = 0
     for place in range(start, min(len(text), start + _NEAR)):
@@ -143,7 +143,7 @@ def closing(text: str, start: int) -> int | None:
 
 
 def _mixed(found: re.Match[str]) -> str:
-    """1 1/2 as a fraction; where the second part is none below 1, it is no mixed number."""
+    """1 1/2 as a fraction; unchanged if the second part is not below 1."""
     whole, top, bottom = (int(part) for part in found.groups())
     return _fraction(whole + Fraction(top, bottom)) if top < bottom else found[0]
 
@@ -165,21 +165,21 @@ def _as_fraction(found: re.Match[str]) -> str:
 
 
 def _as_it_goes_on(found: re.Match[str]) -> str:
-    """0.1666… as a fraction; 3.14159265… as far as it goes; of 3.1… too little is known to compare it."""
+    """0.1666… as a fraction; 3.14159265… to its given digits; 3.1… unchanged, because it is too short to compare."""
     whole, digits = found.groups()
     for size in range(1, len(digits) // 2 + 1):
         same = 0
         while same < len(digits) - size and digits[-1 - same] == digits[-1 - same - size]:
             same += 1
         first, seen = digits[: len(digits) - size - same], size + same
-        # A long unit that is seen only twice, behind other digits, is chance: 2.7 1828 1828… is e.
+        # A long unit that occurs only twice, after other digits, is a coincidence: 2.7 1828 1828… is e.
         if seen >= 2 * size and (size < 3 or not first or seen >= 3 * size):
             return _fraction(_value(whole, first, digits[len(first) : len(first) + size]))
     return f"{whole}.{digits}" if len((whole + digits).lstrip("0")) >= _ENOUGH_DIGITS else f"{whole}.{digits}..."
 
 
 def _value(whole: str, first: str, unit: str) -> Fraction:
-    """The number whose digits behind the point are `first` and then `unit` without end."""
+    """The number whose digits after the point are `first` and then `unit`, repeated for ever."""
     start = Fraction(int(f"{whole or 0}{first}"), 10 ** len(first))
     return start + Fraction(int(unit), (10 ** len(unit) - 1) * 10 ** len(first))
 

@@ -1,8 +1,8 @@
-"""Evaluations before training, shared by runs: the cells of a table have the teacher and the first student in common.
+"""Evaluations before training, shared by runs: the cells of a table have the same teacher and initial student.
 
-A result is known by a digest of all that decides it: the model's files, the prompts' tokens, the gold answers, every
-setting but those that only training reads, the device, and the versions of what computes it. Runs that go on side by
-side share the work out: one evaluates the teacher, another the student, and each waits for what the other makes.
+A result's key is a digest of everything that it depends on: the model's files, the prompts' tokens, the gold answers,
+every setting except those that only training reads, the device, and the versions of the packages. Concurrent runs
+divide the work: one evaluates the teacher, another the student, and each waits for the other's result.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from opsd.types import NO_STOPS, Stops
 from opsd.utils.distributed import Ranks
 from opsd.utils.errors import UserError
 
-# Between two looks at an evaluation that another run makes. The other ranks wait for the first one meanwhile: far
-# below --engine.wait_s.
+# Interval at which a run checks whether another run's evaluation is done, in seconds. The other ranks wait for the
+# first one meanwhile, so it is far below --engine.wait_s.
 POLL_S = 0.5
-# Settings that no evaluation before training reads. All others are part of the key, those of a later version too.
-# Models, prompts and suites are known by their content.
+# Settings that no evaluation before training reads. All others are part of the key, also those of a later version.
+# Models, prompts and suites enter the key by content.
 _TRAINING = {"student", "teacher", "prompts", "out", "steps", "prompts_per_step", "seed"}
 _TRAINING |= {"select", "loss", "optim", "checkpoint", "telemetry", "track", "health"}
 _NOT_SAMPLING = {"cache", "every", "suite", "at_start", "teacher"}
@@ -49,7 +49,7 @@ Who = Literal["teacher", "student"]
 
 @dataclass(frozen=True)
 class Job:
-    """An evaluation before training. name: of its file in eval/. step: what the result says of its place in the run."""
+    """An evaluation before training. name: of its file in eval/. step: the step that the result states, if any."""
 
     name: str
     who: Who
@@ -60,20 +60,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a shared result lies, and all that decides it, as JSON values."""
+    """A shared result's file, and everything that the result depends on, as JSON values."""
 
     file: Path
     ingredients: dict[str, Any]
 
     @property
     def lock(self) -> Path:
-        """Held by the run that makes the result; the system frees it when that run's process ends, however it does."""
+        """Held by the run that computes the result; the system frees it when that process ends, in whatever way."""
         return self.file.with_suffix(".lock")
 
 
 @dataclass(frozen=True)
 class Models:
-    """What is evaluated, by which evaluator. teacher_sampler: None where the teacher gives no answers of its own."""
+    """What is evaluated, and the evaluator. teacher_sampler: None if the teacher cannot generate answers."""
 
     evaluator: SuiteRunner
     sampler: RolloutEngine
@@ -84,9 +84,9 @@ class Models:
 
 
 def evaluate_before(models: Models, run: RunFolder, tracker: Tracker) -> dict[str, Result]:
-    """The results of all evaluations before training, by the names of their files in eval/, where they then lie.
+    """The results of all evaluations before training, by the names of their files, which this writes into eval/.
 
-    All ranks call it. What to take and what to make is for the first one to decide; then all of them act alike.
+    All ranks call it. The first one decides which result to read and which to compute; all ranks follow.
     """
     jobs = jobs_of(models, run.config)
     there = {job.name: models.ranks.broadcast(run.read_eval(job.name)) for job in jobs}
@@ -109,7 +109,7 @@ def evaluate_before(models: Models, run: RunFolder, tracker: Tracker) -> dict[st
 
 
 def check_cache(config: TrainConfig) -> None:
-    """Make the folder of --eval.cache. Raises UserError where it cannot be one, or nothing can be written into it."""
+    """Make the folder of --eval.cache. Raises UserError if it cannot be made or written to."""
     folder = config.eval.cache
     if folder is None:
         return
@@ -121,7 +121,7 @@ def check_cache(config: TrainConfig) -> None:
 
 
 def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entry | str:
-    """Where in the folder `cache` a job's result lies; where not all that decides it is known, why, in a few words."""
+    """The entry of a job's result in the folder `cache`; if something that it depends on is unknown, the reason."""
     folders = [_folder(model) for model in (config.student, job.model)]
     if None in folders:
         return f"the files of {config.student if folders[0] is None else job.model} are not found"
@@ -129,7 +129,7 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
     if (reason := _beyond_its_files(student) or _beyond_its_files(model)) is not None:
         return reason
     if ":" in config.eval.grader:
-        return f"what the grader {config.eval.grader} does is not known"
+        return f"the grader {config.eval.grader} is not part of opsd and may change"
     settings = {name: value for name, value in to_json(config).items() if name not in _TRAINING}
     settings["eval"] = {name: value for name, value in settings["eval"].items() if name not in _NOT_SAMPLING}
     suites: list[Suite] = models.evaluator.suites
@@ -137,16 +137,16 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
     ingredients = {
         "who": job.who,
         "model": checksums_of(model),
-        # Encodes the prompts, ends and decodes the answers, of the teacher too.
+        # Encodes the prompts, and ends and decodes the answers; the teacher's too.
         "tokenizer": checksums_of(student, but=".safetensors"),
         "suites": [[suite.name, _digest([problem.content() for problem in suite.problems])] for suite in suites],
         "benchmark": None if root is None else checksums_of(Path(root)),
         "settings": settings,
-        # A fresh adapter's first matrix is drawn from it.
+        # A new adapter's first matrix is drawn from it.
         "adapter_seed": config.seed if config.lora.rank and job.who == "student" else None,
-        # Which of the other model's tokens end an answer too.
+        # Includes tokens of the other model that also end an answer.
         "stops": sorted(models.stops.ids),
-        # What rounding may depend on.
+        # Rounding may depend on these.
         "device": _device_name(models.device),
         "ranks": models.ranks.world_size,
         "threads": torch.get_num_threads(),
@@ -157,7 +157,7 @@ def entry_of(models: Models, config: TrainConfig, job: Job, cache: Path) -> Entr
 
 
 class _Shared:
-    """The first rank's way to the folder of --eval.cache; without one every job is this run's own."""
+    """The first rank's access to the folder of --eval.cache; without a folder this run computes every job itself."""
 
     def __init__(self, models: Models, run: RunFolder, tracker: Tracker) -> None:
         self._models, self._run, self._tracker = models, run, tracker
@@ -166,16 +166,16 @@ class _Shared:
         self._told: set[Path] = set()
 
     def choose(self, jobs: list[Job]) -> tuple[int, Result | None] | None:
-        """A job that can go on, with its result where that is there; then without: it is to be made here.
+        """The index of a job, and its result if another run has it; if the result is None, compute it here.
 
-        None, after a short wait, where other runs are making all that is missing.
+        None, after a short wait, if other runs are computing everything that is missing.
         """
         for place, job in enumerate(jobs):
             entry = self._entry(job)
             if entry is None:
                 return place, None
             found = self._read(entry, job)
-            # Between the first look and the lock, the run that held it may have finished.
+            # Between the first read and the lock, the run that held the lock may have finished.
             if found is None and self._claim(entry) and (found := self._read(entry, job)) is None:
                 return place, None
             self.lock.close()
@@ -186,7 +186,7 @@ class _Shared:
         return None
 
     def keep(self, job: Job, result: Result) -> Result:
-        """Put a result where other runs find it; the result, which now names the place."""
+        """Put a result where other runs find it; returns the result with the name of that file."""
         entry = self._entry(job)
         if entry is None:
             return result
@@ -202,7 +202,7 @@ class _Shared:
         return _named(result, entry, stored)
 
     def _entry(self, job: Job) -> Entry | None:
-        """The job's place in the folder; None where its result is not shared."""
+        """The job's entry in the folder; None if its result is not shared."""
         if job.name not in self._entries:
             self._entries[job.name] = self._find(job)
         return self._entries[job.name]
@@ -220,7 +220,7 @@ class _Shared:
         return entry
 
     def _claim(self, entry: Entry) -> bool:
-        """Whether no other run makes this result; then none can, until it is released."""
+        """Take the entry's lock. False if another run is computing this result."""
         lock = FileLock(entry.lock, timeout=0)
         with writing(entry.lock):
             try:
@@ -231,13 +231,13 @@ class _Shared:
         return True
 
     def _read(self, entry: Entry, job: Job) -> Result | None:
-        """The entry's result as this run's own; None where it is not there, or damaged, which is said."""
+        """The entry's result with this run's model and step; None if it is missing, or damaged, which is reported."""
         try:
             stored = json.loads(entry.file.read_text())
         except FileNotFoundError:
             return None
         except IsADirectoryError as error:
-            raise UserError(f"{entry.file} is a folder in the place of an evaluation file; remove it") from error
+            raise UserError(f"{entry.file} is a folder, not an evaluation file; remove it") from error
         except (OSError, ValueError):
             stored = None
         if _is_whole(stored, entry):
@@ -249,7 +249,7 @@ class _Shared:
 
 
 def jobs_of(models: Models, config: TrainConfig) -> list[Job]:
-    """The teacher once, so that the room for improvement is known; the student as it starts."""
+    """The evaluations before training: the teacher, to show the room for improvement, and the initial student."""
     jobs = []
     if config.eval.teacher and models.evaluator.suites and not config.teacher.is_student:
         assert models.teacher_sampler is not None
@@ -260,7 +260,7 @@ def jobs_of(models: Models, config: TrainConfig) -> list[Job]:
 
 
 def _is_whole(stored: Any, entry: Entry) -> TypeGuard[dict[str, Any]]:
-    """Whether a file's content is what was written for this entry."""
+    """Whether a file's content is complete and belongs to this entry."""
     if not isinstance(stored, dict) or not {"computed_by", "checksum", "result"} <= stored.keys():
         return False
     return stored.get("ingredients") == entry.ingredients and stored["checksum"] == _digest(stored["result"])
@@ -271,7 +271,7 @@ def _named(result: Result, entry: Entry, stored: dict[str, Any]) -> Result:
 
 
 def _folder(model: str) -> Path | None:
-    """Where a model's files lie: a folder as it is, a hub name's in the hub's cache; None where they are not found."""
+    """The folder with a model's files: the folder itself, or a hub name's in the hub's cache; None if not found."""
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -281,7 +281,7 @@ def _folder(model: str) -> Path | None:
 
 
 def _beyond_its_files(folder: Path) -> str | None:
-    """Where more than a model folder's own files decides what the model is: what that is."""
+    """Why a model folder's files do not determine the model; None if they do."""
     if (folder / "adapter_config.json").exists():
         return f"{folder} is an adapter on another model"
     if (code := own_code(folder)) is not None:
@@ -290,7 +290,7 @@ def _beyond_its_files(folder: Path) -> str | None:
 
 
 def _device_name(device: torch.device) -> str:
-    """Which kind it is: other kinds round otherwise."""
+    """The kind of device: different kinds round differently."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 

@@ -1,4 +1,4 @@
-"""`opsd eval`: a model folder on suites of problems. Killed, it goes on where it was: the same command again."""
+"""`opsd eval`: evaluates a model folder on suites of problems. The same command continues an interrupted evaluation."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class EvalCommand(PromptSettings, EvaluationSettings, LengthSettings):
 
 
 def evaluate(config: EvalCommand) -> None:
-    """Evaluate, or finish what a killed evaluation left, or show what is finished. Raises UserError for bad input."""
+    """Evaluate, continue an interrupted evaluation, or show a finished one. Raises UserError for bad input."""
     files = EvalFiles(config.out)
     tokenizer = load_tokenizer(config.model, "--model", config.trust_remote_code)
     device = local_device(config.device, "--device")
@@ -87,7 +87,7 @@ def evaluate(config: EvalCommand) -> None:
     grader, ends = load_grader(config.grader, "--grader"), _ends(config, tokenizer)
     header = _header(config, suites, device, ranks, clock)
     result = files.check(header)
-    # Before the first rank writes, all have looked.
+    # All ranks check before the first one writes.
     ranks.gather(None)
     if result is None:
         engine = _engine(config, tokenizer, suites, device, ranks, ends)
@@ -110,7 +110,7 @@ def evaluate(config: EvalCommand) -> None:
 
 
 def _meet(config: EvalCommand, device: torch.device) -> Ranks:
-    """This process among those that a launcher has started. Raises UserError where they cannot share samplers out."""
+    """This process among those that a launcher has started. Raises UserError if their number does not fit."""
     together = config.tensor_parallel
     if world_size() % together:
         raise UserError(
@@ -122,13 +122,13 @@ def _meet(config: EvalCommand, device: torch.device) -> Ranks:
 
 
 def _side_by_side(config: EvalCommand, ranks: Ranks) -> int:
-    """Responses that all samplers generate side by side."""
+    """Number of responses that all samplers together generate at once."""
     return config.generate_batch * ranks.world_size // config.tensor_parallel
 
 
 @dataclass(frozen=True)
 class Group:
-    """Problems of one suite that are generated, graded and saved together. seed: of their draws."""
+    """Problems of one suite that are generated, graded and saved together. seed: of the sampling."""
 
     suite: str
     problems: list[Prompt]
@@ -136,7 +136,7 @@ class Group:
 
 
 def _groups(suites: list[Suite], config: EvalCommand, ranks: Ranks) -> list[Group]:
-    """All problems in order, as many together as go side by side. A group's draws depend on its place alone."""
+    """All problems in order, in groups that are generated at once. A group's samples depend only on its position."""
     size = max(1, _side_by_side(config, ranks) // config.samples)
     return [
         Group(suite.name, suite.problems[first : first + size], derive_seed(config.seed, "eval", suite.name, first))
@@ -156,7 +156,7 @@ def _run_groups(
     ranks: Ranks,
     ends: frozenset[int],
 ) -> Iterator[DoneProblem]:
-    """Generate, grade and save every group that is not among `done`; all but generating is the first rank's."""
+    """Generate, grade and save every group that is not in `done`; only the first rank grades and saves."""
     finished = {(one.suite, one.record.id) for one in done}
     sampling, samples = Sampling.of(config, config.max_new_tokens), config.samples
     total = sum(len(group.problems) for group in groups)
@@ -181,7 +181,7 @@ def _run_groups(
 
 
 def _header(config: EvalCommand, suites: list[Suite], device: torch.device, ranks: Ranks, clock: Clock) -> Header:
-    """Everything that decides the numbers. The suites are known by their content, wherever their files lie."""
+    """Everything that the numbers depend on. Suites are identified by content, not by path."""
     sampling = dataclasses.asdict(Sampling.of(config, config.max_new_tokens))
     sampling |= {"samples": config.samples, "seed": config.seed}
     names = ("prompt_format", "thinking", "grader", "engine", "dtype", "save_responses")
@@ -202,7 +202,7 @@ def _header(config: EvalCommand, suites: list[Suite], device: torch.device, rank
 def _engine(
     config: EvalCommand, tokenizer: Any, suites: list[Suite], device: torch.device, ranks: Ranks, ends: list[int]
 ) -> RolloutEngine:
-    """The sampler of the settings. Raises UserError for a model that cannot be loaded or cannot hold the responses."""
+    """The configured sampler. Raises UserError for a model that cannot be loaded or is too short for the responses."""
     longest = max(len(problem.ids) for suite in suites for problem in suite.problems)
     if config.engine == "vllm":
         return _vllm_engine(config, tokenizer, longest, device, ranks, ends)
@@ -221,7 +221,7 @@ def _engine(
 
 
 def _ends(config: EvalCommand, tokenizer: Any) -> list[int]:
-    """The tokens that end a response: those that are stated, else what the model's folder names."""
+    """The tokens that end a response: those of --stop_tokens, else those that the model's folder names."""
     stated = stated_stops(config.stop_tokens, tokenizer, vocabulary_size(tokenizer), "--stop_tokens")
     generation = generation_of(config.model, config.trust_remote_code)
     return stated or turn_ends(generation, tokenizer, config.prompt_format == "chat")

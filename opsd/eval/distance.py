@@ -1,7 +1,7 @@
 """`opsd distance`: how far a model is from its teacher on held-out prompts, on its own answers and on the teacher's.
 
-A continuous measure: it tells models apart where every answer is wrong. Divergences are exact, over the whole
-vocabulary, in nats per token. A prompt's number is the mean over the tokens of its answers.
+A continuous measure: it distinguishes models even if all their answers are wrong. Divergences are exact, over the whole
+vocabulary, in nats per token. A prompt's value is the mean over the tokens of its answers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from opsd.utils.distributed import local_device
 from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.seeding import derive_seed
 
-# Of each token, and what its mean is called.
+# Per-token statistics, and the names of their means.
 TOKEN_MEASURES = {
     "reverse_kl_N": "reverse_kl_nats",
     "forward_kl_N": "forward_kl_nats",
@@ -75,7 +75,7 @@ class DistanceCommand(PromptSettings, EvaluationSettings, LengthSettings):
 
 
 def measure_distance(config: DistanceCommand) -> dict[str, Any]:
-    """Measure, write the file and return what it holds. Raises UserError for bad input."""
+    """Measure, write the result file and return its content. Raises UserError for bad input."""
     device, trust = local_device(config.device, "--device"), config.trust_remote_code
     tokenizer = load_tokenizer(config.model, "--model", trust)
     steady(tokenizer, Clock(time_of_run(Path(config.model))))
@@ -112,7 +112,7 @@ def measure_distance(config: DistanceCommand) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A line for each measure: its mean over prompts and the standard error."""
+    """One line per measure: its mean over prompts and the standard error."""
     lines = []
     for where, whose in (("own", "its own answers"), ("teacher", "the teacher's answers")):
         for name, values in result[where].items():
@@ -128,7 +128,7 @@ def token_means(
 ) -> dict[str, list[float | None]]:
     """For each measure its mean over the tokens of each prompt's answers; None for a prompt without tokens.
 
-    answers: `config.samples` for each prompt, in order, with ids that count from 0.
+    answers: `config.samples` per prompt, in order, with ids that count from 0.
     """
     device, parts = model.head.weight.device, []
     for micro in pack(answers, config.micro_batch_tokens):
@@ -169,7 +169,7 @@ def _by_answers(
 def _teacher_answers(
     config: DistanceCommand, prompts: list[Prompt], make: Callable[[], list[Rollout]]
 ) -> list[Rollout]:
-    """The teacher's answers, from their file where there is one. Raises UserError where it holds other ones."""
+    """The teacher's answers, from their file if it exists. Raises UserError if the file has other answers."""
     names = ("teacher", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype")
     key = {"prompts": digest(prompts), **{name: getattr(config, name) for name in names}}
     file = None if config.teacher_answers is None else Path(config.teacher_answers)
@@ -184,7 +184,7 @@ def _teacher_answers(
 
 
 def _read_answers(file: Path, key: dict[str, Any], prompts: list[Prompt], samples: int) -> list[Rollout]:
-    with said(f"--teacher_answers {file} cannot be read", "remove it, and it is generated again", *DAMAGED):
+    with said(f"--teacher_answers {file} cannot be read", "remove it, to generate it again", *DAMAGED):
         found = json.loads(file.read_text())
         of, rows = found["of"], found["answers"]
         answers = [Rollout(number, prompts[number // samples], *row) for number, row in enumerate(rows)]

@@ -35,7 +35,7 @@ class Suite:
 def load_suites(
     pairs: tuple[str, ...], tokenizer: Any, how: PromptFormat, limit: int | None, flag: str = "--eval.suite"
 ) -> list[Suite]:
-    """NAME=FILE pairs to suites. flag: the option that gave them. Raises UserError for what cannot serve."""
+    """The suites of NAME=FILE pairs. flag: the option that gave them. Raises UserError for unusable ones."""
     suites = []
     for pair in pairs:
         name, path = suite_pair(pair, flag)
@@ -62,7 +62,7 @@ def load_suites(
 
 
 def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl") -> tuple[str, str]:
-    """NAME=FILE as (name, file). Raises UserError for another form, or a name that could be no metric's part."""
+    """NAME=FILE as (name, file). Raises UserError for another form, or a name that cannot be part of a metric's key."""
     name, _, path = pair.partition("=")
     if not name or not path:
         raise UserError(f"{flag} {pair!r}: give NAME=FILE, e.g. {example}")
@@ -74,9 +74,9 @@ def suite_pair(pair: str, flag: str, example: str = "math500=data/math500.jsonl"
 
 
 class SuiteRunner(ABC):
-    """Runs the same suites with the same sampling on whatever engine it is given. max_new_tokens: unless config's.
+    """Runs the same suites with the same sampling on any engine. max_new_tokens: used if config sets none.
 
-    ends: the tokens that end a response, which are no part of what is graded; known once the models are loaded.
+    ends: the tokens that end a response, which are not graded; set once the models are loaded.
     """
 
     ends: frozenset[int] = frozenset()
@@ -86,7 +86,7 @@ class SuiteRunner(ABC):
         self._sampling = Sampling.of(config, config.max_new_tokens or max_new_tokens)
 
     def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
-        """Evaluate `engine` on every suite; the result is what eval/*.json holds. Fractions, tokens."""
+        """Evaluate `engine` on every suite; the result is the content of eval/*.json. Fractions, tokens."""
         results = {}
         for suite in self.suites:
             seed = derive_seed(self._config.seed, "eval", suite.name)
@@ -97,15 +97,15 @@ class SuiteRunner(ABC):
 
     @abstractmethod
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
-        """What `run` finds of one suite's samples·problems rollouts, problem by problem."""
+        """The statistics of one suite, from its samples·problems rollouts, problem by problem."""
 
     @abstractmethod
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
-        """What training logs as the reward of each rollout; None where there is none."""
+        """The reward of each rollout in training; None if there are none."""
 
 
 class Evaluator(SuiteRunner):
-    """Answers against gold answers."""
+    """Evaluates single answers by comparing them with gold answers."""
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, tokenizer: Any) -> None:
         super().__init__(suites, config, max_new_tokens)
@@ -134,7 +134,7 @@ def grade_rollouts(
 class ProblemRecord:
     """One problem's samples, graded. correct, answers, tokens and truncated have one entry per sample.
 
-    answers: what each sample votes for in majority@k; None where none is named, or the response was cut off.
+    answers: what each sample votes for in majority@k; None if it has no answer, or the response was truncated.
     """
 
     id: str
@@ -148,7 +148,7 @@ class ProblemRecord:
 def score_problem(
     problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any, ends: frozenset[int] = frozenset()
 ) -> ProblemRecord:
-    """Grade a problem's rollouts. A truncated one is wrong, whatever stands in it."""
+    """Grade a problem's rollouts. A truncated one is wrong, whatever it contains."""
     correct, gold = grade_rollouts(rollouts, grader, tokenizer, ends), str(problem.answer)
     assert correct is not None
 
@@ -169,12 +169,12 @@ def score_problem(
 def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, Any]:
     """Statistics of P problems with k samples each. Fractions; lengths in tokens.
 
-    mean@k: mean over problems and samples; stderr_problems: its standard error, problems being the sample.
-    std_samples: standard deviation, over the k draws, of the accuracy on all problems. best@k: share of problems
+    mean@k: mean over problems and samples; stderr_problems: its standard error over problems.
+    std_samples: standard deviation, over the k samples, of the accuracy on all problems. best@k: fraction of problems
     solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
-    `pass_at`). majority@k: share whose most frequent answer (the earlier one on a tie) is right; truncated rollouts
-    have no vote, a problem without votes is not solved; None where the grader names no answers (votes).
-    answered_frac: share of the rollouts in which the grader found an answer; None likewise.
+    `pass_at`). majority@k: fraction whose most frequent answer (the earliest on a tie) is right; truncated rollouts
+    have no vote, a problem without votes counts as not solved; None unless the grader names answers (votes).
+    answered_frac: fraction of the rollouts in which the grader found an answer; None likewise.
     """
     correct_PK = np.array([record.correct for record in records], dtype=float)
     tokens_PK, truncated_PK = (np.array([getattr(r, name) for r in records]) for name in ("tokens", "truncated"))
@@ -210,9 +210,9 @@ def sample_statistics(
 
 
 def pass_at(j: int, samples: int, right: int) -> float:
-    """The chance that j of a problem's samples, drawn without replacement, hold a right one: 1 − C(n−c, j)/C(n, j).
+    """The chance that j of a problem's samples, drawn without replacement, include a right one: 1 − C(n−c, j)/C(n, j).
 
-    Unbiased for the chance that one of j fresh samples is right (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
+    Unbiased for the chance that one of j new samples is right (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
     """
     return 1.0 - math.comb(samples - right, j) / math.comb(samples, j)
 
@@ -223,7 +223,7 @@ def standard_error(values: np.ndarray) -> float | None:
 
 
 def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
-    """The numbers of an evaluation that belong into a metrics line: PREFIX/SUITE/mean@16 and its kin."""
+    """The numbers of an evaluation that go into a line of metrics: PREFIX/SUITE/mean@16 and others."""
     flat = {}
     for name, suite in result["suites"].items():
         k = suite["k"]
@@ -238,7 +238,7 @@ def summary(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
 
 
 def unread(result: dict[str, Any], flag: str = "--eval.grader") -> list[str]:
-    """A line for each suite in whose whole responses the grader found no answer, right or wrong. flag: names it."""
+    """A warning line per suite in which the grader found no answer, right or wrong. flag: the grader's option."""
     return [
         f"{name}: the grader found no answer in any response. {flag} math reads \\boxed{{…}} and lines that begin with "
         f"'Answer:'; {flag} suffix compares the end of the response"
@@ -248,12 +248,12 @@ def unread(result: dict[str, Any], flag: str = "--eval.grader") -> list[str]:
 
 
 def _majority_is_right(record: ProblemRecord) -> bool:
-    """See `statistics`."""
+    """Whether the most frequent answer is right; see `statistics`."""
     votes = Counter(answer for answer in record.answers if answer is not None)
     return bool(votes) and record.correct[record.answers.index(votes.most_common(1)[0][0])]
 
 
 def _text(rollout: Rollout, tokenizer: Any, ends: frozenset[int]) -> str:
-    """What is graded: without the token that ended it, which need not be a special one."""
+    """The text that is graded: without the end token, which need not be a special token."""
     ids = rollout.response_ids
     return tokenizer.decode(ids[:-1] if ids and ids[-1] in ends else ids, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The files of `opsd eval --out FILE.json`: what is done so far, the result, and the table for reading."""
+"""The files of `opsd eval --out FILE.json`: the finished problems, the result, and a readable table."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from opsd.utils.going_on import can_go_on
 from opsd.utils.markdown import markdown_text
 
 Header = dict[str, Any]
-# What to do where an evaluation that has begun cannot write.
+# What to do if a running evaluation cannot write.
 GO_ON = "fix that, then give the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
 class DoneProblem:
-    """A line of FILE.records.jsonl. responses: the texts, where they are asked for."""
+    """A line of FILE.records.jsonl. responses: the texts, if they are to be saved."""
 
     suite: str
     record: ProblemRecord
     responses: list[str] | None = None
 
     def to_line(self) -> str:
-        """As one line of JSON."""
+        """The problem as one line of JSON."""
         values: dict[str, Any] = {"suite": self.suite, **dataclasses.asdict(self.record)}
         if self.responses is not None:
             values["responses"] = self.responses
@@ -37,7 +37,7 @@ class DoneProblem:
 
     @classmethod
     def from_line(cls, line: str) -> DoneProblem | None:
-        """The inverse; None for a line that a kill has cut short."""
+        """The inverse; None for a line that was cut short when the process was killed."""
         try:
             values = json.loads(line)
             responses = values.pop("responses", None)
@@ -47,10 +47,10 @@ class DoneProblem:
 
 
 class EvalFiles:
-    """FILE.json and FILE.md (at the end), FILE.records.jsonl (as it goes), FILE.partial.json (only until the end).
+    """FILE.json and FILE.md (written at the end), FILE.records.jsonl (as it runs), FILE.partial.json (until the end).
 
-    A header holds every setting that decides the numbers. It lies in FILE.partial.json while the evaluation runs, and
-    in FILE.json afterwards: whoever goes on must have the same.
+    A header has every setting that the numbers depend on. It is in FILE.partial.json while the evaluation runs, and in
+    FILE.json afterwards; a command that continues must have the same header.
     """
 
     def __init__(self, out: str) -> None:
@@ -70,9 +70,9 @@ class EvalFiles:
         self.partial = self.result.with_suffix(".partial.json")
 
     def check(self, header: Header) -> dict[str, Any] | None:
-        """The result, where the evaluation has finished. Writes nothing.
+        """The result, if the evaluation has finished, else None. Writes nothing.
 
-        Raises UserError where the files were made with another header, or are not ours.
+        Raises UserError if the files were made with another header, or by something else.
         """
         if self.result.exists():
             result = self._read(self.result)
@@ -87,7 +87,7 @@ class EvalFiles:
         return None
 
     def time(self) -> datetime | None:
-        """What the chat template saw as the evaluation began; None where it has not begun, or did not look."""
+        """The time that the chat template used in this evaluation; None if it has not started or used none."""
         for file in (self.result, self.partial):
             if file.exists():
                 time = _flat(self._read(file)).get("settings.time")
@@ -95,10 +95,10 @@ class EvalFiles:
         return None
 
     def begin(self, header: Header, plan: list[list[tuple[str, str]]]) -> list[DoneProblem]:
-        """Make ready to `append`; what is done already, in the plan's order.
+        """Prepare for `append`; returns the problems that are already done, in the plan's order.
 
-        plan: groups of (suite, problem id) that are written together. A group of which a kill left only a part, is
-        done again, so that going on gives what the uninterrupted evaluation would have given.
+        plan: groups of (suite, problem id) that are written together. An incomplete group is done again, so that the
+        result is the same as that of an uninterrupted evaluation.
         """
         done: dict[tuple[str, str], DoneProblem] = {}
         if self.records.exists():
@@ -120,7 +120,7 @@ class EvalFiles:
             append(self.records, "".join(problem.to_line() for problem in problems))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """FILE.md and FILE.json; from now on the evaluation is finished."""
+        """Write FILE.md and FILE.json; the evaluation is then finished."""
         with writing(self.result, GO_ON, UserError):
             replace(self.table, table(result))
             replace(self.result, json.dumps(result, indent=1) + "\n")
@@ -144,7 +144,7 @@ class EvalFiles:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown: a row for each suite, in percent; below it everything that decides the numbers."""
+    """The result as Markdown: one row per suite, in percent, then all settings that the numbers depend on."""
     samples = result["sampling"]["samples"]
     others = [j for j in next(iter(result["suites"].values()))["pass@k"] if j not in {"1", str(samples)}]
     titles = ["suite", "problems", f"mean@{samples} %", "s.e. over problems", "spread over samples"]
@@ -181,7 +181,7 @@ def _shown(value: Any) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
+    """Nested settings as one mapping with dotted names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -1,4 +1,4 @@
-"""Is the answer right? Math answers by math-verify; simple formats by their ending; or a function of your own."""
+"""Grades answers: math answers with math-verify, simple formats by their ending, or with a user's function."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _GRADERS = "math, suffix or module:function"
 _TAIL_CHARACTERS = 2000
 _MAX_BOXES = 50
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# Between boxes that are one answer together: "\boxed{1} \quad\text{and}\quad y = \boxed{2}".
+# Text between boxes that together are one answer: "\boxed{1} \quad\text{and}\quad y = \boxed{2}".
 _MAX_JOINT_CHARACTERS = 60
 _JOINT = re.compile(
     r"(?:[\s$,;]|and|or|\\[()\[\],;:! ]|\\q?quad|\\text\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?\s*=)*", re.IGNORECASE
 )
 _JOINT_WORD = re.compile(r"[,;]|and|or", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"(?im)^[ \t*#>]*(?:final\s+)?answer[ \t*]*:[\s*]*(\S.*)$")
-# Such a gold answer is a text that holds the answer, not the answer itself.
+# A gold answer with such a mark is a text that contains the answer, not the answer itself.
 _HOLDS_MATH = re.compile(r"(?<!\\)\$|\\boxed")
 _MATH = re.compile(r"\$[^$\n]{1,500}\$")
 _GROUP = re.compile(r"[(\[][^()\[\]$\n]{1,60},[^()\[\]$\n]{1,60}[)\]]")
@@ -38,10 +38,10 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
 @dataclass(frozen=True)
 class Grader:
-    """Judges responses, and names the answer that majority voting counts.
+    """Grades responses and names the answer that each votes for in majority voting.
 
     grade(response, gold): whether the response's answer is the gold answer. answer(response, gold): the response's
-    answer in a form that equal answers share, None where it has none; a grader without it has no vote.
+    answer in a form that equal answers share, or None if it has none; a grader without it has no vote.
     """
 
     grade: Callable[[str, str], bool]
@@ -51,11 +51,11 @@ class Grader:
 def grade(response: str, gold: str) -> bool:
     """Whether the response's final answer equals `gold` as mathematics.
 
-    The answer is the last balanced \\boxed{…} behind any </think> (or several, where they are joined by commas or
+    The answer is the last balanced \\boxed{…} after any </think> (or several, if they are joined by commas or
     "and"), else the last "Answer: …" line, else what math-verify finds in the last _TAIL_CHARACTERS. Integers compare
-    as integers ("025" is 25). Never raises, whatever it is given (a RuntimeError says that math-verify itself cannot
-    be started); what takes math-verify more than its time limit counts as wrong. Works in any thread or process:
-    symbolic work runs in a process of its own, which is restarted when it hangs or dies.
+    as integers ("025" is 25). Never raises for any input (only RuntimeError if math-verify itself cannot be
+    started); an answer on which math-verify exceeds its time limit is wrong. Works in any thread or process:
+    symbolic work runs in a separate process, which is restarted when it hangs or dies.
     """
     if not isinstance(response, str) or not isinstance(gold, str):
         return False
@@ -81,7 +81,7 @@ def _equal(answer: str, gold: str) -> bool:
         if units_differ(ours, theirs) or kinds_differ(ours, theirs) or angles_differ(ours, theirs):
             return False
         ours, theirs = in_one_form(ours, theirs)
-    # math-verify leaves bases out: 23_5 would be 23_7.
+    # math-verify ignores bases: 23_5 would equal 23_7.
     bases = [base[1] for text in (ours, theirs) if (base := _BASE.fullmatch(text.strip()))]
     if len(set(bases)) > 1:
         return False
@@ -89,12 +89,12 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 def _line_equal(line: str, gold: str) -> bool:
-    """The same of an "Answer:" line: a bare answer, or a sentence around one."""
+    """The same for an "Answer:" line: a bare answer, or a sentence that contains one."""
     parts = _MATH.findall(line)
     around = _MATH.sub(" ", line)
     if len(parts) == 1 and not re.search(r"\d", around) and not _HEDGE.search(around):
         return _equal(parts[0].strip("$"), gold)
-    # One number among words; of several, or in a formula, none is the answer by itself.
+    # A single number among words is the answer; one of several, or one in a formula, is not.
     one_number = len(_NUMBER.findall(line)) == 1 and not _HEDGE.search(line)
     if units_differ(to_latex(_unwrapped(line)), _gold_latex(gold)):
         return False
@@ -107,7 +107,7 @@ def _in_text(text: str, gold: str) -> bool:
         return False
     text = _MATH.sub(lambda part: to_latex(part[0]), signs_to_latex(text))
     if not re.search(r"\$|\\[(\[]", text):
-        # A number in brackets is not the answer, the brackets are.
+        # The answer is the whole bracket, not a number in it.
         text = _GROUP.sub(r"$\g<0>$", text)
     return WORKER.equal(text[-MAX_ANSWER_CHARACTERS:], _gold_latex(gold), boxed=False)
 
@@ -118,7 +118,7 @@ def _gold_latex(gold: str) -> str:
 
 
 def _unwrapped(text: str) -> str:
-    """Without a full stop behind the whole and the dollar signs around it; that of a price is one of LaTeX's."""
+    """The text without a final full stop and enclosing dollar signs; the dollar sign of a price becomes LaTeX's."""
     text = text.strip()
     text = text if text.endswith("...") else text.removesuffix(".")
     if _PRICE.fullmatch(text):
@@ -128,7 +128,7 @@ def _unwrapped(text: str) -> str:
 
 
 def extract_answer(response: str) -> str | None:
-    """The final answer's text, or None: the last balanced box, else the last "Answer:" line; thoughts do not count.
+    """The final answer's text, or None: the last balanced box, else the last "Answer:" line; thinking is ignored.
 
     Boxes joined by commas or "and" are one answer: "\\boxed{1} and \\boxed{2}" is "1, 2".
     """
@@ -142,7 +142,7 @@ def _behind_thoughts(response: str) -> str:
 
 
 def _boxed_answer(text: str) -> str | None:
-    """What the last balanced box holds, with the boxes in front that are joined to it."""
+    """The content of the last balanced box, with that of the boxes joined to it."""
     answers: list[str] = []
     first = None
     for match in reversed(list(_BOX.finditer(text))[-_MAX_BOXES:]):
@@ -163,14 +163,14 @@ def _joined(between: str) -> bool:
 
 
 def _answer_line(text: str) -> str | None:
-    """What stands behind the last "Answer:" that begins a line."""
+    """The text after the last "Answer:" at the start of a line."""
     lines = _ANSWER_LINE.findall(text)
     answer = lines[-1].strip().rstrip("*").rstrip() if lines else ""
     return answer if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """The place of the brace that closes the one before `start`; \\{ and \\} are signs, not braces."""
+    """The index of the brace that closes the one before `start`; \\{ and \\} are signs, not braces."""
     depth, place, stop = 1, start, min(len(text), start + MAX_ANSWER_CHARACTERS)
     while place < stop:
         depth += {"{": 1, "}": -1}.get(text[place], 0)

@@ -1,4 +1,4 @@
-"""The process behind `opsd.eval.grading`: compares two answers a line with math-verify, JSON in, JSON out."""
+"""The process behind `opsd.eval.grading`: compares two answers per line with math-verify, JSON in, JSON out."""
 
 import json
 import os
@@ -12,33 +12,33 @@ from typing import Any
 from math_verify import LatexExtractionConfig, grader, parse, verify
 from sympy import Basic, Float, Rational
 
-# Hard limits beneath the parent's: a power such as 9^{9^{9}} runs in C code, deaf to Python's own signals, and must
-# neither outlive a parent that was killed nor take the machine's memory.
+# Hard limits in addition to the parent's: a power such as 9^{9^{9}} runs in C code, which Python's signal handlers
+# cannot interrupt; it must neither outlive a killed parent nor use up the machine's memory.
 CPU_SECONDS = 30.0
 MEMORY_BYTES = 4 * 2**30
-# math-verify rounds decimals to six places, and takes exact numbers less than 1e-15 apart for equal: right for numbers
-# near 1, but all tiny ones are then equal. What it accepts must be close beside the numbers' own size, too.
+# math-verify rounds decimals to six places, and treats exact numbers less than 1e-15 apart as equal: right for numbers
+# near 1, but all tiny ones are then equal. So the numbers that it accepts must also be relatively close.
 EXACT_TOLERANCE, EXACT_DIGITS, ROUNDING = 1e-30, 50, 1e-14
-# A decimal of so many digits may stand for the number that it is cut from: 0.333333 for 1/3. A shorter one is itself.
+# A decimal with at least this many digits may be a truncated number: 0.333333 for 1/3. A shorter one is exact.
 ENOUGH_DIGITS = 6
 _in_decimal_places = grader.sympy_numeric_eq
 
 
 def numerically_equal(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
-    """In the place of math-verify's function of these parameters: its verdict, and close beside their own size.
+    """Replaces math-verify's function with these parameters: its verdict, and the numbers must be relatively close.
 
-    Elements of sets, intervals and matrices come here one by one.
+    Elements of sets, intervals and matrices are passed one by one.
     """
     if not _in_decimal_places(a, b, float_rounding, numeric_precision):
         return False
     if not isinstance(a, Basic) or not isinstance(b, Basic):
         return True
-    # 9% may stand for 9.
+    # 9% may mean 9.
     return is_close(a, b) or is_close(grader.get_pct_val(a, a), grader.get_pct_val(b, b))
 
 
 def is_close(a: Any, b: Any) -> bool:
-    """Whether two expressions are equal as far as their digits go; where they have variables, at a point."""
+    """Whether two expressions are equal to the precision of their digits; variables are set to fixed values."""
     variables = sorted(a.free_symbols | b.free_symbols, key=str)
     point = {variable: Rational(3 + 2 * place, 7 + 3 * place) for place, variable in enumerate(variables)}
     try:
@@ -49,11 +49,11 @@ def is_close(a: Any, b: Any) -> bool:
             return bool(difference <= EXACT_TOLERANCE * size)
         return bool(difference <= ROUNDING * size or difference < 0.99 * last_place(at_a, at_b))
     except (TypeError, ValueError, AttributeError):
-        return True  # no numbers: math-verify's verdict stands
+        return True  # not numbers: math-verify's verdict holds
 
 
 def last_place(*values: Any) -> float:
-    """The unit of the last digit of the coarsest decimal among `values`; 0 where it has too few digits to be cut."""
+    """The unit of the last digit of the coarsest decimal among `values`; 0 if it has too few digits to be truncated."""
     decimals = [Decimal(str(value)).normalize() for value in values if isinstance(value, Float)]
     units = [(int(decimal.as_tuple().exponent), len(decimal.as_tuple().digits)) for decimal in decimals]
     exponent, digits = max(units, default=(0, 0))
@@ -61,20 +61,20 @@ def last_place(*values: Any) -> float:
 
 
 def main() -> None:
-    """Answer {"answer", "gold"} lines with {"equal"}; the first line printed says that we are ready.
+    """Answer lines {"answer", "gold", "boxed"} with {"equal"}; the first line printed says that the process is ready.
 
-    math-verify's own time limits use signals, which work here: this is a main thread.
+    math-verify's own time limits use signals, which work here because this is a main thread.
     """
     grader.sympy_numeric_eq = numerically_equal
-    # Without math-verify's second way, which takes a stray number out of what it cannot read: 1 of "1 @ 2".
+    # Without math-verify's fallback, which takes a stray number out of text that it cannot parse: 1 from "1 @ 2".
     latex = [LatexExtractionConfig()]
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is not a reply
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps what a library prints out of the replies
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, most))
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # ends this process, unless set anew before
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # ends this process, unless it is set again before
         question = json.loads(line)
         # A bare answer needs a box: without one math-verify misreads a fifth of MATH-500's gold answers.
         is_text = re.search(r"(?<!\\)\$|\\boxed", question["gold"]) is not None

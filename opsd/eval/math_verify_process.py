@@ -1,4 +1,4 @@
-"""math-verify in a process of its own: symbolic work that hangs or dies costs one answer, not the run."""
+"""math-verify in a separate process: symbolic work that hangs or dies costs one answer, not the run."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from pathlib import Path
 TIMEOUT_SECONDS = 10.0
 _START_SECONDS = 60.0
 MAX_ANSWER_CHARACTERS = 2000
-# Each question then fits into the pipe, even where every character is escaped by six: writing never waits.
+# With these limits a question fits into the pipe even if each character is escaped as six: writing never blocks.
 MAX_GOLD_CHARACTERS = 8000
 
 
 class MathVerifyProcess:
-    """math-verify behind a pipe: JSON lines in and out, one question at a time, a time limit on each."""
+    """math-verify behind a pipe: JSON lines in and out, one question at a time, each with a time limit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def equal(self, answer: str, gold: str, boxed: bool = True) -> bool:
-        """Whether both parse to equal values; False on a time-out or where the process dies.
+        """Whether both parse to equal values; False on a time-out or if the process dies twice.
 
-        boxed: `answer` is a bare answer; otherwise it is text to find one in. Both in LaTeX (see answer_text).
+        boxed: `answer` is a bare answer; otherwise a text that contains one. Both in LaTeX (see answer_text).
         """
         if len(answer) > MAX_ANSWER_CHARACTERS or len(gold) > MAX_GOLD_CHARACTERS:
             return False
         question = json.dumps({"answer": answer, "gold": gold, "boxed": boxed})
         with self._lock:
-            # A process that has died since the last question is not a verdict on this one; one that dies twice is.
+            # The process may have died before this question, so ask again; if it dies twice, the answer is wrong.
             verdict = self._ask(question)
             return bool(self._ask(question) if verdict is None else verdict)
 
     def _ask(self, question: str) -> bool | None:
-        """The process's verdict, False after TIMEOUT_SECONDS; None where it died."""
+        """The process's verdict, False after TIMEOUT_SECONDS; None if it died."""
         if self._process is None or self._process.poll() is not None:
             self._start()
         process = self._process
@@ -58,7 +58,7 @@ class MathVerifyProcess:
         return json.loads(reply)["equal"]
 
     def _start(self) -> None:
-        # By its path, and without that path on the module search path: it starts from any working directory.
+        # Started by its path, but without its folder on the module search path (-P); works from any directory.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("grading_worker.py"))],
             stdin=subprocess.PIPE,
@@ -82,7 +82,7 @@ class MathVerifyProcess:
             self._process = None
 
     def _read_line(self, seconds: float) -> str | None:
-        """The next line; empty when the process has ended, None when time is up."""
+        """The next line; "" if the process has ended, None after `seconds`."""
         assert self._process is not None and self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
@@ -93,5 +93,5 @@ class MathVerifyProcess:
 
 WORKER = MathVerifyProcess()
 atexit.register(WORKER.stop)
-# A fork's child must not talk into its parent's pipes.
+# A forked child must not use its parent's pipes.
 os.register_at_fork(after_in_child=WORKER.__init__)

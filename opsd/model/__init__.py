@@ -1,1 +1,1 @@
-"""Models: loading, what is checked on them, and hidden states instead of logits."""
+"""Models: how they are loaded and checked, and how they give hidden states instead of logits."""

@@ -1,6 +1,6 @@
 """Attention over sequences of any length in one row, without a mask: flash-attn's, or else torch's own kernel.
 
-torch brings the kernel for CUDA; here it becomes an attention of transformers, so that nothing has to be compiled.
+torch includes the kernel for CUDA; here it is registered with transformers, so that nothing has to be compiled.
 
 Legend: L tokens of a packed row, S sequences in it, H heads, of which G share a key-value head, D head size.
 """
@@ -27,23 +27,23 @@ from transformers.utils import is_flash_attn_2_available
 from opsd.utils.errors import UserError
 
 FLASH, VARLEN = "flash_attention_2", "opsd_varlen"
-# What torch's kernel takes: compute types, the largest head, GPUs from Ampere on.
+# What torch's kernel supports: compute types, the largest head size, and GPUs from Ampere on.
 KERNEL_TYPES, KERNEL_HEAD, KERNEL_CAPABILITY = (torch.bfloat16, torch.float16), 256, (8, 0)
 
-# True while a model runs on one row whose sequences are told by their lengths.
+# True while a model runs on one row and is given the lengths of the sequences in it.
 _LENGTHS_TELL: ContextVar[bool] = ContextVar("lengths_tell", default=False)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that products of a tensor are taken in: autocast's where it is on, else its own."""
+    """The type that products of a tensor are computed in: autocast's if it is on, else its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def attention_for(model: PreTrainedModel, compute: torch.dtype, device: torch.device) -> str:
-    """The attention for a model that was loaded with another one: of variable length where all agree, else sdpa.
+    """The attention to set on a loaded model: variable-length if model, type and device support it, else sdpa.
 
-    compute: the type that the run takes products in, whatever the weights' own.
+    compute: the type that the run computes products in, whatever the weights' own.
     """
     if device.type != "cuda" or compute not in KERNEL_TYPES or not _takes_lengths(model):
         return "sdpa"
@@ -60,10 +60,10 @@ def has_varlen_attention(model: PreTrainedModel) -> bool:
 
 
 def in_one_row(model: Any, lengths: list[int], **inputs: Any) -> Any:
-    """A model's output on one row of sequences with these lengths, which see nothing of each other.
+    """A model's output on one row of sequences with these lengths, which do not attend to each other.
 
-    Attention of variable length is told the lengths, so that it has not to wait for the device to find them in every
-    layer; any other one finds them in position_ids and masks.
+    Variable-length attention is given the lengths, so that it need not wait for the device in every layer to find them;
+    any other attention finds them in position_ids and masks.
     """
     if not has_varlen_attention(model):
         return model(**inputs)
@@ -84,16 +84,16 @@ def _lengths_tell() -> Iterator[None]:
 
 
 def _takes_lengths(model: PreTrainedModel) -> bool:
-    """Whether a model lets its attention be chosen, among those without a mask too, and hands on what they are told."""
+    """Whether a model lets its attention be replaced by one without a mask, and passes the lengths on to it."""
     takes = inspect.signature(model.base_model.forward).parameters.values()
     named = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes)
     return named and model._supports_flash_attn and model._can_set_attn_implementation()
 
 
 def _kernel_fits(config: Any) -> bool:
-    """Whether torch's kernel can stand in for a model's own attention, by the text model's settings."""
+    """Whether torch's kernel can replace a model's own attention, judging by the text model's settings."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Latent attention has values of another size than keys; chunks are masks that no window describes.
+    # In latent attention, values and keys differ in size; chunked attention is a mask that no window describes.
     other = any(getattr(config, name, None) for name in ("kv_lora_rank", "attention_chunk_size"))
     windows = getattr(config, "sliding_window", None) is None or "window_size" in _takes(varlen_attn)
     return head <= KERNEL_HEAD and head % 8 == 0 and windows and not other
@@ -117,9 +117,9 @@ def _attend(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """torch's kernel on one row, query [1, H, L, D], key and value [1, H / G, L, D]; sdpa where no lengths are given.
+    """torch's kernel on one row, query [1, H, L, D], key and value [1, H / G, L, D]; sdpa if no lengths are given.
 
-    Raises UserError for what the kernel cannot do.
+    Raises UserError for features that the kernel lacks.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -144,10 +144,10 @@ def _kernel(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """torch's kernel, causal, by the names that this version of torch has for its options."""
+    """torch's kernel, causal, with the option names of the installed version of torch."""
     takes, more = _takes(varlen_attn), {}
     if "window_size" in takes:
-        # It counts the tokens to the left, transformers the token itself too.
+        # torch counts the tokens to the left; transformers also counts the token itself.
         more["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
     else:
         more["is_causal"] = True
@@ -165,7 +165,7 @@ def _kernel(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """None where the lengths tell sequences apart, else sdpa's."""
+    """None if the lengths keep sequences apart, else sdpa's mask."""
     return None if _LENGTHS_TELL.get() else sdpa_mask(*args, **kwargs)
 
 

@@ -1,6 +1,6 @@
-"""What is measured on a loaded model before it serves. Every check raises UserError, one line, where it does not hold.
+"""Checks on a loaded model before it is used, by measuring. A check that fails raises UserError, in one line.
 
-Nothing here goes by a model's name: what its configuration says is only where to look.
+Nothing here depends on a model's name; its configuration only says which lengths to test.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from opsd.model.scorer import Scorer, body_of
 from opsd.types import MicroBatch
 from opsd.utils.errors import UserError
 
-# Two ways to the same hidden states: relative difference that rounding explains, over BLOCK tokens. In bfloat16 a
-# router may now and then choose another expert for a token.
+# Relative difference over BLOCK tokens that rounding explains, between two computations of the same hidden states. In
+# bfloat16 a router may occasionally choose another expert for a token.
 ALLOWED = {torch.float32: 1e-3, torch.float64: 1e-3}
 ALLOWED_ROUNDED, BLOCK = 0.25, 16
-# Lengths of the first probe, and tokens by which a probe passes a switch.
+# Sequence lengths of the first probe, and by how many tokens a probe exceeds a switch.
 SHORT, BEYOND = (16, 5), 16
-# Words in the names of settings whose values are lengths at which a model may change what it does; in a packed row
-# positions begin anew with every sequence, its own length can only matter to what goes by places in the row.
+# Words in the names of settings whose values are switches: lengths at which a model's behaviour may change. In a packed
+# row positions restart with every sequence, so the row's own length matters only to settings that count its tokens.
 PLACES, SWITCHES = ("window", "chunk"), ("window", "chunk", "position", "length", "context")
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a run goes. spans: its longest sequences, in training and evaluation. row: tokens of a packed row."""
+    """Lengths a run reaches. spans: its longest sequences, in training and evaluation. row: tokens of a packed row."""
 
     spans: tuple[Span, ...] = ()
     row: int = 0
@@ -47,8 +47,8 @@ class Reach:
 def check_packing(scorer: Scorer, name: str, reach: Reach | None = None) -> None:
     """Make sure that the sequences of a micro-batch stay apart in the layout that the scorer uses.
 
-    reach: how far the run goes; every length within it at which the configuration says that something changes is
-    tested on both sides. Raises UserError where a sequence's hidden states change with those beside it.
+    reach: the lengths that the run reaches; every switch that the configuration names within them is tested on both
+    sides. Raises UserError if a sequence's hidden states depend on the other sequences.
     """
     scorer.eval()
     for lengths in probes(scorer.model.config, reach or Reach(), scorer.packed):
@@ -69,27 +69,27 @@ def check_packing(scorer: Scorer, name: str, reach: Reach | None = None) -> None
 
 
 def probes(config: PretrainedConfig, reach: Reach, packed: bool) -> Iterator[tuple[int, ...]]:
-    """Lengths of sequences to lay side by side: short ones, then both sides of every switch that a run can reach."""
+    """Lengths of the sequences of each probe: short ones, then both sides of every switch that a run can reach."""
     yield SHORT
-    # More than a model has positions for is refused elsewhere, in a line that says so.
+    # Lengths beyond a model's positions are refused elsewhere, with a message that says so.
     longest = min(reach.longest, positions(config) or reach.longest)
     for switch in switches(config, longest):
         yield min(longest, switch + BEYOND), min(longest, switch + BEYOND // 2), switch, SHORT[-1]
     if packed and longest:
-        # A row may pass what none of its sequences does.
+        # A row may exceed a switch that none of its sequences reaches.
         for switch in switches(config, reach.row, PLACES):
             if switch >= longest:
                 yield (longest,) * (switch // longest + 2)
 
 
 def switches(config: PretrainedConfig, below: int, words: tuple[str, ...] = SWITCHES) -> list[int]:
-    """The lengths, in tokens, at which a model may change what it does: the configuration's, 1 to `below` - 1."""
+    """The lengths, in tokens, at which a model's behaviour may change: those in its configuration, 1 to `below` - 1."""
     return sorted({value for value in _lengths(config.get_text_config().to_dict(), words) if 1 <= value < below})
 
 
 @torch.no_grad()
 def length_switches(model: PreTrainedModel, longest: int) -> frozenset[int]:
-    """Lengths, in tokens, past which a model gives other hidden states for all of a sequence (LongRoPE does).
+    """Lengths, in tokens, beyond which all hidden states of a sequence change (as under LongRoPE).
 
     Measured on both sides of every switch that its configuration names, up to `longest` tokens.
     """
@@ -105,7 +105,7 @@ def length_switches(model: PreTrainedModel, longest: int) -> frozenset[int]:
 
 
 def _lengths(settings: Any, words: tuple[str, ...], counts: bool = False) -> Iterator[int]:
-    """Whole numbers of a configuration whose names hold one of `words`."""
+    """Whole numbers of a configuration whose names contain one of `words`."""
     if isinstance(settings, dict):
         for key, value in settings.items():
             yield from _lengths(value, words, any(word in str(key) for word in words))
@@ -117,10 +117,10 @@ def _lengths(settings: Any, words: tuple[str, ...], counts: bool = False) -> Ite
 
 
 def _leak(scorer: Scorer, lengths: tuple[int, ...]) -> tuple[float, float]:
-    """How much sequences of these lengths change beside each other, and how much rounding may change them."""
+    """How much sequences of these lengths change each other's hidden states, and how much change rounding allows."""
     micro = _side_by_side(lengths, scorer.model)
     ids = micro.input_ids_1L[0].split(lengths)
-    # The shortest first: a model that remembers the longest that it has seen has then seen none.
+    # Shortest first, for models that change once they have seen a longer sequence.
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     alone = {place: scorer.hidden_alone(ids[place]) for place in order}
     together = scorer.hidden(micro).split(lengths)
@@ -129,7 +129,7 @@ def _leak(scorer: Scorer, lengths: tuple[int, ...]) -> tuple[float, float]:
 
 
 def _side_by_side(lengths: tuple[int, ...], model: PreTrainedModel) -> MicroBatch:
-    """A micro-batch of sequences with these lengths, every row of it asked for."""
+    """A micro-batch of sequences with these lengths, which asks for the hidden states of all tokens."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     ids = torch.arange(len(positions)) % model.config.get_text_config().vocab_size
     owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -137,7 +137,7 @@ def _side_by_side(lengths: tuple[int, ...], model: PreTrainedModel) -> MicroBatc
 
 
 def difference(ours_LD: Tensor, own_LD: Tensor) -> float:
-    """The largest relative difference over BLOCK tokens in a row: a change of a few tokens is not diluted."""
+    """The largest relative difference over BLOCK consecutive tokens: a change of a few tokens is not diluted."""
     blocks = zip(ours_LD.float().split(BLOCK), own_LD.float().split(BLOCK), strict=True)
     found = [float((ours - own).norm() / own.norm().clamp(min=1e-12)) for ours, own in blocks]
     return max(one if one == one else float("inf") for one in found)
@@ -145,7 +145,7 @@ def difference(ours_LD: Tensor, own_LD: Tensor) -> float:
 
 @torch.no_grad()
 def check_causal(scorer: Scorer, name: str) -> None:
-    """Make sure that no token changes what stands before it. Raises UserError."""
+    """Make sure that no token changes the hidden states of those before it. Raises UserError."""
     scorer.eval()
     ids = torch.arange(SHORT[0], device=scorer.model.device) % scorer.model.config.get_text_config().vocab_size
     kept = SHORT[0] // 2
@@ -162,7 +162,7 @@ def check_causal(scorer: Scorer, name: str) -> None:
 
 @torch.no_grad()
 def check_steady(scorer: Scorer, name: str) -> None:
-    """Make sure that a model gives in training what it gives in evaluation, time and again. Raises UserError."""
+    """Make sure that a model gives the same hidden states in training and evaluation, every time. Raises UserError."""
     micro = _side_by_side(SHORT, scorer.model)
     scorer.eval()
     own = scorer.hidden(micro)

@@ -1,4 +1,4 @@
-"""A model's files: that it can be saved, the names that its weights have there, and what else belongs to its folder."""
+"""A model's files: whether it can be saved, the names of its weights there, and the other files of its folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from opsd.model.scorer import head_of
 from opsd.model.tensors import QUANTISED, json_object
 from opsd.utils.errors import UserError, first_line, said
 
-# Of what a folder holds beside weights, what belongs to the model: processors, templates, vocabularies, its own code.
+# Files besides weights that belong to the model: processors, templates, vocabularies, its own code.
 BELONGS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
-# What does not: adapters, indices of weights and traces of a training.
+# Files that do not: adapters, quantisation settings, and leftovers of a training run.
 FOREIGN = ("adapter_", "trainer_state", "training_args", "optimizer", "scheduler", "all_results", "train_results",
            "eval_results", "quantize_config", "quant_config")  # fmt: skip
 
 
 def files_digest(folder: Path, *patterns: str) -> str | None:
-    """Of each such file's name, size and last MiB: enough to tell a model from another, without reading it all.
+    """A digest of the files' names, sizes and last MiB each: enough to tell models apart without reading all of them.
 
-    None for a model that is not a folder here.
+    None for a model that is not a local folder.
     """
     if not folder.is_dir():
         return None
@@ -43,7 +43,7 @@ def files_digest(folder: Path, *patterns: str) -> str | None:
 
 
 def copy_rest(source: Path, folder: Path) -> None:
-    """Copy into `folder` what belongs to the model in `source` and was not saved anew; a folder within it too."""
+    """Copy files that belong to the model from `source` to `folder` if they are missing there, chat templates too."""
     if not source.is_dir():
         return
     for file in sorted(source.rglob("*")):
@@ -63,10 +63,10 @@ def _belongs(place: Path) -> bool:
 
 @torch.no_grad()
 def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -> list[str]:
-    """Save all but the weights, for a try, before anything is trained. Returns what had to be changed, a line each.
+    """Try to save all but the weights, before anything is trained. Returns what had to be changed, one line each.
 
-    A generation config that transformers refuses to save is fixed: a run states its sampling by itself, of the file
-    only the end tokens count. Raises UserError for what cannot be saved, or not be read again.
+    A generation config that transformers refuses to save is fixed: a run has its own sampling settings, and needs only
+    the end tokens of that file. Raises UserError if something cannot be saved or read back.
     """
     notes = [note] if (note := _mend_generation(model, path, flag)) else []
     saving = said(f"{flag} {path}: its checkpoints could not be saved", "fix its configuration")
@@ -83,7 +83,7 @@ def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -
 
 
 def _mend_generation(model: PreTrainedModel, path: str, flag: str) -> str | None:
-    """Make the generation config one that can be saved; what was changed, or None."""
+    """Fix a generation config that cannot be saved; returns what was changed, or None."""
     config = model.generation_config
     if config is None or (problem := _unsavable(config)) is None:
         return None
@@ -97,7 +97,7 @@ def _mend_generation(model: PreTrainedModel, path: str, flag: str) -> str | None
 
 
 def _unsavable(config: GenerationConfig) -> str | None:
-    """Why transformers refuses to save a generation config; None where it does not."""
+    """Why transformers refuses to save a generation config; None if it does not."""
     try:
         config.validate(strict=True)
     except ValueError as error:
@@ -107,24 +107,24 @@ def _unsavable(config: GenerationConfig) -> str | None:
 
 
 def as_saved(model: PreTrainedModel, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A parameter under the name, and in the pieces, that a checkpoint has: expert by expert where they are fused."""
+    """A parameter under the names, and in the pieces, that a checkpoint has: fused experts one by one."""
     yield from revert_weight_conversion(model, {name: weight}).items()
 
 
 def in_pieces(model: PreTrainedModel) -> bool:
-    """Whether any parameter has another form in a checkpoint than in the model."""
+    """Whether any parameter has a different form in a checkpoint than in the model."""
     conversions: Any = getattr(model, "_weight_conversions", None) or []
     return any(isinstance(conversion, WeightConverter) for conversion in conversions)
 
 
 def check_sampled(model: PreTrainedModel, path: str, flag: str) -> None:
-    """Make sure that a sampler which has read the folder takes what `as_saved` gives. Raises UserError."""
+    """Make sure that a sampler that loaded the folder accepts the weights of `as_saved`. Raises UserError."""
     settings = json_object(Path(path) / "config.json")
     if any(settings.get(key) for key in QUANTISED):
         raise _unsampled(path, flag, "the folder's weights are quantised, and vLLM would keep them so")
     text, head = model.config.get_text_config(), head_of(model)
     if getattr(text, "tie_word_embeddings", False) and head.weight is not model.get_input_embeddings().weight:
-        raise _unsampled(path, flag, "config.json ties head and embeddings, which are two in its files")
+        raise _unsampled(path, flag, "config.json ties head and embeddings, but the files hold two")
     own = {
         name.replace(".base_layer.", "."): torch.empty(p.shape, dtype=p.dtype, device="meta")
         for name, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Model folders to tokenizers and models: safetensors only, whole, without code of their own unless it is trusted."""
+"""Load tokenizers and models: complete folders, safetensors only, without code of their own unless it is trusted."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         except Exception:
             if (Path(path) / "config.json").is_file():
-                # It is read on the way to the tokenizer.
+                # Loading the tokenizer reads this file too.
                 with said(f"{flag} {path}: its config.json cannot be read", "fix that file"):
                     AutoConfig.from_pretrained(path, trust_remote_code=trust)
             raise
         known = len(tokenizer.get_vocab())
     if known <= len(tokenizer.all_special_ids):
-        # What transformers makes of a folder without a tokenizer's files: special tokens alone.
+        # For a folder without tokenizer files, transformers returns one with special tokens only.
         raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has only special tokens); {give}")
     return tokenizer
 
@@ -53,10 +53,10 @@ def load_scorer(
     compute: torch.dtype | None = None,
     reach: Reach | None = None,
 ) -> Scorer:
-    """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError where it cannot serve.
+    """A model folder as a `Scorer`, dropout off, safetensors only. Raises UserError if it cannot be used.
 
-    dtype: the weights'. compute: what the run takes products in, under autocast where it is another; None: dtype.
-    packed: no other layout will do. reach: how far the run goes.
+    dtype: the weights'. compute: the type that the run computes products in, by autocast if it differs; None: dtype.
+    packed: no other layout is allowed. reach: the lengths that the run reaches.
     """
     model, name, reach = load_model(path, flag, dtype, device, trust, compute), f"{flag} {path}", reach or Reach()
     disable_dropout(model)
@@ -71,21 +71,21 @@ def load_scorer(
 
 
 def running(name: str) -> contextlib.AbstractContextManager[None]:
-    """Within it a model runs for the first time."""
+    """`said` for the first run of a model."""
     return said(f"{name}: the model cannot be run", "give a model that transformers can run")
 
 
 def reading(path: str, flag: str) -> contextlib.AbstractContextManager[None]:
-    """Within it a model is loaded."""
+    """`said` for loading a model."""
     return said(
         f"{flag} {path}: the model cannot be loaded", "give a complete Hugging Face model folder, in safetensors"
     )
 
 
 def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False) -> None:
-    """Choose how sequences of a micro-batch lie, so that they stay apart: as is, padded, or each alone.
+    """Choose a layout in which a micro-batch's sequences stay separate: as it is, padded, or each alone.
 
-    packed: no other layout will do. Raises UserError where none does.
+    packed: no other layout is allowed. Raises UserError if none works.
     """
     for _ in range(2):
         try:
@@ -93,7 +93,7 @@ def settle_layout(scorer: Scorer, name: str, reach: Reach, packed: bool = False)
         except UserError:
             if packed:
                 raise
-            # What fails packed may do padded; what fails padded may do alone.
+            # If packed fails, padded may work; if padded fails, each alone may.
             scorer.packed, scorer.alone = False, not scorer.packed
     check_packing(scorer, name, reach)
 
@@ -108,8 +108,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A model folder on `device`, safetensors only. dtype "auto": as the folder's config.json says.
 
-    trust: as for `load_tokenizer`. compute: as for `load_scorer`; attention is chosen by it.
-    Raises UserError where it cannot be loaded whole.
+    trust: as for `load_tokenizer`. compute: as for `load_scorer`; it decides the attention.
+    Raises UserError if it cannot be loaded completely.
     """
     check_folder(path, flag, trust)
     check_shards(path, flag)
@@ -119,7 +119,7 @@ def load_model(
         model, found = _load(path, trust, config=config, dtype=dtype)
         check_tensors(found, path, flag)
         if quantised:
-            # They would turn plain weights back into what they came from, in every checkpoint.
+            # These conversions would turn the plain weights back into quantised ones in every checkpoint.
             model._weight_conversions = None
         else:
             check_types(path, flag)
@@ -131,9 +131,9 @@ def load_model(
 
 
 def load_ends(path: str, flag: str, dtype: torch.dtype, trust: bool = False) -> PreTrainedModel:
-    """A model folder without its layers, on the CPU: embeddings, last norm and head, and all that is done to logits.
+    """A model folder without its layers, on the CPU: embeddings, last norm, head, and what is applied to the logits.
 
-    Its head is what vLLM takes for the folder's. Raises UserError where the folder is not whole.
+    Its head is the one that vLLM uses for the folder. Raises UserError if the folder is incomplete.
     """
     plain = check_whole(path, flag, trust)
     with reading(path, flag):
@@ -148,15 +148,15 @@ def load_ends(path: str, flag: str, dtype: torch.dtype, trust: bool = False) -> 
         if not plain:
             check_tensors(found, path, flag, ours=lambda name: "head" in name)
         if getattr(text, "tie_word_embeddings", False):
-            # A head that lies in the files all the same is left over: transformers takes it, vLLM does not.
+            # Ignore a separate head in the files: transformers would use it, vLLM does not.
             model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
 
 
 def check_whole(path: str, flag: str, trust: bool = False) -> bool:
-    """Make sure that a folder's weights are those that its model takes, without loading any. Raises UserError.
+    """Make sure that a folder's weights are those of its model, without loading any. Raises UserError.
 
-    Returns whether they are plain: quantised ones are not looked at.
+    Returns whether they are plain; quantised ones are not checked.
     """
     check_folder(path, flag, trust)
     check_shards(path, flag)
@@ -170,7 +170,7 @@ def check_whole(path: str, flag: str, trust: bool = False) -> bool:
 
 
 def _load(path: str, trust: bool, **options: Any) -> Any:
-    """transformers' model of a folder, and what it says of the weights. Attention is sdpa where the model has it."""
+    """transformers' model of a folder, and its report on the weights. Attention is sdpa if the model supports it."""
     try:
         return _from_pretrained(path, trust, attn_implementation="sdpa", **options)
     except ValueError as error:
@@ -183,9 +183,9 @@ def _from_pretrained(path: str, trust: bool, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         path,
         trust_remote_code=trust,
-        # Other formats are pickles, which run what they hold.
+        # Other formats are pickles, which can run code.
         use_safetensors=True,
-        # Left alone, transformers fills what is missing with random numbers; what does not fit is named then.
+        # By default transformers fills missing weights with random numbers; these make it report what does not fit.
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         **options,
@@ -193,11 +193,11 @@ def _from_pretrained(path: str, trust: bool, **options: Any) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Scores and gradients must speak of one distribution: no dropout anywhere, in training mode neither."""
+    """Turn off dropout everywhere, in training mode too: scores and gradients must be of the same distribution."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # Rates that modules hand to functional.dropout: dropout, attention_dropout, activation_dropout, layerdrop, …
+        # Rates that modules pass to functional.dropout: dropout, attention_dropout, activation_dropout, layerdrop, …
         for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
@@ -206,9 +206,9 @@ def disable_dropout(model: nn.Module) -> None:
 def check_folder(path: str, flag: str, trust: bool = False) -> None:
     """A path must be a model folder, without code of its own unless that is trusted. Raises UserError.
 
-    Nor may its generation config be damaged: transformers would go on without its end tokens.
+    Its generation config must not be damaged: transformers would continue without its end tokens.
 
-    A hub name (owner/name) is left to transformers, which is told the same about its code.
+    A hub name (owner/name) is left to transformers, which gets the same setting for its code.
     """
     check_model_path(path, flag)
     folder = Path(path)
@@ -230,7 +230,7 @@ def check_folder(path: str, flag: str, trust: bool = False) -> None:
 
 
 def own_code(folder: Path) -> str | None:
-    """Where a folder names code of its own, or a kernel on the hub; None where it does not."""
+    """Where a folder refers to code of its own or to a kernel on the hub; None if it does not."""
     for name in ("config.json", "tokenizer_config.json"):
         named = json_object(folder / name)
         if named.get("auto_map"):

@@ -1,8 +1,8 @@
-"""LoRA: low-rank adapters (peft) on a frozen student, and the plain model that both make together.
+"""LoRA: low-rank adapters (peft) on a frozen student, and the plain model that results from merging them.
 
 Legend: W a layer's frozen weight [out, in], A [rank, in] and B [out, rank] its adapter. The plain model, the one that
-checkpoints hold and samplers get, has W + scale·B·A in W's place. It is always formed aside: what is trained is never
-merged in and taken out again, so nothing drifts.
+checkpoints hold and samplers get, has W + scale·B·A in W's place. It is always computed separately: adapters are never
+merged into W and taken out again, so nothing drifts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from opsd.utils.seeding import derive_seed, seeded
 
 ALL_LINEAR = "all-linear"
 ADAPTER_FOLDER = "adapter"
-# peft's names: the adapter's own, and what stands before and within the names of tensors.
+# peft's names: the adapter's own, and the parts that peft adds within and in front of tensor names.
 _ADAPTER, _BASE, _PREFIX = "default", ".base_layer.", "base_model.model."
 _FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """A parameter of the plain model: `weight` alone, or with the adapter that lies on it."""
+    """A parameter of the plain model: `weight` alone, or with its adapter."""
 
     name: str
     weight: nn.Parameter
@@ -44,7 +44,7 @@ class PlainWeight:
 
     @torch.no_grad()
     def formed(self, weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-        """From whole values of the three, W + scale·B·A in fp32; the weight itself where there is no adapter."""
+        """W + scale·B·A in fp32, from the three whole tensors; the weight itself if there is no adapter."""
         if a is None or b is None:
             return weight
         here = weight.device
@@ -52,10 +52,10 @@ class PlainWeight:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, base: str) -> None:
-    """Freeze `model` and put adapters on its linear layers, in place; B is 0, so it says what it said.
+    """Freeze `model` and put adapters on its linear layers, in place; B is 0, so its outputs do not change.
 
     seed: the run's; A is drawn from it. base: the folder that `model` came from, for adapter_config.json.
-    Raises UserError for layers that are not there, or are not linear.
+    Raises UserError for layers that do not exist, or are not linear.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -74,9 +74,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int, base: str)
 
 
 def coverage(model: nn.Module) -> str:
-    """How much of the model's layers the adapters lie on, and the largest parameter that has none: a line.
+    """How much of the model's layers the adapters cover, and the largest parameter without one, in one line.
 
-    Embeddings and head are not counted: they get none by design.
+    Embeddings and head are not counted: they get no adapters by design.
     """
     ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}  # pyrefly: ignore
     layers = {name: p for name, p in model.named_parameters() if ".lora_" not in name and id(p) not in ends}
@@ -92,7 +92,7 @@ def coverage(model: nn.Module) -> str:
 
 
 def coverage_of(path: str, lora: LoraConfig, trust: bool = False) -> str:
-    """See `coverage`: what it will be for a model folder, whose weights are not loaded. trust: as for `load_model`."""
+    """`coverage` for a model folder, without loading its weights. trust: as for `load_model`."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
@@ -101,13 +101,13 @@ def coverage_of(path: str, lora: LoraConfig, trust: bool = False) -> str:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether `add_adapters` was here."""
+    """Whether the model has adapters from `add_adapters`."""
     return hasattr(model, "peft_config")
 
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it adapters add nothing: the model is its base."""
+    """Context in which the adapters are off: the model is its base."""
     scalings: list[dict[str, float]] = [part.scaling for part in model.modules() if hasattr(part, "lora_B")]  # pyrefly: ignore
     own = [scaling[_ADAPTER] for scaling in scalings]
     for scaling in scalings:
@@ -125,7 +125,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def hold_frozen_in(dtype: torch.dtype, model: nn.Module) -> None:
-    """Turn frozen weights to the compute type: nothing is ever added to them that rounding could lose."""
+    """Convert frozen weights to the compute type: they get no updates that rounding could lose."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -163,7 +163,7 @@ def save_adapters(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pa
 
 @torch.no_grad()
 def load_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Take over adapters that `save_adapters` wrote, bit for bit. Raises UserError where they cannot be read."""
+    """Load adapters that `save_adapters` wrote, bit for bit. Raises UserError if they cannot be read."""
     give = f"its {folder.name} is damaged, remove it to resume from the one before"
     with said(f"checkpoint {folder.parent} cannot be read", give, SafetensorError, *DAMAGED):
         tensors = load_file(folder / _FILE)
@@ -174,7 +174,7 @@ def load_adapters(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:
-    """Last names of the layers that get an adapter. The head is none of them: it is a `DistillHead`."""
+    """Last names of the layers that get an adapter. The head is not among them: it is a `DistillHead`."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     known = sorted({name.rpartition(".")[2] for name in layers})
     if not known:

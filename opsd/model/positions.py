@@ -16,8 +16,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 
 @dataclass(frozen=True)
 class Span:
-    """A prompt's and a response's longest, in tokens. flag: the option that sets the response's. shorter: what to
-    give where the prompt alone is too long."""
+    """Maximum lengths of a prompt and its response, in tokens. flag: the option that sets the response's. shorter: the
+    advice if the prompt alone is too long."""
 
     prompt: int
     response: int
@@ -26,9 +26,9 @@ class Span:
 
 
 def check_positions(config: PretrainedConfig, spans: tuple[Span, ...], name: str) -> None:
-    """Raises UserError where a prompt and its response may be longer than a model has positions for.
+    """Raises UserError if a prompt and its response may need more positions than a model has.
 
-    Past them it fails, or writes nonsense that would be trained on or count as its score.
+    Beyond them a model fails, or writes nonsense that would be trained on or graded.
     """
     known = positions(config)
     for span in spans:
@@ -36,13 +36,13 @@ def check_positions(config: PretrainedConfig, spans: tuple[Span, ...], name: str
             room = known - span.prompt
             fix = f"give at most {room}" if room > 0 else span.shorter
             raise UserError(
-                f"{span.flag} {span.response} and a prompt of {span.prompt} tokens are over the {known} positions of "
+                f"{span.flag} {span.response} and a prompt of {span.prompt} tokens exceed the {known} positions of "
                 f"{name}; {fix}"
             )
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """How many positions a model was made for, rope scaling included; None where nothing says so."""
+    """How many positions a model was made for, rope scaling included; None if the configuration does not say."""
     text = config.get_text_config()
     named = [getattr(text, name, None) for name in POSITIONS]
     known = next((value for value in named if type(value) is int and value > 0), None)
@@ -52,9 +52,9 @@ def positions(config: PretrainedConfig) -> int | None:
 
 
 def rope_switch(config: PretrainedConfig) -> int | None:
-    """The length past which rotary positions depend on it, by the configuration; None where they never do.
+    """The sequence length beyond which rotary embeddings depend on it, by the configuration; None if there is none.
 
-    For a model that cannot be measured here, as one that is served.
+    For a model that cannot be measured here, such as a served one.
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -65,7 +65,7 @@ def rope_switch(config: PretrainedConfig) -> int | None:
 
 
 def _scaled(text: PretrainedConfig, known: int) -> Iterator[float]:
-    """What rope scaling stretches the positions to, for each kind of layer."""
+    """The number of positions after rope scaling, for each kind of layer."""
     rope = getattr(text, "rope_parameters", None) or {}
     for one in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if one.get("rope_type") in ("linear", "dynamic", "yarn") and one.get("factor"):

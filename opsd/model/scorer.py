@@ -23,9 +23,9 @@ class DistillHead(nn.Module):
     """The vocabulary projection, as a module that owns the head's own Parameters (tied or not).
 
     Called with hidden states alone it is the linear layer that it replaces, so `generate` and `save_pretrained`
-    go on as before. Called with `use` it hands (hidden_ND, head) to it and returns what it returns: the loss is
-    formed within this module's forward, where a sharding engine has whole weights gathered. transform: what the model
-    does to the layer's output.
+    work as before. Called with `use` it returns use(hidden_ND, head): the loss is
+    computed within this module's forward, where a sharding engine has gathered the whole weights. transform: what the
+    model does to the layer's output.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, transform: Transform = PLAIN) -> None:
@@ -36,23 +36,23 @@ class DistillHead(nn.Module):
 
     @classmethod
     def of(cls, model: PreTrainedModel, transform: Transform = PLAIN) -> DistillHead:
-        """On the parameters of a model's own head."""
+        """A DistillHead that owns the parameters of a model's head."""
         head = head_of(model)
         return cls(head.weight, getattr(head, "bias", None), transform)
 
     def as_head(self) -> Head:
-        """What makes logits of hidden states, in the Parameters' own type."""
+        """This head as a `Head`, in the Parameters' own type."""
         return Head(self.weight, self.bias, self.transform)
 
     def forward(self, hidden: torch.Tensor, use: HeadUse[Any] | None = None) -> Any:
         """The layer's output [..., V], or use(hidden, head): hidden in the compute type, the head as it is.
 
-        Under autocast, which stays on, the loss core rounds the head for its products alone: the head's gradient
-        reaches the Parameter in fp32, as it was summed. The core keeps logits in fp32 by itself.
+        Under autocast, which stays on, the loss core rounds the head only for its products: the head's gradient
+        reaches the Parameter in fp32, as it was summed. The core itself keeps logits in fp32.
         """
         if use is None:
             return functional.linear(hidden, self.weight, self.bias)
-        # The layers are done: copies of their weights that autocast has made, and that no gradient needs, make room.
+        # The layers are done: free autocast's copies of their weights, unless a gradient needs them.
         torch.clear_autocast_cache()
         return use(hidden.to(compute_dtype(hidden)), self.as_head())
 
@@ -60,11 +60,11 @@ class DistillHead(nn.Module):
 class Scorer(nn.Module):
     """A causal language model that gives hidden states at the rows of a micro-batch, never all logits.
 
-    packed: a micro-batch is one call of the model on one row, as it must be where ranks have to call it equally often
-    (ZeRO-3). Otherwise every sequence has a row of its own, in as many calls as there are groups of about equal length
-    (`padded_rows`): a mask over a packed row would cost its length squared. Attention of variable length
-    needs no mask and always gets the packed row. alone: a call for each sequence, for models in which what stands
-    beside a sequence changes it. transform: as `checks.find_transform` finds it.
+    packed: a micro-batch is one call of the model on one row; needed if all ranks must make the same number of calls
+    (ZeRO-3). Otherwise every sequence has a row of its own, with one call per group of about equal length
+    (`padded_rows`): a mask over a packed row would cost its length squared. Variable-length attention
+    needs no mask and always gets the packed row. alone: one call per sequence, for models in which sequences of one
+    call affect each other. transform: from `transform.find_transform`.
     """
 
     def __init__(self, model: PreTrainedModel, packed: bool = False, transform: Transform = PLAIN) -> None:
@@ -80,13 +80,13 @@ class Scorer(nn.Module):
 
     @property
     def layout(self) -> str:
-        """How sequences of a micro-batch lie: packed, padded or alone."""
+        """The layout of a micro-batch's sequences: packed, padded or alone."""
         return "alone" if self.alone else "packed" if self.packed else "padded"
 
     def train(self, mode: bool = True) -> Scorer:
-        """Training mode, in which nothing gives other values than in evaluation: no dropout, no noise of a router.
+        """Training mode, which computes the same values as evaluation: no dropout, no router noise.
 
-        Only the layers that compute their activations again in backward know of it: they ask for it there.
+        Only layers that can recompute their activations in backward are set to it: they do so in training mode alone.
         """
         super().train(False)
         self.training = mode
@@ -122,10 +122,10 @@ class Scorer(nn.Module):
 
 
 def body_of(model: PreTrainedModel) -> Any:
-    """The model without its head: what gives final hidden states."""
+    """The model without its head, which gives final hidden states."""
     base: Any = model.base_model
     if base is model:
-        # Some name another part of theirs than the one that they have.
+        # Some models' base_model_prefix names no part of theirs.
         base = next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
     return base
 

@@ -1,4 +1,4 @@
-"""Which tokens end a turn: a model's by its files, and a pair's, compared before anything is trained."""
+"""Which tokens end a turn: a model's, from its files, and a pair's, reconciled before anything is trained."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from opsd.types import Stops
 from opsd.utils.errors import UserError
 
 _SAID = "∎said∎"
-# Stops that a line names; config.json has all.
+# Maximum number of stops named in a message; config.json has all.
 NAMED = 6
 
 
 def eos_token_ids(generation: GenerationConfig | None, tokenizer: Any) -> list[int]:
-    """Every id that ends a response, once: a model's generation config may name several (Llama 3, Qwen).
+    """Every id that ends a response, without duplicates: a generation config may name several (Llama 3, Qwen).
 
-    Raises UserError for what is no id.
+    Raises UserError for an invalid id.
     """
     given = None if generation is None else generation.eos_token_id
     ids = [*given] if isinstance(given, list) else [given]
     if given is not None and any(type(token) is not int or token < 0 for token in ids):
         raise UserError(
-            f"{tokenizer.name_or_path}: eos_token_id {given!r} is no token's id; give whole numbers from 0 in its "
+            f"{tokenizer.name_or_path}: eos_token_id {given!r} is not a token id; give whole numbers from 0 in its "
             "generation_config.json"
         )
     return list(dict.fromkeys(token for token in (*ids, tokenizer.eos_token_id) if token is not None))
 
 
 def turn_ends(generation: GenerationConfig | None, tokenizer: Any, chat: bool) -> list[int]:
-    """The ids of `eos_token_ids`; where prompts are chats, also what the template puts behind a turn."""
+    """The ids of `eos_token_ids`; for chat prompts, also the token that the template puts after a turn."""
     ids = eos_token_ids(generation, tokenizer)
     end = end_of_turn(tokenizer) if chat else None
     return ids if end is None or end in ids else [*ids, end]
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The control token that a chat template puts behind the assistant's words; None where it puts none."""
+    """The control token that a chat template puts after the assistant's words; None if there is none."""
     if not tokenizer.chat_template:
         return None
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SAID}]
     try:
         text = tokenizer.apply_chat_template(talk, tokenize=False)
-    except Exception:  # a template is a program; what it refuses in a record is said there
+    except Exception:  # a template is a program; errors on real prompts are reported elsewhere
         return None
     _, found, behind = text.rpartition(_SAID)
     first = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids[:1] if found else []
@@ -55,7 +55,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def generation_of(path: str, trust: bool) -> GenerationConfig:
-    """The generation config of a model folder whose weights are not here: served, or spread over ranks."""
+    """The generation config of a model folder whose weights are not in this process: served, or sharded over ranks."""
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:
@@ -82,7 +82,7 @@ def stated_stops(tokens: Iterable[str], tokenizer: Any, vocab_size: int, flag: s
 
 
 def named(token: int, tokenizer: Any) -> str:
-    """A token's spelling, with its id where that is a number; the id alone where it has none."""
+    """A token's spelling, with its id if the spelling is a number; the id alone if it has no spelling."""
     spelling = tokenizer.convert_ids_to_tokens(token)
     if spelling is None:
         return f"id {token}"
@@ -91,7 +91,7 @@ def named(token: int, tokenizer: Any) -> str:
 
 @dataclass(frozen=True)
 class PairStops:
-    """What either model ends a turn with, and what was chosen. stated: by the user."""
+    """The tokens with which each model ends a turn, and the chosen stops. stated: by the user."""
 
     student: list[int]
     teacher: list[int]
@@ -100,7 +100,7 @@ class PairStops:
 
     @classmethod
     def from_json(cls, values: Any) -> PairStops | None:
-        """From what `dataclasses.asdict` gave; None for None."""
+        """The inverse of `dataclasses.asdict`; None for None."""
         if values is None:
             return None
         stops = Stops(tuple(values["stops"]["ids"]), bool(values["stops"]["joined"]))
@@ -130,11 +130,11 @@ class PairStops:
 def reconcile(
     student: list[int], teacher: list[int], stated: list[int], vocab_size: int, joinable: bool = True
 ) -> PairStops:
-    """Where the rollouts of a pair end: at the tokens that are stated, else at any that either model ends with.
+    """The tokens that end a pair's rollouts: those stated by the user, else all with which either model ends a turn.
 
-    The loss joins them where the two end with different ones, and where their heads let it (joinable). Raises
-    UserError for a pair whose stops cannot be reconciled: one writes no token of its own, or a teacher that ends with
-    nothing would train the student's stop away.
+    The loss joins them if the two models end with different ones and their heads allow it (joinable). Raises
+    UserError for a pair whose stops cannot be reconciled: a model cannot write any of its own, or the teacher has none
+    and would train the student's stop away.
     """
     if not stated:
         check_ends(student, vocab_size, "--student")

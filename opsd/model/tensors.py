@@ -1,4 +1,4 @@
-"""What a folder's weights are: those that the model takes, one for one, and plain numbers."""
+"""Checks of a folder's weights: they match the model's one to one, and are plain numbers (not quantised)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.quantizers import AutoQuantizationConfig
 
 from opsd.utils.errors import UserError
 
-# Keys of a configuration whose weights are quantised.
+# Keys in the configuration of a model with quantised weights.
 QUANTISED = ("quantization_config", "compression_config")
 # Types of plain weights, as safetensors names them.
 PLAIN = ("F64", "F32", "F16", "BF16")
@@ -22,9 +22,9 @@ LEFT_OVER = (".rotary_emb.inv_freq", ".masked_bias")
 
 
 def dequantised(config: PretrainedConfig, name: str) -> bool:
-    """Whether a folder's weights are quantised; they are then loaded plain.
+    """Whether a folder's weights are quantised; if so, `config` is set to load them dequantised.
 
-    Raises UserError for a kind that transformers does not turn back into plain weights while it loads them.
+    Raises UserError for a kind that transformers cannot dequantise while it loads the weights.
     """
     found = {key for part in (config, config.get_text_config()) for key in vars(part) if key in QUANTISED}
     settings = getattr(config, "quantization_config", None)
@@ -45,22 +45,21 @@ def dequantised(config: PretrainedConfig, name: str) -> bool:
 
 
 def check_tensors(loading: dict[str, Any], path: str, flag: str, ours: Callable[[str], bool] = lambda _: True) -> None:
-    """Make sure that a folder's weights are those that the model takes, one for one. Raises UserError.
+    """Make sure that a folder's weights match the model's one to one. Raises UserError.
 
-    loading: what transformers says of it. ours: whether a weight that is not taken should have been.
+    loading: transformers' report on loading it. ours: whether a weight that the model did not use is an error.
     """
     lacking = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     if lacking:
         raise UserError(
-            f"{flag} {path}: its weights hold no {min(lacking)} of the shape that config.json says; "
+            f"{flag} {path}: its weights hold no {min(lacking)} of the shape in config.json; "
             "give a complete Hugging Face model folder"
         )
     foreign = [key for key in loading["unexpected_keys"] if ours(key) and not key.endswith(LEFT_OVER)]
     if foreign or loading.get("error_msgs"):
-        what = f"hold {min(foreign)}, which" if foreign else f"do not fit ({loading['error_msgs'][0]}), so that"
+        what = f"hold {min(foreign)}, which is not in" if foreign else f"({loading['error_msgs'][0]}) do not fit"
         raise UserError(
-            f"{flag} {path}: its weights {what} the model of its config.json does not take; give weights and "
-            "config.json of one model"
+            f"{flag} {path}: its weights {what} the model of its config.json; give weights and config.json of one model"
         )
 
 
@@ -81,7 +80,7 @@ def check_types(path: str, flag: str) -> None:
 
 
 def check_shards(path: str, flag: str) -> None:
-    """Raises UserError for an index that names other files than safetensors, which transformers would load."""
+    """Raises UserError for an index that names files other than safetensors, which transformers would load."""
     shards = json_object(Path(path) / "model.safetensors.index.json").get("weight_map")
     names = [str(name) for name in shards.values()] if isinstance(shards, dict) else []
     others = [name for name in names if not name.endswith(".safetensors")]
@@ -93,7 +92,7 @@ def check_shards(path: str, flag: str) -> None:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is none: what is missing or damaged is named where it is loaded."""
+    """A file's JSON object; empty if there is none: missing or damaged files are reported when they are loaded."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

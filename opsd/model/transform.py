@@ -1,4 +1,4 @@
-"""How a model makes logits of its head: scale, soft cap and bias, found by measuring."""
+"""How a model computes logits with its head: scale, soft cap and bias, found by measuring."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from opsd.utils.errors import UserError
 
 @torch.no_grad()
 def find_transform(model: PreTrainedModel, name: str) -> Transform:
-    """What a model does to its head's output: measured, and proven on logits of its own.
+    """What a model does to its head's output: measured, and verified on the model's own logits.
 
-    Raises UserError where it is more than a scale and a soft cap.
+    Raises UserError if it is more than a scale and a soft cap.
     """
     check_head_alone(model.get_output_embeddings(), name)
     return transform_of(model, name)
@@ -42,11 +42,11 @@ def check_head_alone(head: Any, name: str) -> None:
 
 @torch.no_grad()
 def transform_of(model: PreTrainedModel, name: str) -> Transform:
-    """See `find_transform`, of a model whose head was checked. It is run three times, on four tokens."""
+    """`find_transform` for a model whose head was checked. The model is run three times, on four tokens."""
     ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
     head: Any = model.get_output_embeddings()
     model.eval()
-    # Numbers in the head's place show what becomes of each.
+    # Known numbers in place of the head's output show what the model does to them.
     given: list[Tensor] = []
     replaced = head.register_forward_hook(lambda _module, _inputs, output: given.append(_ladder(output)) or given[0])
     try:
@@ -65,13 +65,13 @@ def transform_of(model: PreTrainedModel, name: str) -> Transform:
 
 
 def _ladder(like: Tensor) -> Tensor:
-    """Numbers of both signs from 2^-10 to 2^20, in fp64 and the shape of a head's output; bfloat16 has each of them."""
+    """Numbers of both signs from 2^-10 to 2^20, in fp64 and the shape of a head's output, all exact in bfloat16."""
     steps = torch.logspace(-10, 20, like.numel() // 2 + 1, base=2.0, dtype=torch.float64, device=like.device)
     return torch.stack([-steps, steps], 1).flatten()[-like.numel() :].view(like.shape).bfloat16().double()
 
 
 def _fit(given: Tensor, seen: Tensor) -> Transform | None:
-    """The transform that made `seen` of `given`, a `_ladder`; None where none does, to five digits."""
+    """The transform that turned `given`, a `_ladder`, into `seen`; None if none does, to five digits."""
     if seen.shape != given.shape:
         return None
     given, seen = given.flatten(), seen.double().flatten()
@@ -81,10 +81,10 @@ def _fit(given: Tensor, seen: Tensor) -> Transform | None:
     if highest > 2 * tenth:
         cap, scale = None, highest / top
     else:
-        # A cap. What comes out says most of the scale where it is half of it.
+        # There is a cap. The output nearest to half of it determines the scale best.
         middle = int((seen / highest - 0.5).abs().argmin())
         cap, scale = highest, math.atanh(min(float(seen[middle]) / highest, 0.99)) * highest / float(given[middle])
-    # What is 1 is to be 1, whatever rounding has made of it.
+    # Round, so that a scale of 1 is exactly 1.
     found = Transform(float(f"{scale:.9g}"), cap)
     fits = found.scale > 0.0 and torch.allclose(found(given), seen, rtol=1e-5, atol=0.0)
     return found if fits else None
@@ -97,7 +97,7 @@ def check_finite(logits: Tensor, name: str) -> None:
 
 
 def _alike(own: Tensor, ours: Tensor) -> bool:
-    """Whether two ways to the same products agree, as far as their type lets them."""
+    """Whether two computations of the same products agree, within the precision of their type."""
     allowed = 1e-4 if compute_dtype(ours) == torch.float32 else 1e-2
     return torch.allclose(own.float(), ours.float(), rtol=allowed, atol=allowed * float(ours.abs().max()))
 

@@ -20,7 +20,7 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: H
     """How many vocabulary rows both models share, at most the tokenizer's largest id + 1.
 
     Heads are often padded to different heights (Qwen2.5: 152,064 and 151,936); rows past the tokenizer get no
-    probability. Nor do ids that a model lacks, where no text encodes to them. Tokenizers agree when their id → token
+    probability. Nor do ids that a model lacks, if no text encodes to them. Tokenizers agree when their id → token
     maps do. Raises UserError with the first difference.
     """
     check_tokenizers(student_tokenizer, teacher_tokenizer)
@@ -29,7 +29,7 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: H
 
 
 def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Raises UserError, with the first difference, where two tokenizers do not map the same tokens to the same ids."""
+    """Raises UserError, with the first difference, if two tokenizers do not map the same tokens to the same ids."""
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token = min((set(ours.items()) ^ set(theirs.items())), key=lambda item: (item[1], item[0]))[0]
@@ -48,7 +48,7 @@ def model_vocabulary(tokenizer: Any, model: PreTrainedModel, flag: str) -> int:
 def usable_rows(tokenizer: Any, height: int, flag: str) -> int:
     """Rows of a head of `height` that the tokenizer has ids for.
 
-    Raises UserError where text encodes to an id that the model has no row for.
+    Raises UserError if text encodes to an id that the model has no row for.
     """
     size = vocabulary_size(tokenizer)
     for token, number in tokenizer.get_vocab().items():
@@ -61,7 +61,7 @@ def usable_rows(tokenizer: Any, height: int, flag: str) -> int:
 
 
 def _is_written(tokenizer: Any, token: str, number: int) -> bool:
-    """Whether a token stands for a text, or ends one: a special token that only a processor puts in does neither."""
+    """Whether text encodes to a token, or ends with it; neither holds for special tokens that only a processor adds."""
     if number == tokenizer.eos_token_id:
         return True
     added = tokenizer.added_tokens_decoder.get(number)
@@ -71,7 +71,7 @@ def _is_written(tokenizer: Any, token: str, number: int) -> bool:
 
 
 def check_ids(prompts: Iterable[Prompt], vocab_size: int, where: str) -> None:
-    """Raises UserError for a prompt that holds an id which a model has no row for."""
+    """Raises UserError for a prompt with an id that a model has no row for."""
     for prompt in prompts:
         if (largest := max(*prompt.ids, *(prompt.teacher_ids or ()), -1)) >= vocab_size:
             raise UserError(
@@ -81,7 +81,7 @@ def check_ids(prompts: Iterable[Prompt], vocab_size: int, where: str) -> None:
 
 
 def check_ends(ends: list[int], vocab_size: int, flag: str) -> None:
-    """Raises UserError where a model cannot write any of the tokens that end a response."""
+    """Raises UserError if a model cannot write any of the tokens that end a response."""
     if ends and min(ends) >= vocab_size:
         raise UserError(
             f"{flag}: its end tokens have ids {', '.join(map(str, ends))}, the model knows 0 to {vocab_size - 1}; "
@@ -90,6 +90,6 @@ def check_ends(ends: list[int], vocab_size: int, flag: str) -> None:
 
 
 def usable_ends(ends: list[int], vocab_size: int, flag: str) -> list[int]:
-    """Those of a model's end tokens that it can write. Raises UserError as `check_ends`."""
+    """The end tokens that a model can write. Raises UserError like `check_ends`."""
     check_ends(ends, vocab_size, flag)
     return [token for token in ends if token < vocab_size]

@@ -1,4 +1,4 @@
-"""The student writes: engines that turn prompts into rollouts."""
+"""Engines with which the student turns prompts into rollouts."""
 
 from opsd.rollout.base import RolloutEngine
 from opsd.rollout.hf import HFRollout

@@ -1,6 +1,6 @@
-"""Rollouts of several turns: the student writes, an environment answers, until the student makes no more calls.
+"""Rollouts of several turns: student and environment alternate until the student makes no more calls.
 
-A response holds the student's tokens as they were sampled and the environment's tokens between them, in one sequence;
+A response has the student's tokens as they were sampled and the environment's tokens between them, in one sequence;
 `student_mask` tells them apart, and only the student's are ever scored, selected or trained on.
 """
 
@@ -19,13 +19,13 @@ class Conversation(Protocol):
     """The environment's side."""
 
     def reply(self, prompt: Prompt, turn_ids: list[int]) -> list[int] | None:
-        """The tokens that follow a turn of the student; None where the turn ends the episode. Never raises."""
+        """The tokens that follow a turn of the student; None if the turn ends the episode. Never raises."""
         ...
 
 
 @dataclass
 class Episode:
-    """One episode as it grows. limit: most response tokens, the environment's included. turns: those still allowed."""
+    """A growing episode. limit: maximum response tokens, including the environment's. turns: those still allowed."""
 
     id: int
     prompt: Prompt
@@ -38,14 +38,14 @@ class Episode:
 
     @property
     def room(self) -> int:
-        """Response tokens that may still come."""
+        """Number of response tokens that may still follow."""
         return self.limit - len(self.ids)
 
     def take(self, turn_ids: list[int], cut: bool, conversation: Conversation) -> list[int]:
-        """Add a turn of the student, and the answer to it, which is returned ([] at the end of the episode).
+        """Add a turn of the student and the environment's reply; returns the reply ([] at the end of the episode).
 
-        cut: the turn did not end by itself. An episode that ends before its last turn is truncated: it was cut, has
-        no turn left, or its next answer would leave the student no room.
+        cut: the turn did not end by itself. An episode is truncated if a turn was cut, no turn is left for the student
+        after a reply, or the reply would leave the student no room.
         """
         cut = cut or len(turn_ids) > self.room
         self._add(turn_ids[: self.room], by_student=True)
@@ -67,17 +67,17 @@ class Episode:
 
 
 class AgentRollout(RolloutEngine):
-    """Rollouts that are episodes, turn by turn over any other engine (transformers or vLLM).
+    """Rollouts that are episodes; any other engine (transformers or vLLM) samples the turns.
 
-    All unfinished episodes are in each batch, so that the engine stays full. sampling.max_new_tokens is the length of a
-    whole response. Every rank plays the same episodes: the engine shares out the work.
+    Each batch has all unfinished episodes, to keep the engine busy. sampling.max_new_tokens is the maximum length of a
+    whole response. Every rank runs the same episodes; the engine divides the sampling among the ranks.
     """
 
     def __init__(self, engine: RolloutEngine, conversation: Conversation, max_turns: int) -> None:
         self._engine, self._conversation, self._max_turns = engine, conversation, max_turns
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """RolloutEngine's. Draws depend on seed, turn, and place among the unfinished episodes."""
+        """See RolloutEngine. Draws depend on the seed, the turn, and the index among the unfinished episodes."""
         limit = sampling.max_new_tokens
         episodes = [
             Episode(number, prompt, limit, self._max_turns)

@@ -1,9 +1,9 @@
-"""What decoding needs of transformers' caches and attention, without the copies that they make for every token.
+"""A KV cache and attention for decoding, without the copies that transformers' own make for every token.
 
-Both sit where transformers lets users put their own: a cache layer, and an attention function with its mask function.
-Whatever is not the plain case (windows, recurrent states, several queries, other kernels) stays transformers' own.
+Both use extension points of transformers: a cache layer, and an attention function with its mask function.
+Everything but the plain case (windows, recurrent states, several queries, other kernels) is left to transformers.
 
-Legend: B rows, L tokens in the cache, H heads, of which G share a key-value head, D head size.
+Legend: B rows, L tokens in the cache, H heads, G of which share a key-value head, D head size.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from opsd.model.attention import FLASH, VARLEN, compute_dtype
 
 NAME = "opsd_decode"
-# Room that a cache layer takes beyond its tokens, at least.
+# Minimum number of free positions that a cache layer allocates when it grows.
 BLOCK_TOKENS = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache layer with room for the tokens to come: a new one is written into its place, nothing else is moved.
+    """A cache layer with preallocated room for coming tokens: a new one is written in place, nothing else is copied.
 
-    limit: tokens that it will ever hold. Room is taken by halves of the length, so that short answers do not pay for
-    the longest. Keys and values are views of the used part: attention reads nothing else.
+    limit: maximum number of tokens. The room grows by half of the length, so that short answers do not pay for the
+    longest. Keys and values are views of the used part: attention reads nothing else.
     """
 
     def __init__(self, limit: int) -> None:
@@ -39,10 +39,10 @@ class GrowingLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, H / G, L, D], the new ones included, in the type that attention multiplies.
+        """All keys and values [B, H / G, L, D], including the new ones, in attention's compute dtype.
 
-        Under autocast keys come in fp32, which norms and rotations give: kept so, they would take twice the memory, and
-        attention would round all of them for every token.
+        Under autocast, keys arrive in fp32 from norms and rotations: stored so, they would take twice the memory, and
+        attention would cast all of them for every token.
         """
         key_states, value_states = (states.to(compute_dtype(states)) for states in (key_states, value_states))
         if not self.is_initialized:
@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep only these rows, in this order."""
         if self._room is not None:
             length = self.get_seq_length()
             self._room = self._room[0][beam_idx], self._room[1][beam_idx]
@@ -66,7 +66,7 @@ class GrowingLayer(DynamicLayer):
 
     @staticmethod
     def _grown(new: Tensor, old: Tensor | None, tokens: int) -> Tensor:
-        """Room for `tokens` tokens, shaped as `new`, that begins with `old`."""
+        """Room for `tokens` tokens, shaped like `new`, that begins with `old`."""
         room = new.new_empty(*new.shape[:2], tokens, new.shape[-1])
         if old is not None and old.numel():
             room[:, :, : old.shape[-2]] = old
@@ -74,7 +74,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def new_cache(config: PreTrainedConfig, limit: int) -> DynamicCache:
-    """transformers' own cache for a model, whose plain layers have room for `limit` tokens."""
+    """transformers' cache for a model, with a `GrowingLayer` in place of each plain layer. limit: maximum tokens."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer(limit) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -82,9 +82,9 @@ def new_cache(config: PreTrainedConfig, limit: int) -> DynamicCache:
 
 @contextmanager
 def decode_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a model whose attention is one that training chooses reads its cache as it lies, by sdpa.
+    """Context in which a model with one of the trainer's attention kernels reads its cache by sdpa, without copies.
 
-    Rows side by side are padded at the left: attention of variable length would take the padding out, and put it back,
+    Rows in a batch are padded on the left: variable-length attention would remove the padding, and restore it,
     in every layer for every token.
     """
     before = str(model.config._attn_implementation)
@@ -101,7 +101,7 @@ def decode_attention(model: PreTrainedModel) -> Iterator[None]:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
 ) -> tuple[Tensor, None]:
-    """sdpa; one query per row [B, H, 1, D] is taken as G queries of each key-value head, which need no copy of it."""
+    """sdpa; one query per row [B, H, 1, D] becomes G queries per key-value head, so keys and values are not copied."""
     (B, H, queries, _), shared = query.shape, key.shape[1]
     by_head = attention_mask is not None and attention_mask.shape[1] != 1
     if queries != 1 or shared == H or by_head or how.get("position_bias") is not None:
@@ -113,7 +113,7 @@ def _attend(
 
 
 def _mask(attention_mask: Tensor | None = None, **asked: Any) -> Tensor | None:
-    """sdpa's mask [B, 1, queries, L]; that of one causal query is the padding's, which is there already."""
+    """sdpa's mask [B, 1, queries, L]; for one causal query it is the padding mask, which exists already."""
     if asked["q_length"] == 1 and asked["mask_function"] is causal_mask_function and attention_mask is not None:
         first = asked["kv_offset"]
         return attention_mask[:, None, None, first : first + asked["kv_length"]]

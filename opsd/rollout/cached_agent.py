@@ -1,7 +1,7 @@
-"""Episodes on one key-value cache: nothing is read twice, at the price of feeding the environment's tokens one by one.
+"""Episodes on one KV cache: no token is computed twice, but the environment's tokens are fed one by one.
 
-For short episodes of many short turns (the word form). Each row has a queue of tokens that the environment forces:
-while it holds any, the next one is fed; when it is empty, the student's own draw is.
+For short episodes of many short turns (the word form). Each row has a queue of forced tokens, from the environment:
+the next one is fed if there is any, otherwise the token that the student drew.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opsd.types import Prompt, Rollout, Sampling
 
 @dataclass
 class _Row:
-    """An episode in the batch: the turn that the student is writing, and what the environment forces next."""
+    """An episode in the batch: the turn that the student is writing, and the queue of forced tokens."""
 
     episode: Episode
     eos_ids: frozenset[int]
@@ -34,7 +34,7 @@ class _Row:
         return self.episode.prompt
 
     def next(self, drawn: int) -> int | None:
-        """The token to feed: a forced one, or the student's, which may end its turn; None behind the end."""
+        """The token to feed: a forced one, or the student's, which may end its turn; None after the end."""
         if self.queue:
             return self.queue.popleft()
         if not self.episode.done:
@@ -47,22 +47,22 @@ class _Row:
 
 
 class CachedAgentRollout(RolloutEngine):
-    """RolloutEngine of episodes on the model and with the settings of `engine`.
+    """RolloutEngine of episodes, with the model and settings of `engine`.
 
-    A rollout is a function of (seed, its id, its prompt, the weights): its stream has a draw for every position.
+    A rollout is a function of (seed, its id, its prompt, the weights): its random stream has one draw per position.
     """
 
     def __init__(self, engine: HFRollout, conversation: Conversation, max_turns: int) -> None:
         self._engine, self._conversation, self._max_turns = engine, conversation, max_turns
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """Position t of all responses is decided in step t."""
+        """See RolloutEngine. Position t of all responses is sampled in decoding step t."""
         ranks = self._engine.ranks
         jobs = jobs_of(prompts, samples, ranks)
         episodes = [Episode(number, prompt, sampling.max_new_tokens, self._max_turns) for number, prompt in jobs]
         rows = [_Row(episode, self._engine.eos_ids, self._conversation) for episode in episodes]
         self._engine.grow(rows, sampling, seed)
-        # Prompts carry whole tasks: what was played travels without them.
+        # Prompts contain whole tasks, so episodes are gathered without them.
         own = [(e.id, e.ids, e.truncated, e.mask) for e in episodes]
         played = sorted(episode for part in ranks.gather(own) for episode in part)
         return [Rollout(number, prompts[number // samples], ids, cut, mask) for number, ids, cut, mask in played]

@@ -1,4 +1,4 @@
-"""vLLM's CPU worker for ranks that share a sampler. Imported by vLLM alone, which finds it by its name."""
+"""vLLM's CPU worker for ranks that share a sampler. Only vLLM imports it, by its name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class RunCPUWorker(CPUWorker):
-    """A worker whose shared memory bears its run's name, and is gone when its ranks are, however they end.
+    """A worker whose shared memory is named after its run, and is freed when its ranks end, in whatever way.
 
-    vLLM names what ranks share after the port in their init method. Under a launcher that is "env://", without one: two
-    runs on a machine met in one name, and what a killed run left kept the next from starting. The name comes with the
-    engine's `additional_config["run"]`, the same on all ranks.
+    vLLM names the ranks' shared memory after the port in their init method. Under a launcher this is "env://", without
+    a port: two runs on one machine used the same name, and memory left by a killed run kept the next from starting. The
+    name comes from the engine's `additional_config["run"]`, the same on all ranks.
     """
 
     def init_device(self) -> None:
         settings: Any = self.vllm_config.additional_config
-        # The ranks' group is there already: of the init method only the name is used.
+        # The process group exists already: the init method is used only for the name.
         self.distributed_init_method = f"env://:{settings['run']}"
         super().init_device()
-        # All ranks have opened it by now. What has no name any more goes with the last process that holds it.
+        # All ranks have opened it by now. Once unlinked, it is freed when the last process that uses it ends.
         for name in os.listdir(SHARED_MEMORY):
             if settings["run"] in name:
                 with suppress(FileNotFoundError):  # another rank was faster

@@ -1,6 +1,6 @@
-"""The decode loop: rows side by side on one key-value cache, token by token, each until it says that it is done.
+"""The decode loop: a batch of rows on one KV cache, token by token, until each row is done.
 
-Legend: B rows, L tokens so far, prompts padded at the left, V vocabulary.
+Legend: B rows, L tokens so far, prompts padded on the left, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opsd.rollout.sampling import Draws
 from opsd.types import Prompt, Sampling
 from opsd.utils.errors import UserError, is_out_of_memory, said
 
-# Tokens of the probe's prompts, beside longer ones and beside their like, and those that follow.
+# Prompt lengths of the probe, in tokens: different ones and equal ones; and the number of tokens fed after them.
 UNLIKE, ALIKE, FED = (12, 3), (12, 12), 3
 
 
@@ -32,18 +32,18 @@ class Row(Protocol):
 
     @property
     def id(self) -> int:
-        """The rollout's: what is drawn for the row depends on it and on the seed alone."""
+        """The rollout's id: the row's draws depend only on it and on the seed."""
         ...
 
     @property
     def prompt(self) -> Prompt:
-        """What is read first."""
+        """The prompt, which is read first."""
         ...
 
     def next(self, drawn: int) -> int | None:
-        """The token that follows: `drawn`, or another in its place; None where none follows.
+        """The token that follows: `drawn`, or another instead; None after the row's end.
 
-        Called once per token and, while other rows are busy, after the end.
+        Called once per token, and also after the end while other rows are unfinished.
         """
         ...
 
@@ -61,12 +61,12 @@ def decode(
     seed: int,
     switches: frozenset[int] = frozenset(),
 ) -> None:
-    """Let every row grow to its end, `batch_rollouts` of like length side by side; the model is put into eval mode.
+    """Decode every row to its end, in batches of `batch_rollouts` rows of similar length; the model is in eval mode.
 
-    context: entered also where there is no row. A row takes at most sampling.max_new_tokens tokens. switches: lengths
-    past which the model gives other values for all of a sequence (`opsd.model.checks.length_switches`); then only rows
-    of the same length go side by side, and everything is read again there. 0 among them: rows of the same length alone,
-    to the end of the last one (`needs_like_lengths`).
+    context: entered even if there are no rows. A row takes at most sampling.max_new_tokens tokens. switches: lengths
+    beyond which the model's outputs change for the whole sequence (`opsd.model.checks.length_switches`); then only
+    rows of the same length share a batch, and the sequence is recomputed when it passes such a length. If 0 is among
+    them, only rows of the same length share a batch, until the last one ends (`needs_like_lengths`).
     """
     rows = sorted(rows, key=lambda row: (len(row.prompt.ids), row.id))
     side_by_side = min(batch_rollouts, len(rows))
@@ -84,28 +84,28 @@ def decode(
 
 @torch.no_grad()
 def needs_like_lengths(model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]]) -> bool:
-    """Whether only rows of the same length can be decoded side by side: padding changes what the model gives.
+    """Whether only rows of the same length can be decoded in a batch, because padding changes the model's outputs.
 
-    Measured against the model without a cache. Raises UserError where rows of the same length differ from it too.
+    Measured against the model without a cache. Raises UserError if rows of the same length differ from it too.
     """
     with _eval_mode(model), context(), decode_attention(model), _inference(model):
         try:
             if _decodes(model, UNLIKE):
                 return False
-        except Exception as error:  # of rows that cannot be taken out of a cache; those of one length stay in it
+        except Exception as error:  # e.g. if rows cannot be removed from the cache; with equal lengths none are
             if is_out_of_memory(error):
                 raise
         name = f"model {model.name_or_path}"
-        what, give = f"{name}: it cannot be sampled by transformers here", "give another model, or sample with vLLM"
+        what, give = f"{name}: transformers cannot sample from it here", "give another model, or sample with vLLM"
         with said(what, give):
             if _decodes(model, ALIKE):
                 return True
-    raise UserError(f"{what} (token by token, on its cache, it gives other values than for the whole sequence); {give}")
+    raise UserError(f"{what} (with its cache it gives other values than for the whole sequence); {give}")
 
 
 def _decodes(model: Any, lengths: tuple[int, ...]) -> bool:
-    """Whether rows decoded side by side have the logits of their whole sequences; of other lengths, the last goes on
-    alone."""
+    """Whether rows decoded in a batch have the logits of their whole sequences; if their lengths differ, the last row
+    continues alone."""
     ids_BL = torch.arange(5, 5 + len(lengths) * (max(lengths) + FED)) % model.config.get_text_config().vocab_size
     rows = [ids[: length + FED] for ids, length in zip(ids_BL.view(len(lengths), -1), lengths, strict=True)]
     whole = [model(input_ids=row[None].to(model.device), use_cache=False).logits[0] for row in rows]
@@ -113,7 +113,7 @@ def _decodes(model: Any, lengths: tuple[int, ...]) -> bool:
     for place in range(-FED, 0):
         own_BV = torch.stack([logits[place - 1] for logits in whole])
         gap = difference(batch.logits(), own_BV)
-        # Numbers that are not finite are no fault of the cache; drawing stops at them.
+        # Non-finite values are not the cache's fault; sampling stops at them.
         if own_BV.isfinite().all() and gap > ALLOWED.get(compute_dtype(own_BV), ALLOWED_ROUNDED):
             return False
         if place == -2 and lengths == UNLIKE:
@@ -131,7 +131,7 @@ def _decode_batch(
     seed: int,
     switches: frozenset[int] = frozenset(),
 ) -> None:
-    """See `decode`, for rows that fit side by side."""
+    """See `decode`; for the rows of one batch."""
     batch = _Batch(model, [row.prompt.ids for row in rows], sampling.max_new_tokens, switches)
     draws = Draws(seed, [row.id for row in rows], sampling, vocab_size, model.device)
     for place in range(sampling.max_new_tokens):
@@ -141,7 +141,7 @@ def _decode_batch(
         if not busy:
             return
         if 0 not in switches and 2 * len(busy) <= len(rows):
-            # Most are finished: continue with the others alone.
+            # At least half are finished: continue with the others alone.
             rows, fed = [rows[number] for number in busy], [fed[number] for number in busy]
             batch.keep(busy)
             draws.keep(busy)
@@ -149,7 +149,7 @@ def _decode_batch(
 
 
 class _Batch:
-    """Rows in the model, and their cache. limit: tokens that may be added. switches: see `decode`."""
+    """A batch of rows and their cache. limit: maximum number of tokens to add. switches: see `decode`."""
 
     def __init__(
         self, model: PreTrainedModel, prompts: list[list[int]], limit: int, switches: frozenset[int] = frozenset()
@@ -162,19 +162,19 @@ class _Batch:
         self._mask_BL = torch.ones_like(self._ids_BL)
         for row, ids in enumerate(prompts):
             start = self._width - len(ids)
-            # Any id pads: it is masked.
+            # Padding may be any id: it is masked.
             self._mask_BL[row, :start] = 0
             self._ids_BL[row, start : self._width] = torch.tensor(ids)
         self._ids_BL, self._mask_BL = self._ids_BL.to(model.device), self._mask_BL.to(model.device)
         takes = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._has_positions = "position_ids" in takes
-        # Models of recurrent states alone have a name of their own for it.
+        # Purely recurrent models use another name for it.
         self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         self._start_again()
 
     def logits(self) -> Tensor:
-        """Of the tokens that follow, fp32 [B, V]; reads what was added since the last call."""
+        """Logits of the next tokens, fp32 [B, V]; computes the tokens added since the last call."""
         if self._new == 1 and self._length - 1 in self._switches:
             self._start_again()
         inputs = self._model.prepare_inputs_for_generation(
@@ -192,19 +192,19 @@ class _Batch:
         return out.logits[:, -1].float()
 
     def _start_again(self) -> None:
-        """Read everything so far anew."""
+        """Recompute everything so far in the next call of `logits`."""
         model, self._new = self._model, self._length
         self._cache: Any = new_cache(model.config, self._ids_BL.shape[1]) if _takes_caches(model) else None
         self._positions_BL = (self._mask_BL[:, : self._length].cumsum(-1) - 1).clamp_(min=0)
 
     def append(self, tokens: list[int]) -> None:
-        """A token for each row."""
+        """Add one token per row."""
         self._ids_BL[:, self._length] = torch.tensor(tokens, device=self._ids_BL.device)
         self._length, self._new = self._length + 1, 1
         self._positions_BL = self._positions_BL[:, -1:] + 1
 
     def keep(self, places: list[int]) -> None:
-        """Go on with these rows alone."""
+        """Continue with these rows only."""
         places_B = torch.tensor(places, device=self._ids_BL.device)
         self._cache.reorder_cache(places_B)
         self._ids_BL, self._mask_BL = self._ids_BL[places_B], self._mask_BL[places_B]
@@ -212,21 +212,21 @@ class _Batch:
 
 
 def _takes_caches(model: PreTrainedModel) -> bool:
-    """Whether the model works on transformers' caches, as nearly all do; the others make one of their own."""
+    """Whether the model works with transformers' caches, as nearly all do; others make their own."""
     return model._supports_default_dynamic_cache()  # pyrefly: ignore[not-callable] (GenerationMixin's)
 
 
 @contextmanager
 def _inference(model: PreTrainedModel) -> Iterator[None]:
-    """torch's inference mode, of which nothing stays behind in the model: training goes on with it.
+    """torch's inference mode that leaves no inference tensors in the model, because training continues with it.
 
-    Some models make tensors of their own while they run (rotary frequencies for longer texts).
+    Some models create and keep tensors while they run (rotary frequencies for longer texts).
     """
     try:
         with torch.inference_mode():
             yield
     finally:
-        # Of the weights that autocast has turned to its type.
+        # The cache has the weights that autocast has cast.
         torch.clear_autocast_cache()
         for module in model.modules():
             for held in (vars(module), module._buffers):
@@ -242,6 +242,6 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        # Each as it was: in training only some are in training mode (`Scorer.train`).
+        # Restore each module: while training, only some are in training mode (`Scorer.train`).
         for module in training:
             module.training = True

@@ -1,4 +1,4 @@
-"""Rollouts by transformers, on the very weights that are trained: nothing to keep in step."""
+"""Rollouts by transformers, with the same weights that are trained: nothing to synchronise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opsd.utils.distributed import ONE_RANK, Ranks
 
 @dataclass
 class _Answer:
-    """A single answer as it grows: a Row of `opsd.rollout.decode`."""
+    """A single unfinished answer: a Row of `opsd.rollout.decode`."""
 
     id: int
     prompt: Prompt
@@ -42,11 +42,11 @@ class _Answer:
 class HFRollout(RolloutEngine):
     """RolloutEngine on a transformers model.
 
-    model: a causal language model; it is put into eval mode while sampling. batch_rollouts: rollouts
-    generated side by side. context: within it the model generates (compute type, gathered weights); it is entered
-    on every rank, with or without work. vocab_size: only ids below it are sampled (None: all of the tokenizer's).
-    switches: see `decode`. Draws depend on (seed, rollout id) alone. eos_ids: what ends a response (None: what the
-    model's generation config and the tokenizer name; nothing else of the former counts).
+    model: a causal language model; it is in eval mode while sampling. batch_rollouts: number of rollouts per batch.
+    context: context in which the model generates (compute dtype, gathered weights); it is entered on every rank, with
+    or without work. vocab_size: only ids below it are sampled (None: all of the tokenizer's). switches: see `decode`.
+    Draws depend only on (seed, rollout id). eos_ids: tokens that end a response (None: those that the model's
+    generation config and the tokenizer name; nothing else in the generation config is used).
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class HFRollout(RolloutEngine):
 
     @cached_property
     def switches(self) -> frozenset[int]:
-        """See `decode`; 0 among them: only rows of the same length go side by side. Measured once, by every rank.
+        """See `decode`; if 0 is among them, only rows of the same length share a batch. Measured once, by every rank.
 
-        Raises UserError where the model cannot be decoded on its cache.
+        Raises UserError if the model cannot be decoded with a cache.
         """
         return self._given | ({0} if needs_like_lengths(self._model, self._context) else set())
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
-        """Prompts of like length go together, so that little is padded."""
+        """See RolloutEngine. Prompts of similar length share a batch, to keep padding small."""
         answers = [
             _Answer(number, prompt, sampling.max_new_tokens, self.eos_ids)
             for number, prompt in jobs_of(prompts, samples, self.ranks)
@@ -83,7 +83,7 @@ class HFRollout(RolloutEngine):
         return gather_rollouts([answer.rollout() for answer in answers], self.ranks)
 
     def grow(self, rows: Sequence[Row], sampling: Sampling, seed: int) -> None:
-        """Let this rank's answers, or episodes, grow to their ends; see `decode`."""
+        """Decode this rank's answers or episodes to their ends; see `decode`."""
         how = (self._batch_rollouts, self._context, sampling, self._vocab_size, seed, self.switches)
         decode(self._model, rows, *how)
 
@@ -92,9 +92,9 @@ class HFRollout(RolloutEngine):
 
 
 def cut_at_eos(response: list[int], eos_ids: list[int], max_new_tokens: int) -> tuple[list[int], bool]:
-    """The ids up to and with the first EOS, and whether the length limit came first.
+    """The ids up to and including the first EOS, and whether the length limit came first.
 
-    What stands behind EOS is padding, even where padding has EOS's own id.
+    Everything after EOS is padding, even if the padding id is EOS itself.
     """
     for place, token in enumerate(response):
         if token in eos_ids:

@@ -1,4 +1,4 @@
-"""How long rollouts are, whether they repeat themselves, and what is trained on of those that were cut off.
+"""Lengths and repetition of rollouts, and which part of a truncated rollout is trained on.
 
 Legend: T tokens of a response.
 """
@@ -14,18 +14,18 @@ import numpy as np
 
 from opsd.types import Rollout
 
-# Tokens of an n-gram: text that goes on as it should rarely repeats one of this length.
+# Tokens of an n-gram: normal text rarely repeats one of this length.
 NGRAM = 8
 QUANTILES = {"length/p10_tokens": 0.1, "length/p50_tokens": 0.5, "length/p90_tokens": 0.9, "length/max_tokens": 1.0}
-# The least of a truncated rollout that counts as its tail.
+# Minimum fraction of a truncated rollout that counts as its tail.
 TAIL_SHARE = 0.1
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def trainable(rollouts: list[Rollout], truncated: Literal["keep", "drop", "mask_tail"]) -> list[Rollout]:
-    """What is trained on of a step's rollouts, as --rollout.truncated says. The same objects where nothing is left out.
+    """The part of a step's rollouts that is trained on, by --rollout.truncated. Rollouts kept whole are not copied.
 
-    Nothing behind a token decides its loss, so what is left out at the end need not be computed either.
+    A token's loss does not depend on later tokens, so a tail that is left out need not be computed either.
     """
     if truncated == "keep":
         return rollouts
@@ -41,15 +41,15 @@ def _without_tail(rollout: Rollout) -> Rollout:
 
 
 def loop_start(ids: Sequence[int]) -> int:
-    """Where the loop that a response ends in begins its second round; its length where it ends in none.
+    """Index at which the loop at the end of a response starts its second round; the length if there is no loop.
 
-    A loop has gone round at least twice, and far enough that its repetition holds an n-gram.
+    A loop has at least two rounds, and its repetition is at least one n-gram long.
     """
     ids_T = np.asarray(ids)
     length = first = len(ids_T)
     if not length:
         return 0
-    # A loop's last token stands a round before its end too.
+    # A loop's last token also occurs one round earlier.
     for period in (length - 1 - np.flatnonzero(ids_T[:-1] == ids_T[-1])).tolist():
         same = ids_T[period:] == ids_T[:-period]
         broken = np.flatnonzero(~same)
@@ -60,10 +60,10 @@ def loop_start(ids: Sequence[int]) -> int:
 
 
 def repeated_fraction(ids: Sequence[int], n: int = NGRAM) -> float:
-    """Which fraction of a response's tokens stand inside an n-gram that it has more than once; 0 for a shorter one."""
+    """Fraction of a response's tokens inside an n-gram that occurs more than once; 0 if it is shorter than n."""
     if len(ids) < n:
         return 0.0
-    # Equal n-grams have equal numbers, modulo 2^64; that others have too is as likely as 2^-64 a pair.
+    # A hash modulo 2^64: equal n-grams have equal numbers; two different ones do with probability of about 2^-64.
     ids_T = np.asarray(ids, dtype=np.uint64) + np.uint64(1)
     windows = np.lib.stride_tricks.sliding_window_view(ids_T, n)
     powers = np.cumprod(np.full(n, _BASE))
@@ -78,7 +78,7 @@ def repeated_fraction(ids: Sequence[int], n: int = NGRAM) -> float:
 
 
 def compression_ratio(ids: Sequence[int]) -> float:
-    """How many times smaller zlib makes a response's ids, four bytes each; 1 for an empty one."""
+    """Size of a response's ids (four bytes each) over their size after zlib; 1 for an empty response."""
     raw = np.asarray(ids, dtype="<u4").tobytes()
     return len(raw) / len(zlib.compress(raw, 1)) if raw else 1.0
 
@@ -86,7 +86,7 @@ def compression_ratio(ids: Sequence[int]) -> float:
 def length_metrics(rollouts: list[Rollout], rewards: list[float] | None) -> dict[str, float]:
     """Lengths in tokens (mean, quantiles), repetition (a fraction) and compression of a step's rollouts.
 
-    The means also of those that were rewarded, and of those that were not, where there are such.
+    The means are also given for rewarded and for unrewarded rollouts, if there are any.
     """
     own = [[t for t, ours in zip(r.response_ids, r.by_student, strict=True) if ours] for r in rollouts]
     values = {

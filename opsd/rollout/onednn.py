@@ -1,4 +1,4 @@
-"""Linear layers of a model that samples on a CPU, with their weights in the layout that oneDNN multiplies fastest."""
+"""Keeps weights of linear layers in oneDNN's fastest layout while a model samples on a CPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# What pays for a copy of the weights: more than one row, more than a few tokens, and weights that are too large to stay
-# in cache as they are (docs/performance.md).
+# A copy of the weights pays off with several rows, more than a few tokens, and weights that are too large for the CPU's
+# cache (docs/performance.md).
 LEAST_ROWS = 4
 LEAST_TOKENS = 16
 LEAST_WEIGHTS = 2**16
@@ -19,10 +19,10 @@ LEAST_WEIGHTS = 2**16
 
 @contextmanager
 def onednn_weights(model: PreTrainedModel, rows: int, tokens: int) -> Iterator[None]:
-    """Within it linear layers of fp32 on a CPU multiply by such copies; rows and tokens say how often.
+    """Context in which fp32 linear layers on a CPU use such copies. rows, tokens: of the batch to be decoded.
 
-    A step of decoding multiplies few rows by every weight. The product of torch re-orders the weight each time; the
-    copy, as large as the weights, lasts as long as this context. Nothing of it can be differentiated.
+    A decoding step multiplies few rows by every weight, and torch's product re-orders the weight each time. The
+    copies, as large as the weights, last as long as this context. Gradients cannot flow through them.
     """
     worth = rows >= LEAST_ROWS and tokens >= LEAST_TOKENS
     layers = _layers(model) if worth and torch.backends.mkldnn.is_available() else []
@@ -36,9 +36,9 @@ def onednn_weights(model: PreTrainedModel, rows: int, tokens: int) -> Iterator[N
 
 
 def _layers(model: PreTrainedModel) -> list[Any]:
-    """Modules that are a product with their fp32 weight; the head is one, of whatever class (see DistillHead).
+    """Modules that multiply by an fp32 weight; the head is one, whatever its class (see DistillHead).
 
-    One whose instance has a forward of its own is left alone: that is somebody's wrapper.
+    A module whose instance has its own forward is left alone, because something has wrapped it.
     """
     if torch.is_autocast_enabled("cpu"):
         return []

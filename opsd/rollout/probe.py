@@ -1,4 +1,4 @@
-"""The proof that a sampler has the trained weights: both programs' log-probabilities of the same tokens."""
+"""Proves that a sampler has the trained weights, by comparing log-probabilities of the same tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from opsd.engine import Engine
 from opsd.types import Head, Prompt, Rollout
 from opsd.utils.errors import RunStopped
 
-# Mean difference of log-probabilities that rounding explains, in nats per token. Two fp32 programs differ by 1e-5, two
-# bfloat16 ones by 1e-2.
+# Mean difference of log-probabilities that rounding explains, in nats per token. Two fp32 implementations differ by
+# 1e-5, two bfloat16 ones by 1e-2.
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.1}
 MOST_TOKENS = 256
 
 
 class Probe:
-    """The first tokens of the newest rollouts' first one.
+    """The first tokens of the first of the newest rollouts.
 
-    allowed_nats: mean difference per token that is accepted; None: what rounding explains in `dtype`.
-    max_model_tokens: what the sampler can hold; scoring a probe makes it write one token more.
+    allowed_nats: accepted mean difference per token; None: what rounding explains in `dtype`.
+    max_model_tokens: the sampler's maximum length; scoring a probe generates one more token.
     """
 
     def __init__(self, engine: Engine, dtype: str, allowed_nats: float | None, max_model_tokens: int) -> None:
@@ -31,7 +31,7 @@ class Probe:
         self._ids: list[int] = []
 
     def take(self, rollouts: list[Rollout], score: Callable[[list[int]], list[list[float]]]) -> None:
-        """Have the newest rollouts' first one as the probe; the run's first probe is checked at once."""
+        """Use the first of the newest rollouts as the probe; the run's first probe is checked at once."""
         if rollouts:
             first_time = not self._ids
             self._ids = (rollouts[0].prompt.ids + rollouts[0].response_ids)[: self._most]
@@ -39,15 +39,16 @@ class Probe:
                 self.check(score)
 
     def try_out(self, score: Callable[[list[int]], list[list[float]]], vocab_size: int) -> None:
-        """`check` before there are rollouts, on the vocabulary's first tokens."""
+        """`check` with the vocabulary's first tokens, before there are rollouts."""
         self._ids = list(range(min(16, self._most, vocab_size)))
         self.check(score)
         self._ids = []
 
     def check(self, score: Callable[[list[int]], list[list[float]]]) -> None:
-        """Compare the trainer with `score`: a list for each sampler, its nats of all tokens but the first.
+        """Compare the trainer with `score`, which returns each sampler's log-probabilities (nats) of all tokens but the
+        first.
 
-        A call of all ranks. Raises RunStopped, on every rank, where any sampler's differ by more than is allowed.
+        Called by all ranks. Raises RunStopped, on every rank, if any sampler differs by more than is allowed.
         """
         if len(self._ids) < 2:
             return
@@ -64,7 +65,7 @@ class Probe:
 
 @torch.no_grad()
 def trainer_log_probs(engine: Engine, ids: list[int]) -> Tensor:
-    """The student's log-probability of every token but the first [L - 1], nats, on the CPU; a call of all ranks."""
+    """The student's log-probability of every token but the first [L - 1], in nats, on the CPU; called by all ranks."""
     (micro,) = pack([Rollout(0, Prompt("probe", "", ids[:1], None), ids[1:], truncated=True)], len(ids))
 
     def use(hidden_ND: Tensor, head: Head) -> Tensor:

@@ -1,4 +1,4 @@
-"""One random stream per rollout, whatever is generated beside it."""
+"""One random stream per rollout, independent of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from opsd.utils.seeding import derive_seed
 
 
 class Draws:
-    """Each row's next token: the likeliest at temperature 0, else the one that the row's own stream draws.
+    """Samples each row's next token: the likeliest one at temperature 0, else a draw from the row's random stream.
 
-    rollout_ids: the rows' rollouts. vocab_size: rows of a padded vocabulary that the tokenizer has no token for are cut
-    off, as the loss gives them no chance.
+    rollout_ids: the rows' rollouts. vocab_size: only ids below it are sampled; the loss gives the padded vocabulary's
+    other ids probability 0, too.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class Draws:
         ).to(device)
 
     def __call__(self, logits_BV: Tensor, place: int) -> list[int]:
-        """B token ids, from logits in fp32. place: which of the response's tokens they are.
+        """B token ids, from logits in fp32. place: their position in the response.
 
-        Raises RunStopped where logits are not finite: nothing can be drawn from them.
+        Raises RunStopped if logits are not finite, because then no token can be drawn.
         """
         tokens = self._draw(logits_BV[:, : self._vocab_size], place).tolist()
         if max(tokens) >= self._vocab_size:
@@ -48,20 +48,20 @@ class Draws:
         if self._greedy:
             return scores_BV.argmax(-1)
         scores_BV = self._warpers(None, scores_BV)  # pyrefly: ignore[bad-argument-type] (none of them reads the ids)
-        # fp64: in fp32 the running sum of 150,000 probabilities is coarser than the rare ones of them.
+        # fp64: in fp32 the rounding error of a running sum of 150,000 probabilities exceeds the rare ones.
         mass_BV = scores_BV.double().softmax(-1).cumsum_(-1)
         drawn_B1 = self._uniform_BT[:, place, None] * mass_BV[:, -1:]
-        # The first token whose cumulated mass is above the draw; one without mass is never that. V where there is none.
+        # The first token whose cumulative mass exceeds the draw, so never one without mass. V if there is none.
         return torch.searchsorted(mass_BV, drawn_B1, right=True)[:, 0]
 
     def keep(self, places: list[int]) -> None:
-        """Go on with these rows alone."""
+        """Continue with these rows only."""
         self._rollout_ids = [self._rollout_ids[place] for place in places]
         self._uniform_BT = self._uniform_BT[places]
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """Temperature, top-k, top-p: transformers' own order."""
+    """Temperature, top-k, top-p, in transformers' order."""
     steps = LogitsProcessorList()
     if sampling.temperature not in (0, 1):
         steps.append(TemperatureLogitsWarper(sampling.temperature))

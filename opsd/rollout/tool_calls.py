@@ -1,4 +1,4 @@
-"""Tool calls in a model's text, and their answers as the tokens that a chat template puts behind a turn."""
+"""Tool calls in a model's text, and their answers as the tokens that a chat template adds after a turn."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Call:
 
 
 def read_calls(text: str) -> list[Call]:
-    """The calls of one turn, in order; [] where it makes none and so is the last.
+    """The calls of one turn, in order; [] if it makes none, so that it is the last turn.
 
-    Hermes form: JSON between <tool_call> tags, any number of them. Plain form: a turn that is nothing but one JSON call
-    or a list of them, fenced or not. What stands in a thought calls nothing; a tag inside a JSON text is text. Never
+    Hermes form: JSON between <tool_call> tags, any number of them. Plain form: a turn that consists of one JSON call
+    or a list of them, fenced or not. Calls in the thinking part are ignored; a tag inside a JSON string is text. Never
     raises.
     """
     if whole := _plain_calls(text):
@@ -55,7 +55,7 @@ def read_calls(text: str) -> list[Call]:
 
 
 def _hermes_call(text: str, start: int) -> tuple[Call, int]:
-    """The call whose JSON begins at `start`, and where to read on."""
+    """The call whose JSON begins at `start`, and the index at which to continue."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -89,7 +89,7 @@ def _is_call(value: Any) -> TypeGuard[dict[str, Any]]:
 
 
 def _json(text: str) -> Any:
-    """The value, or None for what is not JSON."""
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -97,9 +97,9 @@ def _json(text: str) -> Any:
 
 
 def cut_middle(text: str, limit: int) -> str:
-    """At most `limit` characters of a tool's output: its head and its tail, and between them how much is missing.
+    """At most `limit` characters of a tool's output: its head and tail, and between them a note on what is missing.
 
-    0 is no limit. The note on what is missing comes on top of the limit.
+    0 is no limit. The note does not count towards the limit.
     """
     if not limit or len(text) <= limit:
         return text
@@ -109,9 +109,9 @@ def cut_middle(text: str, limit: int) -> str:
 
 
 class ChatTurns:
-    """Token ids for the two things that a chat template writes around a model's own tokens.
+    """Token ids that a chat template writes around a model's turns: an episode's opening, and the answers to a turn.
 
-    Raises UserError for a tokenizer without a template, or one whose template cannot carry tool messages.
+    Raises UserError for a tokenizer without a template, or whose template does not support tool messages.
     """
 
     def __init__(self, tokenizer: Any, thinking: bool) -> None:
@@ -121,7 +121,7 @@ class ChatTurns:
         self._after_turn(["probe"])
 
     def opening(self, messages: list[dict[str, str]], tools: list[dict[str, Any]]) -> list[int]:
-        """The episode's prompt. A template that knows no tools gets them in the system message, in Hermes form."""
+        """The episode's prompt. If the template does not support tools, they are listed in the system message."""
         text = self._render(messages, tools)
         if tools and tools[0]["function"]["name"] not in text:
             listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
@@ -130,7 +130,7 @@ class ChatTurns:
         return self._ids(text)
 
     def answers(self, outputs: list[str], turn_ids: list[int]) -> list[int]:
-        """What follows a turn that made calls: the rest of its message, the outputs, the head of the next turn."""
+        """The ids after a turn that made calls: the rest of its message, the outputs, the start of the next turn."""
         text = self._after_turn([self._harmless(output) for output in outputs])
         return self._ids(text.removeprefix(self._tokenizer.decode(turn_ids[-1:])))
 
@@ -140,7 +140,7 @@ class ChatTurns:
         _, found, text = self._render([*turns, *tools], None).partition(_MARK)
         place = 0
         for output in outputs:
-            # Each behind the one before: looking for all of them from the start takes the square of their number.
+            # Search after the previous one: searching for each from the start would take quadratic time.
             start = text.find(output, place)
             found = found and start >= 0
             place = start + len(output)
@@ -149,7 +149,7 @@ class ChatTurns:
         return text
 
     def _harmless(self, output: str) -> str:
-        """Text that the model chose may come back in an output: no control token, and no half of a surrogate pair."""
+        """The output without control tokens and halves of surrogate pairs, because it may repeat the model's text."""
         for token in ("<|", *self._tokenizer.all_special_tokens):
             output = output.replace(token, f"{token[:1]} {token[1:]}")
         return output.encode("utf-8", "replace").decode()

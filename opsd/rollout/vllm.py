@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, inside our own processes. In training its weights are renewed after every step, and checked."""
+"""Rollouts by vLLM in the training processes. In training its weights are updated after every step, and checked."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
 from opsd.utils.errors import said
 from opsd.utils.seeding import derive_seed
 
-# What to do where vLLM cannot serve.
+# What to do if vLLM cannot be used.
 INSTEAD = "give --rollout.engine hf"
 
 
 class VLLMSampler(RolloutEngine):
-    """A model folder in vLLM, inside this process: RolloutEngine on weights that stay as they are.
+    """A model folder in vLLM, in this process: RolloutEngine with fixed weights.
 
-    dtype: "float32", "bfloat16" or "auto" (what config.json says). max_model_tokens: longest prompt and response.
-    batch_rollouts: sampled side by side. memory_share: of a GPU. Under several `ranks` every `tensor_parallel` of them
-    are one sampler, and each sampler takes its share of the rollouts. Every rollout is a request with a seed of its
-    own, (seed, rollout id): who samples it does not matter. vocab_size: only ids below it are sampled (None: all).
+    dtype: "float32", "bfloat16" or "auto" (as in config.json). max_model_tokens: longest prompt plus response.
+    batch_rollouts: sampled at once. memory_share: fraction of a GPU's memory. With several `ranks`, each group of
+    `tensor_parallel` ranks is one sampler, and the samplers divide the rollouts. Every rollout is a request with its
+    own seed, from (seed, rollout id), so it does not depend on the sampler. vocab_size: only ids below it are sampled
+    (None: all).
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class VLLMSampler(RolloutEngine):
         self._vllm = import_vllm(device)
         self._llm = self._vllm.LLM(
             model=path,
-            # Other formats are pickles, which run what they hold; trust: the folder's own code may run.
+            # Other formats are pickles, which can execute code. trust: the folder's own code may run.
             load_format="safetensors",
             trust_remote_code=trust,
             dtype=dtype,
             max_model_len=max_model_tokens,
             max_num_seqs=batch_rollouts,
             tensor_parallel_size=self._width,
-            # Under a launcher the ranks are there already; vLLM takes them instead of starting processes.
+            # Under a launcher the ranks exist already; vLLM uses them instead of starting processes.
             distributed_executor_backend="external_launcher" if ranks.world_size > 1 else "uni",
             gpu_memory_utilization=memory_share,
             enable_sleep_mode=self._sleeps,
@@ -74,7 +75,7 @@ class VLLMSampler(RolloutEngine):
             seed=0,
             **_shared_memory(device, ranks),
         )
-        # vLLM takes the ranks' group down with it: it must go first.
+        # vLLM's shutdown destroys the ranks' process group, so it must come before `leave` does that.
         before_leaving(self._llm.llm_engine.engine_core.shutdown)
 
     def generate(self, prompts: list[Prompt], samples: int, sampling: Sampling, seed: int) -> list[Rollout]:
@@ -82,17 +83,17 @@ class VLLMSampler(RolloutEngine):
         jobs = jobs_of(prompts, samples, samplers)
         answers = self.sample([(number, prompt.ids) for number, prompt in jobs], sampling, seed)
         written = rollouts_of(jobs, answers, self._eos_ids, sampling)
-        # The ranks of one sampler all hold what it wrote.
+        # All ranks of a sampler have its rollouts; only the first of them contributes them.
         return gather_rollouts(written if self._ranks.rank % self._width == 0 else [], self._ranks)
 
     def sample(self, jobs: list[tuple[int, list[int]]], sampling: Sampling, seed: int) -> list[list[int]]:
-        """The token ids that follow each (rollout id, prompt ids), drawn by (seed, rollout id)."""
+        """The sampled ids after each (rollout id, prompt ids); draws depend on (seed, rollout id)."""
         params = [self._params(sampling, seed, number) for number, _ in jobs]
         return [list(output.outputs[0].token_ids) for output in self._run([ids for _, ids in jobs], params)]
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights over, one by one as they come; what was cached for the old ones is dropped."""
-        # The worker's own method, not its model runner's: layers may ask for the settings that it makes current.
+        """Load new weights one by one as they come, and drop what was cached for the old ones."""
+        # The worker's method, not its model runner's: it sets the current config, which layers may read.
         self._llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(weights)))
         self._llm.reset_prefix_cache()
 
@@ -104,7 +105,7 @@ class VLLMSampler(RolloutEngine):
         return [chances[token].logprob for token, chances in pairs]
 
     def sync(self) -> None:
-        """Nothing to do: the weights are a folder's."""
+        """Nothing to do: the weights are fixed."""
 
     def _run(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         """vLLM's output for each prompt, in order."""
@@ -124,13 +125,13 @@ class VLLMSampler(RolloutEngine):
 
 
 class VLLMRollout(VLLMSampler):
-    """A sampler that follows the student in training: new weights after every step, checked by a probe.
+    """A sampler for training: it gets the student's new weights after every step, checked by a probe.
 
     settings: VLLMSampler's arguments as JSON values, for a folder with the plain weights of `engine`'s student. On a
-    GPU it may sleep, from the end of a rollout to the next `sync`; from there to the next rollout it stays awake.
+    GPU it may sleep from the end of a rollout to the next `sync`; then it stays awake until the next rollout ends.
     """
 
-    # While it sleeps it has neither weights nor cache.
+    # While asleep it has neither weights nor KV cache.
     _asleep = False
 
     def __init__(self, engine: Engine, rollout: RolloutConfig, settings: dict[str, Any]) -> None:
@@ -146,8 +147,8 @@ class VLLMRollout(VLLMSampler):
         self._engine = engine
         self._probe = Probe(engine, settings["dtype"], rollout.probe_tolerance, settings["max_model_tokens"])
         if in_pieces(engine.student.model):
-            # Not every layer takes new weights that come in pieces: better now than after the first step.
-            with said(f"--rollout.engine vllm: it does not take the weights of {path} anew", INSTEAD):
+            # Some layers cannot reload weights that come in pieces; find out now, not after the first step.
+            with said(f"--rollout.engine vllm: it cannot reload the weights of {path}", INSTEAD):
                 self._load_weights()
                 self._probe.try_out(self._scores, settings["vocab_size"])
         self._rest()
@@ -160,9 +161,9 @@ class VLLMRollout(VLLMSampler):
         return rollouts
 
     def sync(self) -> None:
-        """RolloutEngine's, parameter by parameter, so that no second whole copy exists.
+        """See RolloutEngine. Goes parameter by parameter, so that no second full copy exists.
 
-        Raises RunStopped, on every rank, where sampler and trainer then disagree about a probe.
+        Raises RunStopped, on every rank, if sampler and trainer then disagree on a probe.
         """
         if self._asleep:
             self._wake()
@@ -177,7 +178,7 @@ class VLLMRollout(VLLMSampler):
         return [self.score(ids)]
 
     def _wake(self) -> None:
-        """Take GPU memory again: for weights, which are the trainer's newest, and only then for the cache."""
+        """Allocate GPU memory again: first for the weights, which are then loaded, and only then for the cache."""
         if not self._asleep:
             return
         self._llm.wake_up(["weights"])
@@ -186,7 +187,7 @@ class VLLMRollout(VLLMSampler):
         self._asleep = False
 
     def _rest(self) -> None:
-        """Give GPU memory back. Level 2 keeps no copy of the weights: the trainer has them, and soon newer ones."""
+        """Free GPU memory. Level 2 keeps no copy of the weights: the trainer has them, and soon newer ones."""
         if self._sleeps:
             self._llm.sleep(level=2)
             self._asleep = True
@@ -195,7 +196,7 @@ class VLLMRollout(VLLMSampler):
 def rollouts_of(
     jobs: list[tuple[int, Prompt]], answers: list[list[int]], eos_ids: list[int], sampling: Sampling
 ) -> list[Rollout]:
-    """Each job's answer as a rollout that ends with its first end token."""
+    """Each job's answer as a rollout, cut after its first end token."""
     return [
         Rollout(number, prompt, *cut_at_eos(ids, eos_ids, sampling.max_new_tokens))
         for (number, prompt), ids in zip(jobs, answers, strict=True)
@@ -203,11 +204,11 @@ def rollouts_of(
 
 
 def import_vllm(device: torch.device) -> Any:
-    """vLLM, told to stay in this process and to keep quiet."""
+    """Import vLLM, set to stay in this process and to log only errors."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device.type == "cpu":
-        # Threads bound to cores would take them from the trainer's; by default the cache would take half the memory.
+        # Bound threads would take cores from the trainer; by default the cache would take half of the memory.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
@@ -216,7 +217,7 @@ def import_vllm(device: torch.device) -> Any:
 
 
 def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    """What names the memory that ranks on a CPU share after this run: see `opsd.rollout.cpu_worker`."""
+    """Arguments that name the shared memory of ranks on a CPU after this run: see `opsd.rollout.cpu_worker`."""
     if device.type != "cpu" or ranks.world_size == 1:
         return {}
     worker = "opsd.rollout.cpu_worker.RunCPUWorker"
@@ -224,10 +225,10 @@ def _shared_memory(device: torch.device, ranks: Ranks) -> dict[str, Any]:
 
 
 def _only_tokens(vocab_size: int) -> type:
-    """The cut that `opsd.rollout.sampling` makes, in vLLM's form: a class, which each engine makes its own instance of.
+    """A logits processor for vLLM that excludes ids from `vocab_size` on, as `opsd.rollout.sampling` does.
 
-    One class for both of vLLM's model runners: V2, taken on a GPU, refuses a class of V1's interface, and the other
-    way round. They construct it and call `apply` with different arguments, none of which is needed.
+    vLLM takes a class and instantiates it. One class serves both of its model runners: V2, used on a GPU, refuses a
+    class with V1's interface, and vice versa. They pass different arguments to it and to `apply`; none is needed.
     """
     from vllm.v1.sample.logits_processor import LogitsProcessor as ForV1
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForV2
@@ -241,7 +242,7 @@ def _only_tokens(vocab_size: int) -> type:
             return logits
 
         def is_argmax_invariant(self) -> bool:
-            # A padded row may have the largest logit.
+            # An excluded id may have the largest logit.
             return False
 
         def update_state(self, batch_update: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in processes of its own: the trainer sends prompts and new weights, and checks."""
+"""Rollouts by vLLM in separate processes: the trainer sends prompts and new weights, and checks the answers."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from opsd.utils.errors import RunStopped, said
 from opsd.utils.going_on import advice
 
 Value = TypeVar("Value")
-# Weights that are sent at once: the trainer never holds more than this beside its own.
+# Size of the weights that are sent at once: the trainer never holds more than this in addition to its own.
 BUCKET_BYTES = 256 * 2**20
 PROGRAM = ("-m", "opsd.rollout.vllm_worker")
-# What a launcher told the trainer would have the sampler join its group.
+# With these variables of the trainer's launcher, the sampler would join the trainer's process group.
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
              "MASTER_PORT")  # fmt: skip
 
 
 class Sampler:
-    """One sampler process and the line to it. settings: VLLMSampler's arguments as JSON values.
+    """One sampler process and the connection to it. settings: VLLMSampler's arguments as JSON values.
 
-    Every failure, a time-out included, ends the process and raises RunStopped with one line.
+    Every failure, including a time-out, ends the process and raises RunStopped with one line.
     """
 
     def __init__(self, settings: dict[str, Any], gpus: str, timeout_s: float) -> None:
@@ -52,7 +52,7 @@ class Sampler:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
         self._line, theirs = Pipe()
-        # A process that stops in the middle of a message must not hold the trainer for ever, to or fro.
+        # A process that stops in the middle of a message must not block the trainer's sends or receives for ever.
         with socket.socket(fileno=os.dup(self._line.fileno())) as line:
             for direction in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                 line.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", math.ceil(timeout_s), 0))
@@ -63,18 +63,18 @@ class Sampler:
                 stdout=subprocess.DEVNULL,
                 env=environment,
                 pass_fds=[theirs.fileno()],
-                # Ctrl-C is the trainer's: it saves, and needs its sampler until then.
+                # Ctrl-C must reach only the trainer: it saves, and needs its sampler until then.
                 start_new_session=True,
             )
         atexit.register(self.close)
         self.send(settings)
 
     def send(self, request: dict[str, Any]) -> None:
-        """Ask for something; the answer comes by `answer`."""
+        """Send a request; `answer` returns its answer."""
         self.send_bytes(json.dumps(request).encode())
 
     def send_bytes(self, message: bytes) -> None:
-        """A message as it is. One that does not get through is said when its answer is waited for."""
+        """Send a message unchanged. If it fails, the next `answer` reports that."""
         if self._sent:
             try:
                 self._line.send_bytes(message)
@@ -82,7 +82,7 @@ class Sampler:
                 self._sent = False
 
     def answer(self) -> Any:
-        """What was asked for. Raises RunStopped where the sampler failed, died, or gave none in time."""
+        """The next answer. Raises RunStopped if the sampler failed, died, or did not answer in time."""
         try:
             if self._process.poll() is None and not (self._sent and self._line.poll(self._timeout_s)):
                 raise TimeoutError
@@ -104,20 +104,20 @@ class Sampler:
         return message["answer"]
 
     def rollouts(self, count: int, vocab_size: int) -> list[list[int]]:
-        """The answer where `count` rollouts were asked for: token ids below `vocab_size`."""
+        """The answer to a request for `count` rollouts: token ids below `vocab_size`."""
         found = self._list(count, list, "rollouts")
         if not all(isinstance(token, int) and 0 <= token < vocab_size for ids in found for token in ids):
             self._refuse(f"a token that is not one of 0 to {vocab_size - 1}")
         return found
 
     def nats(self, count: int) -> list[float]:
-        """The answer where `count` log-probabilities were asked for."""
+        """The answer to a request for `count` log-probabilities."""
         return self._list(count, float, "log-probabilities")
 
     def _list(self, count: int, kind: type, what: str) -> list[Any]:
         found = self.answer()
         if not (isinstance(found, list) and len(found) == count and all(isinstance(one, kind) for one in found)):
-            self._refuse(f"{count} {what} were asked for")
+            self._refuse(f"{count} {what} were requested")
         return found
 
     def _refuse(self, why: str) -> NoReturn:
@@ -125,7 +125,7 @@ class Sampler:
         raise RunStopped(f"the sampler process gave an invalid answer ({why})")
 
     def close(self) -> None:
-        """End the process; there is not an answer left that anybody waits for."""
+        """End the process. No answer is expected any more."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -134,8 +134,9 @@ class Sampler:
 class VLLMProcessRollout(RolloutEngine):
     """RolloutEngine over `rollout.samplers` processes that the first rank starts; see RolloutConfig.
 
-    settings: VLLMSampler's arguments as JSON values, for the model folder that `engine`'s student was loaded from. What
-    fails on the first rank is raised on every rank. Steps stay on-policy: samplers rest while the student learns.
+    settings: VLLMSampler's arguments as JSON values, for the model folder that `engine`'s student was loaded from. A
+    failure on the first rank is raised on every rank. Steps stay on-policy: samplers are idle while the student is
+    trained.
     """
 
     def __init__(self, engine: Engine, rollout: RolloutConfig, settings: dict[str, Any]) -> None:
@@ -157,7 +158,7 @@ class VLLMProcessRollout(RolloutEngine):
 
         self._on_main(start)
         if in_pieces(engine.student.model):
-            with said(f"--rollout.engine vllm_process: it does not take the weights of {path} anew", INSTEAD):
+            with said(f"--rollout.engine vllm_process: it cannot reload the weights of {path}", INSTEAD):
                 self._load_weights()
                 self._probe.try_out(self._scores, self._vocab_size)
 
@@ -183,9 +184,9 @@ class VLLMProcessRollout(RolloutEngine):
         return rollouts
 
     def sync(self) -> None:
-        """RolloutEngine's, bucket by bucket, so that no second whole copy exists in the trainer.
+        """See RolloutEngine. Goes bucket by bucket, so that the trainer has no second full copy.
 
-        Raises RunStopped, on every rank, where a sampler and the trainer then disagree about a probe.
+        Raises RunStopped, on every rank, if a sampler and the trainer then disagree on a probe.
         """
         self._load_weights()
         self._probe.check(self._scores)
@@ -195,7 +196,7 @@ class VLLMProcessRollout(RolloutEngine):
             sampler.send({"do": "load"})
         bucket: dict[str, Tensor] = {}
         size = 0
-        # A call of all ranks to the end, whatever becomes of a sampler.
+        # Gathering is collective: all ranks must go through all weights, even if a sampler fails.
         for name, tensor in self._engine.gathered():
             if not self._ranks.is_main:
                 continue
@@ -227,7 +228,7 @@ class VLLMProcessRollout(RolloutEngine):
         return self._on_main(score)
 
     def _on_main(self, act: Callable[[], Value]) -> Value:
-        """What `act` gives on the first rank, on every rank; what stops it there stops every rank."""
+        """Run `act` on the first rank; all ranks return its value, or raise its RunStopped."""
         value, problem = None, None
         if self._ranks.is_main:
             try:

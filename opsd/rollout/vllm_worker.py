@@ -1,7 +1,7 @@
-"""A vLLM sampler as a process of its own: `python -m opsd.rollout.vllm_worker N`, started by vllm_process.py.
+"""A vLLM sampler as a separate process: `python -m opsd.rollout.vllm_worker N`, started by vllm_process.py.
 
-N is an open socket that it inherits. What travels over it, each a message of bytes, never a pickle: JSON requests and
-answers, and weights in the safetensors form. The process ends when the socket is closed.
+N is an open socket that it inherits. Messages on it are bytes, never pickles: JSON requests and answers, and weights in
+the safetensors format. The process ends when the socket is closed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def main(socket: int) -> None:
-    """Load the model that the first request names, then serve until the trainer hangs up."""
-    # Slurm and DeepSpeed's launcher send it to every process of a run: the trainer saves, with its sampler alive.
+    """Load the model that the first request names, then serve until the trainer closes the connection."""
+    # Slurm and DeepSpeed's launcher send SIGTERM to every process of a run: the trainer saves, and needs its sampler.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
-        # A killed trainer must not leave a GPU taken, not even by a sampler in the middle of a batch.
+        # If the trainer is killed, the GPU must become free, even if the sampler is in the middle of a batch.
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     with Connection(socket) as line:
         sampler = None
@@ -44,14 +44,14 @@ def main(socket: int) -> None:
                     answer: Any = None
                 else:
                     answer = _answer(sampler, request, line)
-            except Exception as error:  # said by the trainer, which stops
+            except Exception as error:  # the trainer reports it and stops
                 line.send_bytes(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
                 return
             line.send_bytes(json.dumps({"answer": answer}).encode())
 
 
 def _answer(sampler: VLLMSampler, request: dict[str, Any], line: Connection) -> Any:
-    """What the trainer asks for: sample, score or load."""
+    """The answer to a request: sample, score or load."""
     if request["do"] == "sample":
         jobs = [(number, ids) for number, ids in request["jobs"]]
         return sampler.sample(jobs, Sampling(**request["sampling"]), request["seed"])
@@ -61,7 +61,7 @@ def _answer(sampler: VLLMSampler, request: dict[str, Any], line: Connection) -> 
 
 
 def _weights(line: Connection) -> Iterator[tuple[str, Tensor]]:
-    """Parameters as they come, until an empty message."""
+    """The parameters in the order received, until an empty message."""
     while message := line.recv_bytes():
         yield from safetensors.torch.load(message).items()
 

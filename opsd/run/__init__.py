@@ -1,1 +1,1 @@
-"""What a run writes and reads again: its folder, checkpoints, token records, and where metrics go."""
+"""What a run writes and reads: its folder, checkpoints, token records, and trackers for metrics."""

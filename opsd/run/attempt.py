@@ -1,4 +1,4 @@
-"""One process at a time has a run; an attempt that trained no step makes room for the next one."""
+"""A run is locked by one process at a time; an attempt that trained no step is moved aside for the next one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from opsd.utils.errors import UserError
 
-# What a run writes into its folder. config.json last: without it the rest would be files of no run.
+# What a run writes into its folder. config.json is moved last, because it marks the folder as a run.
 _WRITTEN = ("metrics.jsonl", "rollouts", "tokens", "eval", "checkpoints", "wandb", "tensorboard", "config.json")
-# What the system says of a file system that knows no locks: there nobody can tell who has a run.
+# Errors of a file system without locks; there a run cannot be locked.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Within it this process has the run, and no other one can. Raises UserError where another one has it."""
+    """Context in which this process holds the run's lock. Raises UserError if another process holds it."""
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,7 +37,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def put_aside(path: Path) -> Path:
-    """Move what an attempt has written into the first attempt_N of the run's folder that is free; returns that."""
+    """Move an attempt's files into the first free attempt_N in the run's folder; returns that folder."""
     aside = next(place for n in itertools.count(1) if not (place := path / f"attempt_{n}").exists())
     with alone(path):
         aside.mkdir()

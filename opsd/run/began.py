@@ -1,4 +1,4 @@
-"""What a run asks, is evaluated on and loads, as when it began: a resumed run goes on with that, or not at all."""
+"""A run's prompts, suites and models when it began: a resumed run must have the same."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from opsd.utils.errors import DAMAGED, UserError, said
 
 @dataclass(frozen=True)
 class Began:
-    """Part of config.json. digests: of "prompts" and of each "eval.suite NAME"; they do not hang on a file's place.
+    """Part of config.json. digests: of "prompts" and of each "eval.suite NAME"; they do not depend on file paths.
 
-    time: what the chat template saw; None where it did not look. stops: what either model ended a turn with, and what
-    was chosen; None in folders of earlier versions, whose rollouts ended where the student does. models: digests of the
-    folders that are read, by flag; folders of earlier versions lack them.
+    time: the time that the chat template used; None if it used none. stops: the tokens with which each model ends a
+    turn, and those chosen; None in folders of earlier versions, whose rollouts ended at the student's. models: digests
+    of the folders that are read, by flag; folders of earlier versions lack them.
     """
 
     digests: dict[str, str]
@@ -34,14 +34,14 @@ class Began:
 
     @classmethod
     def of(cls, asked: dict[str, list[Prompt]], clock: Clock, models: dict[str, str]) -> Began:
-        """What these prompts are, rendered under `clock`, and these models: their folders by flag."""
+        """The digests of these prompts, rendered with `clock`, and of these models. models: folders by flag."""
         folders = {flag: files_digest(Path(path), "config.json", "*.safetensors") for flag, path in models.items()}
         return cls(
             {name: digest(own) for name, own in asked.items()}, clock.time if clock.asked else None, None, folders
         )
 
     def check(self, now: Began, config: TrainConfig) -> None:
-        """Raises UserError where `now` asks something else."""
+        """Raises UserError if `now` has other prompts, suites or models."""
         files = {f"eval.suite {pair.partition('=')[0]}": pair.partition("=")[2] for pair in config.eval.suite}
         context = f" or {config.teacher.context}" if config.teacher.context else ""
         files["prompts"] = f"{config.prompts}{context}"
@@ -60,12 +60,12 @@ class Began:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The values as plain JSON."""
         return dataclasses.asdict(self) | {"time": None if self.time is None else self.time.isoformat()}
 
     @classmethod
     def from_json(cls, values: Any) -> Began | None:
-        """The inverse; None where there are no values: folders of earlier versions lack them."""
+        """The inverse; None for None, because folders of earlier versions lack the values. Raises UserError."""
         if values is None:
             return None
         with said("config.json: 'began' is damaged", "put it back, or start a new run", *DAMAGED):
@@ -75,13 +75,13 @@ class Began:
 
 
 def parse_time(text: Any, where: str) -> datetime:
-    """An ISO time. Raises UserError for anything else; where: the file that holds it."""
-    with said(f"{where}: the time {text!r} is damaged", "put it back, or begin anew", *DAMAGED):
+    """Parse an ISO time. Raises UserError for anything else; where: the file that it is from."""
+    with said(f"{where}: the time {text!r} is damaged", "put it back, or start again", *DAMAGED):
         return datetime.fromisoformat(text)
 
 
 def time_of_run(model: Path) -> datetime | None:
-    """Where `model` is a run's checkpoint, the time that the run's templates saw, if they looked."""
+    """If `model` is a run's checkpoint, the time that the run's chat template used, if any; else None."""
     try:
         said = json.loads((model.resolve().parents[1] / "config.json").read_text()).get("began")
     except (OSError, ValueError, IndexError, AttributeError):

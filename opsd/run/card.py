@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what it was made from and how, and what it scores; the hub's README.md."""
+"""The model card of a checkpoint, README.md on the hub: what it was made from, how, and its scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CITATION = """@article{tip2026,
 
 
 def model_card(config: TrainConfig, step: int, evaluations: dict[str, dict[str, Any]]) -> str:
-    """The card of the weights after `step`. evaluations: what eval/*.json holds, by the files' names."""
+    """The card of the weights after `step`. evaluations: contents of eval/*.json, by the files' names."""
     own = evaluations.get(f"step_{step}", {}).get("suites", {})
     data = ModelCardData(
         model_name=Path(config.out).name,
@@ -65,7 +65,7 @@ def model_card(config: TrainConfig, step: int, evaluations: dict[str, dict[str, 
 
 
 def _scores(config: TrainConfig, step: int, evaluations: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of what was evaluated, and under which settings."""
+    """A table of the evaluations, and their settings."""
     names = {"step_0": "student at the start", f"step_{step}": "this model", "teacher": "teacher"}
     found = {title: evaluations[name] for name, title in names.items() if name in evaluations}
     suites = list(dict.fromkeys(suite for one in found.values() for suite in one["suites"]))
@@ -92,10 +92,10 @@ def _score(evaluation: dict[str, Any], suite: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text of the user's own in a table's cell."""
+    """A user's text in a table's cell."""
     return f"`{text}`".replace("|", "\\|")
 
 
 def _on_hub(model: str) -> str | None:
-    """A model's name where it is the hub's; a folder of this machine means nothing elsewhere."""
+    """A model's name if it is on the hub, else None: a folder on this machine means nothing elsewhere."""
     return model if model.count("/") == 1 and not Path(model).exists() and not model.startswith((".", "/")) else None

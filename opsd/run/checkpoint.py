@@ -1,7 +1,7 @@
-"""Checkpoints: a folder that transformers and vLLM load as it is, plus what the trainer needs to go on.
+"""Checkpoints: a folder that transformers and vLLM can load, plus what the trainer needs to resume.
 
-A checkpoint is written beside its place and renamed into it, so it is there whole or not at all; checksums of its files
-tell damage that comes later. It holds no random state: everything random is drawn from (run seed, step).
+A checkpoint is written under a temporary name and then renamed, so it is complete or missing; checksums of its files
+reveal later damage. It has no random state: everything random is drawn from (run seed, step).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _NAME = re.compile(r"step_(\d+)")
 _TEMPORARY = ".tmp-"
 _DAMAGED = "damaged-"
 _CHECKSUMS = Path("trainer") / "checksums.json"
-# The form of the optimiser state: what torch keeps of each parameter, whole, whatever the engine.
+# The format of the optimiser state: torch's state of each parameter, not sharded, for every engine.
 _OPTIMIZER = {"kind": "torch"}
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a checkpoint holds beside the model. step: optimiser steps done. selector: its state_dict.
+    """The part of a checkpoint besides the model. step: optimiser steps done. selector: its state_dict.
 
-    metrics: the step's own, so far as they were known before its evaluation. teacher: what it has learnt, as tensors.
+    metrics: the step's metrics before its evaluation. teacher: tensors of its state, if its weights follow the student.
     """
 
     step: int
@@ -46,7 +46,7 @@ class TrainerState:
 
 
 def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """The path of the checkpoint of `step`."""
     return folder / f"step_{step}"
 
 
@@ -62,11 +62,10 @@ def save(
 ) -> Path:
     """Write `folder`/step_N, then remove all but the newest `keep`. Returns its path.
 
-    weights: they stand for the model's own, where those are shards, rounded or without their adapters.
-    adapters: what LoRA trains; `load_adapters` takes it up from the folder `adapter`, in peft's format. source: the
-    folder that the student came from; what else belongs to the model there (processors, templates) is copied.
-    A kill at any moment leaves the older checkpoints untouched and at worst a folder named .tmp-*. Raises RunStopped
-    where it cannot be written.
+    weights: replace the model's own, if those are shards, rounded or without adapters. adapters: LoRA's weights;
+    `load_adapters` reads them from the folder `adapter`, in peft's format. source: the folder that the student came
+    from; the model's other files there (processors, templates) are copied. If the process is killed at any moment, the
+    older checkpoints are untouched and at most a folder .tmp-* is left. Raises RunStopped if it cannot be written.
     """
     target, temporary = place(folder, state.step), folder / f"{_TEMPORARY}step_{state.step}"
     with writing(target):
@@ -75,7 +74,7 @@ def save(
         try:
             _fill(temporary, model, tokenizer, state, weights, adapters, source)
         except BaseException:
-            # Room for whoever mends the disk.
+            # Free the space, in case the disk is full.
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         temporary.rename(target)
@@ -96,7 +95,7 @@ def _fill(
 ) -> None:
     """Write a checkpoint's files, then their checksums; all are on the disk when this returns."""
     if weights is not None:
-        # Numbers that a model's files hold and nobody trains, such as Gemma 4's scale of each layer.
+        # Saved buffers that are not trained, such as Gemma 4's scale of each layer.
         buffers = dict(model.named_buffers())
         weights = weights | {name: value for name, value in model.state_dict().items() if name in buffers}
     model.save_pretrained(folder, state_dict=weights)
@@ -118,12 +117,12 @@ def _fill(
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder."""
+    """The step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for whole."""
+    """Delete a checkpoint; it is renamed first, so that a partly deleted one is never mistaken for a complete one."""
     doomed = path.with_name(f"{_TEMPORARY}{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -131,10 +130,10 @@ def remove(path: Path) -> None:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, or None; and a line for each damaged one that is newer.
+    """The newest intact checkpoint in `folder`, or None; and one line per damaged one that is newer.
 
-    Every file is read and compared with its checksum. A damaged one is renamed to damaged-step_N: it is kept for a look
-    and never again counted. Left-overs of a kill are cleared away.
+    Every file is read and compared with its checksum. A damaged checkpoint is renamed to damaged-step_N: it is kept
+    for inspection and never used again. What a killed process has left behind is deleted.
     """
     with writing(folder):
         for leftover in folder.glob(f"{_TEMPORARY}*"):
@@ -152,24 +151,24 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damaged(folder: Path) -> list[Path]:
-    """What `newest` has put aside, now or before."""
+    """The damaged checkpoints that `newest` has renamed, now or before."""
     return sorted(folder.glob(f"{_DAMAGED}*"))
 
 
 def load_state(path: Path) -> TrainerState:
-    """The trainer's part of a checkpoint. Raises UserError where it is missing or damaged."""
+    """The trainer's part of a checkpoint. Raises UserError if it is missing or damaged."""
     give = "remove it to resume from the previous one"
     with said(f"checkpoint {path} cannot be read", give, SafetensorError, *DAMAGED):
         trainer = path / "trainer"
         values = json.loads((trainer / "state.json").read_text())
         if (kind := values["optimizer"]["kind"]) != _OPTIMIZER["kind"]:
-            raise ValueError(f"optimiser state of another form, {kind}")
+            raise ValueError(f"optimiser state of unknown format {kind}")
         tensors, teacher = load_file(trainer / "optimizer.safetensors"), trainer / "teacher.safetensors"
         held = load_file(teacher) if teacher.exists() else {}
         return TrainerState(values["step"], tensors, values["selector"], values["metrics"], held)
 
 
 def _found(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     steps = {int(m[1]): p for p in folder.glob("step_*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()}
     return [steps[step] for step in sorted(steps)]

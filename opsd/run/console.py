@@ -1,4 +1,4 @@
-"""What a run shows of itself: a bar on a terminal, elsewhere plain lines."""
+"""A run's progress: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rich.table import Column
 from opsd.config import TrainConfig
 from opsd.utils.durations import in_words
 
-# Where there is no terminal: each step has a line, but not sooner than this after the one before; and where a step or
-# an evaluation takes longer than that, a line says what is being done.
+# Without a terminal: minimum time between the lines of two steps; and the time after which a line says what is being
+# done, if a step or an evaluation takes longer.
 LINES_APART_S, PLAIN_EVERY_S = 10.0, 30.0
-# Characters of hours, minutes and seconds.
+# Width of h:mm:ss, in characters.
 TIME_WIDTH = 7
 
 
 def progress_bar(console: Console, total: int, shown: bool) -> Progress:
-    """A bar whose tasks say their `numbers` at the end; where the terminal is narrow they are cut, nothing else is."""
+    """A bar whose tasks show their `numbers` at the end; on a narrow terminal only these are cut."""
     count, name, bar = 2 * len(str(total)) + 1, 24, 24 if console.width >= 110 else 6
     numbers = max(10, console.width - name - bar - count - 2 * TIME_WIDTH - 6)
     return Progress(
@@ -40,36 +40,36 @@ def _column(min_width: int | None = None, max_width: int | None = None) -> Colum
 
 
 class PlainLines:
-    """What the bar is on a terminal, elsewhere: lines with the same numbers, and one at the end."""
+    """Replaces the bar if there is no terminal: lines with the same numbers, and one at the end."""
 
     def __init__(self, console: Console, name: str, config: TrainConfig, first_step: int) -> None:
         self._console, self._name, self._steps = console, name, config.steps
         self._wanted = config.track.progress and not console.is_terminal
         self._step, self._numbers, self.stage = first_step, "starting", ""
-        # Of the first step that was told: from there the pace is known, without what comes before the steps.
+        # Step and time of the first step reported: the pace counts from there, without the time before training.
         self._clock: tuple[int, float] | None = None
         self._pace_s, self._said, self._said_s = 0.0, "", -LINES_APART_S
         self._over, self._one_at_a_time = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._tell, name="progress", daemon=True)
 
     def start(self) -> None:
-        """From now on, in a thread: an evaluation may take many times as long as the lines are apart."""
+        """Start printing from a thread, because an evaluation may take much longer than the time between lines."""
         if self._wanted:
             self._thread.start()
 
     def stop(self) -> None:
-        """The last line."""
+        """Stop, and print the last line."""
         if self._wanted:
             self._over.set()
             self._thread.join()
             self._say()
 
     def doing(self, what: str) -> None:
-        """What takes long just now."""
+        """Show `what` in place of a step's numbers."""
         self._numbers = what
 
     def step(self, step: int, numbers: str) -> None:
-        """A step is done."""
+        """Report a finished step."""
         self._step, self._numbers, now = step, numbers, time.monotonic()
         if self._clock is None:
             self._clock = step, now
@@ -89,14 +89,14 @@ class PlainLines:
         text = f"{self._name}: step {self._step}/{self._steps}, {self._numbers}{at}{ahead}"
         with self._one_at_a_time:
             self._said_s = time.monotonic() if now is None else now
-            # The end may have nothing new to say.
+            # Do not repeat the last line at the end.
             if text != self._said or not self._over.is_set():
                 self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             self._said = text
 
 
 def numbers_text(metrics: dict[str, float], latest_eval: str) -> str:
-    """The numbers of a step that matter, short."""
+    """A step's most important numbers, in short form."""
     shown = []
     for key, label, form in (
         ("loss/nats", "loss", "{:.3f}"),
@@ -111,7 +111,7 @@ def numbers_text(metrics: dict[str, float], latest_eval: str) -> str:
 
 
 def evaluation_text(metrics: dict[str, float]) -> str:
-    """The first two suites' mean@k of a step that was evaluated."""
+    """mean@k of the first two suites, if the step was evaluated; else ""."""
     found = [
         f"{key.split('/')[1]} {value:.1%}"
         for key, value in metrics.items()

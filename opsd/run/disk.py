@@ -1,7 +1,7 @@
-"""Files of a run: whole or not at all, on the disk when a call returns, and known again by their checksums.
+"""Files of a run: written completely or not at all, on the disk when a call returns, and verified by checksums.
 
-xxh3_128 finds damage (a flipped bit, a cut file), not forgery. It is several times as fast as sha256
-(docs/reliability.md), which counts with the 50 GB that a 4-billion-parameter student and its AdamW state come to.
+xxh3_128 finds damage (a flipped bit, a truncated file), not forgery. It is several times as fast as sha256
+(docs/reliability.md), which matters for the 50 GB of a 4-billion-parameter student and its AdamW state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _THREADS = 8
 def writing(
     what: Path | str, then: str = "fix that, then continue with --resume", raises: type[Exception] = RunStopped
 ) -> Iterator[None]:
-    """Where the body cannot write, raises `raises` with one line: `what` that is, why, and what to do `then`."""
+    """If the body cannot write, raises `raises` with one line: `what` cannot be written, why, and what to do `then`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -37,7 +37,7 @@ def writing(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file's name to write to; it then takes the place of `path` as a whole: a kill leaves the old one or the new."""
+    """A temporary file to write to; it then replaces `path` atomically: a killed process leaves the old or new file."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         yield temporary
@@ -50,13 +50,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace a text file as a whole; see `replacing`."""
+    """Replace a text file atomically; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def append(path: Path, text: str) -> None:
-    """Add to a file."""
+    """Append to a file; the text is on the disk when this returns."""
     with path.open("a", encoding="utf-8") as lines:
         lines.write(text)
         lines.flush()
@@ -64,7 +64,7 @@ def append(path: Path, text: str) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Have a file's or folder's content on the disk, not only on its way."""
+    """Flush a file's or folder's content to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -73,15 +73,15 @@ def to_disk(path: Path) -> None:
 
 
 def write_checksums(folder: Path, file: Path) -> None:
-    """Put the checksums of all files below `folder` into `file`."""
+    """Write the checksums of all files below `folder` into `file`."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path != file)
     file.write_text(json.dumps({"kind": _KIND, "files": _of_files(folder, names)}, indent=1) + "\n")
 
 
 def damage(folder: Path, file: Path) -> str | None:
-    """What is wrong with `folder` by the checksums in `file`, in a few words; None where it is whole.
+    """What is wrong with `folder` by the checksums in `file`, in a few words; None if it is intact.
 
-    Reads every file once. Files that the checksums do not name are not damage.
+    Reads every file once. Additional files are not damage.
     """
     try:
         stored = json.loads(file.read_text())
@@ -100,13 +100,13 @@ def damage(folder: Path, file: Path) -> str | None:
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     wrong = [name for name in known if found[name] != known[name]]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    return f"{wrong[0]} does not match its checksum" if wrong else None
 
 
 def checksums_of(folder: Path, only: str = "", but: str | None = None) -> dict[str, str]:
     """The checksums of all files below `folder`, by relative name; hidden files and folders are left out.
 
-    only, but: endings of the names that are taken alone, and of those that are left out.
+    only: take only names with this ending. but: leave out names with this ending.
     """
     files = [path.relative_to(folder) for path in folder.rglob(f"*{only}") if path.is_file()]
     names = sorted(str(file) for file in files if not any(part.startswith(".") for part in file.parts))
@@ -124,7 +124,7 @@ def _of_file(path: Path) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """In a few words. safetensors hands the system's error on as text."""
+    """The cause in a few words. safetensors passes the system's error on as text."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     if number := re.search(r"\(os error (\d+)\)", str(error)):

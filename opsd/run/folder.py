@@ -27,10 +27,10 @@ _STEP_FILE = re.compile(r"(?:skipped_at_)?step_(\d+)\.\w+")
 
 
 class RunFolder:
-    """Reads and writes one run's files. Files of steps past a checkpoint are cut off on resume, never doubled.
+    """Reads and writes one run's files. On resume, what was written after the checkpoint is removed, never doubled.
 
-    began: what the run asked when it began; None where a folder of an earlier version does not say it. extended: the
-    ends that it had before it was extended, in steps. notes: what to tell at the start, a line each.
+    began: what the run began with; None in folders of earlier versions. extended: its former total numbers of steps,
+    if it was extended. notes: lines to print at the start.
     """
 
     notes: tuple[str, ...] = ()
@@ -44,9 +44,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainConfig, began: Began | None = None) -> RunFolder:
-        """A new run's folder. What an attempt that trained no step has left there is put aside.
+        """A new run's folder. Files of an attempt that trained no step are moved aside.
 
-        Raises UserError where it cannot be made or holds something else.
+        Raises UserError if it cannot be made or has other files.
         """
         path = Path(config.out)
         check_new_run(path)
@@ -56,14 +56,14 @@ class RunFolder:
             folder = cls(path, config, began)
             folder._write_config()
             if aside is not None:
-                folder.notes = (f"an earlier attempt ended before its first step did: its files are in {aside}",)
+                folder.notes = (f"an earlier attempt ended before it finished a step: its files are in {aside}",)
         except OSError as error:
             raise UserError(f"--out {path} cannot be made ({error.strerror}); give another folder") from error
         return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run's folder. Raises UserError where there is none."""
+        """An existing run's folder. Raises UserError if there is none."""
         config, beside = read_run(path)
         try:
             return cls(path, config, Began.from_json(beside.get("began")), beside.get("extended", []))
@@ -71,10 +71,10 @@ class RunFolder:
             raise UserError(f"--resume {path}: {error}") from error
 
     def extend(self, steps: int) -> None:
-        """Let the run go on to `steps`, past the end that it had; config.json keeps where that was."""
+        """Extend the run to `steps` in total; config.json records the former end."""
         self.extended, self.config = [*self.extended, self.config.steps], dataclasses.replace(self.config, steps=steps)
         with writing(self.path / "config.json"):
-            # In this order: a run that was killed in between resumes as what it was.
+            # In this order: a run that is killed in between can be resumed as it was.
             (self.path / "DONE").unlink(missing_ok=True)
             self._write_config()
 
@@ -84,7 +84,7 @@ class RunFolder:
         replace(self.path / "config.json", json.dumps(values, indent=2) + "\n")
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Within it no other process begins or resumes this run. Raises UserError where one has."""
+        """Context in which no other process can start or resume this run. Raises UserError if one has."""
         return alone(self.path)
 
     @property
@@ -98,9 +98,9 @@ class RunFolder:
             replace(self.path / "DONE", "")
 
     def cut_after(self, step: int | None) -> bool:
-        """Forget whatever was written past `step` (None: everything but the configuration).
+        """Remove everything that was written after `step` (None: everything but the configuration).
 
-        Whether metrics.jsonl has a line for `step`. A line that a kill or a full disk has cut short is dropped.
+        Returns whether metrics.jsonl has a line for `step`. An incomplete line (killed process, full disk) is dropped.
         """
         last = -1 if step is None else step
         metrics = self.path / "metrics.jsonl"
@@ -117,7 +117,7 @@ class RunFolder:
         return bool(kept) and _step_of(kept[-1]) == last
 
     def last_step(self) -> int:
-        """The last step of metrics.jsonl; 0 where it has none."""
+        """The last step of metrics.jsonl; 0 if it has none."""
         return int(max((line["step"] for line in self.history()), default=0))
 
     def history(self) -> list[dict[str, float]]:
@@ -127,7 +127,7 @@ class RunFolder:
         return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def skipped_in_row(self) -> int:
-        """How many of the newest steps were skipped (--optim.on_nonfinite), counted back from the last line."""
+        """Number of consecutive skipped steps (--optim.on_nonfinite) at the end of metrics.jsonl."""
         lines = self.history()
         used = (place for place, line in enumerate(reversed(lines)) if not line.get("optim/skipped"))
         return next(used, len(lines))
@@ -138,18 +138,18 @@ class RunFolder:
             append(self.path / "metrics.jsonl", json.dumps(metrics) + "\n")
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
-        """eval/NAME.json."""
+        """Write eval/NAME.json."""
         self._text("eval", f"{name}.json", json.dumps(result, indent=1) + "\n")
 
     def read_eval(self, name: str) -> dict[str, Any] | None:
-        """eval/NAME.json; None where it is missing or damaged, to be made again."""
+        """The content of eval/NAME.json; None if it is missing or damaged, and so must be computed again."""
         try:
             return json.loads((self.path / "eval" / f"{name}.json").read_text())
         except (OSError, ValueError):
             return None
 
     def write_card(self, step: int) -> None:
-        """README.md in the checkpoint of `step`, where there is one: it is no part of what checksums cover."""
+        """Write README.md into the checkpoint of `step`, if there is one; the checksums do not cover it."""
         place = self.checkpoints / f"step_{step}"
         if place.is_dir():
             names = ("step_0", f"step_{step}", "teacher")
@@ -158,7 +158,7 @@ class RunFolder:
                 replace(place / "README.md", model_card(self.config, step, found))
 
     def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
-        """rollouts/NAME.jsonl: one object a rollout, with ids, text and (where graded) reward."""
+        """Write rollouts/NAME.jsonl: one object per rollout, with ids, text and (if graded) reward."""
         lines = []
         for place, rollout in enumerate(rollouts):
             lines.append(
@@ -180,7 +180,7 @@ class RunFolder:
         self._text("rollouts", f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
     def write_tokens(self, step: int, table: pd.DataFrame) -> None:
-        """tokens/step_N.parquet: one row a student token (its columns: opsd/run/token_record.py)."""
+        """Write tokens/step_N.parquet: one row per student token (its columns: opsd/run/token_record.py)."""
         target = self.path / "tokens" / f"step_{step}.parquet"
         with writing(target):
             target.parent.mkdir(exist_ok=True)
@@ -195,17 +195,17 @@ class RunFolder:
 
 
 class Follower(RunFolder):
-    """The run as all ranks but the first see it: nothing is written, shown or tracked."""
+    """The run's folder on all ranks but the first: nothing is written, shown or tracked."""
 
     def __init__(self, path: Path, config: TrainConfig) -> None:
         super().__init__(path, dataclasses.replace(config, track=TrackConfig(progress=False)))
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Left to the first rank."""
+        """Does nothing: only the first rank locks, reads and writes; so do the methods below."""
         return contextlib.nullcontext()
 
     def history(self) -> list[dict[str, float]]:
-        """Known to the first rank."""
+        """Empty: only the first rank reads it."""
         return []
 
     def _nothing(self, *_: Any) -> None:
@@ -215,7 +215,7 @@ class Follower(RunFolder):
 
 
 def _step_of(line: str) -> float:
-    """The step of a metrics line; infinity for one that a kill has cut short."""
+    """The step of a metrics line; infinity for an incomplete line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""Watches a run's numbers and says, once each, what goes wrong, why it probably does, and which flag helps.
+"""Watches a run's metrics and reports each problem once: what goes wrong, the likely reason, and which flag helps.
 
-A bound compares the last steps with the best that the run has had before, so that a slow decline is seen too. State is
-made of the lines of metrics.jsonl alone: a resumed run is fed what is there. docs/stops.md has the bounds' reasons.
+A bound compares the last steps with the run's best before, so that a slow decline is noticed too. The state comes only
+from the lines of metrics.jsonl: a resumed run is fed those. docs/stops.md gives the reasons for the bounds.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ import numpy as np
 
 from opsd.config import TrainConfig
 
-# Steps whose mean is compared; of a number that is logged more rarely, its last two values.
+# Number of steps whose mean is compared; of a metric that is logged less often, the last two values.
 WINDOW, REWARD_WINDOW = 5, 10
-# Fractions of rollouts: cut off, how many more than at best, or how many at all.
+# Fractions of rollouts that are truncated: the rise above the best, and the absolute bound.
 TRUNCATED_RISE, TRUNCATED = 0.25, 0.5
-# Lengths, as a multiple of the shortest within so many steps: slow growth may be what is taught.
+# Growth of lengths, as a multiple of the shortest within LENGTH_STEPS: slower growth may come from the teacher.
 LENGTH_GROWTH, LENGTH_STEPS = 1.5, 40
-# Fraction of tokens inside repeated n-grams, above the least.
+# Rise of the fraction of tokens inside repeated n-grams, above the lowest.
 REPETITION_RISE = 0.2
-# Fractions of the largest before: the chance of ending where the student ends, and the student's entropy.
+# Fractions of the highest value before: of the student's probability of its end token, and of its entropy.
 STOP_FALL, ENTROPY_FALL = 0.5, 0.25
-# Nats by which the teacher's log-probability of the student's ends is below the student's own.
+# Teacher's minus student's log-probability of the student's end tokens, in nats.
 STOP_DELTA_NATS = -5.0
-# Of the reward, a fraction; and how many standard errors of two windows' difference, prompts being the sample.
+# Fall of the reward, absolute and in standard errors (over prompts) of the difference of two windows.
 REWARD_FALL, STANDARD_ERRORS = 0.15, 4.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that goes wrong. name: its metric is health/NAME. text: one line for the user."""
+    """A problem. name: its metric is health/NAME. text: one line for the user."""
 
     name: str
     text: str
 
 
 class Recent(NamedTuple):
-    """The mean of a metric's last values, and the least and the largest that as many had in a row before these."""
+    """The mean of a metric's last values, and the lowest and highest mean of as many consecutive values before them."""
 
     now: float
     least: float
@@ -47,17 +47,17 @@ class Recent(NamedTuple):
 
 
 class Health:
-    """Fed with every step's metrics in their order; off: it says nothing."""
+    """Takes every step's metrics in order. If --health is off, it reports nothing."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._on, self._told = config.health != "off", set[str]()
         self._series: dict[str, list[tuple[int, float]]] = {}
-        # The least that a fall of the reward can mean: a prompt's rollouts stand or fall together.
+        # A smaller fall of the reward may be chance. Worst case: all rollouts of a prompt have the same reward.
         chance = STANDARD_ERRORS * 0.5 * (2 / (config.prompts_per_step * REWARD_WINDOW)) ** 0.5
         self._reward_fall = max(REWARD_FALL, chance)
 
     def see(self, metrics: dict[str, float]) -> list[Finding]:
-        """What this step's line shows for the first time."""
+        """The problems that this step's metrics show for the first time."""
         if not self._on:
             return []
         for name, value in metrics.items():
@@ -70,13 +70,13 @@ class Health:
         return new
 
     def _found(self, check: Callable[[], str | None]) -> Iterator[tuple[str, str]]:
-        """The check's name and what it says, where it says something and has not done so before."""
+        """The check's name and text, if it finds a problem that was not reported before."""
         name = check.__name__.removeprefix("_")
         if name not in self._told and (text := check()) is not None:
             yield name, f"health: {text}"
 
     def _recent(self, name: str, window: int = WINDOW, steps: int | None = None) -> Recent | None:
-        """A metric's last values beside those before, of the last `steps` only; None where there are too few yet."""
+        """A metric's last values and those before, within the last `steps`; None if there are too few yet."""
         series = self._series.get(name, [])
         if not series:
             return None
@@ -109,7 +109,7 @@ class Health:
             return None
         return (
             f"rollouts have grown from {recent.least:.0f} to {recent.now:.0f} tokens within {LENGTH_STEPS} steps: the "
-            "end is being unlearnt, or the teacher writes longer answers; give --select.stop_token always, or a "
+            "student forgets when to stop, or the teacher writes longer answers; give --select.stop_token always, or a "
             "smaller --optim.lr"
         )
 
@@ -118,14 +118,14 @@ class Health:
         recent = self._recent("stop/student_prob")
         if len(deltas) == 2 and max(deltas) <= STOP_DELTA_NATS:
             return (
-                f"where the student ends, the teacher gives the end e^{deltas[-1]:.0f} times the student's "
-                "probability: the stop will be trained away; the two end with different tokens, see the line about "
+                f"where the student ends, the teacher's probability of the end token is e^{deltas[-1]:.0f} times the "
+                "student's: the stop will be trained away; the two end with different tokens, see the line about "
                 "stops at the start (--rollout.stop_tokens), or student and teacher disagree on where to end"
             )
         if recent is None or recent.now > STOP_FALL * recent.largest:
             return None
         return (
-            f"the student's probability of ending where it ends has fallen from {recent.largest:.2f} to "
+            f"the student's probability of ending, where it ends, has fallen from {recent.largest:.2f} to "
             f"{recent.now:.2f}: the stop is being trained away; give --select.stop_token always, or see "
             "--rollout.stop_tokens"
         )
@@ -145,7 +145,7 @@ class Health:
             return None
         return (
             f"the student's entropy has collapsed from {recent.largest:.2g} to {recent.now:.2g} nats per token: it "
-            "writes one answer only; give --loss.divergence forward_kl or jsd, or a smaller --optim.lr"
+            "always writes the same answer; give --loss.divergence forward_kl or jsd, or a smaller --optim.lr"
         )
 
     def _reward(self) -> str | None:

@@ -1,4 +1,4 @@
-"""`opsd push RUN OWNER/NAME`: a run's newest checkpoint to the Hugging Face hub, with its model card."""
+"""`opsd push RUN OWNER/NAME`: uploads a run's newest checkpoint to the Hugging Face hub, with its model card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PushConfig(Settings):
 
 
 def push(config: PushConfig) -> str:
-    """Upload, and return the address. Raises UserError where there is no checkpoint, or the hub refuses."""
+    """Upload, and return the commit's URL. Raises UserError if there is no checkpoint, or the hub refuses."""
     try:
         validate_repo_id(config.name)
     except HFValidationError as error:
@@ -59,7 +59,7 @@ def push(config: PushConfig) -> str:
             f"push to {config.name}: {first_line(error)}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
     except Exception as error:
-        # Where there is no network: httpx's errors, or those of the copy that the hub's library brings.
+        # Without a network: errors of httpx, or of the copy that the hub's library includes.
         if type(error).__module__.startswith("httpx"):
             raise UserError(f"push to {config.name}: the hub cannot be reached ({first_line(error)})") from error
         raise

@@ -1,6 +1,6 @@
-"""What TensorBoard sees of a run: every number of metrics.jsonl as a curve, in RUN/tensorboard.
+"""A run in TensorBoard: every metric of metrics.jsonl as a curve, in RUN/tensorboard.
 
-TensorBoard is imported here only, and only where a run asks for it.
+TensorBoard is imported only here, and only if a run asks for it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Curves:
-    """Writes a run's curves. first_step: steps that are done; what was written of later ones no longer counts."""
+    """Writes a run's curves. first_step: number of steps done; values of later steps from before are purged."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
@@ -24,5 +24,5 @@ class Curves:
         self._writer.flush()
 
     def close(self) -> None:
-        """The run is over."""
+        """Close the file; the run is over."""
         self._writer.close()

@@ -1,11 +1,11 @@
 """The per-token record of a step, tokens/step_N.parquet: each token's statistics, and whether it was trained on.
 
 Columns: step, rollout (its id), position (in the response, from 0), token_id; entropy, reverse_kl, forward_kl,
-teacher_entropy, grad_norm and what else was scored (nats), top1_agree; labels of telemetry (quadrant, 1 to 4), kept.
+teacher_entropy, grad_norm and other scores (nats), top1_agree; labels of telemetry (quadrant, 1 to 4), kept.
 With `--telemetry.top_tokens K` also log_prob and teacher_log_prob of the token, and student_top_ids,
 student_top_log_probs, teacher_top_ids, teacher_top_log_probs: lists of K, likeliest first.
 
-Legend: N student tokens of a step, micro-batch by micro-batch; R of them recorded; K tokens named per row.
+Legend: N student tokens of a step, micro-batch by micro-batch; R of them recorded; K likeliest tokens per row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opsd.types import Rollout
 
 
 def recorded_rollouts(rollouts: list[Rollout], most: int) -> list[int]:
-    """Ids of at most `most` rollouts that hold student tokens, spread evenly: over prompts before samples of one."""
+    """Ids of at most `most` rollouts with student tokens, spread evenly: over prompts first, then over samples."""
     ids = sorted(rollout.id for rollout in rollouts if rollout.student_tokens())
     count = min(most, len(ids))
     return [ids[place * len(ids) // count] for place in range(count)]
@@ -41,8 +41,8 @@ def token_table(
 ) -> pd.DataFrame:
     """The step's record, one row per token, in the order of rollouts and positions.
 
-    At most `most` rollouts are in it (see `recorded_rollouts`); `top` holds their rows alone, in the order that they
-    have in `stats`. telemetry: what labels tokens.
+    It has at most `most` rollouts (see `recorded_rollouts`); `top` has only their rows, in the order of `stats`.
+    telemetry: labels the tokens.
     """
     recorded = recorded_rollouts(rollouts, most)
     row_R = torch.isin(stats.rollout_N.cpu(), torch.tensor(recorded, dtype=torch.int64)).nonzero().squeeze(1)
@@ -59,7 +59,7 @@ def token_table(
         columns |= _top_columns(*top)
     columns["position"] = np.empty(len(row_R), dtype=np.int64)
     for rollout in rollouts:
-        # A rollout's rows stand in the order of its tokens.
+        # A rollout's rows are in the order of its tokens.
         if rollout.id in recorded:
             columns["position"][columns["rollout"] == rollout.id] = np.flatnonzero(rollout.by_student)
     columns["step"] = np.full(len(row_R), step, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Where numbers go: the run folder always, the console (opsd/run/console.py), wandb and TensorBoard when asked."""
+"""Sends metrics to the run folder and the console (opsd/run/console.py), and if asked to wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the body's seconds to `name`; on CUDA the work that it queued is waited for."""
+        """Add the body's seconds to `name`; on CUDA this includes the work that it queued."""
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":
@@ -42,13 +42,13 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """`time/STAGE_s` of each stage, and `time/step_s` since this watch began."""
+        """`time/STAGE_s` of each stage, and `time/step_s` since this stopwatch was made."""
         seconds = {**self.seconds, "step": time.perf_counter() - self._start_s}
         return {f"time/{name}_s": value for name, value in seconds.items()}
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak of `peak_gib` start here on CUDA; that of a process on a CPU cannot be forgotten."""
+    """Reset the peak of `peak_gib` on CUDA; the peak of a process on a CPU cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -56,13 +56,13 @@ def forget_peak(device: torch.device) -> None:
 def peak_gib(device: torch.device) -> float:
     """Peak memory in GiB: CUDA memory allocated since `forget_peak`, or the process's peak resident size on CPU.
 
-    vLLM's pool in this process counts as allocated, asleep or not: PyTorch does not see that it was given back.
+    vLLM's pool in this process counts as allocated even while it sleeps: PyTorch does not see that it was freed.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():
-        # Unlike ru_maxrss, it forgets the process that started this one.
+        # Unlike ru_maxrss, it does not include the process that started this one.
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
@@ -103,7 +103,7 @@ class Tracker:
             self._curves.close()
 
     def finished(self) -> None:
-        """The run is over: where its model is, and what to do with it."""
+        """Print where the finished run's model is, and what to do next."""
         if self._config.track.progress:
             model, run = place(self._run.checkpoints, self._config.steps), self._run.path
             self.say(f"finished: the model is in {model}; for curves and evaluations run scripts/report.py {run}")
@@ -113,12 +113,12 @@ class Tracker:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def doing(self, what: str) -> None:
-        """Show what takes long just now."""
+        """Show what the run is doing, in place of a step's numbers."""
         self._bar.update(self._task, numbers=what)
         self._lines.doing(what)
 
     def stage(self, name: str) -> None:
-        """What a step is at."""
+        """Set the current stage of the step."""
         self._lines.stage = name
 
     def step(self, metrics: dict[str, float]) -> None:
@@ -137,7 +137,7 @@ class Tracker:
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raises UserError where a tracker is asked for that is not installed."""
+    """Raises UserError if a requested tracker is not installed."""
     asked = {"wandb": config.track.wandb != "off", "tensorboard": config.track.tensorboard}
     for name, wanted in asked.items():
         if wanted and importlib.util.find_spec(name) is None:

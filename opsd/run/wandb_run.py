@@ -1,6 +1,6 @@
-"""What wandb sees of a run: how it is grouped, which numbers sum it up, and a few of its rollouts as a table.
+"""A run in wandb: its group, its summary, and a few of its rollouts as a table.
 
-wandb is imported here only, and only where a run asks for it; metrics.jsonl is written whatever it does.
+wandb is imported only here, and only if a run asks for it; metrics.jsonl is written in any case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONGEST_TAG, LONGEST_GROUP = 64, 128
 
 
 def labels(config: TrainConfig, folder: Path) -> dict[str, str]:
-    """What runs are grouped by: recipe (the folder of run folders), pair, selector and seed, from resolved settings."""
+    """Labels that group runs, from the resolved settings: recipe (the parent folder), pair, selector and seed."""
     select = config.select
     kept = "" if select.by == ALL_TOKENS else f"-{100 * select.retention:g}"
     return {
@@ -40,7 +40,7 @@ def start(config: TrainConfig, folder: Path, mode: Literal["offline", "online"])
     return wandb.init(
         project=config.track.project,
         name=folder.name,
-        # One id for the run folder's life: a resumed run goes on under it, and no other run has it.
+        # The id is derived from the run's path: a resumed run keeps it, and no other run has it.
         id=f"{derive_seed(str(folder.resolve())):016x}",
         resume="allow",
         mode=mode,
@@ -48,7 +48,7 @@ def start(config: TrainConfig, folder: Path, mode: Literal["offline", "online"])
         group=" · ".join(label[name] for name in ("recipe", "pair", "selector"))[:LONGEST_GROUP],
         job_type=label["selector"][:LONGEST_TAG],
         tags=[text[:LONGEST_TAG] for text in label.values() if text],
-        # Beside the settings, by which charts group and filter: wandb does so best by keys at the top.
+        # The settings, and top-level keys by which charts can group and filter.
         config={
             **to_json(config),
             **{name: label[name] for name in ("recipe", "pair", "selector")},
@@ -59,10 +59,10 @@ def start(config: TrainConfig, folder: Path, mode: Literal["offline", "online"])
 
 
 def summary(metrics: Path) -> dict[str, float]:
-    """What a run comes to, from its metrics.jsonl: GiB, seconds, tokens, fractions; only what was logged.
+    """A run's summary, from its metrics.jsonl: GiB, seconds, tokens, fractions; only of metrics that were logged.
 
-    summary/peak_gib, mean_step_s, tokens, kept_frac; per suite SUITE/final, best, gain (final less the untrained).
-    wandb itself keeps each metric's last value beside these.
+    summary/peak_gib, mean_step_s, tokens, kept_frac; per suite SUITE/final, best, gain (final minus step 0).
+    wandb itself also keeps each metric's last value.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     logged = {

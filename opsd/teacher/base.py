@@ -1,4 +1,4 @@
-"""What every teacher must do."""
+"""The interface of every teacher."""
 
 from typing import Literal, Protocol
 
@@ -20,27 +20,27 @@ class Teacher(Protocol):
         ...
 
     def head_for(self, micro: MicroBatch) -> Head | None:
-        """What makes logits of a micro-batch's states: the vocabulary projection [V, E] of the teacher that scores it.
+        """The head for a micro-batch's states: the vocabulary projection [V, E] of the teacher that scores it.
 
-        None where it gives no states (`LogprobsTeacher`).
+        None if that teacher gives no states (`LogprobsTeacher`).
         """
         ...
 
     def end_step(self, step: int) -> None:
-        """A step is done, whose update was taken or left out; a call of all ranks."""
+        """Called on all ranks after every step, whether its update was taken or skipped."""
         return
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What must survive a checkpoint, as whole tensors on the first rank; a call of all ranks."""
+        """The state to save in a checkpoint, as whole tensors on the first rank. All ranks must call it."""
         return {}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse of `state`; every rank is given the whole. Raises KeyError where something is missing."""
+        """The inverse of `state`; every rank is given the whole. Raises KeyError if something is missing."""
         return
 
 
 def cached(tensor: torch.Tensor, where: Cache) -> torch.Tensor:
-    """States or weights as they wait for their turn: where they are, or in host memory (pinned beside a GPU)."""
+    """States or weights, kept for their turn where they are, or in host memory (pinned if they are on a GPU)."""
     if where == "device":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)

@@ -16,8 +16,8 @@ from opsd.types import Head, MicroBatch
 class LocalTeacher(Teacher):
     """Teacher on a loaded model, frozen and in eval mode. device: where the micro-batches are computed.
 
-    offload: between its turns the model lies in host memory (pinned beside a GPU); only its head and what is small stay
-    on the device. cache: where the states of a step wait, "device" or "host".
+    offload: between its turns the model is in host memory (pinned for a GPU); only its head and buffers stay on the
+    device. cache: where the states of a step are kept, "device" or "host".
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class LocalTeacher(Teacher):
         self.scorer, self._device = scorer.eval().requires_grad_(False), device
         self._cache: Cache = cache
         self._head = scorer.head.as_head().changed(Tensor.detach)
-        # The loss needs the head all along: it is never moved, nor are embeddings that are tied to it.
+        # The loss needs the head between turns too: it is never moved, nor are embeddings that are tied to it.
         stay = {id(p) for p in scorer.head.parameters()}
         moved = [p for p in scorer.parameters() if id(p) not in stay] if offload else []
         # Frozen weights never change: one host copy serves every turn, and nothing is copied back.
@@ -47,9 +47,9 @@ class LocalTeacher(Teacher):
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
-        """Within it the whole model is on the device."""
+        """Context in which the whole model is on the device."""
         for parameter, host in self._offloaded:
-            # From pinned memory the copy runs on while the next ones are asked for.
+            # From pinned memory the copies run asynchronously.
             parameter.data = host.to(self._device, non_blocking=True, copy=True)
         try:
             yield

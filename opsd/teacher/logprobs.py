@@ -1,7 +1,7 @@
 """A teacher behind any server that gives log-probabilities of a prompt's tokens: the likeliest, and the sampled one.
 
-Asked as vLLM's OpenAI-compatible server is: POST /v1/completions with token ids and `prompt_logprobs`. The exact
-divergence over the whole vocabulary is lost (`opsd.distill.top_log_probs`); a pooling server keeps it.
+Requests are those of vLLM's OpenAI-compatible server: POST /v1/completions with token ids and `prompt_logprobs`. The
+exact divergence over the whole vocabulary is lost (`opsd.distill.top_log_probs`); a pooling server keeps it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from opsd.distill.top_log_probs import packed
 from opsd.teacher.vllm import ServedTeacher, split
 from opsd.types import MicroBatch
 
-# Below it a probability is nothing in fp32; a server may say -inf, which no sum survives.
+# A log-probability below this is a probability of 0 in fp32; a server may return -inf, which would spoil sums.
 LEAST = -1e4
 
 
 class LogprobsTeacher(ServedTeacher):
-    """Gives, in the place of hidden states, what `packed` makes of top_logprobs + 1 entries per token."""
+    """Gives, in place of hidden states, top_logprobs + 1 entries per token, as `packed` stores them."""
 
     wanted = (
         "server with prompt_logprobs",
@@ -35,21 +35,22 @@ class LogprobsTeacher(ServedTeacher):
         """There is none."""
 
     def _sequences(self, micro: MicroBatch) -> list[list[int]]:
-        """With the token that follows each: what is known of a token stands at its own place, not at the one before."""
+        """Each with the token that follows it: the server gives a token's log-probability at the token itself, not at
+        the one before."""
         sampled = dict(zip(micro.rows_N.tolist(), micro.token_ids_N.tolist(), strict=True))
         found, end = [], 0
         for sequence in split(micro):
             end += len(sequence)
-            # Behind a sequence that ends in a tool's words stands nothing that is read.
+            # If a sequence ends with tool output, the entry after it is never read.
             found.append([*sequence, sampled.get(end - 1, sequence[-1])])
         return found
 
     def _asked(self, longest: int) -> int:
-        """All of them, and one that the server writes."""
+        """All of them, and one that the server generates."""
         return longest + 1
 
     def _states(self, url: str, sequences: list[list[int]]) -> list[Tensor]:
-        """For each token of a sequence but the first, what was known of it."""
+        """The entries of each token of a sequence but the first."""
         sequences = [sequence if len(sequence) > 1 else sequence * 2 for sequence in sequences]
         request = {
             "model": self._names[url],
@@ -69,10 +70,10 @@ class LogprobsTeacher(ServedTeacher):
         return found
 
     def _entry(self, known: dict[str, dict[str, float]], own: int) -> Tensor:
-        """One token's entries in a row: ids, then log-probabilities; -1 and 0 fill what is left. own: its id."""
+        """One token's entries as a row: ids, then log-probabilities, padded with -1 and 0. own: the token's id."""
         if not known or str(own) not in known:
             raise ValueError(f"no log-probability of a prompt's token {own}")
-        # A NaN fails too; rounding may put a certain token a little above 0.
+        # This also catches NaN; rounding may put the log-probability of a certain token slightly above 0.
         if wrong := [token for token, of in known.items() if not float(of["logprob"]) < 1e-2]:
             raise ValueError(f"{known[wrong[0]]['logprob']} as the log-probability of token {wrong[0]}")
         most = self._config.top_logprobs + 1

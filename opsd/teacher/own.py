@@ -1,4 +1,4 @@
-"""The student as its own teacher, within its own model: nothing but weights that differ is held besides."""
+"""The student as its own teacher, in the student's own model: only weights that differ take additional memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class SelfTeacher(Teacher):
     """Teacher in the engine's own model. Its weights, by config.weights:
 
     initial: the base of a student with adapters, which are off meanwhile. current: the student's, as they were at the
-    last refresh. ema: m·(what they were) + (1 − m)·(the student's) from refresh to refresh, in fp32, m = config.ema.
-    What is held lies as the engine's master weights do: a share on each rank where these are shared out. A refresh
-    comes behind every step that config.every divides.
+    last refresh. ema: at each refresh m·(the old ones) + (1 − m)·(the student's), in fp32, m = config.ema.
+    They are held like the engine's master weights: as a share on each rank, if the engine partitions those. A refresh
+    follows every step that is a multiple of config.every.
     """
 
     def __init__(self, engine: Engine, config: TeacherConfig) -> None:
@@ -37,7 +37,7 @@ class SelfTeacher(Teacher):
             return [cached(self._engine.forward(micro, self._states), self._config.cache) for micro in batches]
 
     def head_for(self, micro: MicroBatch) -> Head:
-        """That of the last call of `hidden`."""
+        """The head as it was in the last call of `hidden`."""
         assert self._head is not None
         return self._head
 
@@ -60,6 +60,6 @@ class SelfTeacher(Teacher):
         return self._engine.lent(self._shares) if self._shares else contextlib.nullcontext()
 
     def _states(self, hidden_ND: Tensor, head: Head) -> Tensor:
-        # What stands in the head's place now is let go by its parameter, not overwritten; but ZeRO-3 gathers it anew.
+        # The parameter will get another tensor, and this one is not overwritten. Not so under ZeRO-3: clone it there.
         self._head = head.changed(lambda part: part.detach().clone() if hasattr(part, "ds_id") else part.detach())
         return hidden_ND

@@ -9,9 +9,9 @@ from opsd.types import Head, MicroBatch
 
 
 class RoutedTeacher(Teacher):
-    """Teacher made of several, by name; a micro-batch says which one is its own. Their hidden sizes may differ.
+    """Teacher made of several, by name; each micro-batch names its own. Their hidden sizes may differ.
 
-    One after another computes: of those that are offloaded, only one is on the device at a time.
+    They compute one after another: only one offloaded teacher is on the device at a time.
     """
 
     def __init__(self, teachers: dict[str, Teacher]) -> None:

@@ -1,4 +1,4 @@
-"""A teacher that no rank could hold alone: ZeRO-3 shards over the ranks that train."""
+"""A teacher that is too large for one rank: ZeRO-3 shards over the ranks that train."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from opsd.utils.errors import UserError
 
 
 class ShardedTeacher(Teacher):
-    """Teacher whose weights are spread over the ranks, each layer gathered where it is needed.
+    """Teacher whose weights are sharded over the ranks, each layer gathered when it is needed.
 
-    Every rank calls `hidden` with as many micro-batches. The head is whole on every rank: the loss needs it all along.
-    offload: shards lie in host memory while no layer needs them.
+    All ranks call `hidden` with the same number of micro-batches. The head is whole on every rank, for the loss.
+    offload: shards are in host memory while no layer needs them.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ShardedTeacher(Teacher):
         self._cache: Cache = cache
         deepspeed = import_deepspeed(device)
         settings, name = _settings(dtype, offload), f"--teacher {path}"
-        # In shards transformers does not say which weights the model has no place for.
+        # When it loads in shards, transformers does not report weights that the model has no place for.
         if not check_whole(path, "--teacher", trust):
             raise UserError(
                 f"{name}: its weights are quantised and cannot be sharded; give a folder with unquantised ones"
@@ -54,7 +54,7 @@ class ShardedTeacher(Teacher):
             self._scorer = Scorer(model, packed=True).eval().requires_grad_(False)
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    # Whole for as long as it runs: some read a weight of another module's (Mamba its convolution's).
+                    # Keep a layer whole while it runs: some read another module's weight (Mamba its convolution's).
                     deepspeed.utils.set_z3_leaf_module(layer, True)
             deepspeed.initialize(model=self._scorer, config=settings)
             self._scorer.head.transform = transform_of(model, name)
@@ -73,10 +73,10 @@ class ShardedTeacher(Teacher):
 
 
 def _load_in_shards(path: str, dtype: torch.dtype, device: torch.device, settings: dict[str, Any], trust: bool) -> Any:
-    """The model, each weight spread out as soon as it is read: no rank ever holds the whole."""
+    """The model, each weight sharded as soon as it is read: no rank ever holds all of them."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    # transformers loads in shards while this object lives.
+    # transformers loads in shards while this object exists.
     alive = HfDeepSpeedConfig(settings)
     model = load_model(path, "--teacher", dtype, device, trust)
     del alive
@@ -88,7 +88,7 @@ def _settings(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        # DeepSpeed wants a count; nothing is trained here.
+        # DeepSpeed requires a count; nothing is trained here.
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},

@@ -1,6 +1,6 @@
 """A teacher served by vLLM: final hidden states over HTTP, so that the loss keeps the exact whole-vocabulary KL.
 
-The server is a vLLM pooling engine (scripts/serve_teacher.sh); servers of log-probabilities give only a top few.
+The server is a vLLM pooling engine (scripts/serve_teacher.sh); servers of log-probabilities give only the top few.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from opsd.types import Head, MicroBatch
 from opsd.utils.errors import RunStopped, UserError, first_line
 from opsd.utils.going_on import advice
 
-# Sequences in a request: the answer's header names each, and HTTP libraries cut headers at 64 KiB.
+# Maximum sequences per request: the answer's header lists each, and HTTP libraries limit headers to 64 KiB.
 SEQUENCES_PER_REQUEST = 64
 BACKOFF_S = 0.5
-# What no answer, half of one, or one that makes no sense comes to.
+# Errors raised for a missing, incomplete or malformed answer.
 _NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 
 
 class ServedTeacher(Teacher):
-    """Teacher on one or more replicas of a server: what asks, tries again and puts answers in their places.
+    """Teacher on one or more replicas of a server: sends requests, retries them, and puts the answers in order.
 
-    width, dtype: of what it gives per token. Requests go round the replicas; one that fails is tried again on the next,
+    width, dtype: of its output per token. Requests rotate over the replicas; one that fails is retried on the next,
     config.retries times, then the run stops.
     """
 
-    # What must answer, and how to start one.
+    # The kind of server that must answer, and how to start one.
     wanted: ClassVar[tuple[str, str]]
 
     def __init__(
         self, config: TeacherConfig, width: int, dtype: torch.dtype, device: torch.device, rank: int = 0
     ) -> None:
         self._config, self._width, self._dtype, self._rank = config, width, dtype, rank
-        # Where the states wait for the student's turn.
+        # Where the states are kept until the student's turn.
         self._waits = device if config.cache == "device" else torch.device("cpu")
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
-        # The teacher is near: a proxy meant for the wide network would only be in the way.
+        # Use no proxy: the teacher is on the local network.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._pool = ThreadPoolExecutor(2 * len(config.urls))
         self._names: dict[str, str] = {}
 
     def connect(self, longest: int = 0) -> None:
-        """Ask every replica what it serves, and for the states of one token. Raises UserError where that fails.
+        """Ask every replica what it serves, and for the states of one token. Raises UserError if that fails.
 
-        longest: tokens of the longest sequence that it will be asked for.
+        longest: tokens of the longest sequence that it will have to score.
         """
         for url in self._config.urls:
             try:
@@ -85,7 +85,7 @@ class ServedTeacher(Teacher):
                 )
 
     def hidden(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """Raises RunStopped where no replica answers."""
+        """See Teacher. Raises RunStopped if no replica answers."""
         return list(self._pool.map(self._of_batch, range(len(batches)), batches))
 
     @abstractmethod
@@ -93,11 +93,11 @@ class ServedTeacher(Teacher):
         """[L, width] of each sequence of L tokens, on the CPU."""
 
     def _sequences(self, micro: MicroBatch) -> list[list[int]]:
-        """What is asked about a micro-batch; the states of its L tokens come back."""
+        """The sequences to send for a micro-batch; the server returns the states of its L tokens."""
         return split(micro)
 
     def _asked(self, longest: int) -> int:
-        """Tokens that a server must take for a sequence of so many: its last token is never read."""
+        """Tokens that a server must accept for a sequence of `longest` tokens: the last one is never sent."""
         return longest - 1
 
     def _of_batch(self, place: int, micro: MicroBatch) -> Tensor:
@@ -121,7 +121,7 @@ class ServedTeacher(Teacher):
                 return states
             except urllib.error.HTTPError as error:
                 if error.code < 500:
-                    # A request that is refused once is refused always.
+                    # A refused request would be refused again.
                     raise RunStopped(f"the teacher at {url} refuses a request: {self._reason(error)}") from error
                 last = error
             except _NO_ANSWER as error:
@@ -190,10 +190,10 @@ def split(micro: MicroBatch) -> list[list[int]]:
 
 
 def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Head:
-    """The head of the model that is served, with what becomes of its output, read without its layers.
+    """The head of the served model and its transform, read without the model's layers.
 
-    It is the one that vLLM takes of the folder, in plain numbers: where head and embeddings are tied, these. Raises
-    UserError where the folder is not whole, or where its model's logits are not hidden·head.
+    It is the head that vLLM uses for the folder, dequantised; if head and embeddings are tied, the embeddings. Raises
+    UserError if the folder is incomplete, or if its model's logits are not hidden·head.
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"--teacher {path}: no config.json there; give the folder of the model that is served")
@@ -202,8 +202,8 @@ def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach |
     check_positions(model.config, reach.spans, f"--teacher {path}")
     if (switch := rope_switch(model.config)) is not None and reach.longest > switch:
         raise UserError(
-            f"--teacher {path}: its rotary embeddings change past {switch} tokens, but in vLLM at every length; give "
-            "--teacher.kind local"
+            f"--teacher {path}: its rotary embeddings change beyond {switch} tokens, but vLLM changes them at every "
+            "length; give --teacher.kind local"
         )
     with running(f"--teacher {path}"):
         transform = find_transform(model, f"--teacher {path}")

@@ -1,1 +1,1 @@
-"""What every other package may use, and what uses none of them."""
+"""Helpers that every other package may use and that use none of them."""

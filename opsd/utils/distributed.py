@@ -19,7 +19,7 @@ from opsd.utils.errors import UserError
 from opsd.utils.going_on import advice
 
 Value = TypeVar("Value")
-# Where ranks meet before anything else, and where the first of them to fail says so.
+# The store through which ranks meet, and in which the first rank to fail is recorded.
 _store: Any = None
 _closers: list[Callable[[], None]] = []
 _wait_s = 0.0
@@ -35,7 +35,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes files and speaks."""
+        """Whether this is the one rank that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: Value) -> list[Value]:
@@ -63,10 +63,10 @@ class Ranks:
         return total
 
     def concatenate(self, rows: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows, in the order of ranks; how many a rank has may differ, none is fine."""
+        """All ranks' rows, in the order of ranks; their numbers may differ and may be 0."""
         if self.world_size == 1:
             return rows
-        # Bytes travel whatever the type, padded to the longest rank's.
+        # Sent as bytes, so that any dtype works, padded to the longest rank's.
         flat = rows.contiguous().view(-1).view(torch.uint8)
         counts = self.gather(flat.numel())
         padded = flat.new_zeros(max(counts))
@@ -81,19 +81,19 @@ ONE_RANK = Ranks()
 
 
 def world_size() -> int:
-    """How many processes the launcher started; 1 without one."""
+    """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device, wait_s: float = 1800.0) -> Ranks:
-    """Meet the other processes. device: where tensors that they exchange may lie, besides the CPU.
+    """Join the other processes of the run. device: where tensors that they exchange may be, besides the CPU.
 
-    wait_s: how long one may wait for the others before it gives up.
+    wait_s: how long a process waits for the others before it gives up, in seconds.
     """
     global _store, _wait_s
     _wait_s = wait_s
     if world_size() == 1:
-        # What a launcher would have said; DeepSpeed asks for it.
+        # A launcher would set this; DeepSpeed reads it.
         os.environ.setdefault("LOCAL_RANK", "0")
     if not distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -103,14 +103,14 @@ def join(device: torch.device, wait_s: float = 1800.0) -> Ranks:
             _store, rank, size = _meet()
         group_store = distributed.PrefixStore("opsd", _store)
         limit = timedelta(seconds=wait_s)
-        # For the groups that DeepSpeed and vLLM make: they name no limit, and torch's own is 10 or 30 minutes.
+        # For the groups that DeepSpeed and vLLM make without a limit; torch's default is 10 or 30 minutes.
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
         distributed.init_process_group(backend, timeout=limit, store=group_store, rank=rank, world_size=size)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
 def _meet() -> tuple[Any, int, int]:
-    """The launcher's store, this process's rank and their number."""
+    """The launcher's store, this process's rank and the number of ranks."""
     try:
         return next(rendezvous("env://"))
     except distributed.DistNetworkError as error:
@@ -123,12 +123,12 @@ def _meet() -> tuple[Any, int, int]:
 
 
 def before_leaving(close: Callable[[], None]) -> None:
-    """Have `close` called by `leave`, for what works over the ranks' group and must end before it."""
+    """Have `leave` call `close`, for anything that uses the ranks' process group and must end before it."""
     _closers.append(close)
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of a run that went well."""
+    """Leave the process group, at the end of a successful run."""
     while _closers:
         _closers.pop()()
     if distributed.is_initialized():
@@ -136,10 +136,10 @@ def leave() -> None:
 
 
 def first_to_fail(or_left: bool) -> bool:
-    """Whether this rank is the one to say what went wrong: the others fall with it, and would only echo it.
+    """Whether this rank should report the error: the other ranks fail because of it, and would only repeat it.
 
-    Before the ranks have met, all of them read the same command line, so the first speaks for all.
-    or_left: also where the first rank, which keeps the store, is gone or frozen: nobody knows whether it could speak.
+    Before the ranks have joined, all of them read the same command line, so the first one reports for all.
+    or_left: rank 1 reports if the first rank, which keeps the store, has ended or hangs and may not have reported.
     """
     if _store is None or world_size() == 1:
         return int(os.environ.get("RANK", "0")) == 0
@@ -149,8 +149,8 @@ def first_to_fail(or_left: bool) -> bool:
         with contextlib.suppress(RuntimeError):
             answers.append(_store.add("failures", 1))
 
-    # torchrun keeps a store of its own; under DeepSpeed's launcher the first rank keeps it. Where that one is gone,
-    # asking fails; where it is frozen, asking takes for ever.
+    # torchrun keeps its own store; under DeepSpeed's launcher the first rank keeps it. If that rank has ended, asking
+    # fails; if it hangs, asking takes for ever.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_ANSWER_S)
@@ -158,7 +158,7 @@ def first_to_fail(or_left: bool) -> bool:
 
 
 def contact_lost(error: Exception) -> str | None:
-    """What to say where `error` is the group's own: another process has ended, or did not come in time. Else None."""
+    """The message for an error of the process group: another process has ended, or did not respond in time; or None."""
     text = str(error)
     if not (isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)):
         return None
@@ -168,7 +168,7 @@ def contact_lost(error: Exception) -> str | None:
 
 
 def local_device(name: str, flag: str = "--engine.device") -> torch.device:
-    """auto, cpu or cuda as this process's device. Raises UserError for CUDA where there is none."""
+    """This process's device for auto, cpu or cuda. Raises UserError for cuda if there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{flag} cuda: PyTorch finds no CUDA device here; give cpu, or auto")
     if name == "auto":

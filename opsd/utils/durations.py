@@ -1,4 +1,4 @@
-"""Spans of time as people read them."""
+"""Durations in words."""
 
 
 def in_words(seconds: float) -> str:

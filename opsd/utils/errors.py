@@ -1,4 +1,4 @@
-"""The ways in which a command, or a step, ends early on purpose, and how others' exceptions become one of them."""
+"""Exceptions that end a command, or a step, early on purpose, and how those of others become one of them."""
 
 import sys
 from collections.abc import Iterator
@@ -28,23 +28,22 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run cannot go on (its numbers are not finite, its parts disagree). The message is one line.
+    """A run cannot continue (its numbers are not finite, its parts disagree). The message is one line.
 
-    The command line prints it on stderr and exits with code 1; the run folder can be looked at, and resumed from its
-    newest checkpoint.
+    The command line prints it on stderr and exits with code 1; the run can be resumed from its newest checkpoint.
     """
 
 
 class StepUnusable(RunStopped):
-    """A step cannot be trained on: its numbers are not finite, or it has no token. The message is one line.
+    """A step cannot be trained on: its numbers are not finite, or it has no tokens. The message is one line.
 
-    Every rank raises it, with the weights, the optimiser and the selector as they were before the step: the run can
-    stop, or leave the step out (--optim.on_nonfinite).
+    Every rank raises it. Weights, optimiser and selector are as before the step, so the run can stop or skip the step
+    (--optim.on_nonfinite).
     """
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its type's name where it has none."""
+    """The first line of an exception's message; its type's name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -76,8 +75,8 @@ def said(what: str, give: str, *kinds: type[BaseException]) -> Iterator[None]:
 
 @contextmanager
 def exits_on_bad_input(script: str) -> Iterator[None]:
-    """A script as the command line does it: a UserError within ends the process with one line on stderr, exit code 2;
-    whoever reads its output may leave."""
+    """For scripts, as for the command line: a UserError ends the process with one line on stderr and exit code 2;
+    a closed output pipe is ignored."""
     outlive_readers()
     try:
         yield

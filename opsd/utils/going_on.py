@@ -1,4 +1,4 @@
-"""What a message that ends a command may promise: to go on only where something on the disk can be gone on from."""
+"""Advice at the end of an error message: it says how to continue only if something was saved to continue from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _from: str | None = None
 
 
 def can_go_on(how: str) -> None:
-    """From now on the command can be gone on with, e.g. by "--resume RUN"."""
+    """From now on the command can be continued, e.g. with "--resume RUN"."""
     global _from
     _from = how
 

@@ -1,4 +1,4 @@
-"""Out of memory: which part of a run it is about, and which flag helps."""
+"""Out of memory: names the stage of the run and the flags that help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from opsd.utils.errors import RunStopped, first_line, is_out_of_memory
 
-# What takes less memory, by stage of a run. No flag of these changes what is learned: a resumed run may take them.
+# What saves memory, by stage of a run. None of these flags changes what is learned: a resumed run may take them.
 HELP = {
     "loading": "--teacher.offload True or --teacher.shard True reduce what the teacher holds, "
     "--engine.kind deepspeed with --engine.zero_stage 3 shards the student",
@@ -24,7 +24,7 @@ WORDS = {"loading": "loading stage", "student": "student's forward and backward"
 
 @contextlib.contextmanager
 def memory_for(stage: str, then: str = "continue with --resume") -> Iterator[None]:
-    """Within it, memory that runs out stops the run in one line: RunStopped with the stage and what helps it."""
+    """Context in which running out of memory raises RunStopped, with one line: the stage and what helps."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Where models, records and runs lie: looked at before the libraries that read them are loaded, which takes seconds."""
+"""Checks the paths of models, records and runs before the libraries that read them are loaded, which takes seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_name(model: str) -> str:
 
 
 def check_model_path(path: str, flag: str) -> None:
-    """A path must be a folder with a config.json, or a hub name (owner/name). Raises UserError."""
+    """Raises UserError unless the path is a folder with a config.json, or a hub name (owner/name)."""
     folder = Path(path)
     if not path:
         raise UserError(f"{flag} is empty; give a Hugging Face model folder")
@@ -33,14 +33,14 @@ def check_model_path(path: str, flag: str) -> None:
 
 
 def check_model_name(path: str, flag: str) -> None:
-    """A model that is a folder here, or that the hub or its cache has. Raises UserError, offline in seconds."""
+    """Raises UserError unless the model is a folder, or on the hub or in its cache; takes only seconds offline."""
     check_model_path(path, flag)
     if not Path(path).is_dir() and not hub_answers():
         check_hub_cache({flag: path})
 
 
 def check_records_path(path: Path) -> None:
-    """A file of records must be there, and of a form that is read. Raises UserError."""
+    """Raises UserError unless the file of records exists and has a known format."""
     if not path.is_file():
         wrong = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"prompt file {path} {wrong}; give a .jsonl or .parquet file")
@@ -49,7 +49,7 @@ def check_records_path(path: Path) -> None:
 
 
 def check_new_run(path: Path) -> None:
-    """Raises UserError where no new run can be put: one that trained a step is there already, or something else is."""
+    """Raises UserError if a new run cannot be put there: there is a run that trained a step, or something else."""
     try:
         if (begun := (path / "config.json").exists()) and not trained_nothing(path):
             raise UserError(f"--out {path} holds a run already; give --resume {path}, or another --out")
@@ -62,7 +62,7 @@ def check_new_run(path: Path) -> None:
 
 
 def trained_nothing(path: Path) -> bool:
-    """Whether a run's folder is what a run leaves that ended before its first step did: no step, no checkpoint."""
+    """Whether a folder is that of a run that ended before its first step was complete: no step, no checkpoint."""
     if (path / "DONE").exists() or any((path / "checkpoints").glob("*step_*")):
         return False
     metrics = path / "metrics.jsonl"
@@ -70,12 +70,12 @@ def trained_nothing(path: Path) -> bool:
         lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         return "student" in json.loads((path / "config.json").read_text()) and not any(line["step"] for line in lines)
     except (ValueError, TypeError, KeyError):
-        # Damaged, or no run's: to be looked at.
+        # Damaged, or not a run's folder: the user must look at it.
         return False
 
 
 def check_old_run(path: Path) -> None:
-    """Raises UserError where there is no run."""
+    """Raises UserError if there is no run."""
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no run there (config.json is missing); give a run folder")
 
@@ -93,11 +93,11 @@ def hub_answers() -> bool:
 
 
 def check_hub_cache(names: dict[str, str]) -> None:
-    """Without the hub, what it named must be in its cache; its library then looks there alone, and not for minutes.
+    """Checks that models are in the hub's cache, and makes the hub's library read only that, instead of retrying.
 
     names: hub names by their flags. Raises UserError.
     """
-    # Read as the library is loaded: it must not be loaded yet.
+    # The library reads this when it is imported, so it must not be imported yet.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from huggingface_hub import try_to_load_from_cache
 

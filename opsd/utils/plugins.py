@@ -1,4 +1,4 @@
-"""Rules by name, and objects of the user's own by the path "module:Name"; found before torch is loaded."""
+"""Finds rules by name, and the user's own objects by the path "module:Name", before torch is loaded."""
 
 import contextlib
 import difflib
@@ -20,7 +20,7 @@ ALL_TOKENS = "all"
 
 @cache
 def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group by name, in the order of their names. Read once: every package is looked at."""
+    """The entry points of a group by name, sorted by name. Cached, because every installed package is searched."""
     return {point.name: point for point in sorted(entry_points(group=group), key=lambda point: point.name)}
 
 
@@ -30,14 +30,14 @@ def selector_names() -> list[str]:
 
 
 def check_selector_name(name: str) -> None:
-    """Raises UserError for a selector that is not installed, or whose module is not there; imports nothing of it."""
+    """Raises UserError for a selector that is not installed, or whose module does not exist; does not import it."""
     if name in selector_names():
         return
     if ":" not in name:
         near = difflib.get_close_matches(name, selector_names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown selector {name!r}: {hint}known: {', '.join(selector_names())}, or 'module:Name'")
-    # Of a dotted name the outermost package: to find the inner ones would import it.
+    # Of a dotted name only the outermost package: finding the inner ones would import it.
     module = name.partition(":")[0].partition(".")[0]
     with _current_folder():
         if module and module not in sys.modules and importlib.util.find_spec(module) is None:
@@ -45,9 +45,9 @@ def check_selector_name(name: str) -> None:
 
 
 def load_path(path: str, what: str, give: str) -> Any:
-    """What a "module:Name" names, in the current folder too. what: the option that named it.
+    """The object that "module:Name" names; modules in the current folder count too. what: the option that named it.
 
-    Raises UserError where it cannot be imported.
+    give: what the message suggests. Raises UserError if it cannot be imported.
     """
     module, _, attribute = path.partition(":")
     if module.endswith(".py"):
@@ -59,13 +59,13 @@ def load_path(path: str, what: str, give: str) -> Any:
             return getattr(found, attribute)
         except UserError as error:
             raise UserError(f"{what} {path!r}: {error}") from error
-        except (Exception, SystemExit) as error:  # a module of the user's own may do anything when it is imported
+        except (Exception, SystemExit) as error:  # a user's module may do anything when it is imported
             said = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{what} {path!r} cannot be loaded ({said}); give {give}") from error
 
 
 def _check_not_hidden(module: str, found: Any) -> None:
-    """Raises UserError where a file here has the name of an installed module, which was imported in its place."""
+    """Raises UserError if a file here has the name of an installed module, which was imported instead."""
     here = Path(f"{module}.py")
     if here.is_file() and Path(getattr(found, "__file__", None) or "").resolve() != here.resolve():
         raise UserError(f"{here} of this folder is hidden by the installed module {module!r}; rename the file")
@@ -73,7 +73,7 @@ def _check_not_hidden(module: str, found: Any) -> None:
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-    """Within it modules of the current folder are found: last, so that none stands in for a library."""
+    """Context in which modules of the current folder are found, after all others, so that none replaces a library."""
     sys.path.append(os.getcwd())
     try:
         yield

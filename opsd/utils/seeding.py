@@ -1,4 +1,4 @@
-"""Seeds made from seeds, so that nothing random has to be carried in a checkpoint."""
+"""Seeds derived from seeds, so that a checkpoint needs no random state."""
 
 import contextlib
 import hashlib
@@ -15,13 +15,13 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def below(rng: Random, limit: int) -> int:
-    """A uniform integer in 0 … limit−1, from `random()`: the one draw that Python keeps across its versions."""
+    """A uniform integer in 0 … limit−1, from `random()`, whose values Python keeps the same across versions."""
     return int(rng.random() * limit)
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run the body with torch's generators at `seed`, then put them back as they were."""
+    """Run the body with torch's generators at `seed`, then restore their state."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""The key of a served teacher, asked for on every path: vLLM itself guards /v1 with it, and /pooling is not below that.
+"""Requires a served teacher's key on every path: vLLM itself requires it only below /v1, where /pooling is not.
 
-scripts/serve_teacher.sh hands `KeyOnEveryPath` to vLLM's --middleware. The standard library alone is imported, so that
-a machine that only serves needs no more than vLLM.
+scripts/serve_teacher.sh passes `KeyOnEveryPath` to vLLM's --middleware. Only the standard library is imported, so that
+a machine that only serves needs nothing but vLLM.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-# Says that the server is up, and nothing else.
+# This path only says that the server is up.
 OPEN = "/health"
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 App = Callable[[dict[str, Any], Any, Send], Awaitable[None]]
 
 
 class KeyOnEveryPath:
-    """ASGI middleware: requests without `Authorization: Bearer $VLLM_API_KEY` get status 401, but for OPEN.
+    """ASGI middleware: requests without `Authorization: Bearer $VLLM_API_KEY` get status 401, except for OPEN.
 
-    Raises KeyError where VLLM_API_KEY is not set.
+    Raises KeyError if VLLM_API_KEY is not set.
     """
 
     def __init__(self, app: App) -> None:

@@ -1,7 +1,7 @@
 """SIGTERM, Ctrl-C, a closed terminal: the first signal asks a run to save and stop, a second one ends it at once.
 
-Signals are heard by a thread, through Python's wake-up descriptor: a process that waits in a collective runs no Python
-handler, and must still be ended by a second signal.
+A thread receives signals through Python's wake-up descriptor: a process that waits in a collective runs no Python
+handler, but a second signal must still end it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import NoReturn
 
 from opsd.utils.going_on import advice
 
-# Launchers send two signals in a row (deepspeed's within 0.1 s), and a terminal's Ctrl-C reaches a process both from
-# the terminal and from its launcher: only what comes later is a second request.
+# Launchers send two signals in a row (deepspeed's within 0.1 s), and Ctrl-C reaches a process both from the terminal
+# and from its launcher: only a signal after this time is a second request.
 REPEAT_S = 1.0
 
 
 def to_hear() -> list[signal.Signals]:
-    """The signals that ask to stop. Under nohup the closing of a terminal is none: it is ignored there."""
+    """The signals that ask to stop. Under nohup, SIGHUP (a closed terminal) is ignored and not among them."""
     hangs_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGTERM, signal.SIGINT, *hangs_up]
 
 
 def interrupted() -> str:
-    """What to say of a signal that nothing has prepared for."""
+    """The message for a signal outside `heeded`."""
     return f"interrupted; {advice()}"
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends this process; the message is one line. orderly: all ranks agreed to, at the same place."""
+    """A signal ends this process; the message is one line. orderly: all ranks agreed to stop, at the same place."""
 
     def __init__(self, number: int, message: str, orderly: bool = False) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Listener:
-    """What has been heard. heeding: the run looks at `asked` itself, so the first signal raises nothing."""
+    """Receives signals. heeding: the run checks `asked` itself, so the first signal raises nothing."""
 
     def __init__(self) -> None:
         self.heeding, self.asked, self._first_s = False, 0, 0.0
@@ -51,20 +51,20 @@ class _Listener:
         os.set_blocking(self._write, False)
 
     def open(self) -> None:
-        """From now on."""
+        """Start listening."""
         self._old_descriptor = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._old_handlers = {number: signal.signal(number, self._handle) for number in to_hear()}
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def close(self) -> None:
-        """As it was before `open`."""
+        """Stop listening, and restore the handlers."""
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_descriptor)
         os.close(self._write)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread. Where nothing looks for the request, it ends what runs."""
+        """Runs in the main thread. If the run does not check `asked`, the signal raises."""
         if not self.heeding:
             raise Interrupted(number, interrupted())
 
@@ -90,7 +90,7 @@ _listener: _Listener | None = None
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Within it the signals of `to_hear` raise Interrupted, or are `heeded`. Only the main thread hears them."""
+    """Context in which the signals of `to_hear` raise Interrupted, or are `heeded`; only in the main thread."""
     global _listener
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -106,7 +106,7 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-    """Within it the first signal only sets `asked`: the caller looks there, saves, and stops."""
+    """Context in which the first signal only sets `asked`: the caller checks it, saves, and stops."""
     if _listener is None:
         yield
         return
@@ -118,15 +118,15 @@ def heeded() -> Iterator[None]:
 
 
 def asked() -> int:
-    """The signal that asked to stop; 0 for none, and where nobody listens."""
+    """The signal that asked to stop; 0 if there was none, or outside `heard`."""
     return 0 if _listener is None else _listener.asked
 
 
 def end(code: int) -> NoReturn:
-    """Leave the process. One of several leaves at once: whatever it waited for, the others would wait for it.
+    """End the process. One of several processes ends at once, because the others might wait for it meanwhile.
 
-    What libraries would still tear down is skipped then: once in some runs on a busy machine that aborted a rank whose
-    work was done, and its launcher called the whole run a failure.
+    The libraries' clean-up is skipped then: on a busy machine it sometimes aborted a rank whose work was done, and the
+    launcher reported the whole run as failed.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
@@ -136,8 +136,8 @@ def end(code: int) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    """On stderr, by the first rank; not through Python's buffers, which the main thread may hold."""
-    # Ctrl-C has ended a `| tee` as well.
+    """Print on stderr, on the first rank; not through Python's buffers, which the main thread may have locked."""
+    # Ctrl-C may have ended a `| tee`, too.
     with contextlib.suppress(OSError):
         if os.environ.get("RANK", "0") == "0":
             os.write(2, f"opsd: {line}\n".encode())

@@ -1,4 +1,4 @@
-"""Output that may lose its reader."""
+"""Output whose reader may end before the process does."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import os
 import sys
 from typing import Any
 
-# A pipe whose reader has ended, as in `| head`; a terminal that was closed.
+# Errors of a pipe whose reader has ended, as in `| head`, and of a closed terminal.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _STDERR = 2
 
 
 class _Outliving(io.FileIO):
-    """An output of this process. If its reader has left, it is dropped from then on.
+    """An output of this process. Once its reader has ended, further output is dropped.
 
-    Lines on stderr for which a disk has no space are dropped too: the run itself may write to another one. Results on
+    Lines on stderr for which a disk has no space are dropped too: the run itself may write to another disk. Results on
     stdout are not.
     """
 
@@ -36,12 +36,12 @@ class _Outliving(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """From now on whoever read stdout or stderr may leave: a run goes on, and the text of --help ends quietly."""
+    """From now on the readers of stdout and stderr may end: a run continues, and `--help | head` ends quietly."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # Not one that stands in for it, such as a test's.
+        # Not a replacement of it, such as a test's.
         if stream is not None and stream is getattr(sys, f"__{name}__"):
-            with contextlib.suppress(OSError):  # what it holds for somebody who has left already
+            with contextlib.suppress(OSError):  # its reader may have ended already
                 stream.flush()
             raw = io.BufferedWriter(_Outliving(stream.fileno(), "w", closefd=False))
             line_by_line = stream.line_buffering or name == "stderr"

@@ -1,4 +1,4 @@
-"""A run folder's record of one step to what the page shows: plain JSON values, texts by number."""
+"""Turn a run folder's record of one step into the page's data: plain JSON values, with texts by index."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUMBERS = {
 
 
 def recorded_steps(run: Path) -> list[int]:
-    """The steps with a token record, ascending. Raises UserError where `run` is not a run or holds none."""
+    """The steps with a token record, ascending. Raises UserError if `run` is not a run or holds none."""
     check_old_run(run)
     found = [re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "tokens").glob("step_*.parquet")]
     steps = sorted(int(match[1]) for match in found if match)
@@ -79,7 +79,7 @@ def collect(run: Path, step: int, most_rollouts: int, most_tokens: int) -> dict[
 def _rollout(
     number: int, group: pd.DataFrame, written: dict[str, Any] | None, texts: Texts, labels: Labels
 ) -> dict[str, Any]:
-    """One rollout: all its tokens in `ids`, and statistics in lists that skip tokens of tools (`at`: their places)."""
+    """One rollout: all its tokens in `ids`; statistics in lists that skip tool tokens (`at`: the index of each)."""
     ids = [int(i) for i in group["token_id"]] if written is None else written["response_ids"]
     place = group["position"].tolist() if written is not None else list(range(len(group)))
     found: dict[str, Any] = {"id": number, "ids": [texts.number(i) for i in ids]}
@@ -122,14 +122,14 @@ def _labels(run: Path, step: int, table: pd.DataFrame, column: str, labels: tupl
 
 
 def _scale(table: pd.DataFrame, name: str) -> float | None:
-    """Where a colour scale ends: the 98th percentile, in nats; None where the statistic was not recorded."""
+    """Where a colour scale ends: the 98th percentile, in nats; None if the statistic was not recorded."""
     if name not in table or table.empty:
         return None
     return max(float(np.quantile(table[name].to_numpy(dtype=float), 0.98)), 1e-6)
 
 
 def _short(value: float) -> float | None:
-    """Four digits; None for what JSON has no number for (a log-probability of −inf)."""
+    """Rounded to four digits; None for values that JSON has no number for (a log-probability of −inf)."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
@@ -138,7 +138,7 @@ def _selector(select: dict[str, Any]) -> str:
 
 
 def _splits(run: Path, step: int, column: str) -> dict[str, float]:
-    """What the step's line in metrics.jsonl says of COLUMN/AXIS_split_nats, by axis."""
+    """The values of COLUMN/AXIS_split_nats in the step's line of metrics.jsonl, by axis."""
     file = run / "metrics.jsonl"
     for line in _text(file).splitlines() if file.is_file() else []:
         values = _json(line, file)
@@ -162,7 +162,7 @@ def _table(file: Path) -> pd.DataFrame:
 
 
 def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
-    """The step's rollouts by id; empty where they were not saved (the page then lacks prompts and rewards)."""
+    """The step's rollouts by id; empty if they were not saved (the page then lacks prompts and rewards)."""
     if not file.is_file():
         return {}
     return {record["id"]: record for record in (_json(line, file) for line in _text(file).splitlines())}

@@ -34,7 +34,7 @@ class InspectConfig(Settings):
 
 
 def inspect(config: InspectConfig) -> Path:
-    """Write the page and return its path. Raises UserError where the run holds no such record."""
+    """Write the page and return its path. Raises UserError if the run holds no such record."""
     steps = recorded_steps(config.run)
     step = steps[-1] if config.step is None else config.step
     if step not in steps:

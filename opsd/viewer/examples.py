@@ -14,12 +14,13 @@ LEFT_OUT = "left_out"
 
 
 def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]], labels: Labels) -> list[dict[str, Any]]:
-    """The examples of each kind, clearest first: {kind, rollout, row}, both places in the page's own lists.
+    """The examples of each kind, clearest first: {kind, rollout, row}, the latter two as indices of the page's lists.
 
-    table: the rows of `rollouts`, in their order. A kind is "COLUMN VALUE" for each label that has examples, those with
-    most of them first, and "left_out": the largest divergence among tokens that were not trained on. How clear a case
-    is: the product of its statistics, each scaled to [0, 1] by its largest value, of those that are to be low 1 − x̂.
-    No two examples of a kind show the same two first choices (in a record without likeliest tokens: the same token).
+    table: the rows of `rollouts`, in their order. The kinds: "COLUMN VALUE" for each label that has examples, in
+    descending number of examples, and "left_out": the largest divergence among tokens that were not trained on. How
+    clear an example is: the product of its statistics x̂, each scaled to [0, 1] by its largest value, or of 1 − x̂ for
+    those that should be low. No two examples of a kind show the same two first choices (in a record without likeliest
+    tokens: the same token).
     """
     place = {rollout["id"]: number for number, rollout in enumerate(rollouts)}
     row = table.groupby("rollout", sort=False).cumcount().to_numpy()
@@ -38,7 +39,7 @@ def pick(table: pd.DataFrame, rollouts: list[dict[str, Any]], labels: Labels) ->
 
 
 def _kinds(table: pd.DataFrame, labels: Labels) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Each kind's name, how many are shown, and how clear a case of it every row is: −inf where it is none."""
+    """Each kind's name, how many examples to show, and how clear an example every row is (−inf: not of this kind)."""
     for column, values in labels.items():
         for label in values:
             if label.examples and set(label.clearest) <= set(table):
@@ -54,7 +55,7 @@ def _kinds(table: pd.DataFrame, labels: Labels) -> Iterator[tuple[str, int, np.n
 
 
 def _key(table: pd.DataFrame, index: int) -> tuple[int, int]:
-    """Both models' first choices, or the token itself: rollouts of one prompt repeat the same places."""
+    """Both models' first choices, or the token itself: rollouts of one prompt repeat the same examples."""
     if "teacher_top_ids" not in table:
         return int(table["token_id"].iloc[index]), -1
     return int(table["student_top_ids"].iloc[index][0]), int(table["teacher_top_ids"].iloc[index][0])

@@ -12,7 +12,7 @@ import pandas as pd
 
 from opsd.selection import TokenStats, known_options, load_telemetry
 
-# Integers of a record that are not labels.
+# Integer columns of a record that are not labels.
 _NUMBERS = {"step", "position", "token_id", *(f.name.removesuffix("_N") for f in dataclasses.fields(TokenStats))}
 # For the values of a column that no installed telemetry knows.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -41,16 +41,16 @@ Labels = dict[str, tuple[Label, ...]]
 class NamesLabels(Protocol):
     """Telemetry that says what its columns (see TokenTelemetry's label_tokens) hold.
 
-    It may have `labels_at(splits) -> Labels`: the same of a record that was split at these nats, by axis.
+    It may have `labels_at(splits) -> Labels`: the labels of a record that was split at `splits`, in nats by axis.
     """
 
     labels: Labels
 
 
 def labels_of(table: pd.DataFrame, options: dict[str, str], splits: Callable[[str], dict[str, float]]) -> Labels:
-    """The label columns of a record, by name. Values that no installed telemetry knows are called by their numbers.
+    """The label columns of a record, by name. Values that no installed telemetry knows are named by their numbers.
 
-    options: the telemetry's, as the run had them. splits: of a column, where its axes were split, in nats.
+    options: the run's telemetry options. splits: returns where a column's axes were split, in nats by axis.
     """
     known: Labels = {}
     for telemetry in load_telemetry(known_options(options)):

@@ -12,7 +12,7 @@ BROKEN = "�"
 
 
 class Texts:
-    """The texts of a page: `number` gives a token's place in `all`."""
+    """The texts of a page: `number` gives a token's index in `all`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._numbers, self._texts = tokenizer, {}, []
@@ -21,14 +21,14 @@ class Texts:
     def of_run(cls, run: Path, config: dict[str, Any]) -> Texts:
         """With the tokenizer of one of the run's checkpoints, or of its student. Raises UserError without either.
 
-        Nothing is cleared away here: the run may be writing its next checkpoint.
+        It does not clean up unfinished checkpoints: the run may be writing its next one.
         """
         saved = sorted((run / "checkpoints").glob("step_*/tokenizer_config.json"))
         folder, trust = saved[-1].parent if saved else config["student"], config.get("trust_remote_code", False)
         return cls(load_tokenizer(str(folder), "the run's student", trust))
 
     def number(self, token: int) -> int:
-        """Where the token's text stands in `all`."""
+        """The index of the token's text in `all`."""
         if token not in self._numbers:
             self._numbers[token] = len(self._texts)
             self._texts.append(self._text(token))
@@ -43,7 +43,7 @@ class Texts:
         return self._texts
 
     def _text(self, token: int) -> str:
-        """A token alone; where it is a part of a character, the vocabulary's own spelling of its bytes."""
+        """The text of a token alone; for a part of a character, the vocabulary's own spelling of its bytes."""
         text, piece = self._tokenizer.decode([token]), self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:
             return f"⟨{token}⟩"

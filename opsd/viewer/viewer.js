@@ -11,7 +11,7 @@ function context(rollout, place, kind) {
   const box = make("div", "context");
   const text = (from, to) => rollout.ids.slice(from, to).map((i) => data.texts[i]).join("").replace(/\n+/g, "⏎ ");
   const from = Math.max(0, place - 28);
-  // Near its start a response alone says little: the prompt's end goes before it.
+  // Near its start a response alone says little: show the prompt's end before it.
   const before = from ? "…" : rollout.prompt ? `${rollout.prompt.length > 60 ? "…" : ""}${rollout.prompt.slice(-60).replace(/\n+/g, "⏎ ")} ▸ ` : "";
   box.append(before + text(from, place), make("mark", "", visible(data.texts[rollout.ids[place]])),
     text(place + 1, place + 9) + (place + 9 < rollout.ids.length ? "…" : ""));
@@ -119,7 +119,7 @@ function build(rollout, index) {
 // Tokens become elements only when their rollout comes into view.
 function fill(block) {
   if (block.tokens) return;
-  // Its end is the question; a template's preamble can be long.
+  // Scroll to the prompt's end, which is the question: a template's preamble can be long.
   const prompt = block.node.querySelector(".prompt");
   if (prompt) prompt.scrollTop = prompt.scrollHeight;
   block.tokens = block.rollout.ids.map((number, place) => {
@@ -142,7 +142,7 @@ function paint(block) {
     let colour = state.mode.colour, weight = 0;
     if (state.mode.labels) { const label = labelOf(state.mode, values[row]); colour = label.colour; weight = label.faint ? 12 : 55; }
     else if (key === "k") weight = values[row] ? 38 : 0;
-    // The square root lifts small values: most lie far below the scale's end.
+    // The square root raises small values: most are far below the scale's end.
     else if (values) weight = 70 * Math.sqrt(Math.min(1, (values[row] || 0) / data.scale[key]));
     style.setProperty("--hue", colour);
     style.setProperty("--weight", weight.toFixed(1));

@@ -42,7 +42,7 @@ const mean = (values) => (values && values.length ? values.reduce((a, b) => a + 
 const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (s) => "·".repeat(s.length));
 const SPECIAL = /^<[^<>\s]{1,40}>$/;
 
-// The places in the response that carry statistics, and the other way round.
+// rowAt: from a token's place in the response to its row of statistics (tool tokens have none).
 for (const rollout of data.rollouts) {
   rollout.rowAt = new Map((rollout.at || rollout.ids.map((_, i) => i)).map((place, row) => [place, row]));
   rollout.ends = new Set(rollout.end || []);

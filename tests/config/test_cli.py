@@ -203,5 +203,5 @@ def test_code_of_the_user_that_calls_exit_ends_a_run_with_a_reason(folders, monk
     code, error = run([*words, "--select.by", "quits:Rule", "--select.retention", "0.5"], monkeypatch, capsys)
     assert code == 1
     assert error.splitlines()[-1] == (
-        "opsd: code that the run called ended it by exit code 0; continue with --resume run"
+        "opsd: code called by the run ended it with exit code 0; continue with --resume run"
     )

@@ -316,8 +316,8 @@ def test_the_trained_divergence_comes_along_as_a_statistic(make_case, naive, ass
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"divergence": "jsd", "beta": 0.0}, r"beta 0.0 for jsd: give a share in \(0, 1\)"),
-        ({"divergence": "jsd", "beta": 1.0}, r"beta 1.0 for jsd: give a share in \(0, 1\)"),
+        ({"divergence": "jsd", "beta": 0.0}, r"beta 0.0 for jsd: give a number in \(0, 1\)"),
+        ({"divergence": "jsd", "beta": 1.0}, r"beta 1.0 for jsd: give a number in \(0, 1\)"),
         ({"divergence": "kl"}, "unknown divergence 'kl': give one of reverse_kl, forward_kl, jsd"),
         ({"temperature": 0.0}, "temperature 0.0: give a finite number above 0"),
         ({"temperature": float("nan")}, "temperature nan: give a finite number above 0"),

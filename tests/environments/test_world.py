@@ -146,7 +146,7 @@ def test_what_cannot_serve_is_refused_before_anything_is_written(settings, tmp_p
     for overrides, says in (
         ({"prompts": str(tmp_path / "none.jsonl")}, "does not exist"),
         ({"prompts": str(tmp_path / "chat.jsonl")}, "no chat template"),
-        ({"prompts": str(tmp_path / "bare.jsonl")}, "has no whole database"),
+        ({"prompts": str(tmp_path / "bare.jsonl")}, "has no complete database"),
         ({"eval": {"suite": [f"a={tmp_path / 'twice.jsonl'}"]}}, "holds a task twice"),
         ({"eval": {"suite": ["a"]}}, "give NAME=FILE"),
         ({"rollout": rollout}, "opens with 8 tokens, over --rollout.max_prompt_tokens 7"),

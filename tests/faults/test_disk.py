@@ -246,7 +246,7 @@ def check_that_the_one_before_is_taken(run: Path, whole: Path, said: str, told: 
 def test_a_damaged_checkpoint(whole, unfinished, capsys, damage, file):
     damage(unfinished / "checkpoints" / "step_2" / file)
     resume(unfinished)
-    said = "is missing" if damage == Path.unlink else "is not what was written"
+    said = "is missing" if damage == Path.unlink else "does not match its checksum"
     check_that_the_one_before_is_taken(unfinished, whole, f"{file} {said}", capsys.readouterr().err)
 
 

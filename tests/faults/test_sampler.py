@@ -123,7 +123,7 @@ def whole(tmp_path_factory) -> Path:
         ("die load", "the sampler process ended with exit code -9"),
         ("freeze sample", LATE),
         ("no-token sample", rf"{NO_ANSWER} \(a token that is not one of 0 to \d+\)"),
-        ("too-few score", rf"{NO_ANSWER} \(\d+ log-probabilities were asked for\)"),
+        ("too-few score", rf"{NO_ANSWER} \(\d+ log-probabilities were requested\)"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -131,10 +131,10 @@ def whole(tmp_path_factory) -> Path:
                 ("freeze load", LATE),
                 ("noise sample", rf"{NO_ANSWER} \('utf-8' codec can't decode"),
                 ("list sample", rf"{NO_ANSWER} \(neither an answer nor an error\)"),
-                ("no-list sample", rf"{NO_ANSWER} \(4 rollouts were asked for\)"),
-                ("too-few sample", rf"{NO_ANSWER} \(4 rollouts were asked for\)"),
+                ("no-list sample", rf"{NO_ANSWER} \(4 rollouts were requested\)"),
+                ("too-few sample", rf"{NO_ANSWER} \(4 rollouts were requested\)"),
                 ("words sample", rf"{NO_ANSWER} \(a token that is not one of 0 to \d+\)"),
-                ("no-numbers score", rf"{NO_ANSWER} \(\d+ log-probabilities were asked for\)"),
+                ("no-numbers score", rf"{NO_ANSWER} \(\d+ log-probabilities were requested\)"),
                 ("error load", r"the sampler process failed \(RuntimeError: no kernel\)"),
             )
         ),

@@ -374,7 +374,7 @@ def test_more_tokens_than_a_model_has_positions_are_refused(family, flag, tmp_pa
     name = "n_positions" if family == "GPT-2" else "max_position_embeddings"
     folder = write(tmp_path / "model", family, **{name: 32})
     spans = (Span(4, 28), Span(5, 60, flag))
-    said = rf"^{flag} 60 and a prompt of 5 tokens are over the 32 positions of --teacher {folder}; give at most 27$"
+    said = rf"^{flag} 60 and a prompt of 5 tokens exceed the 32 positions of --teacher {folder}; give at most 27$"
     with pytest.raises(UserError, match=said):
         load_scorer(str(folder), "--teacher", FP32, CPU, reach=Reach(spans))
     with pytest.raises(UserError, match=said):
@@ -386,7 +386,7 @@ def test_rope_scaling_stretches_the_positions(folders):
     config = load_model(str(folders("Qwen3")), "--student", FP32, CPU).config
     config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     check_positions(config, (Span(24, 1000),), "M")
-    with pytest.raises(UserError, match="over the 1024 positions of M"):
+    with pytest.raises(UserError, match="exceed the 1024 positions of M"):
         check_positions(config, (Span(25, 1000),), "M")
 
 

@@ -54,7 +54,7 @@ def test_an_end_that_is_named_twice_counts_once(tokenizer):
 
 @pytest.mark.parametrize("named", [-1, [-1, 1], "1", [None], [[1]], 1.0, True, {}])
 def test_what_is_no_id_is_refused_as_an_end(tokenizer, named):
-    with pytest.raises(UserError, match=r"eos_token_id .* is no token's id; give whole numbers from 0"):
+    with pytest.raises(UserError, match=r"eos_token_id .* is not a token id; give whole numbers from 0"):
         eos_token_ids(GenerationConfig(eos_token_id=named), tokenizer)
 
 

@@ -286,7 +286,7 @@ def test_where_padding_or_leaving_rows_out_changes_a_model_rows_of_one_length_go
     ids=lambda config: config.model_type,
 )
 def test_a_model_that_cannot_be_decoded_on_a_cache_is_refused(config, tokenizer):
-    with pytest.raises(UserError, match=r"^model [^\n]* cannot be sampled by transformers here [^\n]+$"):
+    with pytest.raises(UserError, match=r"^model [^\n]* transformers cannot sample from it here [^\n]+$"):
         HFRollout(own_cache(config), tokenizer, 4).generate(prompts_of("ab", tokenizer=tokenizer), 1, GREEDY, seed=0)
 
 

@@ -102,7 +102,7 @@ def test_what_an_attempt_without_a_step_has_left_is_put_aside_and_nothing_is_los
     left = set(files(run)) - {"notes.txt"}
     again = RunFolder.create(config)
     assert again.notes == (
-        f"an earlier attempt ended before its first step did: its files are in {run.path}/attempt_1",
+        f"an earlier attempt ended before it finished a step: its files are in {run.path}/attempt_1",
     )
     assert set(files(again)) == {"config.json", "notes.txt", *(f"attempt_1/{name}" for name in left)}
     assert "attempt_2" in RunFolder.create(config).notes[0]

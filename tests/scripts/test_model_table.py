@@ -51,4 +51,4 @@ def test_a_sampler_that_does_not_take_fused_experts_anew_is_found_before_the_fir
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     (found,) = [line.removeprefix("cell: ") for line in done.stdout.splitlines() if line.startswith("cell:")]
     # vLLM's layers for CPUs do not; those for GPUs may.
-    assert found == "right" or found.startswith("--rollout.engine vllm: it does not take the weights of student anew (")
+    assert found == "right" or found.startswith("--rollout.engine vllm: it cannot reload the weights of student (")

@@ -162,7 +162,7 @@ def test_a_rewarded_sample_is_shown_where_there_is_one(settings, tmp_path, monke
         ({"answer_field": "nothing"}, r"has \{rollout\}: prompt 0 of .* has no gold answer"),
         (
             {"teacher__max_prompt_tokens": 500},
-            "of 500 tokens are over the 256 positions of --teacher .*give a smaller --teacher.max_prompt_tokens",
+            "of 500 tokens exceed the 256 positions of --teacher .*give a smaller --teacher.max_prompt_tokens",
         ),
     ],
 )

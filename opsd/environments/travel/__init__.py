@@ -1,4 +1,4 @@
-"""Travel planning with nine tools over seven tables: the DeepPlanning layout, and tasks of our own in it."""
+"""Travel planning with nine tools over seven tables: DeepPlanning's format, and our own tasks in that format."""
 
 from opsd.environments.travel.env import TravelEnv as TravelEnv
 from opsd.environments.travel.pocket import pocket_tasks as pocket_tasks

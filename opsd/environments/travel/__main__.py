@@ -31,7 +31,7 @@ from opsd.utils.seeding import derive_seed
 def benchmark_split(
     root: Path, langs: tuple[str, ...], train_fraction: float, seed: int
 ) -> tuple[list[TravelTask], list[TravelTask], dict[str, Any]]:
-    """The benchmark's tasks in all `langs`, split by id, and what to record of it."""
+    """The benchmark's tasks in all `langs`, split by id into training and held-out, and what split.json records."""
     if not 0.0 < train_fraction < 1.0:
         raise UserError(f"--train_fraction {train_fraction}: give a fraction in (0, 1)")
     tasks = [task for lang in langs for task in load_tasks(root, lang)]
@@ -48,11 +48,11 @@ def benchmark_split(
 def generated(
     kind: str, train: int, held_out: int, seed: int
 ) -> tuple[list[TravelTask], list[TravelTask], dict[str, Any]]:
-    """Tasks of our own, and what to record of them."""
+    """Our own tasks, for training and held-out, and what split.json records."""
     if kind == "words":
         both = pocket_tasks(train, seed, "train"), pocket_tasks(held_out, seed, "held_out")
     else:
-        # Streams of their own: the held-out tasks stay the same whatever the number of training tasks.
+        # Separate random streams: the held-out tasks do not depend on the number of training tasks.
         trains = generate_tasks(train, derive_seed(seed, "train"), kind == "compact")
         both = trains, generate_tasks(held_out, derive_seed(seed, "held_out"), kind == "compact")
     return *both, {"source": SYNTHETIC, "form": kind}
@@ -74,11 +74,11 @@ def main(
         out: Folder to write to.
         deepplanning_root: Your copy of the DeepPlanning travel benchmark, databases unzipped.
         synthetic: Generate tasks instead: full, compact (small tables), or words (one token per word).
-        langs: Languages of the benchmark to take.
+        langs: Languages of the benchmark to use.
         train_fraction: Fraction of the benchmark's trips that train; the paper says 80 %.
         train: Generated training tasks.
         held_out: Generated held-out tasks.
-        seed: Decides the split, and the generated tasks.
+        seed: Determines the split, and the generated tasks.
     """
     if (deepplanning_root is None) == (synthetic is None):
         raise UserError("give either --deepplanning_root FOLDER or --synthetic full|compact|words")

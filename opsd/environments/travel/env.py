@@ -1,4 +1,4 @@
-"""The environment: what a model is told, what its calls answer, what its plan is worth. It keeps no state."""
+"""The environment: a model's first messages, the answers to its calls, the score of its plan. It keeps no state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Message = dict[str, str]
 class TravelEnv:
     """Travel planning. deepplanning_root: a user's copy of the benchmark: its prompt, schemas and commonsense score.
 
-    Raises UserError where deepplanning_root does not hold what is asked of it. Nothing that a model writes raises.
+    Raises UserError if deepplanning_root lacks a file that is needed. Nothing that a model writes raises.
     """
 
     def __init__(self, deepplanning_root: str | Path | None = None) -> None:
         self._official = None if deepplanning_root is None else Official(Path(deepplanning_root))
 
     def tool_schemas(self, task: TravelTask) -> list[dict[str, Any]]:
-        """The nine tools for a chat template: the benchmark's own wording for its tasks where we have its folder."""
+        """The nine tools for a chat template: the benchmark's own schemas for its tasks, if its folder is given."""
         if self._official is not None and task.source == DEEPPLANNING:
             return self._official.schemas(task.lang)
         return schemas()
@@ -41,7 +41,7 @@ class TravelEnv:
         return [{"role": "system", "content": system}, {"role": "user", "content": task.query}]
 
     def call(self, name: Any, arguments: Any, task: TravelTask) -> str:
-        """What a tool answers; a call that cannot be answered gets a line that says what to fix.
+        """A tool's answer; a call that cannot be answered gets a line that says what to fix.
 
         arguments: a dict, or JSON text.
         """
@@ -52,7 +52,7 @@ class TravelEnv:
         return show(tool, read, find(tool, read, task.tables), task.lang)
 
     def score(self, final_text: str, task: TravelTask) -> PlanScore:
-        """The score of a model's last message (or of a whole answer: the last plan behind the last </think> counts)."""
+        """The score of a model's last message (or of a whole answer: the last plan after the last </think> counts)."""
         plan = self.parse(final_text, task)
         score = score_plan(plan, task.meta)
         if self._official is None or plan is None or task.source != DEEPPLANNING or task.db_dir is None:
@@ -60,7 +60,7 @@ class TravelEnv:
         return self._official.with_commonsense(score, plan, task)
 
     def parse(self, final_text: str, task: TravelTask) -> Plan | None:
-        """The plan that a text holds, or None."""
+        """The plan in a text, or None."""
         block = plan_block(final_text)
         if block is None:
             return None

@@ -14,7 +14,7 @@ from opsd.types import Rollout
 
 
 class TravelEvaluator(SuiteRunner):
-    """Episodes by the plans that they end with."""
+    """Evaluates episodes by their final plans."""
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int, talk: Talk) -> None:
         super().__init__(suites, config, max_new_tokens)
@@ -32,8 +32,8 @@ def statistics(rollouts: list[Rollout], scores: list[PlanScore], samples: int) -
     """Statistics of P trips with `samples` episodes each, trip by trip. Fractions; lengths in response tokens.
 
     mean@k is the paper's Avg@k: the mean over trips and samples of the fraction of hard constraints. best@k: the mean
-    over trips of the best sample's fraction. Standard errors take trips as the sample. constraints: for each key, the
-    share of the trips' samples that satisfy it, and of how many trips. hard_all: the share that satisfies all.
+    over trips of the best sample's fraction. Standard errors are over trips. constraints: for each key, the
+    fraction of the trips' samples that satisfy it, and the number of trips. hard_all: the fraction that satisfies all.
     """
     score_PK = np.array([score.hard_fraction for score in scores]).reshape(-1, samples)
     trips = [rollout.prompt.id for rollout in rollouts[::samples]]
@@ -54,7 +54,7 @@ def statistics(rollouts: list[Rollout], scores: list[PlanScore], samples: int) -
 
 
 def by_constraint(scores: list[PlanScore], samples: int) -> dict[str, dict[str, float]]:
-    """For each constraint's key: mean over the samples of the trips that have it, its standard error, their number."""
+    """For each constraint's key: mean over the samples of the trips that have it, standard error, number of trips."""
     held: dict[str, list[bool]] = {}
     for score in scores:
         for key, value in score.hard.items():

@@ -1,7 +1,7 @@
-"""The benchmark's own prompt, tool schemas and commonsense score, used from a user's copy of it, never copied.
+"""The benchmark's own prompt, tool schemas and commonsense score, loaded from a user's copy of it, never copied here.
 
-Its evaluation package imports API clients when it is imported as a whole; the three modules of rules that are needed
-are loaded by themselves.
+Importing its whole evaluation package would import API clients; so only the three modules of rules that are needed are
+loaded, each by itself.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Official:
         return json.loads(self._file("tools", f"tool_schema_{lang}.json").read_text(encoding="utf-8"))
 
     def hard(self, plan: Plan, meta: dict[str, Any]) -> dict[str, bool]:
-        """The benchmark's verdict on each hard constraint: what ours is tested against."""
+        """The benchmark's verdict on each hard constraint, against which ours is tested."""
         verdicts = self._module("evaluation", "constraints_hard").eval_hard(plan.as_json(), meta)
         return {key: bool(held) for key, (held, _) in verdicts.items()}
 
     def with_commonsense(self, score: PlanScore, plan: Plan, task: TravelTask) -> PlanScore:
         """`score` with the benchmark's weighted commonsense score, in [0, 1].
 
-        Its rules were written for plans that a language model has converted; a plan that one of them fails on scores 0,
-        and the problem is named.
+        Its rules were written for plans that a language model has converted; if one of them fails, the plan scores 0
+        and `problems` says why.
         """
         rules, scoring = (
             self._module("evaluation", "constraints_commonsense"),

@@ -1,7 +1,7 @@
-"""A planner that knows the answers: it proves that a generated task can be solved, and plays a perfect episode.
+"""A planner that knows the answers: it proves that a generated task can be solved, and gives the plan that does it.
 
-It fills a timetable from the tables, day by day: out in the morning, one visit on days of travel, two on others, lunch
-and dinner where there is time, home in the evening.
+It fills a timetable from the tables, day by day: the outbound trip in the morning, one visit on days of travel, two on
+other days, lunch and dinner if there is time, the trip home in the evening.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LUNCH, DINNER, MORNING, NIGHT = 11 * 60 + 30, 18 * 60, 8 * 60 + 30, 23 * 60
 
 @dataclass
 class _Day:
-    """One day's timetable. now: minutes since midnight; at: the place where one is."""
+    """One day's timetable. now: minutes since midnight; at: the current place."""
 
     tables: Tables
     now: int
@@ -27,18 +27,18 @@ class _Day:
     activities: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, minutes: int, kind: str, **details: Any) -> None:
-        """One line of the plan, from now on."""
+        """Add one line of the plan that starts now and lasts `minutes`."""
         slot = "-".join(f"{at // 60:02d}:{at % 60:02d}" for at in (self.now, self.now + minutes))
         self.activities.append({"time_slot": slot, "type": kind, "details": details})
         self.now += minutes
 
     def wait_until(self, minute: int, why: str) -> None:
-        """A buffer, where there is time to fill."""
+        """Add a buffer until `minute`, if that is later than now."""
         if minute > self.now:
             self.add(minute - self.now, "buffer", description=why)
 
     def go(self, place: str) -> None:
-        """By the road that the route tool would name."""
+        """Go to a place by the road that the route tool would return."""
         if place == self.at:
             return
         points = {row["poi_name"]: f"{row['latitude']},{row['longitude']}" for row in self.tables["locations"]}
@@ -62,7 +62,7 @@ class _Day:
         self.add(MEAL_MINUTES, "meal", meal_type=meal, name=row["restaurant_name"], cost=cost)
 
     def ride(self, row: Row, kind: str) -> None:
-        """The intercity trip; its price is that of one person."""
+        """Add the intercity trip; its price is per person."""
         minutes = _minute(row["arr_datetime"]) - _minute(row["dep_datetime"])
         ends = {"from": row["dep_station_name"], "to": row["arr_station_name"]}
         number = row[f"{kind}_no"]
@@ -112,7 +112,7 @@ def _leave(day: _Day, row: Row, kind: str) -> None:
 
 
 def _trip(task: TravelTask, direction: str) -> tuple[Row, str]:
-    """The row of one direction and whether it is a train or a flight: what a constraint names, else the first train."""
+    """The row of one direction and "train" or "flight": the one that a constraint names, else the first train."""
     start = task.meta["org"] if direction == "outbound" else task.meta["dest"][0]
     for gold in task.constraints.values():
         for kind in ("train", "flight"):
@@ -122,7 +122,7 @@ def _trip(task: TravelTask, direction: str) -> tuple[Row, str]:
 
 
 def _in_order(task: TravelTask, kind: str) -> list[Row]:
-    """A table's rows, those that a constraint names first."""
+    """A table's rows; those that a constraint names come first."""
     column = {"attraction": "attraction_name", "restaurant": "restaurant_name", "hotel": "name"}[kind]
     golds = [gold for key, gold in task.constraints.items() if key.startswith(f"{kind}_")]
     names = {name for gold in golds for name in gold.get("attraction_names", [gold.get(f"{kind}_name")])}

@@ -1,8 +1,8 @@
-"""A written plan to a structure, by rule alone: no model reads it, the same text always gives the same plan.
+"""Parses a written plan by fixed rules: no model is involved, the same text always gives the same plan.
 
 The grammar is the benchmark's: `Day N:`, `Current City:`, `Accommodation:`, then lines `HH:MM-HH:MM | type | details`.
-The structure is the one that the benchmark's evaluator takes. It joins all <plan> blocks of a text; we read the last
-closed one, behind the last </think>. Work is linear in the text, and a text beyond MAX_CHARACTERS holds no plan.
+The result has the structure that the benchmark's evaluator takes. The benchmark joins all <plan> blocks of a text; we
+read the last closed one after the last </think>. Time is linear in the text; one over MAX_CHARACTERS counts as no plan.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _ACCOMMODATION = re.compile(r"accommodation\s*[:：]\s*(.*)", re.IGNORECASE)
 _SUMMARY = re.compile(r"budget summary", re.IGNORECASE)
 _SLOT = re.compile(r"(\d{1,2}:\d{2})\s*[-–—~]\s*(\d{1,2}:\d{2})$")
 _AMOUNT = re.compile(r"(?:[¥￥]\s*)?(\d[\d,]{0,15}(?:\.\d{1,6})?)")
-# One way to match each run of blanks: with two, a line of them would take the square of its length.
+# Each run of blanks matches in one way only: with two ways, a line of blanks would take quadratic time.
 _TOTAL = re.compile(r"total estimated budget\s*[:：]\s*(?:[¥￥]\s*)?(\d[\d,]{0,15}(?:\.\d{1,6})?)", re.IGNORECASE)
 
 
 @dataclass
 class Plan:
-    """A parsed plan. daily_plans: as the benchmark's evaluator takes them. unread: lines of a day that fit nothing."""
+    """A parsed plan. daily_plans: as the benchmark's evaluator takes them. unread: lines of a day that fit no form."""
 
     daily_plans: list[dict[str, Any]] = field(default_factory=list)
     total_budget: float | None = None
     unread: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """What the benchmark's evaluator takes."""
+        """The plan as the benchmark's evaluator takes it."""
         summary = {} if self.total_budget is None else {"total_estimated_budget": self.total_budget}
         return {"budget_summary": summary, "daily_plans": self.daily_plans}
 
 
 def plan_block(text: str) -> str | None:
-    """What stands in the last closed <plan> block behind the last </think>; None where there is no such block."""
+    """The text in the last closed <plan> block after the last </think>; None if there is no such block."""
     if len(text) > MAX_CHARACTERS:
         return None
     answer = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
@@ -56,7 +56,7 @@ def plan_block(text: str) -> str | None:
 
 
 def parse_plan(block: str) -> Plan:
-    """The plan that a block holds. Whatever cannot be read is left out and, within a day, listed as unread."""
+    """The plan in a block. A line that cannot be read is left out and, within a day, listed as unread."""
     plan = Plan()
     in_summary = False
     for raw in block.splitlines():
@@ -76,7 +76,7 @@ def parse_plan(block: str) -> Plan:
 
 
 def _read_line(line: str, day: dict[str, Any]) -> bool:
-    """Add one line to its day; False where it fits none of the forms."""
+    """Add one line to its day; False if it fits none of the forms."""
     if city := _CITY.match(line):
         day["current_city"] = city[1].strip()
         return True
@@ -117,7 +117,7 @@ def _details(kind: str, text: str) -> dict[str, Any]:
 
 
 def split_price(text: str) -> tuple[str, float | None]:
-    """`name, ¥60/person` to ("name", 60.0); the name may hold commas itself. Without a price: (text, None)."""
+    """`name, ¥60/person` gives ("name", 60.0); the name may contain commas. Without a price: (text, None)."""
     sign = max(text.rfind("¥"), text.rfind("￥"))
     if sign < 0:
         name, last = _last_comma(text)
@@ -132,13 +132,13 @@ def split_price(text: str) -> tuple[str, float | None]:
 
 
 def _route(text: str) -> dict[str, str]:
-    """`A - B` at the first " - ": the hard constraints do not read it."""
+    """`A - B`, split at the first " - "; no hard constraint reads the two parts."""
     start, _, end = text.partition(" - ")
     return {"from": start.strip(), "to": end.strip()}
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """The parts before and after the first comma; the second is empty where there is none."""
+    """The parts before and after the first comma; without a comma the second is empty."""
     match = re.search("[,，]", text)
     return (text[: match.start()].strip(), text[match.end() :].strip()) if match else (text.strip(), "")
 
@@ -149,7 +149,7 @@ def _last_comma(text: str) -> tuple[str, str]:
 
 
 def _commas_from_the_right(text: str, count: int) -> list[str]:
-    """At most `count` parts split off at the right, in order."""
+    """The rest, then at most `count` parts split off at commas from the right, in order."""
     parts: list[str] = []
     while len(parts) < count:
         text, last = _last_comma(text)

@@ -1,6 +1,6 @@
-"""Tasks in the word form: a fresh random database each, three constraints, every value once in its table.
+"""Tasks in the word form: each has its own random database and three constraints; a table has each value only once.
 
-In 85 % of the tasks the hotel that is best over all stars has the wrong star, so that asking for `any` misleads.
+In 85 % of the tasks the best hotel of all has the wrong number of stars, so that asking for `any` misleads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ORIGIN, DESTINATION = "Origin", "Destination"
 
 
 def pocket_tasks(n: int, seed: int, part: str = "tasks") -> list[TravelTask]:
-    """`n` tasks in the word form; equal (seed, part, place) give equal tasks. part: names a stream of its own."""
+    """`n` tasks in the word form; equal (seed, part, number) give equal tasks. part: names a separate random stream."""
     return [
         _task(f"{part}-{number}", Random(derive_seed(seed, "pocket planning", part, number))) for number in range(n)
     ]
 
 
 def sample(rng: Random, count: int, limit: int) -> list[int]:
-    """`count` different numbers of 1 … limit, in random order."""
+    """`count` different numbers from 1 … limit, in random order."""
     return sorted(range(1, limit + 1), key=lambda _: rng.random())[:count]
 
 
@@ -49,7 +49,7 @@ def _task(name: str, rng: Random) -> TravelTask:
 
 
 def best(rows: list[Row], kind: str) -> Row:
-    """The row that a constraint on values of `kind` asks for: the greatest rating, else the least value."""
+    """The row that a constraint on values of `kind` asks for: the highest rating, or the lowest of other values."""
     values = [int(value_word(kind, row)[2:]) for row in rows]
     return rows[values.index(max(values) if kind.endswith("r") else min(values))]
 

@@ -1,4 +1,4 @@
-"""What a model is told before the query. The benchmark's own prompt comes from a user's copy of it; these are ours."""
+"""System messages. The benchmark's own come from a user's copy of it; these are ours."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ hours. Every day but the last ends in the hotel.
 
 
 def system_prompt(task: TravelTask) -> str:
-    """The system message of a task of ours, or of the benchmark's where its own is not at hand; words need none."""
+    """The system message of our own tasks, and of the benchmark's if its folder is not given; words need none."""
     return {"full": _COMPACT + _RULES, "compact": _COMPACT, "words": ""}[task.form]

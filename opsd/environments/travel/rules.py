@@ -1,4 +1,4 @@
-"""What synthetic-travel asks for: constraints by the benchmark's keys, each with the one answer in the tables."""
+"""Constraints of synthetic-travel tasks: the benchmark's keys, each with exactly one answer in the tables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Drawn = tuple[dict[str, Any], str]
 
 @dataclass(frozen=True)
 class Extreme:
-    """The row with the least (or greatest) `column`; says what it is called in a query."""
+    """The row with the lowest (or highest) `column`. words: its name in a query."""
 
     column: str
     greatest: bool
     words: str
 
     def of(self, rows: list[Row]) -> Row | None:
-        """The one row, or None where the best two tie or there is none."""
+        """That row, or None if the best two tie or there are no rows."""
         numbers = [_number(row[self.column]) for row in rows]
         if not numbers:
             return None
@@ -61,7 +61,8 @@ ATTRACTION = ("attraction_must_visit_named", "attraction_type_highest_rated", "a
 def draw_constraints(
     rng: Random, tables: Tables, meta: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], list[str]] | None:
-    """One constraint on transport, hotel, restaurant and attractions each; None where one of them would tie."""
+    """One constraint each on transport, hotel, restaurant and attractions, and sentences; None if one has no unique
+    answer."""
     found = {}
     sentences = []
     for keys, draw in (
@@ -134,7 +135,7 @@ def _restaurant(rng: Random, key: str, tables: Tables, meta: dict[str, Any]) -> 
 
 
 def _attraction(rng: Random, key: str, tables: Tables, meta: dict[str, Any]) -> Drawn | None:
-    """Two names at most: a trip of two days holds no more visits."""
+    """At most two names: a trip of two days has time for no more visits."""
     rows = tables["attractions"]
     example = rows[below(rng, len(rows))]
     kind = example["attraction_type"]
@@ -157,5 +158,5 @@ def _same(rows: list[Row], column: str, example: Row) -> list[Row]:
 
 
 def _number(text: str) -> float:
-    """A number, or a time of the form `YYYY-MM-DD HH:MM:SS` as one."""
+    """A number, or a time `YYYY-MM-DD HH:MM:SS` as a number that sorts the same way."""
     return float(text.replace("-", "").replace(":", "").replace(" ", "")) if ":" in text else float(text)

@@ -1,6 +1,6 @@
-"""What a plan is worth: which hard constraints it satisfies, and, beside that, whether it is a plan at all.
+"""Scores a plan: which hard constraints it satisfies, and separately whether it is a valid plan at all.
 
-A constraint holds where the gold names stand anywhere in the plan; the budget is recomputed from the lines. That is the
+A constraint holds if the gold names occur anywhere in the plan; the budget is recomputed from the lines. That is the
 benchmark's rule; its own score is all-or-nothing (`hard_all`), the paper's Table 7 is the fraction (`hard_fraction`).
 """
 
@@ -16,10 +16,10 @@ NO_PLAN = "no closed <plan> block"
 
 @dataclass(frozen=True)
 class PlanScore:
-    """hard: for each constraint's key, whether the plan satisfies it. hard_fraction: the share that it does.
+    """hard: for each constraint's key, whether the plan satisfies it. hard_fraction: the fraction it satisfies.
 
-    hard_all: all of them. delivered: there was a plan block. valid: its shape is that of a plan for this task
-    (problems says why not); it does not enter the score. cost: yuan, from the plan's lines. commonsense, composite
+    hard_all: all hold. delivered: there was a plan block. valid: it has the form of a plan for this task
+    (problems says why not); not part of the score. cost: yuan, from the plan's lines. commonsense, composite
     and case_acc come from the benchmark's own evaluator and are None without it.
     """
 
@@ -32,7 +32,7 @@ class PlanScore:
 
     @property
     def hard_fraction(self) -> float:
-        """Share of the constraints that hold; 0 where there is none to hold."""
+        """Fraction of the constraints that hold; 0 if there are none."""
         return sum(self.hard.values()) / len(self.hard) if self.hard else 0.0
 
     @property
@@ -47,12 +47,12 @@ class PlanScore:
 
     @property
     def case_acc(self) -> float | None:
-        """1.0 where both are perfect."""
+        """1.0 if both are perfect."""
         return None if self.commonsense is None else float(self.commonsense == 1.0 and self.hard_all)
 
 
 def score_plan(plan: Plan | None, meta: dict[str, Any]) -> PlanScore:
-    """The score of a parsed plan; None scores as no plan: every constraint fails."""
+    """The score of a parsed plan; None is no plan: every constraint fails."""
     keys = meta.get("hard_constraints", {})
     if plan is None:
         return PlanScore(dict.fromkeys(keys, False), delivered=False, valid=False, problems=[NO_PLAN])
@@ -61,7 +61,7 @@ def score_plan(plan: Plan | None, meta: dict[str, Any]) -> PlanScore:
 
 
 def hard_constraints(plan: Plan, meta: dict[str, Any]) -> dict[str, bool]:
-    """For each constraint of the task, whether the plan satisfies it; a key of no known kind never holds."""
+    """For each constraint of the task, whether the plan satisfies it; a key of an unknown kind never holds."""
     days = plan.daily_plans
     trips = _details(days, "travel_intercity_public")
     named = {
@@ -86,7 +86,7 @@ def hard_constraints(plan: Plan, meta: dict[str, Any]) -> dict[str, bool]:
 
 
 def _golds(kind: str, gold: dict[str, Any]) -> list[str] | None:
-    """The names that must appear; None where the task should name some and does not."""
+    """The names that must appear; None if the task should name some and does not."""
     if kind in ("flight", "train"):
         return [gold[key] for key in (f"outbound_{kind}_no", f"inbound_{kind}_no") if key in gold]
     if kind == "attraction":
@@ -96,10 +96,10 @@ def _golds(kind: str, gold: dict[str, Any]) -> list[str] | None:
 
 
 def plan_cost(days: list[dict[str, Any]], meta: dict[str, Any]) -> float:
-    """What the plan's lines add up to, in yuan, by the benchmark's rules.
+    """The total cost of the plan's lines, in yuan, by the benchmark's rules.
 
-    Per person: one intercity trip a day (the first: a transfer shows its whole price on every segment), meals, tickets.
-    Per car of four: trips in town. Per room: a night for every day but the last.
+    Per person: one intercity trip per day (the first: a transfer has its whole price on every segment), meals, tickets.
+    Per car of four: trips in town. Per room: one night for every day but the last.
     """
     people, rooms = int(meta.get("people_number", 1)), int(meta.get("room_number", 1))
     cars = max(1, (people + 3) // 4)
@@ -113,11 +113,11 @@ def plan_cost(days: list[dict[str, Any]], meta: dict[str, Any]) -> float:
 
 
 def plan_problems(plan: Plan, meta: dict[str, Any]) -> list[str]:
-    """What keeps this from being a plan for the task, as short lines; empty where nothing does."""
+    """Why this is not a valid plan for the task, as short lines; empty if it is."""
     days, wanted = plan.daily_plans, int(meta["days"])
     problems = [f"a line fits no form: {plan.unread[0][:80]}"] if plan.unread else []
     if [day["day_number"] for day in days] != list(range(1, wanted + 1)):
-        problems.append(f"days {[day['day_number'] for day in days][:20]}, where 1 to {wanted} were asked for")
+        problems.append(f"days {[day['day_number'] for day in days][:20]} instead of 1 to {wanted}")
     for place, day in enumerate(days):
         if not day["activities"]:
             problems.append(f"day {day['day_number']} has no activity")
@@ -130,7 +130,7 @@ def plan_problems(plan: Plan, meta: dict[str, Any]) -> list[str]:
 
 
 def _minutes(slot: str) -> list[int]:
-    """Both ends of HH:MM-HH:MM, in minutes of the day; an end at 00:00 is midnight to come."""
+    """Both ends of HH:MM-HH:MM, in minutes since midnight; an end at 00:00 is the next midnight."""
     ends = [part.strip() for part in slot.replace("–", "-").replace("—", "-").replace("~", "-").split("-")]
     start, end = (60 * int(hours) + int(minutes) for hours, _, minutes in (part.partition(":") for part in ends))
     return [start, end or 24 * 60]

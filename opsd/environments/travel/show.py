@@ -1,4 +1,4 @@
-"""What a tool answers: found rows in the benchmark's own rendering (JSON with an indent of 2, or lines of text)."""
+"""A tool's answer: the rows found, in the benchmark's own format (JSON with an indent of 2, or lines of text)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _FLIGHT_EXTRAS = {"equipSize": "equip_size", "equipType": "equip_type", "manufac
 
 
 def show(name: str, arguments: Arguments, rows: list[Row], lang: str) -> str:
-    """The answer to a call: `rows` as the benchmark shows them, or one line where there are none."""
+    """The answer to a call: `rows` as the benchmark shows them, or one line if there are none."""
     labels = _LABELS.get(lang, _LABELS["en"])
     if not rows:
         missing = labels["none"].format(", ".join(arguments.values()))
@@ -90,7 +90,7 @@ def show(name: str, arguments: Arguments, rows: list[Row], lang: str) -> str:
 def _routes(
     rows: list[Row], labels: dict[str, str], kind: str, number: str, extras: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Segments grouped by route; the price of a route stands in its first segment."""
+    """Segments grouped by route; the price of a route is in its first segment."""
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(row["route_index"], []).append(row)
@@ -99,7 +99,7 @@ def _routes(
         route: dict[str, Any] = {}
         for place, row in enumerate(segments):
             start = row["origin_city"]
-            if place and not extras:  # a train goes on from where the segment before ended
+            if place and not extras:  # a train continues from where the previous segment ended
                 start = segments[place - 1]["arr_station_name"].split(labels["station"])[0]
             route[labels["segment"].format(place + 1)] = {
                 **_fields(row, arrCityName="destination_city", arrStationCode="arr_station_code"),
@@ -174,7 +174,7 @@ def _attraction(row: Row, labels: dict[str, str]) -> str:
 
 
 def _fields(row: Row, *same: str, **columns: str) -> dict[str, str]:
-    """Columns that are shown under their own names, then those that have another one."""
+    """Columns that are shown under their own names, then renamed ones."""
     return {column: row[column] for column in same} | {shown: row[column] for shown, column in columns.items()}
 
 
@@ -183,7 +183,7 @@ def _list(column: str, row: Row) -> dict[str, list[str]]:
 
 
 def _number(text: str) -> float | None:
-    """A cell as a number; None where it holds none (the tables are a user's files)."""
+    """A cell as a number; None if it is not a finite one (the tables are a user's files)."""
     try:
         value = float(text)
     except ValueError:

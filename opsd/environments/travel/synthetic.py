@@ -1,6 +1,6 @@
 """synthetic-travel: generated trips with the benchmark's files, tools, plan grammar and constraint keys.
 
-Cities, hotels and trains are made up. What a constraint asks for is found in the tables; where two rows tie, the
+Cities, hotels and trains are made up. Each constraint's answer is computed from the tables; if two rows tie, the
 database is drawn again. Every task is solvable: the oracle's plan satisfies all of its constraints.
 """
 
@@ -45,7 +45,7 @@ BUDGET_PROBABILITY = 0.3
 
 @dataclass(frozen=True)
 class Size:
-    """Rows: hotels, attractions, restaurants near each attraction, trains and flights in each direction."""
+    """Numbers of rows: hotels, attractions, restaurants near each attraction, trains and flights in each direction."""
 
     hotels: int
     attractions: int
@@ -59,14 +59,14 @@ COMPACT = Size(hotels=4, attractions=3, restaurants=3, trains=3, flights=3)
 
 
 def generate_tasks(n: int, seed: int, compact: bool = True) -> list[TravelTask]:
-    """`n` generated tasks; equal (seed, place, compact) give equal tasks. compact: tables of 3 to 5 rows, two days."""
+    """`n` generated tasks; equal (seed, number, compact) give equal tasks. compact: tables of 3 to 5 rows, two days."""
     name = "compact" if compact else "full"
     rngs = (Random(derive_seed(seed, "synthetic travel", name, number)) for number in range(n))
     return [_task(f"synthetic-{seed}-{number}", rng, compact) for number, rng in enumerate(rngs)]
 
 
 def _task(name: str, rng: Random, compact: bool) -> TravelTask:
-    """Databases are drawn until one has no ties and its oracle plan is perfect."""
+    """A task; databases are drawn until one has no ties and its oracle plan is perfect."""
     form: Form = "compact" if compact else "full"
     while True:
         meta = _trip(rng, 2 if compact else 2 + below(rng, 2))
@@ -150,7 +150,7 @@ def station_of(city: str, kind: str) -> str:
 
 
 def _connections(rng: Random, kind: str, count: int, meta: dict[str, Any], direction: str) -> list[Row]:
-    """Direct trains or flights of one direction: out in the morning, home in the evening, all different."""
+    """Direct trains or flights in one direction: outbound in the morning, inbound in the evening, all different."""
     out = direction == "outbound"
     cities = (meta["org"], meta["dest"][0]) if out else (meta["dest"][0], meta["org"])
     day, first = (meta["depart_date"], 8 * 60 + 30) if out else (meta["return_date"], 17 * 60)
@@ -230,7 +230,7 @@ def _attraction(rng: Random, name: str, city: str) -> Row:
 
 
 def _restaurants(rng: Random, count: int, near: Row, first: int) -> list[Row]:
-    """Restaurants around an attraction. Their names differ all over the city."""
+    """Restaurants near an attraction. Their names are unique in the city."""
     prices, ratings = sample(rng, count, 30), sample(rng, count, 15)
     rows = []
     for place in range(count):
@@ -263,7 +263,7 @@ def _point(rng: Random, near: Row | None = None) -> Row:
 
 
 def _road(start: Row, end: Row) -> Row:
-    """The way between two places; below 1 km one walks, for nothing."""
+    """The road between two places; below 1 km it is walked and costs nothing."""
     away = (abs(float(start[key]) - float(end[key])) for key in ("latitude", "longitude"))
     meters = 100 + round(sum(away) * 100_000)
     return {

@@ -1,4 +1,4 @@
-"""Travel tasks as conversations: the tokens that an episode begins with, and those that answer a turn."""
+"""Travel tasks as conversations: the tokens that an episode begins with, and the reply to each turn."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from opsd.utils.errors import UserError
 
 @dataclass(frozen=True)
 class TravelPrompt(Prompt):
-    """A prompt with the task that it asks; its answer is the constraints' golds as JSON."""
+    """A prompt with its task; its answer is the constraints' golds as JSON."""
 
     task: TravelTask
 
     def content(self) -> list[Any]:
-        """Prompt's, and also the trip and the tables that the tools read."""
+        """The content of `Prompt`, and the trip and the tables that the tools read."""
         task = self.task
         return [*super().content(), task.lang, task.query, task.meta, task.form, task.source, task.tables]
 
 
 class Talk(Conversation):
-    """A conversation about travel tasks, in whichever form a task has.
+    """A conversation about travel tasks, in the form that each task has.
 
-    tool_output_characters: most characters of one tool's output that the model sees (head and tail); 0 is no limit.
+    tool_output_characters: maximum characters of one tool's output that the model sees (head and tail); 0: no limit.
     """
 
     def __init__(self, env: TravelEnv, tokenizer: Any, thinking: bool, tool_output_characters: int) -> None:
@@ -41,7 +41,7 @@ class Talk(Conversation):
         self._turns: ChatTurns | None = None
 
     def prompt(self, task: TravelTask) -> TravelPrompt:
-        """The episode's opening. Raises UserError where tokenizer and task do not fit each other."""
+        """The episode's opening. Raises UserError if the tokenizer cannot encode the task."""
         if task.form == "words":
             ids = self._word_ids(task.query.split())
         else:
@@ -90,7 +90,7 @@ class Talk(Conversation):
 
 
 def last_turn(rollout: Rollout) -> list[int]:
-    """The ids that the student wrote behind the environment's last token."""
+    """The ids that the student wrote after the environment's last token."""
     mask = rollout.by_student
     start = len(mask) - next((n for n, by_student in enumerate(reversed(mask)) if not by_student), len(mask))
     return rollout.response_ids[start:]

@@ -1,7 +1,7 @@
-"""Travel tasks: what is asked, the answers that count, and the seven tables that the tools read.
+"""Travel tasks: the query, the gold answers, and the seven tables that the tools read.
 
-Source: the public layout of the DeepPlanning travel benchmark (query files, one database folder a task). Tasks that we
-generate ourselves have the same shape; their source says `synthetic-travel`.
+The format is that of the public DeepPlanning travel benchmark (query files, one database folder per task). Tasks that
+we generate have the same format; their source is `synthetic-travel`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ FILES = {
     "locations": "locations/locations_coords.csv",
     "routes": "transportation/distance_matrix.csv",
 }
-"""Where each table of a task's database lies."""
+"""The file of each table in a task's database folder."""
 
 DEEPPLANNING, SYNTHETIC = "deepplanning", "synthetic-travel"
-# Where the benchmark's travel part may lie below what a user names: itself, its parents, its repository.
+# Where the benchmark's travel part may be in the folder that a user names: that folder, its parent, or the repository.
 _INSIDE = ("", "travelplanning", "benchmark/deepplanning/travelplanning")
 
 
@@ -42,9 +42,9 @@ _INSIDE = ("", "travelplanning", "benchmark/deepplanning/travelplanning")
 class TravelTask:
     """One trip to plan.
 
-    meta: people_number, room_number, days, dates, cities, and hard_constraints {key: {gold fields}}. form: how it is
-    talked about: full (JSON tools), compact (the same, short prompt), words (one token per word, for tiny models).
-    given: the tables themselves, or None where db_dir names the folder that holds them.
+    meta: people_number, room_number, days, dates, cities, and hard_constraints {key: {gold fields}}. form: of the
+    conversation: full (JSON tools), compact (the same, short prompt), words (one token per word, for tiny models).
+    given: the tables themselves, or None if db_dir names the folder with them.
     """
 
     id: str
@@ -63,7 +63,7 @@ class TravelTask:
 
     @property
     def tables(self) -> Tables:
-        """The seven tables by name, all values text. Raises UserError where the task has no database."""
+        """The seven tables by name; all values are text. Raises UserError if the task has no database."""
         if self.given is not None:
             return self.given
         self.check_database()
@@ -71,10 +71,10 @@ class TravelTask:
         return read_tables(self.db_dir)
 
     def check_database(self) -> None:
-        """Raises UserError where the tables cannot be read later on; reads none of them."""
+        """Raises UserError if a table's file is missing; reads none of them."""
         if self.given is None and (self.db_dir is None or not all((self.db_dir / f).is_file() for f in FILES.values())):
             raise UserError(
-                f"travel task {self.id} ({self.lang}) has no whole database; unzip database_{self.lang}.zip into "
+                f"travel task {self.id} ({self.lang}) has no complete database; unzip database_{self.lang}.zip into "
                 "database/ beside data/, and write the task files again"
             )
 
@@ -118,8 +118,8 @@ def from_json(values: dict[str, Any], where: str) -> TravelTask:
 def load_tasks(root: str | Path, lang: str) -> list[TravelTask]:
     """The benchmark's tasks of one language ("en" | "zh") from a user's copy of it.
 
-    root: the folder of its travel part (or its repository) with data/travelplanning_query_LANG.json, and with
-    database/database_LANG/id_N/ where tools are to be called. Raises UserError for files that are missing or damaged.
+    root: the folder of its travel part (or its repository) with data/travelplanning_query_LANG.json and, if tools are
+    to be called, database/database_LANG/id_N/. Raises UserError for files that are missing or damaged.
     """
     folder = travel_folder(Path(root))
     name = f"travelplanning_query_{lang}.json"
@@ -137,13 +137,13 @@ def load_tasks(root: str | Path, lang: str) -> list[TravelTask]:
 
 
 def travel_folder(root: Path) -> Path:
-    """The folder of the benchmark's travel part within `root`; `root` itself where none is recognised."""
+    """The folder of the benchmark's travel part within `root`; `root` itself if none is recognised."""
     folders = [root / inside for inside in _INSIDE]
     return next((folder for folder in folders if (folder / "data").is_dir() or (folder / "tools").is_dir()), root)
 
 
 def _database(databases: Path, number: str) -> Path | None:
-    """One task's database folder; None where the user has no databases. Raises UserError for an incomplete one."""
+    """One task's database folder; None if the user has no databases. Raises UserError for an incomplete one."""
     if not databases.is_dir():
         return None
     folder = databases / f"id_{number}"
@@ -167,7 +167,7 @@ def read_tables(folder: Path) -> Tables:
 
 
 def read_task_file(path: str | Path) -> list[TravelTask]:
-    """A task file (.jsonl, a task a line). Raises UserError where it is missing, empty or damaged."""
+    """The tasks of a file (.jsonl, one task per line). Raises UserError if it is missing, empty or damaged."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"task file {path} does not exist; write one with python -m opsd.environments.travel")
@@ -175,16 +175,16 @@ def read_task_file(path: str | Path) -> list[TravelTask]:
 
 
 def write_task_file(tasks: list[TravelTask], path: Path) -> None:
-    """The tasks as a file that `read_task_file` reads."""
+    """Write the tasks as a file that `read_task_file` reads."""
     lines = (json.dumps(task.to_json(), ensure_ascii=False, separators=(",", ":")) + "\n" for task in tasks)
     path.write_text("".join(lines), encoding="utf-8")
 
 
 def split_tasks(tasks: list[TravelTask], train_fraction: float, seed: int) -> tuple[list[TravelTask], list[TravelTask]]:
-    """Training and held-out tasks: by id (the languages of a trip stay together), equally at each length.
+    """Training and held-out tasks: split by id (the languages of a trip stay together), equally for each length.
 
-    The ids of each number of days are shuffled from `seed`; the first round(train_fraction·count) of them train. (The
-    ids are sorted by length: a plain last fifth would hold the longest trips only.)
+    The ids of each number of days are shuffled by `seed`; the first round(train_fraction·count) of them train. (The
+    benchmark's ids are sorted by length: simply taking the last fifth would hold out only the longest trips.)
     """
     by_days: dict[int, set[str]] = {}
     for task in tasks:

@@ -1,4 +1,4 @@
-"""The nine tools: which rows of the seven tables a call finds. How rows are shown is another matter (`show`).
+"""The nine tools: which rows of the seven tables a call finds. `show` turns the rows into text.
 
 As in the benchmark, hotels and recommended attractions ignore city and dates (a database belongs to one task), and
 coordinates match as text, digit by digit.
@@ -46,7 +46,7 @@ PARAMETERS: dict[str, dict[str, str]] = {
     },
     "query_restaurant_details": {"restaurant_name": "Exact name of a restaurant"},
 }
-"""Each tool's parameters and what they mean; all are text, those with a ? may be left out."""
+"""Each tool's parameters and their meaning; all are text, those with a ? are optional."""
 
 DESCRIPTIONS = {
     "query_train_info": "Trains between two cities on a date: numbers, times, stations, seats, price.",
@@ -59,7 +59,7 @@ DESCRIPTIONS = {
     "recommend_restaurants": "Restaurants near an attraction, by the attraction's coordinates.",
     "query_restaurant_details": "One restaurant: coordinates, price per person, cuisine, opening hours, rating, tags.",
 }
-# The benchmark's system prompt speaks of a tool that its schemas do not have.
+# The benchmark's system prompt mentions a tool that its schemas do not have.
 ALIASES = {"recommend_around_restaurants": "recommend_restaurants"}
 
 
@@ -90,7 +90,7 @@ def schemas() -> list[dict[str, Any]]:
 
 
 def read_call(name: Any, arguments: Any) -> tuple[str, Arguments]:
-    """The tool's own name and its arguments as text. Raises CallError for whatever a model got wrong."""
+    """The tool's name (aliases resolved) and its arguments as text. Raises CallError for any mistake of the model."""
     if not isinstance(name, str) or ALIASES.get(name, name) not in PARAMETERS:
         raise CallError(f"There is no tool {_short(name)}. The tools are: {', '.join(PARAMETERS)}.")
     name = ALIASES.get(name, name)
@@ -116,9 +116,9 @@ def read_call(name: Any, arguments: Any) -> tuple[str, Arguments]:
 
 
 def find(name: str, arguments: Arguments, tables: Tables) -> list[Row]:
-    """The rows that a call (as `read_call` gives it) finds, in the order in which they are shown; none is [].
+    """The rows that a call (as returned by `read_call`) finds, in the order in which they are shown; [] if none.
 
-    Trains and flights come as segments, route by route.
+    Trains and flights: segments of matching routes, route by route.
     """
     table, columns = _PLACES[name]
     wanted = {column: arguments[key] for key, column in columns.items() if key in arguments}
@@ -151,7 +151,7 @@ _OF_ONE = {"query_attraction_details", "search_location", "query_road_route_info
 
 
 def _text(value: str | int | float) -> str:
-    """A number as a model meant it: 3.0 stars are "3"."""
+    """A value as text; a whole number without a decimal point: 3.0 stars are "3"."""
     return str(int(value)) if isinstance(value, float) and value % 1 == 0 else str(value)
 
 

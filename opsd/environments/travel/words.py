@@ -1,11 +1,11 @@
-"""The word form: the same tasks, tools and scores, one token per word, for the smallest of models.
+"""The word form: the same tasks, tools and scores, one token per word, for tiny models.
 
     <q> restaurant_highest_rated A6 hotel_cheapest_star s3 train_cheapest_direct d1 <go>
     <call> query_train_info d1 </call> <rows> T¥4 Tt9 T¥1 Tt7 … </rows> <note> T¥1 <call> search_location A6 </call> …
     <plan> Accommodation H¥5 meal Rr12 travel_intercity_public T¥1 </plan>
 
-A row has no name here: it is known by a value that no other row of its table has (H¥5 is the hotel that costs 5, Rr12
-the restaurant rated 12, Tt7 the train that leaves at 7). A turn ends behind </call> or at the end of the answer.
+A row has no name here: it is identified by a value that no other row of its table has (H¥5 is the hotel that costs 5,
+Rr12 the restaurant rated 12, Tt7 the train that leaves at 7). A turn ends after </call> or at the end of the answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONSTRAINTS = {
     "train_cheapest_direct": "T¥",
     "train_earliest_departure_direct": "Tt",
 }
-"""Constraint keys and the kind of value that decides each; ¥ and t want the least, r the greatest."""
+"""Constraint keys and the kind of value that decides each: ¥ and t ask for the lowest, r for the highest."""
 TOOLS = ("query_train_info", "query_hotel_info", "search_location", "recommend_restaurants")
 _KINDS = {"hotels": ("H¥", "Hr"), "restaurants": ("R¥", "Rr"), "trains": ("T¥", "Tt")}
 _TABLE_OF = {"query_train_info": "trains", "query_hotel_info": "hotels", "recommend_restaurants": "restaurants"}
@@ -46,7 +46,7 @@ def vocabulary() -> list[str]:
 
 
 def value_word(kind: str, row: Row) -> str:
-    """A row's word of one kind, e.g. H¥5."""
+    """The word for a row's value of one kind, e.g. H¥5."""
     columns = {"H¥": "price", "Hr": "score", "R¥": "price_per_person", "Rr": "rating", "T¥": "price"}
     if kind == "Tt":
         return f"Tt{int(row['dep_datetime'][11:13])}"
@@ -54,7 +54,7 @@ def value_word(kind: str, row: Row) -> str:
 
 
 def coordinate(place: int) -> str:
-    """The coordinate, latitude and longitude alike, that the word X{place} stands for."""
+    """The coordinate (latitude and longitude are equal) that the word X{place} stands for."""
     return f"{place}.000000"
 
 
@@ -64,7 +64,7 @@ def date_of(number: int) -> str:
 
 
 def read_turn(words: list[str], meta: dict[str, object]) -> tuple[str, Arguments] | None:
-    """The call that ends a turn, as tool and arguments; None where the turn ends without one.
+    """The call that ends a turn, as tool and arguments; None if the turn ends without one.
 
     Raises CallError for a call that is not of the form `<call> TOOL WORD </call>`.
     """
@@ -87,7 +87,7 @@ def read_turn(words: list[str], meta: dict[str, object]) -> tuple[str, Arguments
 
 
 def show_rows(tool: str, rows: list[Row]) -> list[str]:
-    """The words of a tool's answer: two for each row, or the place's coordinate."""
+    """The words of a tool's answer: two per row, or the place's coordinate."""
     if not rows:
         found = [NONE]
     elif tool == "search_location":
@@ -103,7 +103,7 @@ def show_error() -> list[str]:
 
 
 def read_plan(block: str, task: TravelTask) -> Plan:
-    """The plan of a block of words, in the structure of every other plan."""
+    """The plan in a block of words, with the structure of any other plan."""
     day: dict[str, object] = {"day_number": 1, "current_city": str(task.meta["dest"])}
     activities: list[dict[str, object]] = []
     unread = []
@@ -132,7 +132,7 @@ _NAME_COLUMNS = {"hotels": "name", "restaurants": "restaurant_name", "trains": "
 
 
 def _name_of(word: str, table: str, tables: Tables) -> str:
-    """The name of the row that a word stands for; the word itself where there is none (which no gold equals)."""
+    """The name of the row that a word stands for; if there is none, the word itself (which equals no gold)."""
     kind = word[:2]
     if kind in _KINDS[table]:
         for row in tables[table]:
@@ -142,5 +142,5 @@ def _name_of(word: str, table: str, tables: Tables) -> str:
 
 
 def _small(number: str) -> bool:
-    """Whether a word's tail is a number that the tables could hold."""
+    """Whether the rest of a word is a number that could be in the tables."""
     return number.isdecimal() and len(number) <= 2

@@ -1,4 +1,4 @@
-"""Travel planning as the trainer's world: task files for prompts, episodes for rollouts, plan scores for grades."""
+"""The travel environment of a run: task files for prompts, episodes for rollouts, plan scores for grades."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from opsd.utils.errors import UserError
 
 
 class TravelWorld:
-    """What a run with --environment.kind travel is made of, beside its models.
+    """The environment of a run with --environment.kind travel.
 
-    prompts: the training tasks; dropped: how many were over-long. Raises UserError for files that cannot serve.
+    prompts: the training tasks; dropped: number of tasks dropped as too long. Raises UserError for unusable files.
     """
 
     def __init__(self, config: TrainConfig, tokenizer: Any) -> None:
@@ -36,7 +36,7 @@ class TravelWorld:
         self.evaluator = TravelEvaluator(suites, config.eval, config.rollout.max_new_tokens, self._talk)
 
     def episodes(self, engine: RolloutEngine) -> RolloutEngine:
-        """Episodes over `engine`; in the word form, where transformers samples, on one cache."""
+        """A sampler of episodes over `engine`; with one KV cache per episode for the word form and transformers."""
         turns = self._config.environment.max_turns
         if self._in_words and self._config.rollout.engine == "hf":
             assert isinstance(engine, HFRollout)
@@ -65,7 +65,7 @@ class TravelWorld:
         return Suite(name, problems)
 
     def _load(self, path: str, drop: bool) -> tuple[list[Any], int]:
-        """A task file's prompts, and how many over-long ones were dropped."""
+        """A task file's prompts, and the number of tasks dropped as too long."""
         limit = self._config.rollout.max_prompt_tokens
         prompts, dropped = [], 0
         for task in read_task_file(Path(path)):
