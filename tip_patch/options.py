@@ -13,7 +13,7 @@ TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
 def convert_options(owner: Any, label: str) -> None:
-    """Turn each field of the dataclass `owner` into its default's type, in place; it must keep its type's bounds.
+    """Convert each field of the dataclass `owner` to its default's type, in place, and check its type's bounds.
 
     Errors: UserError naming the option, what was received and what to give.
     """

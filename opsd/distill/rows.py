@@ -73,9 +73,9 @@ class Logits(NamedTuple):
 def projected(
     inputs: Inputs, kept_K: Tensor | None, chunk: int, teacher: bool = True, kernels: bool = True, copies: bool = False
 ) -> Iterator[tuple[slice, slice | Tensor, Logits]]:
-    """Which of the K kept rows (None: all), which of the N rows these are, and their logits, which are projected here.
+    """Project at most `chunk` of the kept rows (None: all) at a time. Yields which of the K, which of the N, and logits.
 
-    At most `chunk` rows at a time, in one workspace; teacher, kernels, copies: as for `Workspace.allocate`.
+    All in one workspace; teacher, kernels, copies: as for `Workspace.allocate`.
     """
     work = Workspace.allocate(inputs, chunk, teacher, copies, kernels)
     student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection() if teacher else None

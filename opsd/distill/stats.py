@@ -89,7 +89,7 @@ def score_rows(
 
     def scored(logits: Logits, ids_C: Tensor | None) -> dict[str, Tensor]:
         stops = _stop_fields(needs, inputs, logits, spec.temperature)
-        # Here the logits are used up, unless they are held.
+        # score_ overwrites the logits, unless they are held.
         return stops | score_(needs - STOP_FIELDS, logits, spec.temperature, ids_C)
 
     if not fields or not rows:
@@ -98,7 +98,7 @@ def score_rows(
         teacher_NW = held.work.teacher_CV if teacher else None
         return scored(Logits(held.work, held.work.student_CV, teacher_NW, held=True), ids_N)
     for attempt in attempts(spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide):
-        logits = None  # of a try that ran out of memory
+        logits = None  # frees those of an attempt that ran out of memory
         with attempt as chunk, torch.autocast(inputs.student_ND.device.type, enabled=False):
             for _, where, logits in projected(inputs, kept_K, chunk, teacher):
                 for name, values_C in scored(logits, None if ids_N is None else ids_N[where]).items():

@@ -26,7 +26,7 @@ def check_engine(config: TrainConfig) -> None:
 
 
 def build_engine(config: TrainConfig, ranks: Ranks, student: Scorer, device: torch.device) -> Engine:
-    """The engine that `config` names, around `student`. Where ZeRO shares nothing out, plain torch is it."""
+    """The engine that `config` names, around `student`. ZeRO-0 partitions nothing: plain torch does that."""
     if config.engine.kind == "torch" or config.engine.zero_stage == 0:
         return TorchEngine(student, config.engine, config.optim, device, ranks)
     from opsd.engine.deepspeed_engine import DeepSpeedEngine

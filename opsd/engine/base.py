@@ -22,8 +22,8 @@ from opsd.utils.distributed import Ranks
 class Engine(ABC):
     """The student with its optimiser, on one or more ranks. Every method is called on every rank, in the same order.
 
-    What it says of weights holds where every rank has them whole; an engine that shares them out says how they are
-    gathered and cut.
+    The methods that handle weights are for weights that every rank holds whole; an engine that partitions them
+    overrides how a weight is gathered and split.
     """
 
     def __init__(self, student: Scorer, engine: EngineConfig, device: torch.device, ranks: Ranks) -> None:
@@ -111,7 +111,7 @@ class Engine(ABC):
         """The inverse of `optimizer_state`; every rank is given the whole."""
 
     def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The plain model's weights in turn, in full precision."""
+        """The plain model's weights, one by one, in full precision."""
         for plain in plain_weights(self.student.model):
             if plain.weight.requires_grad:
                 yield plain.name, self._full_weight(plain.weight)
@@ -129,7 +129,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def _whole(self, plain: PlainWeight) -> Iterator[torch.Tensor]:
-        """A weight of the plain model, in the compute type or, where an adapter is merged in, in fp32."""
+        """A whole weight of the plain model, in the compute type or, if an adapter is merged in, in fp32."""
         yield plain.formed(plain.weight.data, plain.a, plain.b)
 
     def _full_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:

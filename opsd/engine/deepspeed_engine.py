@@ -42,7 +42,7 @@ class DeepSpeedEngine(Engine):
         student.packed = student.packed or self._stage == 3
         exact = {}
         if self._dtype != torch.float32:
-            # DeepSpeed turns the weights to the compute type, and takes its master copy from them.
+            # DeepSpeed converts the weights to the compute type and then takes its master copy from them.
             exact = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._named.items()}
         buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
         self._deepspeed = import_deepspeed(device)

@@ -52,7 +52,7 @@ class TorchEngine(Engine):
 
     def step(self, lr: float) -> float:
         for parameter in self._named.values() if self.ranks.world_size > 1 else ():
-            if parameter.grad is None:  # no token of this rank reached it
+            if parameter.grad is None:  # unused by this rank's tokens
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)
         norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm))

@@ -152,8 +152,8 @@ def _by_prompt(stats: TokenStats, prompts: int, samples: int) -> dict[str, list[
 def _by_answers(
     answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand, tokenizer: Any
 ) -> dict[str, list[float | None]]:
-    """Each prompt's mean length in tokens, and which fraction of its answers was cut off; where all have gold answers,
-    also which fraction is right."""
+    """Each prompt's mean length in tokens and the fraction of its answers that were truncated; if all prompts have gold
+    answers, also the fraction that is right."""
     samples, grader = config.samples, load_grader(config.grader, "--grader")
     own = [answers[place * samples : (place + 1) * samples] for place in range(len(prompts))]
     found: dict[str, list[float | None]] = {

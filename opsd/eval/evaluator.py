@@ -192,7 +192,7 @@ def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, An
 def sample_statistics(
     ids: list[str], score_PK: np.ndarray, tokens_PK: np.ndarray, truncated_PK: np.ndarray
 ) -> dict[str, Any]:
-    """Of `statistics` what any score in [0, 1] of P problems with k samples each has; best@k: the mean of the best."""
+    """The part of `statistics` that any scores in [0, 1] have; best@k is then the mean over problems of the best one."""
     score_P, samples = score_PK.mean(1), score_PK.shape[1]
     return {
         "mean@k": float(score_P.mean()),

@@ -121,7 +121,7 @@ class RunFolder:
         return int(max((line["step"] for line in self.history()), default=0))
 
     def history(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far, without one that a kill has cut short."""
+        """The lines of metrics.jsonl so far, except truncated ones."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []
         return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
@@ -209,7 +209,7 @@ class Follower(RunFolder):
         return []
 
     def _nothing(self, *_: Any) -> None:
-        """Left to the first rank."""
+        """Does nothing."""
 
     finish = write_metrics = write_eval = read_eval = write_card = write_rollouts = _nothing  # pyrefly: ignore
 

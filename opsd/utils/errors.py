@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from opsd.utils.streams import outlive_readers
 
-# What reading values raises that are damaged, or not what they should be.
+# Exceptions that reading damaged or unexpected values raises.
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
-# What torch, its allocators and BLAS say in a plain RuntimeError where memory runs out.
+# Messages of torch, its allocators and BLAS in a plain RuntimeError, if memory runs out.
 _SAYINGS = (
     "out of memory",
     "can't allocate memory",
@@ -48,7 +48,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch.OutOfMemoryError, MemoryError, or a saying of torch's."""
+    """Whether an exception means out of memory: torch.OutOfMemoryError, MemoryError, or a known message of torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
@@ -57,18 +57,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def said(what: str, give: str, *kinds: type[BaseException]) -> Iterator[None]:
-    """Within it an exception of these kinds becomes a UserError of one line: what happened, why, and what to give.
+    """Context in which exceptions of these kinds become UserErrors of one line: what happened, why, and what to give.
 
-    kinds: none is any, but for memory that ran out. Our own, and a request to stop, stay what they are.
+    kinds: without any, all but out-of-memory errors. Our own exceptions and requests to stop the program pass through.
     """
     try:
         yield
     except (UserError, RunStopped, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers' and safetensors' panics are no Exception
+    except BaseException as error:  # panics of tokenizers and safetensors are not Exceptions
         if not isinstance(error, kinds) if kinds else is_out_of_memory(error):
             raise
-        # Of a KeyError the text is the key alone.
+        # A KeyError's text is the key alone.
         why = repr(error) if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{what} ({why}); {give}") from error
 

@@ -134,7 +134,7 @@ _TRIP = {
     "depDate": "dep_date",
     "seatClassName": "seat_class",
 }
-# Where each tool looks: a table, and which of its columns each argument must equal.
+# The table that each tool searches, and the column that each argument must equal.
 _PLACES = {
     "query_train_info": ("trains", _TRIP),
     "query_flight_info": ("flights", _TRIP),
@@ -146,7 +146,7 @@ _PLACES = {
     "recommend_restaurants": ("restaurants", {"latitude": "query_latitude", "longitude": "query_longitude"}),
     "query_restaurant_details": ("restaurants", {"restaurant_name": "restaurant_name"}),
 }
-# Of these the first row is the answer.
+# Tools that return the first row only.
 _OF_ONE = {"query_attraction_details", "search_location", "query_road_route_info", "query_restaurant_details"}
 
 
