@@ -73,7 +73,7 @@ class Logits(NamedTuple):
 def projected(
     inputs: Inputs, kept_K: Tensor | None, chunk: int, teacher: bool = True, kernels: bool = True, copies: bool = False
 ) -> Iterator[tuple[slice, slice | Tensor, Logits]]:
-    """Project at most `chunk` of the kept rows (None: all) at a time. Yields which of the K, which of the N, and logits.
+    """Project at most `chunk` of the kept rows (None: all) at a time. Yields which of K, which of N, and their logits.
 
     All in one workspace; teacher, kernels, copies: as for `Workspace.allocate`.
     """

@@ -192,7 +192,7 @@ def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, An
 def sample_statistics(
     ids: list[str], score_PK: np.ndarray, tokens_PK: np.ndarray, truncated_PK: np.ndarray
 ) -> dict[str, Any]:
-    """The part of `statistics` that any scores in [0, 1] have; best@k is then the mean over problems of the best one."""
+    """The part of `statistics` that any scores in [0, 1] have; best@k is then the mean of each problem's best."""
     score_P, samples = score_PK.mean(1), score_PK.shape[1]
     return {
         "mean@k": float(score_P.mean()),
