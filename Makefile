@@ -1,4 +1,4 @@
-# Each target's line after ## is its description: `make` shows them.
+# The text after ## describes a target; `make` prints it.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -9,11 +9,11 @@ TABLE ?= table5
 RUNS ?= runs/$(TABLE)
 FROM ?= runs
 comma := ,
-# What a recipe needs: nothing to print its commands, little at pocket scale.
+# Setup that a recipe needs: none to print its commands, the demo's at pocket scale, else all of it.
 NEEDS := $(if $(DRY_RUN),,$(if $(filter pocket,$(SCALE)),setup-demo,setup))
-# A file of tests stays with one worker: its tests share what is slow to start; files that take long come first. One
-# thread each; idle OpenMP threads that spin would slow the other worker down. Tests start many processes: what these
-# import is to be compiled once.
+# A test file runs on one worker, because its tests share what is slow to start; slow files come first. One thread per
+# worker: spinning idle OpenMP threads would slow the other worker down. Tests start many processes, so bytecode is
+# written: each module is compiled only once.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist loadfile \
 	--no-loadscope-reorder
 
@@ -26,7 +26,7 @@ help: ## show this list
 setup: ## make .venv with all packages (PYTHON=, ACCELERATOR=cpu|gpu, TORCH_INDEX_URL= override)
 	@scripts/setup.sh
 
-setup-demo: ## the same, with only what make demo, pocket recipes and reports need
+setup-demo: ## the same, with only the packages that make demo, pocket recipes and reports need
 	@scripts/setup.sh demo
 
 demo: setup-demo ## Table 5 at pocket scale, one seed, on this CPU: runs, table, figure (about 4 minutes on two cores with AVX-512)
@@ -57,7 +57,7 @@ sweep-retention: $(NEEDS) ## accuracy against retention, five rules (all sweeps:
 sweep-selector: $(NEEDS) ## every selection rule at 50 and 20 % (RETENTIONS=, RULES=)
 	@recipes/sweep_selector.sh
 
-bench-selectors: $(if $(DRY_RUN),,setup-demo) ## the same at 50, 20, 10 and 5 %, pocket scale, three seeds; RULES="every mypackage.mod:MyRule" adds one
+bench-selectors: $(if $(DRY_RUN),,setup-demo) ## sweep-selector at 50, 20, 10 and 5 %, pocket scale, three seeds; RULES="every mypackage.mod:MyRule" adds one
 	@SCALE=pocket SEEDS="$(or $(SEEDS),0 1 2)" RETENTIONS="$(or $(RETENTIONS),0.5 0.2 0.1 0.05)" recipes/sweep_selector.sh
 
 sweep-divergence: $(NEEDS) ## reverse KL, forward KL and JSD, on all tokens and by Soft-OR
@@ -72,19 +72,19 @@ sweep-normalise: $(NEEDS) ## the tokens over which Soft-OR takes min and max, an
 sweep-seeds: $(NEEDS) ## Table 5 with seeds 0 to 4
 	@recipes/sweep_seeds.sh
 
-grpo-teacher: $(if $(DRY_RUN),,setup) ## the teacher of the pair qwen3: GRPO by TRL, our grader as the reward
+grpo-teacher: $(if $(DRY_RUN),,setup) ## the teacher of the pair qwen3: GRPO by TRL with our grader as the reward
 	@recipes/grpo_teacher.sh
 
 figures: $(if $(DRY_RUN),,setup-demo) ## Figures 1 to 4 from the run folders under runs/ (FROM=): a page and PNGs
 	@$(if $(DRY_RUN),echo )$(PY) scripts/figures.py $(FROM) --out $(FROM)/figures
 
-report: setup-demo ## report again on the run folders of TABLE= (a table or sweep_…) under RUNS=: table and figure (CELLS=: only these)
+report: setup-demo ## make the report again from the run folders of TABLE= (a table or sweep_…) under RUNS=: table and figure (CELLS=: only these)
 	@$(PY) scripts/report.py $(RUNS) --table $(TABLE) --out $(RUNS)/report $(if $(CELLS),--cells $(subst $(comma), ,$(CELLS)))
 
 test: setup ## all tests except the slow ones
 	@$(PYTEST) -m "not slow and not gpu"
 
-test-slow: setup ## the tests that take minutes each
+test-slow: setup ## the slow tests, which take minutes each
 	@$(PYTEST) -m slow
 
 faults: setup ## the fault suite: kills, full disks, damaged files, hostile input; its table in docs/reliability.md (10 minutes)
@@ -96,7 +96,7 @@ check: setup ## lint, format, types and the fast tests, 90 seconds on two cores
 	@.venv/bin/pyrefly check --min-severity error --summary=none
 	@$(PYTEST) -m "not slow and not gpu and not vllm and not e2e"
 
-gpu-check: setup ## on a machine with one NVIDIA GPU: what runs, how accurately, how fast, into docs/gpu.md (8 minutes)
+gpu-check: setup ## on a machine with one NVIDIA GPU: check results, accuracy and speed; writes docs/gpu.md (8 minutes)
 	@$(PY) scripts/gpu_check.py --docs docs
 
 bench: setup-demo ## time and memory of the loss core

@@ -1,4 +1,4 @@
-"""Package definition: what is installed, with what, and what it plugs in. Tool settings: pyproject.toml."""
+"""Package definition: packages, requirements and entry points. Tool settings: pyproject.toml."""
 
 from setuptools import find_packages, setup
 
@@ -19,16 +19,16 @@ CORE = [
     "rich>=13.9",
     "psutil>=6",
     "math-verify>=0.9,<0.10",
-    # transformers needs it to look at weights without loading them, to read quantised ones and GGUF files.
+    # transformers needs it to inspect weights without loading them, and to read quantised weights and GGUF files.
     "accelerate>=1.10",
 ]
 LORA = ["peft>=0.19,<0.22"]
 WANDB = ["wandb>=0.28,<0.32", "wandb-workspaces>=0.4,<0.5"]
 TENSORBOARD = ["tensorboard>=2.18,<3"]
 DEEPSPEED = ["deepspeed>=0.19,<0.20"]
-# Bounded as tip_patch/adapters/trl_checks.py is: selection hooks into its insides.
+# The same bounds as in tip_patch/adapters/trl_checks.py: selection hooks into TRL's internals.
 TRL = ["trl>=1.16,<1.17"]
-# Compiles for long where there is no wheel; without it attention is by torch's own kernel of variable length.
+# Takes long to compile if there is no wheel; without it, attention uses torch's own variable-length kernel.
 FLASH = ["flash-attn>=2.8"]
 GPU = ["vllm>=0.32,<0.33", *DEEPSPEED, *LORA, *WANDB]
 TEST = [
@@ -37,9 +37,9 @@ TEST = [
     "hypothesis>=6.100",
     "ruff>=0.14",
     "pyrefly>=1.5",
-    # What transformers needs to read SmolLM2's GGUF file.
+    # transformers needs it to read SmolLM2's GGUF file.
     "gguf>=0.17",
-    # The loss's CUDA kernels run in its interpreter, and compile, without a GPU; torch's CPU build does not bring it.
+    # Without a GPU, the loss's CUDA kernels run in its interpreter and compile; torch's CPU build does not include it.
     "triton>=3.7; sys_platform == 'linux' and platform_machine == 'x86_64'",
     # For recipes/grpo_teacher.sh.
     *TRL,

@@ -1,29 +1,30 @@
 # shellcheck shell=bash
-# What every recipe shares: settings with their sources, which cells run, and how. Sourced, never run. Works in bash 3.2.
+# Shared by all recipes: settings with their sources, the choice of cells, and how they run. Source it, do not run it.
+# Works in bash 3.2.
 #
 # A recipe lists its cells (`cell SELECTOR [RETENTION] [FLAGS…]`), then calls `run_table NAME "$@"`.
 #
-#   SCALE=paper|pocket   8×H200 with the paper's models (default), or minutes on a CPU with models of our own
+#   SCALE=paper|pocket   8×H200 with the paper's models (default), or minutes on a CPU with our own tiny models
 #   DRY_RUN=1            print the commands and, as comments, each pair's plan (memory, rough time); start nothing; needs
-#                        Python alone: no models, no data, no GPU
+#                        only Python: no models, no data, no GPU
 #   PAIRS, CELLS, SEEDS  run only these, e.g. PAIRS="qwen3 llama" CELLS=all,soft_or-50 SEEDS="0 1 2"
 #   RUNS                 folder of the run folders (default runs/NAME)
 #   STEPS                optimiser steps
-#   LANES                how many cells run at a time (default: at pocket scale the number of cores; at paper scale 1)
-# Flags after the recipe's name go to every `opsd train` as they are.
+#   LANES                cells that run at a time (default: at pocket scale the number of cores; at paper scale 1)
+# Flags after the recipe's name are passed to every `opsd train` unchanged.
 #
 # SCALE=paper also reads the base repository's variables (docs/recipes.md, "Environment variables") and the models' paths:
 #   QWEN3_STUDENT QWEN3_TEACHER LLAMA_STUDENT LLAMA_TEACHER QWEN25_STUDENT QWEN25_TEACHER
-#   (or MODEL_PATH and TEACHER_MODEL_PATH where PAIRS names one pair)
-# DATA_DIR holds what scripts/prepare_data.py makes. CUDA_VISIBLE_DEVICES, MASTER_PORT: which GPUs, e.g. 4,5,6,7 (default: the
-# first NUM_GPUS), and where ranks meet (default 29500), so that two recipes can share a machine.
+#   (or MODEL_PATH and TEACHER_MODEL_PATH if PAIRS names one pair)
+# DATA_DIR holds the files that scripts/prepare_data.py makes. CUDA_VISIBLE_DEVICES: the GPUs, e.g. 4,5,6,7 (default: the
+# first NUM_GPUS). MASTER_PORT: the ranks' rendezvous port (default 29500). With both, two recipes can share a machine.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ! -d .venv ]] || export PATH="$PWD/.venv/bin:$PATH"
 SCALE=${SCALE:-paper}
 CELL_NAMES=() CELL_FLAGS=()
 PAPER_PAIRS=(qwen3 llama qwen25)
-# At paper scale evaluate_teacher evaluates teachers; a recipe that leaves it to `opsd train` empties this.
+# At paper scale evaluate_teacher evaluates teachers; a recipe whose teacher `opsd train` evaluates sets this to empty.
 TEACHERS_APART=yes
 
 fail() {
@@ -37,10 +38,10 @@ for name in STEPS LANES NUM_GPUS TRAIN_BATCH_SIZE TOTAL_EPOCHS ROLLOUT_N VAL_N \
     [[ -z ${!name:-} || ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}: give a whole number above 0"
 done
 
-# What a recipe makes before its runs, once its variables are known to be right; a recipe may define its own.
+# Runs before the cells, after the variables are checked; a recipe may define its own.
 prepare() { :; }
 
-# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell. Its name is what CELLS, run folders and the report call it.
+# cell SELECTOR [RETENTION] [FLAGS…]: adds a cell. CELLS, run folders and the report use the same name for it.
 cell() {
     local flags="--select.by $1"
     if [[ $1 != all ]]; then
@@ -51,7 +52,7 @@ cell() {
     CELL_FLAGS+=("$flags${*:+ $*}")
 }
 
-# setting FLAG VALUE [OVERRIDE]: adds the flag; a value that is not the recipe's own becomes part of the run's name.
+# setting FLAG VALUE [OVERRIDE]: adds the flag; an overriding value becomes part of the run's name.
 setting() {
     local value=${3:-$2} name=${1##*.}
     FLAGS+=("$1" "$value")
@@ -69,7 +70,7 @@ on_off() {
 # The base repository writes "no limit" as -1, we as 0.
 top_k() { if [[ ${1:-} == -1 ]]; then echo 0; else echo "${1:-}"; fi; }
 
-# Table 9 of the paper where it states a value; the base repository's launcher, or our reading, where it does not.
+# Values from the paper's Table 9; if it gives none, from the base repository's launcher, or our choice.
 paper_flags() {
     local lr=1e-6 epochs=${TOTAL_EPOCHS:-1} batch=${TRAIN_BATCH_SIZE:-8} steps thinking at_start
     [[ $1 != llama ]] || lr=3e-7
@@ -89,10 +90,10 @@ paper_flags() {
     setting --thinking off "$thinking"                                      # base repository: what its launcher passes
     setting --loss.divergence reverse_kl "${OPD_LOSS_TYPE:-}"               # Eq. 1
     setting --loss.reward_beta 0 "${OPD_REWARD_BETA:-}"                     # base repository: off
-    # Table 9, "OPD chunk": 512. How many logits exist at once: a memory knob that changes no number.
-    setting --loss.chunk_tokens auto "${OPD_CHUNK_SIZE:-}"                  # ours: what memory allows
+    # Table 9, "OPD chunk": 512. How many logits exist at once: affects memory, not results.
+    setting --loss.chunk_tokens auto "${OPD_CHUNK_SIZE:-}"                  # ours: as many as memory allows
     setting --engine.micro_batch_tokens 16384 "${OPD_MAX_LENGTH:-}"         # Table 9, "OPD max length"
-    setting --engine.dtype bfloat16                                         # our choice: fp32 master weights stay
+    setting --engine.dtype bfloat16                                         # our choice: master weights are fp32
     setting --optim.lr $lr "${LEARNING_RATE:-}"                             # Table 9: 1e-6 Qwen, 3e-7 Llama
     setting --optim.schedule cosine                                         # Table 9
     setting --optim.weight_decay 0.1                                        # base repository
@@ -101,16 +102,16 @@ paper_flags() {
     FLAGS+=(--telemetry.options entropy_split median divergence_split mean) # our choice: the paper gives no thresholds
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: mean@16
-    setting --eval.generate_batch 256                                       # ours: by vLLM; it orders the draws
-    setting --eval.temperature 1.0 "${VAL_TEMPERATURE:-}"                   # paper; the base repository's 0.6/0.7 is not it
+    setting --eval.generate_batch 256                                       # ours: for vLLM; fixes the order of draws
+    setting --eval.temperature 1.0 "${VAL_TEMPERATURE:-}"                   # paper; the base repository has 0.6 or 0.7
     setting --eval.top_p 1.0 "${VAL_TOP_P:-}"                               # paper
     setting --eval.top_k 0 "$(top_k "${VAL_TOP_K:-}")"                      # paper
     [[ $at_start == on ]] || setting --eval.at_start True False             # paper: also before training
-    FLAGS+=(--eval.teacher False)                                           # evaluate_teacher does it, by vLLM
-    # 70 billion parameters fit no single GPU beside a student.
+    FLAGS+=(--eval.teacher False)                                           # evaluate_teacher does it, with vLLM
+    # 70 billion parameters do not fit on one GPU next to a student.
     [[ $1 != llama ]] || FLAGS+=(--teacher.shard True)
     FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
-    # By `opsd plan` 16,384 tokens need 129 (qwen3) and 147 GiB (llama) of the 131 without it; under sdpa 154 and 169.
+    # By `opsd plan`, without it 16,384 tokens need 129 (qwen3) and 147 GiB (llama) of 131; with sdpa 154 and 169.
     FLAGS+=(--engine.gradient_checkpointing True)
     FLAGS+=(--eval.suite "math500=$DATA/math500.jsonl" "aime24=$DATA/aime24.jsonl" "aime25=$DATA/aime25.jsonl")
 }
@@ -118,7 +119,7 @@ paper_flags() {
 # The pocket protocol, fixed before any comparison was run. Every cell shares it.
 pocket_flags() {
     local warmup=4
-    # A try-out of fewer steps is all warm-up.
+    # If a try-out has fewer steps, all of them are warm-up.
     ((${STEPS:-240} >= warmup)) || warmup=$STEPS
     FLAGS+=(--prompt_format raw)
     setting --steps 240 "${STEPS:-}"
@@ -127,11 +128,11 @@ pocket_flags() {
         --engine.dtype float32 --eval.suite pocket=assets/pocket/eval.jsonl --eval.grader suffix --eval.samples 16 --eval.temperature 1.0
         --eval.generate_batch 1024
         --checkpoint.every 60 --telemetry.every 10 --telemetry.save_tokens True --telemetry.top_tokens 5
-        --telemetry.options entropy_split 0.3 divergence_split 0.3) # nats; half the tokens have next to no entropy
+        --telemetry.options entropy_split 0.3 divergence_split 0.3) # nats; half the tokens have almost no entropy
 }
 
-# models_of PAIR: sets STUDENT, TEACHER, PROMPTS, DATA and GPUS, and SHAPES, what `opsd plan` calls models that are not set. A
-# path that is not set stays as its variable's name.
+# models_of PAIR: sets STUDENT, TEACHER, PROMPTS, DATA and GPUS, and SHAPES, the names that `opsd plan` has for models that
+# are not set. A path that is not set is shown as its variable's name.
 models_of() {
     local upper
     DATA=${DATA_DIR:-\$DATA_DIR} PROMPTS=${DATA_DIR:-\$DATA_DIR}/dapo_train.jsonl GPUS=${NUM_GPUS:-8}
@@ -160,7 +161,7 @@ paths_of() {
     STUDENT=${!student:-\$$student} TEACHER=${!teacher:-\$$teacher}
 }
 
-# chosen WHAT "VALUES" KNOWN…: fills CHOSEN with VALUES (or all that are known); a value that is not known stops here.
+# chosen WHAT "VALUES" KNOWN…: fills CHOSEN with VALUES (default: all KNOWN); fails if a value is not known.
 chosen() {
     local what=$1 values=${2//,/ } value
     shift 2
@@ -181,7 +182,7 @@ choose() {
         *) fail "SCALE=$SCALE is unknown; give paper or pocket" ;;
     esac
     PAIR_LIST=("${CHOSEN[@]}")
-    command -v python3 >/dev/null || fail "python3 is not found, which names the cells; install Python"
+    command -v python3 >/dev/null || fail "python3, which names the cells, is not found; install Python"
     names=$(printf '%s\n' "${CELL_FLAGS[@]}" | python3 scripts/reporting/cells.py) || exit 2
     read -r -d '' -a CELL_NAMES <<<"$names" || true
     chosen CELLS "${CELLS:-}" "${CELL_NAMES[@]}"
@@ -193,7 +194,7 @@ choose() {
     done
 }
 
-# Stops with all that SCALE=paper lacks, in one line.
+# Fails with one line that names everything SCALE=paper lacks.
 require() {
     local pair most=0 paths=()
     for pair in "${PAIR_LIST[@]}"; do
@@ -206,7 +207,7 @@ require() {
     command -v opsd >/dev/null || fail "opsd is not installed; run: make setup"
 }
 
-# require_all GPUS PATHS…: stops where there are fewer GPUs, or a path is only its variable's name.
+# require_all GPUS PATHS…: fails if there are fewer GPUs, or if a path is still its variable's name.
 require_all() {
     local lacks='' path found
     found=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
@@ -218,21 +219,21 @@ require_all() {
     [[ -z $lacks ]] || fail "missing: ${lacks#, }. SCALE=pocket runs on a CPU, DRY_RUN=1 prints the commands"
 }
 
-# launch_of WHAT: sets LAUNCH, the words in front of the flags of `opsd WHAT`.
+# launch_of WHAT: sets LAUNCH, the words before the flags of `opsd WHAT`.
 launch_of() {
     LAUNCH=(opsd "$1")
     if [[ $SCALE == paper ]]; then
         LAUNCH=(deepspeed --num_gpus "$GPUS")
-        # Told a number, DeepSpeed's launcher takes the first GPUs and no heed of this variable.
+        # Given a number, DeepSpeed's launcher takes the first GPUs and ignores this variable.
         [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || LAUNCH=(deepspeed --include "localhost:$CUDA_VISIBLE_DEVICES")
-        # Not `-m`: the launcher spells it --module, and would add a --local_rank of its own.
+        # The launcher has --module instead of -m, and would add its own --local_rank.
         LAUNCH+=(${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank --module opsd "$1")
     fi
 }
 
-# evaluate_teacher PAIR FLAGS…: has the teacher answer by vLLM on all GPUs, once for all cells, under the settings that a
-# cell evaluates with, unless the recipe is given --eval.teacher False. By transformers, as `opsd train` would have it,
-# MATH-500 alone takes hours. The report finds it.
+# evaluate_teacher PAIR FLAGS…: evaluates the teacher with vLLM on all GPUs, once for all cells, with the cells' evaluation
+# settings, unless the recipe is given --eval.teacher False. With transformers, as in `opsd train`, MATH-500 alone would
+# take hours. The report finds the result.
 evaluate_teacher() {
     local pair=$1 flags=() words i file
     shift
@@ -276,19 +277,19 @@ command_of() {
         [[ ${CELL_NAMES[i]} != "$cell" ]] || FLAGS+=(${CELL_FLAGS[i]})
     done
     CHANGED+=$(printf '%s' "${*:+-$*}" | sed 's/--//g' | tr -c 'A-Za-z0-9._-' _)
-    # A file's name has at most 255 bytes. What the checksum stands for is in the run's .command and config.json.
+    # A file name has at most 255 bytes. The run's .command and config.json hold what the checksum replaces.
     ((${#CHANGED} <= 160)) || CHANGED=${CHANGED:0:140}-and_$(cksum <<<"$CHANGED" | cut -d ' ' -f 1)
     NAME=$pair-$cell$CHANGED-seed$seed
     RUN=$RUNS/$NAME
     launch_of train
-    # A cell may name its own: itself, or several.
+    # A cell may set its own teacher: the student itself, or several teachers.
     teacher=(--teacher "$TEACHER")
     [[ " ${FLAGS[*]} " != *" --teacher "* && " ${FLAGS[*]} " != *" --teachers "* ]] || teacher=()
     COMMAND=("${LAUNCH[@]}" --student "$STUDENT" ${teacher[@]+"${teacher[@]}"} --prompts "$PROMPTS" --out "$RUN"
         --seed "$seed" --eval.cache "$RUNS/evaluations" "${FLAGS[@]}" "$@")
 }
 
-# The words of a command as one line that a shell reads back; $VARIABLES that were not set stay readable.
+# Prints a command's words as one line that a shell can read back; names of unset $VARIABLES stay readable.
 line_of() {
     local word line=
     for word in "$@"; do
@@ -298,11 +299,11 @@ line_of() {
     echo "${line# }"
 }
 
-# Runs a job that this shell can hand signals on to: while a command runs in front, bash hears none. Words stand on its
-# standard input, each ended by NUL.
+# Runs a command in the background and passes signals on to it: bash handles no signal while a foreground command runs.
+# Its standard input is WORDS, each ended by NUL.
 run_in_reach() {
     local job status=0 struck= name
-    # Not through a pipe: a job that ends without having read them would give SIGPIPE's exit code.
+    # Not through a pipe: if the job ended without reading all words, the exit code would be SIGPIPE's.
     "$@" < <(printf '%s\0' "${WORDS[@]}") &
     job=$!
     for name in INT TERM HUP; do
@@ -310,7 +311,7 @@ run_in_reach() {
         trap "struck=yes; kill -$name $job 2>/dev/null || true" "$name"
     done
     wait "$job" || status=$?
-    # A signal ends the waiting, with its own number, before the job ends.
+    # A signal makes `wait` return its number before the job ends.
     while [[ $struck ]]; do
         struck= status=0
         wait "$job" || status=$?
@@ -319,8 +320,8 @@ run_in_reach() {
     return "$status"
 }
 
-# plan_of PAIR FLAGS…: what `opsd plan` says of the pair's first chosen cell, as comments. Models that are not set have their
-# published shapes. A plan is not a condition: one that cannot be made says why and stops nothing.
+# plan_of PAIR FLAGS…: prints `opsd plan` of the pair's first chosen cell as comments. Models that are not set have their
+# published shapes. If the plan cannot be made, the reason is printed, and nothing fails.
 plan_of() {
     local pair=$1 student teacher
     shift
@@ -333,7 +334,7 @@ plan_of() {
         sed 's/^/#   /'
 }
 
-# run_table NAME FLAGS…: every chosen pair, seed and cell, then the report.
+# run_table NAME FLAGS…: runs every chosen pair, seed and cell, then the report.
 run_table() {
     local table=$1 seed pair cell report lanes=${LANES:-}
     shift
@@ -347,8 +348,8 @@ run_table() {
         ((${lanes:=1} == 1)) || fail "LANES=$lanes: at SCALE=paper a cell has all of its GPUs, so give 1; for more at a time \
 start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT"
     fi
-    # Idle threads sleep: spinning ones slow a step down five times when anything else runs. The pocket models are too small
-    # to be shared out: one thread takes two thirds of the time of two.
+    # Idle threads must sleep: if anything else runs, spinning ones make a step five times slower. The pocket models are too
+    # small for several threads: one takes two thirds of the time of two.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
     [[ $SCALE == paper ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     for pair in "${PAIR_LIST[@]}"; do
@@ -360,7 +361,7 @@ start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT
             for cell in "${CELL_LIST[@]}"; do
                 command_of "$pair" "$cell" "$seed" "$@"
                 if [[ -n ${DRY_RUN:-} ]]; then line_of "${COMMAND[@]}"; fi
-                # As scripts/lanes/cell.py reads them.
+                # In the format that scripts/lanes/cell.py reads.
                 WORDS+=("$NAME" "$RUN" "$(line_of "${COMMAND[@]}")" "${#LAUNCH[@]}" "${#COMMAND[@]}" "${COMMAND[@]}")
             done
         done
@@ -375,7 +376,8 @@ start two recipes, each with its own CELLS, CUDA_VISIBLE_DEVICES and MASTER_PORT
         fi
     fi
     report=(python scripts/report.py "$RUNS" --table "$table" --out "$RUNS/report")
-    # RUNS may be shared by several tables. Flags of the user's own can make cells of other names: then all are shown.
+    # Several tables may share RUNS, so only this table's cells are shown. The user's own flags can change cells' names: then
+    # all cells are shown.
     (($#)) || report+=(--cells "${CELL_NAMES[@]}")
     if [[ -n ${DRY_RUN:-} ]]; then line_of "${report[@]}"; else "${report[@]}"; fi
 }

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The teacher of the pair qwen3: Qwen3-8B after GRPO, by TRL's trainer with this project's grader as the reward.
 #
-# The paper says no more of it than that; values beside which nothing else stands are our choice. The other pairs' teachers
-# are published models. SCALE=pocket trains the pocket student instead: 100 steps take it from 17.5 ± 1.7 to 27.7 ± 1.8 %
-# (mean@16 on 256 sums, seed 0, ± over problems), by
+# The paper says no more about it; values without a source next to them are our choice. The other pairs' teachers are
+# published models. SCALE=pocket trains the pocket student instead: 100 steps take it from 17.5 ± 1.7 to 27.7 ± 1.8 %
+# (mean@16 on 256 sums, seed 0, ± over problems), measured with
 #   opsd eval --model runs/grpo_teacher/pocket-grpo/model --suite pocket=assets/pocket/eval.jsonl --samples 16 \
 #       --out grpo.json --prompt_format raw --grader suffix --max_new_tokens 40 --generate_batch 1024
 # Hardware: 8×H200; hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, a few minutes.
@@ -12,9 +12,9 @@
 #
 # SCALE=paper reads QWEN3_TEACHER_BASE (Qwen3-8B), DATA_DIR, NUM_GPUS, STEPS, LEARNING_RATE, ROLLOUT_N, TRAIN_BATCH_SIZE,
 # MAX_PROMPT_LENGTH, MAX_RESPONSE_LENGTH, ENABLE_THINKING. Needs the extra trl: pip install -e '.[trl]'.
-# TRL 1.16 warns that it was made for vLLM up to 0.31, while this project has 0.32: not tried together. --vllm off does
-# without, slowly; --vllm server needs a `trl vllm-serve`, in an environment of its own if you like.
-# Flags after the recipe's name go to scripts/grpo_teacher.py.
+# TRL 1.16 warns that it was made for vLLM up to 0.31, while this project has 0.32: not tested together. --vllm off runs
+# without vLLM, slowly; --vllm server needs a `trl vllm-serve`, which may run in a separate environment.
+# Flags after the recipe's name are passed to scripts/grpo_teacher.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -24,7 +24,7 @@ case $SCALE in
     paper)
         NAME=qwen3-grpo
         BASE=${QWEN3_TEACHER_BASE:-\$QWEN3_TEACHER_BASE} PROMPTS=${DATA_DIR:-\$DATA_DIR}/dapo_train.jsonl
-        # Launched as TRL's documentation launches it: DeepSpeed ZeRO-3, vLLM in the training processes.
+        # Launched as in TRL's documentation: DeepSpeed ZeRO-3, vLLM in the training processes.
         LAUNCH=(accelerate launch --num_processes "$GPUS" --mixed_precision bf16 --use_deepspeed --zero_stage 3
             --zero3_init_flag true --zero3_save_16bit_model true)
         FLAGS=(--steps "${STEPS:-200}" --prompts_per_step "${TRAIN_BATCH_SIZE:-32}" --samples_per_prompt "${ROLLOUT_N:-16}"

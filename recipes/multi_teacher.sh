@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Several teachers: each prompt's record names the one that scores it (column `domain`: math or code at paper scale).
 #
-# NeMo-RL and verl route teachers so. MATH_TEACHER and CODE_TEACHER are model folders of one vocabulary with the student's;
-# DATA_DIR/dapo_train.jsonl has the column. They wait in host memory, so that one at a time is on the GPU.
-# At pocket scale both are the pocket teacher, by the first sign of a sum: what one teacher gives, in two shares.
+# NeMo-RL and verl route teachers the same way. MATH_TEACHER and CODE_TEACHER are model folders with the student's
+# vocabulary; DATA_DIR/dapo_train.jsonl has the column. They stay in host memory, and only one at a time is on the GPU.
+# At pocket scale both are the pocket teacher, chosen by the first sign of a sum: the result is that of one teacher.
 # Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, 1 cell.
 # Try it:      SCALE=pocket SEEDS=0 STEPS=20 RUNS=runs/try recipes/multi_teacher.sh
 # Look first:  DRY_RUN=1 recipes/multi_teacher.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where Soft-OR takes min and max: over the micro-batch, each rollout, the batch (the paper's word) or a running estimate, at
-# 50 and at 20 % of the tokens; then ways to tame outliers of the divergence, over the batch.
+# 50 and at 20 % of the tokens; then ways to limit outliers of the divergence, over the batch.
 #
 # The paper takes the batch; its numbers: assets/paper/tables.csv.
 # Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, 13 cells.

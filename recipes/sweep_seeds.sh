@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 5 with seeds 0 to 4: how far apart runs land that differ in nothing but chance. Shares Table 5's run folders, so
-# that seeds which are there already are not run again.
+# Table 5 with seeds 0 to 4: how much runs vary that differ in their seed only. It shares Table 5's run folders, so
+# existing seeds are not run again.
 #
 # Hardware: as recipes/table5_soft_or.sh, five times.
 # Try it:      SCALE=pocket SEEDS="0 1" STEPS=20 RUNS=runs/try recipes/sweep_seeds.sh

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Every rule that `opsd selectors` lists, the paper's and their rivals, at 50 and at 20 % of the tokens, against all tokens; and
-# what else has been proposed for all tokens: prompts weighed by their pass rate, forward KL where the teacher is unsure, forward
-# KL first, answers written to a growing horizon. The report ranks them (leaderboard). `make bench-selectors` is this at 50, 20,
-# 10 and 5 %, pocket scale, three seeds.
+# Every rule that `opsd selectors` lists, from the paper and from other work, at 50 and at 20 % of the tokens, against all
+# tokens; and other methods that train on all tokens: prompts weighted by their pass rate, forward KL at tokens where the
+# teacher is unsure, forward KL in the first steps, answers up to a growing horizon. The report ranks them (leaderboard).
+# `make bench-selectors` runs this at 50, 20, 10 and 5 %, pocket scale, three seeds.
 #
 #   RETENTIONS   fractions of the tokens (default "0.5 0.2")
-#   RULES        which rules (default every). every stands for all of ours, so RULES="every mypackage.mod:MyRule" adds one that
-#                lies in this folder or is installed; cells that are finished are not run again
+#   RULES        which rules (default every). every stands for all of ours, so RULES="every mypackage.mod:MyRule" adds a rule
+#                that is in this folder or installed; finished cells are not run again
 #
 # The paper's numbers: assets/paper/tables.csv.
 # Hardware: 8×H200 a pair (4 for qwen25); hours not known: this scale has not been run. SCALE=pocket: 2 CPU cores, 34 cells.
@@ -27,21 +27,21 @@ for retention in ${RETENTIONS:-0.5 0.2}; do
     for rule in $rules; do
         case $rule in
             soft_or | soft_or_bottom | q3 | teachability) cell "$rule" "$retention" --select.normalise_over batch ;;
-            verify) ;; # keeps what the teacher accepts, whatever that share is
+            verify) ;; # keeps the tokens that the teacher accepts, so it has no retention
             *) cell "$rule" "$retention" ;;
         esac
     done
 done
 for rule in $rules; do
     case $rule in
-        # As published: weights on all tokens, or all tokens but some.
+        # As published: weights on all tokens, or all tokens except those the rule drops.
         iw_opd | rock_bypass | verify) cell "$rule" 1.0 ;;
     esac
 done
 if [[ $every != "$rules" ]]; then
     cell all --loss.prompt_weights paced
     cell all --loss.divergence eopd
-    # A tenth of the steps under forward KL; half of the steps until answers are whole: our readings.
+    # Forward KL for a tenth of the steps; a growing horizon for half of the steps: our choices.
     steps=1740
     [[ $SCALE != pocket ]] || steps=240
     steps=${STEPS:-$steps}

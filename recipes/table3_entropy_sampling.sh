@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 3: entropy sampling at 50, 20 and 10 % of the tokens against all of them, and what memory each takes.
+# Table 3: entropy sampling at 50, 20 and 10 % of the tokens against all of them, and the memory of each.
 #
 # The paper (Qwen3-8B → Qwen3-4B, MATH-500, mean@16): all tokens 76.7 ± 0.7, entropy 50 % 78.6 ± 0.6, 20 % 74.1 ± 0.9,
 # 10 % 70.8 ± 1.0; peak memory 72.0, 38.1, 35.5, 35.3 GB. Its code kept the logits of the trained tokens: for its memory

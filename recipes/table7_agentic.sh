@@ -7,18 +7,19 @@
 # Try it:      SCALE=pocket SEEDS=0 recipes/table7_agentic.sh
 # Look first:  DRY_RUN=1 recipes/table7_agentic.sh
 #
-# SCALE=paper reads DEEPPLANNING_ROOT, your copy of the benchmark's travel part with its databases unzipped, and
+# SCALE=paper reads DEEPPLANNING_ROOT (your copy of the benchmark's travel part, databases unzipped) and
 # AGENTIC14_STUDENT AGENTIC14_TEACHER AGENTIC32_STUDENT AGENTIC32_TEACHER. The paper leaves open: the split, its seed, the
-# languages, how plans are read and how Best@16 is formed; docs/agentic.md says what is done here.
-# SCALE=pocket is synthetic-travel in the word form. Its student is an unfinished teacher with planted habits (it asks for
-# hotels of any star, takes the first train, a random restaurant): distillation repairs these, it teaches no new skill.
+# languages, how plans are read and how Best@16 is formed; docs/agentic.md says how it is done here.
+# SCALE=pocket is synthetic-travel in the word form. Its student is an early checkpoint of the teacher with planted habits:
+# it asks for hotels of any star, takes the first train and a random restaurant. Distillation repairs these habits and
+# teaches no new skill.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 PAPER_PAIRS=(agentic14 agentic32)
 RUNS=${RUNS:-runs/table7}
 # The task files that both branches train on are written by the command below.
 DATA_DIR=$RUNS/tasks
-# Episodes are beyond `opsd eval`.
+# `opsd eval` cannot run episodes.
 TEACHERS_APART=
 
 cell all
@@ -28,7 +29,7 @@ cell q3 0.2 --select.normalise_over batch
 cell soft_or 0.5 --select.normalise_over batch
 cell soft_or 0.2 --select.normalise_over batch
 if [[ $SCALE == pocket ]]; then
-    # Half of the tokens carry all of the divergence here: the rules part at smaller budgets.
+    # Here half of the tokens carry all of the divergence: the rules differ only at smaller budgets.
     cell entropy_sample 0.1
     cell q3 0.1 --select.normalise_over batch
     cell soft_or 0.1 --select.normalise_over batch
@@ -38,7 +39,7 @@ if [[ $SCALE == pocket ]]; then
     cell soft_or 0.05 --select.normalise_over batch
 fi
 
-# The base repository's agentic launcher where the paper is silent; what cannot have run as it stands there is ours.
+# If the paper gives no value: the base repository's agentic launcher, or our choice if its value cannot have worked.
 paper_flags() {
     local epochs=${TOTAL_EPOCHS:-15} batch=${TRAIN_BATCH_SIZE:-64} steps thinking
     thinking=$(on_off "${ENABLE_THINKING:-True}" ENABLE_THINKING)
@@ -55,10 +56,10 @@ paper_flags() {
     setting --environment.max_turns 50                                      # launcher
     setting --environment.tool_output_characters 1024                       # launcher: its library's default
     setting --loss.divergence reverse_kl "${OPD_LOSS_TYPE:-}"               # Eq. 1
-    # Table 9, "OPD chunk": 512. How many logits exist at once: a memory knob that changes no number.
-    setting --loss.chunk_tokens auto "${OPD_CHUNK_SIZE:-}"                  # ours: what memory allows
+    # Table 9, "OPD chunk": 512. How many logits exist at once: affects memory, not results.
+    setting --loss.chunk_tokens auto "${OPD_CHUNK_SIZE:-}"                  # ours: as many as memory allows
     setting --engine.micro_batch_tokens 16384 "${OPD_MAX_LENGTH:-}"         # launcher
-    setting --engine.dtype bfloat16                                         # our choice: fp32 master weights stay
+    setting --engine.dtype bfloat16                                         # our choice: master weights are fp32
     setting --optim.lr 1e-6 "${LEARNING_RATE:-}"                            # launcher
     setting --optim.schedule cosine                                         # Table 9
     setting --optim.weight_decay 0.1                                        # base repository
@@ -67,22 +68,22 @@ paper_flags() {
     FLAGS+=(--telemetry.options entropy_split median divergence_split mean) # our choice: the paper gives no thresholds
     setting --eval.every 0 "${TEST_FREQ:-}"                                 # our choice: start and end
     setting --eval.samples 16 "${VAL_N:-}"                                  # paper: Avg@16
-    # The teacher answers by transformers: an episode's cache takes 8 GiB of a GPU that already holds 61 (agentic32).
+    # The teacher answers with transformers: an episode's cache takes 8 GiB on a GPU that already holds 61 (agentic32).
     FLAGS+=(--eval.generate_batch 4)
     setting --eval.temperature 0.6 "${VAL_TEMPERATURE:-}"                   # launcher
     setting --eval.top_p 0.8 "${VAL_TOP_P:-}"                               # launcher
     setting --eval.top_k 20 "$(top_k "${VAL_TOP_K:-}")"                     # launcher
     FLAGS+=(--environment.kind travel --environment.deepplanning_root "${DEEPPLANNING_ROOT:-\$DEEPPLANNING_ROOT}")
     FLAGS+=(--engine.kind deepspeed --engine.zero_stage 3 --rollout.engine vllm)
-    # An episode of 32,768 tokens is never split: without it its activations fill more than a GPU (opsd plan).
+    # An episode of 32,768 tokens is never split: without checkpointing, its activations exceed a GPU (opsd plan).
     FLAGS+=(--engine.gradient_checkpointing True)
     FLAGS+=(--eval.suite "deepplanning_travel=$DATA_DIR/held_out.jsonl")
 }
 
-# Fixed before any comparison was run. Few steps: longer ones close every gap.
+# Fixed before any comparison was run. Few steps: longer runs close every gap between rules.
 pocket_flags() {
     local warmup=2
-    # A try-out of a single step is all warm-up.
+    # If a try-out has a single step, it is warm-up.
     ((${STEPS:-16} >= warmup)) || warmup=$STEPS
     setting --steps 16 "${STEPS:-}"
     FLAGS+=(--prompts_per_step 16 --rollout.samples_per_prompt 4 --rollout.max_prompt_tokens 8

@@ -5,7 +5,7 @@
     python scripts/bench_loss.py --tokens 1024 --widths 1024 --dtypes bfloat16
 
 Each case runs in its own process and measures its first call; on CUDA the median of three after a warm-up call. Writes
-into --out: cases.jsonl (a line per case, written when it ends; a case that is already there is not run again), table.md
+into --out: cases.jsonl (a line per case, written when it ends; cases that it already holds are not run again), table.md
 and figure.png. Ratios hold within one run.
 """
 
@@ -27,7 +27,7 @@ import tyro
 from bench.case import Case
 from bench.report import draw, table
 
-# What a kept graph holds for each token and vocabulary entry: three fp32 values and a half, as measured.
+# What a kept graph holds per token and vocabulary entry: about 3.5 fp32 values, as measured.
 GRAPH_BYTES = 14.2
 RETENTIONS = (0.5, 0.2, 0.1)
 
@@ -41,9 +41,9 @@ class Options:
     widths: tuple[int, ...] = (256, 1024)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     methods: tuple[str, ...] = ("ours", "graph_kept", "recomputed", "liger", "liger_triton", "trl")
-    """What is not installed, or not for this device, is left out with its reason."""
+    """Methods that are not installed, or not available on this device, are left out and the reason is reported."""
     selected_tokens: int = 2048
-    """Tokens of the cases that train on a part of them."""
+    """Token counts of the cases that train on a part of the tokens."""
     vocab: int = 151_936
     chunk: int = 256
     """Tokens; Liger's Triton kernels and TRL choose their own."""
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def plan(options: Options) -> Iterator[Case]:
-    """All cases, those that are compared next to each other."""
+    """All cases; those to be compared run one after the other."""
     for dtype in options.dtypes:
         for width in options.widths:
 
@@ -104,18 +104,18 @@ def plan(options: Options) -> Iterator[Case]:
 
 
 def fits(tokens: int, options: Options) -> bool:
-    """Whether a kept graph of so many tokens leaves a third of the free memory alone."""
+    """Whether a kept graph of this many tokens leaves a third of the free memory unused."""
     free = torch.cuda.mem_get_info()[0] if options.device == "cuda" else psutil.virtual_memory().available
     return GRAPH_BYTES * tokens * options.vocab < 0.67 * free
 
 
 def matches(row: dict[str, Any], case: Case) -> bool:
-    """Whether a row is the case's; one of an earlier version may lack what was then the same for all."""
+    """Whether a row belongs to the case; rows of earlier versions may lack fields that were constant then."""
     return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case) if field.name in row}) == case
 
 
 def run(case: Case) -> dict[str, Any]:
-    """The case's measurements, from a process of its own; one that fails is recorded as missing, with its last line."""
+    """Measure the case in its own process; if it fails, it is recorded as missing, with the last line of its output."""
     command = [sys.executable, "-m", "bench.case", json.dumps(dataclasses.asdict(case))]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]

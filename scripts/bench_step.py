@@ -5,12 +5,12 @@
     python scripts/bench_step.py --methods trl trl-kernel trl-fused opsd-hf opsd-hf-tip
                                                  with selection inside TRL and opsd, see docs/trl.md
 
-Each trainer is a process of its own; they take turns step by step, so that other load on the machine affects all of
+Each trainer is its own process; they take turns step by step, so that other load on the machine affects all of
 them equally. The same prompts, answers of the same length (no end token), reverse KL, fp32, AdamW. The first step of
 each is a warm-up; in it TRL trains on opsd's answers, so that both losses must be equal. vllm-alone trains nothing:
-vLLM alone generates as many tokens for the same prompts, the minimum that a rollout by it takes. trl-kernel and
-trl-fused are TRL with selection by either engine, opsd-…-tip is opsd with it; the others train on all tokens. Seconds
-are wall and CPU seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
+vLLM generates as many tokens for the same prompts, which is the least that a rollout with it takes. trl-kernel and
+trl-fused are TRL with selection by our two engines, opsd-…-tip is opsd with it; the others train on all tokens.
+Seconds are wall and CPU seconds; GFLOP/s and GB/s are those of one thread. Ratios hold within one run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Literal
 
-# Idle threads must not spin: the trainer whose turn it is needs the cores.
+# Idle threads must not spin: the running trainer needs the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -56,29 +56,29 @@ class Options:
     teacher: str = ""
     """Model folder with the student's tokenizer; empty: SmolLM2-135M."""
     methods: tuple[Method, ...] = ("trl", "opsd-hf", "opsd-vllm", "vllm-alone")
-    """Trainers; ratios need trl, the comparison of losses opsd-hf beside it."""
+    """Trainers; ratios need trl, the comparison of losses needs opsd-hf as well."""
     prompts: int = 8
-    """Prompts, and so answers, in a step."""
+    """Prompts (and answers) per step."""
     new_tokens: int = 64
     """Tokens of each answer."""
     rounds: int = 5
-    """Steps of each trainer that count, beside the warm-up."""
+    """Measured steps of each trainer, after the warm-up."""
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
     """OpenMP threads of each trainer; they take turns."""
     rate_s: float = 1.0
-    """Seconds that are spent on measuring each rate of the machine."""
+    """Seconds spent on measuring each of the machine's rates."""
     lr: float = 1e-6
     """Learning rate, constant."""
     selector: str = "soft_or"
-    """The rule of those that select; it normalises over rollouts."""
+    """Rule of the trainers that select; it normalises over rollouts."""
     retention: float = 0.5
-    """Fraction of each answer's tokens that they keep."""
+    """Fraction of each answer's tokens that these keep."""
     quick: bool = False
     """Three rounds of 16 tokens."""
 
 
 class Trainer:
-    """One trainer's process, and the line to it."""
+    """One trainer's process, and the connection to it."""
 
     def __init__(self, settings: dict[str, Any], log: Path) -> None:
         self.method, self._log = settings["method"], log
@@ -97,7 +97,7 @@ class Trainer:
         self._answer()
 
     def step(self, responses: list[list[int]] | None = None) -> dict[str, Any]:
-        """What a step took; on `responses` in place of its own rollouts."""
+        """What a step took; responses: trained on in place of the trainer's own rollouts."""
         self._send({"responses": responses})
         return self._answer()
 
@@ -137,7 +137,7 @@ def main(options: Options) -> None:
 
 
 def prepare(options: Options) -> dict[str, Any]:
-    """Models without an end token, prompts, and all that the trainers are told."""
+    """Models without an end token, prompts, and all settings of the trainers."""
     folders = {name: options.out / "models" / name for name in ("student", "teacher")}
     for every, (name, folder) in zip((2, 1), folders.items(), strict=True):
         make_folder(folder, getattr(options, name), every, f"--{name}")
@@ -178,7 +178,7 @@ def make_folder(folder: Path, given: str, every: int, flag: str) -> None:
 
 
 def take_turns(options: Options, settings: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The warm-up's steps and those that count, by method; each round's one after the other."""
+    """The warm-up steps and the measured ones, by method; the trainers of a round run one after the other."""
     trainers: dict[str, Trainer] = {}
     try:
         for method in sorted(options.methods):  # opsd first: TRL's warm-up needs its answers
@@ -200,7 +200,7 @@ def take_turns(options: Options, settings: dict[str, Any]) -> tuple[dict[str, An
 
 
 def first_answers(options: Options, settings: dict[str, Any]) -> list[list[int]] | None:
-    """The answers of opsd-hf's first step, prompt by prompt; None where it does not run."""
+    """The answers of opsd-hf's first step, prompt by prompt; None if it does not run."""
     file = options.out / "work" / "opsd-hf" / "rollouts" / "step_1.jsonl"
     if not file.exists():
         return None

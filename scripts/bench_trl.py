@@ -1,12 +1,12 @@
-"""Loss curves on the pocket pair: TRL alone, TRL with selection by either engine, opsd with and without selection.
+"""Loss curves on the pocket pair: TRL alone, TRL with selection by each engine, opsd with and without selection.
 
-    python scripts/bench_trl.py --out runs/bench_trl        about ten minutes on a core
+    python scripts/bench_trl.py --out runs/bench_trl        about ten minutes on one core
 
-The same pair, prompts, numbers of answers and learning rate; 64 answers a step, Soft-OR at 50 % over rollouts. The
+The same pair, prompts, numbers of answers and learning rate; 64 answers per step, Soft-OR at 50 % over rollouts. The
 three TRL runs start from one seed and write the same answers in the first step; opsd uses its own sampling seeds. Each
-trains in a process of its own, one after the other, one thread each. curves.json holds, step by step, the loss in nats
+trains in its own process, one after the other, with one thread. curves.json holds, step by step, the loss in nats
 per trained token and the share of tokens that was kept, and for each run its CPU seconds (start and imports included)
-and its peak of resident memory. For the time of a step at a real vocabulary see scripts/bench_step.py.
+and its peak resident memory. For the time of a step at a real vocabulary see scripts/bench_step.py.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Options:
     steps: int = 40
     """Steps of each trainer."""
     method: str = ""
-    """One of them alone, in this process; empty: all, each in its own."""
+    """One method, run in this process; empty: all, each in its own process."""
 
 
 def main(options: Options) -> None:
-    """Run what is asked for. Raises UserError where a trainer failed."""
+    """Run the trainers. Raises UserError if one fails."""
     if options.method:
         run(options)
         return
@@ -63,7 +63,7 @@ def main(options: Options) -> None:
 
 
 def run(options: Options) -> None:
-    """One trainer, and its file."""
+    """Run one trainer, and write its file."""
     steps = run_trl(options) if options.method.startswith("trl") else run_opsd(options)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     found = {"cpu_s": time.process_time(), "peak_mib": usage.ru_maxrss / 1024, **steps}

@@ -1,7 +1,7 @@
 """Tiny random models of the families that transformers builds from a configuration, as ordinary model folders.
 
-Matrices, and a head's bias, have a standard deviation of 0.35: with 0.02, transformers' default, a soft cap or a leak
-between sequences would be too small to be seen. The tokenizer has a token per character.
+Matrices, and a head's bias, have a standard deviation of 0.35: with 0.02, transformers' default, the effect of a soft
+cap or of a leak between sequences would be too small to detect. The tokenizer has one token per character.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 @dataclass(frozen=True)
 class Family:
-    """config: the class in transformers. settings: beside SIZES. without: SIZES that the family does not have."""
+    """config: the class in transformers. settings: in addition to SIZES. without: SIZES that the family lacks."""
 
     config: str
     settings: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
     def build(self, seed: int = 0, **changes: Any) -> PreTrainedModel:
-        """A random model, fp32. changes: of the configuration."""
+        """A random model, fp32. changes: to the configuration."""
         sizes = {name: value for name, value in SIZES.items() if name not in self.without}
         kind: Callable[..., Any] = getattr(transformers, self.config)
         config = kind(**{**sizes, **self.settings, **changes})
@@ -116,7 +116,7 @@ FAMILIES = {
 
 @torch.no_grad()
 def own_kl(run: Path, student: Path, teacher: Path) -> float:
-    """Mean KL(student‖teacher) in nats over the tokens that a run's first step wrote, by transformers alone.
+    """Mean KL(student‖teacher) in nats over the tokens that a run's first step wrote, computed by transformers alone.
 
     From `model(ids).logits` of both models, each rollout by itself, in fp32; the run saved its rollouts.
     """
@@ -154,7 +154,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """A model folder of a family; returns it."""
+    """Write a model folder of a family; returns the folder."""
     FAMILIES[family].build(seed, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -29,7 +29,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
 
     def result(self) -> str:
-        """held, FAILED or not run; with counts where there were several."""
+        """held, FAILED or not run; with counts if there were several tests."""
         held, failed = self.outcomes.count("held"), self.outcomes.count("FAILED")
         if failed:
             return f"**FAILED {failed} of {len(self.outcomes)}**"
@@ -39,7 +39,7 @@ class Row:
 
 
 def main(out: Path = ROOT / "docs" / "reliability.md", short: bool = False) -> int:
-    """Run the fault suite and write the table of its outcomes; exits with 0 where every fault was survived.
+    """Run the fault suite and write the table of its outcomes; exits with 0 if every fault was survived.
 
     Args:
         out: Page that contains the table.
@@ -98,7 +98,7 @@ def table(rows: list[Row]) -> str:
 
 
 def write(out: Path, text: str) -> None:
-    """Put the table into its place in `out`."""
+    """Replace the table in `out`."""
     before, rest = out.read_text().split(BEGIN)
     out.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}")
 

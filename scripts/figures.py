@@ -3,8 +3,8 @@
 
     python scripts/figures.py runs --out runs/figures
 
-Each figure is drawn from the first of its folders under RUNS that holds finished runs; a figure without one is named
-with the command that makes its runs.
+Each figure is drawn from the first of its folders under RUNS that holds finished runs; if there is none, the command
+that makes its runs is printed.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PAGE = "figures.html"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a figure's runs may lie: tables or sweeps, the best first; also the names of their folders."""
+    """Tables or sweeps that a figure can be drawn from, the best first; their names are also those of their folders."""
 
     figure: int
     tables: tuple[str, ...]
 
     @property
     def missing(self) -> str:
-        """What to do where none of the folders holds a finished run."""
+        """What to do if none of the folders holds a finished run."""
         target = self.tables[0].replace("_", "-")
         return f"Figure {self.figure}: no finished run in {' or '.join(self.tables)}; make {target} makes them"
 
@@ -49,7 +49,7 @@ SOURCES = (
 
 
 def drawn(runs: Path, source: Source) -> tuple[str, list[tuple[str, Picture]]]:
-    """The figure's first folder that has it, and what it shows there, each with its group's title; none: ("", [])."""
+    """The first folder that has the figure, and its pictures, each with its group's title; ("", []) if none has it."""
     for table in source.tables:
         layout = LAYOUTS[table]
         if not any((runs / table).glob("*/DONE")):
@@ -66,7 +66,7 @@ def drawn(runs: Path, source: Source) -> tuple[str, list[tuple[str, Picture]]]:
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
-    """Redraw every figure whose runs are there, and say which are missing.
+    """Draw every figure whose runs exist, and say which are missing.
 
     Args:
         runs: Folder that holds the tables' and sweeps' folders, as recipes name them (runs/table5, …).

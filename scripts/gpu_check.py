@@ -46,13 +46,13 @@ class Options(Settings):
     small: bool = False
     """Tiny sizes, to see whether it runs at all."""
     seconds: float = 480.0
-    """For all stages together; what is left when they are over is not run."""
+    """Time limit for all stages together; stages that are left by then are not run."""
     docs: Path | None = None
     """Put gpu.md and gpu.json into this folder too."""
 
 
 def main(options: Options) -> int:
-    """Run the stages and write the document; the exit code."""
+    """Run the stages and write the document; returns the exit code."""
     check(options)
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds
@@ -82,21 +82,21 @@ def check(options: Options) -> None:
 
 
 def run(stage: str, options: Options, seconds_left: float) -> None:
-    """One stage in a process group of its own, which ends with it; a failure of the whole stage is a row."""
+    """Run one stage in its own process group, which ends with it; if the whole stage fails, that is a row."""
     rows, log = (options.out / f"{stage}.{kind}" for kind in ("jsonl", "log"))
     rows.unlink(missing_ok=True)
-    # A dry run has no GPU to be quick on.
+    # The limits of STAGES are for a GPU.
     limit = seconds_left if options.small else min(STAGES[stage], seconds_left)
     words = [stage, str(options.out.resolve()), options.device, "small" if options.small else "full"]
     print(f"== {stage}, at most {limit:.0f} s", flush=True)
-    failed = "the time for all stages was over" if limit <= 0 else _ended(words, log, limit)
+    failed = "the time for all stages was used up" if limit <= 0 else _ended(words, log, limit)
     if failed:
         with rows.open("a") as file:
             file.write(json.dumps({"stage": stage, "what": "the whole stage", "failed": failed}) + "\n")
 
 
 def _ended(words: list[str], log: Path, limit: float) -> str | None:
-    """Start a stage and wait; why it failed, None where it did not."""
+    """Start a stage and wait; returns why it failed, or None."""
     paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w") as stderr:
@@ -108,11 +108,11 @@ def _ended(words: list[str], log: Path, limit: float) -> str | None:
         except subprocess.TimeoutExpired:
             return f"it took more than {limit:.0f} s"
         finally:
-            # What it has started, too.
+            # Also the processes that it started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    said = log.read_text().strip().splitlines()[-1:] or ["it said nothing"]
+    said = log.read_text().strip().splitlines()[-1:] or ["no output"]
     return None if code == 0 else f"exit code {code}: {said[0][:300]}"
 
 

@@ -49,7 +49,7 @@ class GrpoConfig(PromptSettings, LengthSettings, StepSettings):
     grader: str = "math"
     """math, suffix or module:function, as --eval.grader of `opsd train`."""
     grade_seconds: PositiveFloat = 300.0
-    """Most seconds that one process grades a batch; what is left then counts as wrong, logged as grade/late_frac."""
+    """Seconds that one process may grade a batch; answers left by then count as wrong (grade/late_frac)."""
     temperature: PositiveFloat = 1.0
     lr: PositiveFloat = 1e-6
     """Peak learning rate, with cosine decay."""
@@ -69,10 +69,10 @@ class GrpoConfig(PromptSettings, LengthSettings, StepSettings):
 
 
 class GradeReward:
-    """The reward of TRL: 1.0 where the grader finds the gold answer, else 0.0; a completion without its end has 0.0.
+    """The reward for TRL: 1.0 if the grader finds the gold answer, else 0.0; a truncated completion gets 0.0.
 
-    A text is read by the grader, never run. Each question has the grader's own time limit, a batch has `seconds`;
-    what is not graded by then is 0.0. Equal (completion, gold) pairs are graded once.
+    The grader reads a text and never runs it. Each question has the grader's own time limit, a batch has `seconds`;
+    answers that are not graded by then get 0.0. Equal (completion, gold) pairs are graded once.
     """
 
     __name__ = "grade"  # what TRL calls the metric
@@ -83,7 +83,7 @@ class GradeReward:
     def __call__(
         self, *, completions: list[Any], completion_ids: list[list[int]], answer: list[str], **more: Any
     ) -> list[float | None]:
-        """One reward a completion; `completions` are texts, or lists of chat messages of which the last counts."""
+        """One reward per completion; `completions` are texts, or lists of chat messages whose last one is graded."""
         end, late = time.monotonic() + self._seconds, 0
         known: dict[tuple[str, str], float] = {}
         rewards: list[float | None] = []
@@ -107,7 +107,7 @@ class GradeReward:
 def training_rows(config: GrpoConfig, tokenizer: Any) -> list[dict[str, Any]]:
     """Prompt (a text, or chat messages) and gold answer of every record that is short enough.
 
-    Raises UserError for a file that cannot be read, and where an answer is missing: it would be no reward but noise.
+    Raises UserError for a file that cannot be read, and for a missing answer: without one the reward is noise.
     """
     how = PromptFormat.of(config, max_tokens=config.max_prompt_tokens, overlong="drop")
     kept, _ = load_prompts(config.prompts, tokenizer, how)
@@ -128,7 +128,7 @@ def training_rows(config: GrpoConfig, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def trainer_settings(config: GrpoConfig, processes: int, cuda: bool) -> dict[str, Any]:
-    """GRPOConfig's fields. Raises UserError where the completions of a step do not divide over the processes."""
+    """GRPOConfig's fields. Raises UserError if a step's completions do not divide over the processes."""
     total, at_once = config.prompts_per_step * config.samples_per_prompt, config.micro_batch * processes
     if total % at_once:
         raise UserError(
@@ -166,7 +166,7 @@ def trainer_settings(config: GrpoConfig, processes: int, cuda: bool) -> dict[str
 
 
 def train(config: GrpoConfig) -> Path:
-    """Train, or go on from the newest checkpoint; the folder of the finished model."""
+    """Train, or continue from the newest checkpoint; returns the folder of the finished model."""
     try:
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
@@ -191,7 +191,7 @@ def train(config: GrpoConfig) -> Path:
     trainer.train(resume_from_checkpoint=newest)
     trainer.save_model(str(out / "model"))
     if trainer.accelerator.is_main_process:
-        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.json says it all
+        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.json holds the settings
         lines = [json.dumps(line) + "\n" for line in trainer.state.log_history]
         (out / "metrics.jsonl").write_text("".join(lines))
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")

@@ -3,8 +3,8 @@
 
     python scripts/memory_rows.py --student STUDENT --teacher TEACHER --prompts FILE --out runs/memory FLAGS…
 
-Every cell is a process of its own, `opsd train` for two steps (the optimiser's state is there from the second on); its
-peak is `mem/peak_gib`: all of the process on a CPU, memory allocated since loading on a GPU. On a CPU the C library is
+Every cell is its own process, `opsd train` for two steps (the optimiser's state exists from the second step on); its
+peak is `mem/peak_gib`: the whole process on a CPU, memory allocated since loading on a GPU. On a CPU the C library is
 told to return large blocks when they are freed, so that a peak is memory in use. Unknown FLAGS are passed to every
 `opsd train`. Writes memory.json and memory.md; a cell that has finished is not run again.
 """
@@ -29,13 +29,13 @@ TABLES = ("table3", "table4")
 MODES = ("whole", "fused")
 STEPS = 2
 PROMPT_TOKENS = 512
-# glibc's own limit grows with what is freed, up to 32 MiB; blocks below it stay with the process.
+# glibc's own threshold grows with freed blocks, up to 32 MiB; smaller freed blocks stay with the process.
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 @dataclass(frozen=True)
 class Args:
-    """Which models, on which prompts, and how much they write."""
+    """Models, prompts, and how much the student writes."""
 
     out: Path
     """Folder for the run folders and the two files."""
@@ -43,9 +43,9 @@ class Args:
     teacher: str
     prompts: str
     prompts_per_step: int = 4
-    """Each has one rollout."""
+    """Prompts, with one rollout each."""
     max_new_tokens: int = 1024
-    """Longest rollout, in tokens. A step is one micro-batch: what `whole` keeps grows with its tokens."""
+    """Longest rollout, in tokens. A step is one micro-batch: the memory of `whole` grows with its tokens."""
 
 
 def cells() -> list[CellName]:
@@ -69,7 +69,7 @@ def command(args: Args, cell: CellName, mode: str, run: Path, further: list[str]
 
 
 def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[str, object]:
-    """Run a cell, unless it has finished. peak_gib: the run's largest; tokens: of a step, the larger of the two."""
+    """Run a cell, unless it has finished. peak_gib: the run's largest; tokens: of the larger of the two steps."""
     run = args.out / f"{cell.selector}-{100 * cell.retention:g}-{mode}"
     if not (run / "DONE").exists():
         resumed = [sys.executable, "-m", "opsd", "train", "--resume", str(run)]
@@ -79,7 +79,7 @@ def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[s
             env={**os.environ, **GIVEN_BACK},
         )
         if done.returncode:
-            raise UserError(f"{run} ended with exit code {done.returncode}; its message stands above")
+            raise UserError(f"{run} ended with exit code {done.returncode}; its message is above")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "selector": cell.selector,
@@ -91,7 +91,7 @@ def measure(args: Args, cell: CellName, mode: str, further: list[str]) -> dict[s
 
 
 def table(rows: list[dict[str, object]]) -> TextTable:
-    """Ours per retention, each also as a fraction of its own full-token run, beside the paper's."""
+    """Our peaks per retention, also as a fraction of the run on all tokens, next to the paper's."""
     papers = [Paper.read(name) for name in TABLES]
     peaks = {(row["selector"], row["retention"], row["memory"]): float(str(row["peak_gib"])) for row in rows}
     lines = []

@@ -1,7 +1,7 @@
-"""docs/models.md: which families of models run, in which roles, and the error of those that do not.
+"""Makes docs/models.md: which model families run in which roles, and the error of those that do not.
 
     python scripts/model_table.py                                          # without vLLM: minutes
-    python scripts/model_table.py --ways "teacher, served" "student, vLLM" # needs vLLM; about a minute for each cell
+    python scripts/model_table.py --ways "teacher, served" "student, vLLM" # needs vLLM; about a minute per cell
     python scripts/model_table.py --families Mixtral --ways student        # some cells again
 
 A cell is one step of `opsd train` on two tiny random models (scripts/families.py). It is right if the step's loss is
@@ -38,22 +38,22 @@ from opsd.utils.errors import UserError
 ROOT = Path(__file__).parents[1]
 CELLS, PAGE = ROOT / "docs" / "results" / "models.json", ROOT / "docs" / "models.md"
 MARKS = "<!-- the table: scripts/model_table.py -->", "<!-- end of the table -->"
-# How a model takes part in a run, as docs/models.md says it; the other model of the pair is a Qwen3.
+# The roles of a model in a run, as docs/models.md names them; the other model of the pair is a Qwen3.
 STUDENTS, TEACHERS = ("student", "student, vLLM"), ("teacher", "teacher, sharded", "teacher, served")
 WAYS = (*STUDENTS, *TEACHERS)
 OTHER = "Qwen3"
-# Relative difference of two ways to the same loss in fp32.
+# Largest relative difference between two computations of the same loss in fp32.
 CLOSE = 1e-3
 SERVER_S = 600
 
 
 def main() -> None:
-    """Fill the cells that were asked for, then write the page."""
+    """Fill the requested cells, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--ways", nargs="*", default=["student", "teacher", "teacher, sharded"], choices=list(WAYS))
     asked = parser.parse_args()
-    # A fork has no threads but the one that forked it.
+    # A fork has only the thread that called it.
     torch.set_num_threads(1)
     cells: dict[str, dict[str, str]] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
     for family in asked.families:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def cell(family: str, way: str) -> str:
-    """What became of a step: "right", or the line that was said."""
+    """The outcome of a step: "right", or the error line."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         pair = (family, OTHER) if way in STUDENTS else (OTHER, family)
@@ -101,9 +101,9 @@ def cell(family: str, way: str) -> str:
 
 
 def train(flags: dict[str, object], errors: Path, ranks: int) -> tuple[int, str]:
-    """`opsd train` in one process or several; its exit code, and what it said on stderr.
+    """`opsd train` in one process or several; its exit code and its stderr.
 
-    They are forks of this process, in which everything is imported already, and meet as a launcher's would.
+    They are forks of this process, which has imported everything already, and rendezvous as under a launcher.
     """
     words = ["opsd", "train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     port = str(free_port())
@@ -118,7 +118,7 @@ def train(flags: dict[str, object], errors: Path, ranks: int) -> tuple[int, str]
 
 
 def run(words: list[str], errors: Path, rank: dict[str, object]) -> NoReturn:
-    """A rank's whole life."""
+    """Run one rank to its end; does not return."""
     with errors.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -139,7 +139,7 @@ def run(words: list[str], errors: Path, rank: dict[str, object]) -> NoReturn:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -147,7 +147,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(teacher: Path) -> Iterator[str]:
-    """A server of a model's hidden states; its address. None is started for a head that cannot be read."""
+    """Serve a model's hidden states; yields the address. No server is started for a head that cannot be read."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     try:
@@ -180,7 +180,7 @@ def served(teacher: Path) -> Iterator[str]:
 
 
 def answers(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a server is up, or has ended. Raises TimeoutError where it takes too long."""
+    """Wait until a server is up, or has ended. Raises TimeoutError if it takes too long."""
     end = time.monotonic() + SERVER_S
     while process.poll() is None and time.monotonic() < end:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
@@ -191,7 +191,7 @@ def answers(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def page(text: str, cells: dict[str, dict[str, str]]) -> str:
-    """The page with its table made anew, between two marks: a row for each family, what was said below."""
+    """The page with a new table between the two marks: a row per family, the error lines below."""
     notes: list[str] = []
 
     def short(said: str | None) -> str:

@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Args:
-    """Which models, on which rollouts, and where the quadrants are split."""
+    """Models, rollouts, and thresholds of the quadrants."""
 
     student: str
     teacher: str
@@ -55,7 +55,7 @@ class Args:
     rollouts: int = 96
     """Rollouts, one per prompt, whose tokens are measured."""
     held_out: int = 192
-    """Rollouts on other prompts that ∇L is taken from."""
+    """Rollouts on other prompts, which give ∇L."""
     max_new_tokens: int = 48
     splits: Annotated[tuple[str, ...], arg(metavar="H,DELTA")] = ("0.1,0.1", "median,mean", "median,median")
     """Pairs of thresholds for entropy and reverse KL: median, mean, a quantile such as q0.8, or nats. The first is
@@ -64,7 +64,7 @@ class Args:
 
 
 def write_rollouts(args: Args, scorer: Scorer, tokenizer: Any) -> tuple[list[MicroBatch], list[MicroBatch]]:
-    """The measured rollouts and the held-out ones, one rollout a micro-batch."""
+    """The measured rollouts and the held-out ones, one rollout per micro-batch."""
     prompts, _ = load_prompts(args.prompts, tokenizer, PromptFormat(kind=args.prompt_format))
     wanted = args.rollouts + args.held_out
     if len(prompts) < wanted:
@@ -108,7 +108,7 @@ def read_splits(name: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Split:
-    """The quadrants of one pair of thresholds (nats), and each token's."""
+    """The results of one pair of thresholds (nats), and each token's quadrant."""
 
     name: str
     entropy_nats: float

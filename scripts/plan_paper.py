@@ -4,7 +4,7 @@
     python scripts/plan_paper.py
 
 The settings are those of recipes/common.sh that memory depends on, with every response at its maximum length. It prints
-the training peak, in GB of 10^9 bytes as in the paper, without the share of vLLM, which sleeps then, and without the
+the training peak, in GB of 10^9 bytes as in the paper, without vLLM's share (it sleeps during training) and without the
 process itself.
 """
 
@@ -29,12 +29,12 @@ RECIPE = (
 RETENTIONS = (1.0, 0.5, 0.2, 0.1)
 
 
-# The teacher's weights shared out and in host memory, its states there too.
+# The teacher's weights sharded and in host memory, its states in host memory too.
 LEAN = ("--teacher.shard", "True", "--teacher.offload", "True", "--teacher.cache", "host")
 
 
 def training_gb(pair: str, memory: str, retention: float, further: tuple[str, ...] = ()) -> float:
-    """Peak GB of a rank's training, all phases but the rollout."""
+    """Peak GB of a rank in training, over all phases but the rollout."""
     flags = [*PAIRS[pair].split(), *RECIPE.split(), "--loss.memory", memory, "--select.retention", str(retention)]
     flags += further
     phases = planned(parse(PlanConfig, flags, "plan_paper"))["phases_gib"]

@@ -26,12 +26,12 @@ from opsd.run.disk import replace, writing
 from opsd.utils.errors import UserError, exits_on_bad_input
 
 HELD_OUT_NAMES = {"dapo": "math_dapo"}
-"""The paper's name for the held-out part of DAPO-Math-17k; of other sets it is NAME_held_out."""
+"""The paper's name for the held-out part of DAPO-Math-17k; for other sets it is NAME_held_out."""
 
 
 @dataclass(frozen=True)
 class Options(Settings):
-    """Problem sets to files of prompts."""
+    """Turn problem sets into prompt files."""
 
     out: Path
     """Folder to write to. An existing file with other content is an error."""
@@ -66,7 +66,7 @@ class Prepared:
 
 
 def prepare(options: Options) -> list[Prepared]:
-    """Read, clean and split every set. Writes nothing. Raises UserError for whatever cannot be read."""
+    """Read, clean and split every set. Writes nothing. Raises UserError for sets that cannot be read."""
     sources = parse_sources(options)
     suites = [_suite(source) for source in sources if source.name != options.train]
     if options.decontaminate and not (suites and len(suites) < len(sources)):
@@ -83,8 +83,8 @@ def _suite(source: Source) -> Prepared:
     expected = source.known.problems if source.known else None
     if expected is not None and len(problems) != expected:
         raise UserError(
-            f"{source.name} from {source.place} gives {len(problems)} problems, it has {expected}; "
-            "give a whole copy, or the set under another name"
+            f"{source.name} from {source.place} gives {len(problems)} problems instead of {expected}; "
+            "give a complete copy, or the set under another name"
         )
     return Prepared(source, {source.name: problems}, counts)
 
@@ -111,7 +111,7 @@ def _collect(source: Source) -> tuple[list[Problem], Counts]:
 
 
 def parse_sources(options: Options) -> list[Source]:
-    """--sets and --columns as sources. Raises UserError for pairs that are none, or name a set twice."""
+    """--sets and --columns as sources. Raises UserError for malformed pairs, or a set named twice."""
     columns: dict[str, tuple[str, str]] = {}
     for pair in options.columns:
         name, _, both = pair.partition("=")
@@ -133,7 +133,7 @@ def parse_sources(options: Options) -> list[Source]:
 
 
 def as_jsonl(name: str, problems: list[Problem], instruction: str) -> str:
-    """One {"id", "prompt", "answer"} a line. The id is made from the problem's text: the same in every copy."""
+    """One {"id", "prompt", "answer"} per line. The id is made from the problem's text: the same for every copy."""
     lines = [
         {"id": f"{name}-{problem.digest[:12]}", "prompt": problem.text + instruction, "answer": problem.answer}
         for problem in problems
@@ -142,7 +142,7 @@ def as_jsonl(name: str, problems: list[Problem], instruction: str) -> str:
 
 
 def contents(prepared: list[Prepared], options: Options) -> dict[Path, str]:
-    """Every file that is to be written. Raises UserError where one is there already with other content."""
+    """Every file to write. Raises UserError if one exists already with other content."""
     files: dict[Path, str] = {}
     for one in prepared:
         about: dict[str, Any] = {"set": one.source.name, "place": one.source.place, "instruction": options.instruction}
@@ -162,14 +162,14 @@ def contents(prepared: list[Prepared], options: Options) -> dict[Path, str]:
 
 
 def write(files: dict[Path, str]) -> None:
-    """Each file as a whole. Raises UserError where the folder cannot be written."""
+    """Write the files. Raises UserError if the folder cannot be written."""
     for path, text in files.items():
         with writing(f"--out {path.parent}", "give another folder", UserError):
             path.parent.mkdir(parents=True, exist_ok=True)
             replace(path, text)
 
 
-# How the counts are shown: the sign of each in the sum.
+# How the counts are shown: sign in the sum, and meaning.
 _LEDGER = {
     "rows": ("  ", "rows read"),
     "blank": ("− ", "rows without problem or answer"),

@@ -3,7 +3,7 @@
 
     python scripts/quadrant_splits.py runs/mine/tokens/step_1.parquet --out docs/results/splits_pocket.json
 
-The paper reports 40–47 % Q4, 40–52 % Q1 + Q2 and 3–15 % Q3 and does not say where it splits. Every pair of the given
+The paper reports 40–47 % Q4, 40–52 % Q1 + Q2 and 3–15 % Q3 but not its thresholds. Every pair of the given
 splits is tried and reported with the shares of tokens, of loss (Σδ) and of gradient (Σ‖logit gradient‖).
 """
 
@@ -32,7 +32,7 @@ COLUMNS = ("entropy", "reverse_kl", "grad_norm")
 
 @dataclass(frozen=True)
 class Shares:
-    """One pair of splits. nats: where it splits h and δ. tokens, loss, gradient: fractions in Q1 to Q4."""
+    """One pair of splits. nats: thresholds of h and δ. tokens, loss, gradient: fractions in Q1 to Q4."""
 
     entropy_split: str
     divergence_split: str
@@ -43,14 +43,14 @@ class Shares:
 
     @property
     def misses(self) -> float:
-        """How far the shares of tokens lie outside the paper's ranges, added up; 0 where they fit."""
+        """How far the shares of tokens lie outside the paper's ranges, added up; 0 if they fit."""
         q1, q2, q3, q4 = self.tokens
         found = {"q4": q4, "q1 + q2": q1 + q2, "q3": q3}
         return sum(max(low - found[name], found[name] - high, 0.0) for name, (low, high) in PAPER.items())
 
 
 def read_tokens(file: Path) -> dict[str, Tensor]:
-    """The record's entropy, reverse KL and gradient norm, fp64 [N]. Raises UserError where it lacks one."""
+    """The record's entropy, reverse KL and gradient norm, fp64 [N]. Raises UserError if it lacks one."""
     try:
         table = pd.read_parquet(file)
     except (OSError, ValueError) as error:
@@ -75,7 +75,7 @@ def shares(tokens: dict[str, Tensor], entropy_split: str, divergence_split: str)
 
 
 def as_table(found: list[Shares], title: str) -> TextTable:
-    """A line for each pair, shares in percent."""
+    """A row per pair, shares in percent."""
     rows = []
     for one in found:
         numbers = [" / ".join(f"{100 * share:.0f}" for share in part) for part in (one.tokens, one.loss, one.gradient)]
@@ -92,7 +92,7 @@ def main(
     shown: int = 10,
     markdown: bool = False,
 ) -> None:
-    """The quadrants' shares under every pair of splits, those nearest to the paper's first.
+    """The quadrants' shares under every pair of splits, those closest to the paper's first.
 
     Args:
         record: A step's token record, RUN/tokens/step_N.parquet.

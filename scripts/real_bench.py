@@ -45,7 +45,7 @@ from reporting.results import write_results
 from run_cells import check, run
 
 TRAIN = (sys.executable, "-m", "opsd", "train")
-# Both phases. The sizes are ours: minutes per cell on a CPU core, long enough for a reasoning step.
+# For both phases. The sizes are our choice: minutes per cell on a CPU core, answers long enough for a reasoning step.
 SHARED = {
     "rollout.max_prompt_tokens": 128,
     "rollout.overlong_prompts": "drop",
@@ -57,7 +57,7 @@ SHARED = {
     "engine.device": "cpu",
     "telemetry.save_rollouts_every": 10,
 }
-# Off-policy: the sampler is the teacher's. A pruned student writes noise, on which nothing can be learnt.
+# Off-policy: the teacher writes the text. A pruned student writes noise, from which nothing can be learnt.
 WARM_UP = SHARED | {
     "steps": 160,
     "loss.divergence": "forward_kl",
@@ -76,7 +76,7 @@ PROTOCOL = SHARED | {
     "telemetry.every": 10,
     "telemetry.save_tokens": True,
 }
-# Measured on as many held-out prompts, with as many answers, as `opsd distance` is told here.
+# Settings of `opsd distance` for the measurement on held-out prompts.
 MEASURE: dict[str, Any] = {"max_prompt_tokens": 256, "max_new_tokens": 64, "samples": 1, "seed": 1234, "device": "cpu"}
 RULES = (
     *("entropy_sample", "soft_or", "q3", "teachability", "divergence", "entropy", "random"),
@@ -106,7 +106,7 @@ class Options:
     prompts: Path
     """Training prompts: .jsonl or .parquet, chat."""
     held_out: Path
-    """Prompts to measure on, of another set; if they have gold answers, answers are graded."""
+    """Prompts to measure on, from another set; if they have gold answers, the student's answers are graded."""
     results: Path
     """The numbers as one JSON file."""
     rules: tuple[str, ...] = RULES
@@ -123,7 +123,7 @@ class Options:
     limit: int = 64
     """Number of held-out prompts (the first ones)."""
     warm_up: dict[str, str] = field(default_factory=dict)
-    """Flags of the warm-up that replace the protocol's, as NAME VALUE pairs; for a try-out."""
+    """Flags that replace the protocol's in the warm-up, as NAME VALUE pairs; for a try-out."""
     protocol: dict[str, str] = field(default_factory=dict)
     """The same for the cells."""
 
@@ -134,14 +134,14 @@ def words_of(settings: dict[str, Any]) -> list[str]:
 
 
 def make_models(runs: Path) -> None:
-    """The teacher whole, the student with every second layer; also the student of the warm-up."""
+    """The whole teacher, and the student with every second layer, which the warm-up starts from."""
     for name, every in (("teacher", 1), ("student", 2)):
         if not (runs / name / "config.json").exists():
             smollm2.main(runs / name, every)
 
 
 def warm_up(options: Options) -> Path:
-    """The student after its warm-up: one checkpoint for all cells. An unfinished warm-up begins anew."""
+    """The student after its warm-up: one checkpoint for all cells. An unfinished warm-up starts over."""
     out, settings = options.runs / "warmup", WARM_UP | options.warm_up
     weights = out / "checkpoints" / f"step_{settings['steps']}"
     if (out / "DONE").exists():
@@ -160,7 +160,7 @@ def warm_up(options: Options) -> Path:
 
 
 def cells(options: Options, student: Path) -> Iterator[list[Cell]]:
-    """Groups of cells to run and measure together, small ones, so that a killed bench has measured most of its runs.
+    """Small groups of cells to run and measure together, so that a killed bench has measured most of its runs.
 
     Seed by seed: all tokens and further cells first, then retention by retention.
     """
@@ -175,7 +175,7 @@ def cells(options: Options, student: Path) -> Iterator[list[Cell]]:
 
 
 def cell(options: Options, student: Path, flags: str, seed: int) -> Cell:
-    """One run. Its name is the rule of recipes and reports."""
+    """One run, named as recipes and reports name it."""
     slug = CellName.of(config_of(flags)).slug
     name = f"smollm2-{slug}-seed{seed}"
     models = {"student": student, "teacher": options.runs / "teacher", "prompts": options.prompts}
@@ -185,7 +185,7 @@ def cell(options: Options, student: Path, flags: str, seed: int) -> Cell:
 
 
 def measure(options: Options, model: Path, name: str) -> dict[str, Any]:
-    """What `opsd distance` says of a model, from RUNS/distance where it is there."""
+    """The results of `opsd distance` for a model, read from RUNS/distance if they exist."""
     file = options.runs / "distance" / f"{name}.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -203,7 +203,7 @@ def measure(options: Options, model: Path, name: str) -> dict[str, Any]:
 
 
 def run_and_measure(options: Options, group: list[Cell]) -> None:
-    """Every cell of the group that is not measured yet. Its weights are removed when it is."""
+    """Run and measure the cells of a group that are not measured yet; then remove their weights."""
     left = [one for one in group if not (options.runs / "distance" / f"{one.name}.json").exists()]
     check(left)
     if left and (code := run(left, "real pair", min(options.lanes, len(left)), "real_bench")):
@@ -215,7 +215,7 @@ def run_and_measure(options: Options, group: list[Cell]) -> None:
 
 
 def values_of(found: dict[str, Any]) -> dict[str, list[float]]:
-    """A measurement by the names of MEASURES, one number per prompt; those that it lacks are left out."""
+    """A measurement under the names of MEASURES, one number per prompt; missing ones are left out."""
     pairs = ((name, *name.split("/")) for name in MEASURES)
     return {name: [round(value, 6) for value in found[a][b]] for name, a, b in pairs if b in found[a]}
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Report on one run; or on run folders as a table next to the paper's; on the terminal and as files.
+"""Report on one run, or on run folders as a table next to the paper's, on the terminal and as files.
 
     python scripts/report.py runs/mine
     python scripts/report.py runs/table5 --table table5 --out runs/table5/report
 
 Reads config.json, metrics.jsonl, eval/*.json and tokens/*.parquet of every run folder; writes report.html (everything,
-with figures) and table.md; of a table also table.csv, table.json and figure.png.
+with figures) and table.md; for a table also table.csv, table.json and figure.png.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class GroupReport:
 
     @property
     def title(self) -> str:
-        """Which models and how long."""
+        """Models and number of steps."""
         config = self.runs[0].config
         teacher = config["teacher"]["model"]
         return f"student {config['student']} ← teacher {teacher}, {config['steps']} steps"
 
 
 def report_group(group: list[Run], paper: Paper, named: tuple[str, ...] = ()) -> GroupReport:
-    """All numbers of one group: the cells that are `named`, or the paper's, then what else was run."""
+    """All numbers of one group: the cells in `named`, or the paper's followed by other cells that were run."""
     known = {cell.slug: cell for cell in [*paper.cells, *(run.cell for run in group)]}
     try:
         cells = [known[slug] if slug in known else CellName.parse(slug) for slug in named or known]
@@ -96,7 +96,7 @@ def group_remarks(group: GroupReport, paper: Paper) -> list[str]:
 
 
 def as_json(group: GroupReport, paper: Paper) -> dict[str, Any]:
-    """The group's numbers as JSON values: fractions, GiB, seconds; what is missing is null."""
+    """The group's numbers as JSON values: fractions, GiB, seconds; missing values are null."""
     return {
         "title": group.title,
         "runs": [str(run.path) for run in group.runs],
@@ -107,7 +107,7 @@ def as_json(group: GroupReport, paper: Paper) -> dict[str, Any]:
 
 
 def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
-    """All files of the report."""
+    """Write all files of the report."""
     out.mkdir(parents=True, exist_ok=True)
     parts, sections, rows = [f"# {markdown_text(title)}\n"], [], []
     for group in groups:
@@ -132,7 +132,7 @@ def write(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> Non
 
 
 def show(groups: list[GroupReport], title: str, paper: Paper, out: Path) -> None:
-    """The same on the terminal."""
+    """Print the report on the terminal."""
     console = Console(highlight=False)
     console.rule(f"[bold]{title}")
     for group in groups:
@@ -162,7 +162,7 @@ def write_one(run: Run, out: Path) -> Section:
 
 
 def show_one(section: Section, out: Path) -> None:
-    """The same on the terminal."""
+    """Print a single run's report on the terminal."""
     console = Console(highlight=False)
     console.print(section.title, style="bold", markup=False)
     for line in section.remarks:
@@ -187,7 +187,7 @@ def main(
         runs: A run folder; or, with --table, the folder that holds the run folders.
         table: Which table of the paper, e.g. table5, or which sweep, e.g. sweep_retention.
         out: Folder to write to; RUNS/report by default.
-        cells: Only these cells, by the names that recipes give them, e.g. all soft_or-50; none: all that is there.
+        cells: Only these cells, named as in recipes, e.g. all soft_or-50; none: all that exist.
     """
     out = out or runs / "report"
     if table is None:

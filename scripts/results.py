@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Collect finished runs into one small file; judge the paper's claims and rank rules by such files.
+"""Collect finished runs into one small file; use such files to judge the paper's claims, rank rules, compare cells.
 
     python scripts/results.py collect runs/pocket --command "SEEDS='0 1 2' …" --out docs/results/pocket.json
     python scripts/results.py claims pocket=docs/results/pocket.json planning=docs/results/planning.json
     python scripts/results.py leaderboard docs/results/pocket.json --markdown --figure leaderboard.png
     python scripts/results.py compare docs/results/pocket.json --cells q3-20 soft_or-20 --minus all
 
-`claims` reads docs/results/claims.json, which holds each claim and what was expected before the runs were made.
+`claims` reads docs/results/claims.json, which holds each claim and the expectation set before the runs.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ class Collect:
     runs: Positional[Path]
     """Folder that holds the run folders."""
     command: str
-    """The command that made them, to be recorded."""
+    """The command that made them; recorded."""
     out: Path
     """File to write."""
     repository: Path = ROOT
     """Checkout that ran them; its commit is recorded."""
     earlier: tuple[Path, ...] = ()
-    """Files that `collect` made of runs on the same problems: what the folder lacks is taken from them."""
+    """Files that `collect` made of runs on the same problems: runs that the folder lacks are taken from them."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """The paper's claims, judged by files of results."""
+    """Judge the paper's claims by files of results."""
 
     results: Positional[tuple[str, ...]]
     """NAME=FILE pairs, with the names used in the claims."""
     claims: Path = ROOT / "docs" / "results" / "claims.json"
-    """The claims."""
+    """File of the claims."""
     markdown: bool = False
     """Print the table as Markdown."""
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Rules ranked by what they gain or lose against all tokens, from a file of results."""
+    """Rank rules by their gain or loss against all tokens, from a file of results."""
 
     results: Positional[Path]
     """A file that `collect` or scripts/real_bench.py made."""
@@ -71,12 +71,12 @@ class Leaderboard:
     markdown: bool = False
     """Print the table as Markdown."""
     figure: Path | None = None
-    """PNG to write: the same against retention."""
+    """PNG to write: gain against retention."""
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Cells against each other: better, worse, alike or inconclusive, by the rules of docs/questions.md."""
+    """Compare cells: better, worse, alike or inconclusive, by the rules of docs/questions.md."""
 
     results: Positional[Path]
     """A file that `collect` or scripts/real_bench.py made."""
@@ -87,7 +87,7 @@ class Compare:
     measure: str | None = None
     """One of the file's measures; none: its scores."""
     logged: tuple[str, ...] = ()
-    """What runs logged, to be shown in a second table: q3_kept_frac, jaccard_entropy, kept_frac, …"""
+    """Logged metrics to show in a second table: q3_kept_frac, jaccard_entropy, kept_frac, …"""
     markdown: bool = False
     """Print the tables as Markdown."""
 
@@ -109,7 +109,7 @@ def rank(args: Leaderboard) -> None:
     measure = results.measure(args.measure)
     gains = gains_in(results, args.measure)
     if not gains:
-        raise UserError(f"{args.results} has no cell beside all tokens with a seed of theirs; run a recipe with both")
+        raise UserError(f"{args.results} has no cell besides all tokens that shares a seed with them; run both")
     leaderboard(gains, measure).show(args.markdown)
     if args.figure is not None:
         args.figure.write_bytes(png(lambda: gains_against_retention(gains, measure)))
@@ -124,7 +124,7 @@ def contrast(args: Compare) -> None:
 
 
 def show(args: Claims) -> None:
-    """Print what our runs say of each claim."""
+    """Print what our runs say about each claim."""
     results = {}
     for word in args.results:
         name, equals, file = word.partition("=")
@@ -156,7 +156,7 @@ def main(
     | Annotated[Leaderboard, subcommand("leaderboard")]
     | Annotated[Compare, subcommand("compare")],
 ) -> None:
-    """Results as data, the claims judged by them, rules ranked and compared by them."""
+    """Collect results; judge claims, rank rules and compare cells by them."""
     if isinstance(args, Collect):
         write(args)
     elif isinstance(args, Claims):

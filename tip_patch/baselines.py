@@ -1,4 +1,4 @@
-"""Rules from other work on which tokens to distill, small, beside the paper's."""
+"""Selection rules from other work, to compare with the paper's."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tip_patch.selectors import EntropySample
 class AdaptiveKL(EntropySample):
     """Entropy sampling with loss weights that grow with teacher entropy (paper v1 Table 8).
 
-    The paper gives no formula; ours is w = (1 + H_T/log|V|)·h, scaled to mean 1 over each rollout's kept tokens (which
-    h's own 1/log|V| cancels from). A rollout whose kept tokens all have zero entropy gets weights of 1. Unlike
+    The paper gives no formula; ours is w = (1 + H_T/log|V|)·h, scaled to mean 1 over each rollout's kept tokens (so
+    h's own 1/log|V| cancels). A rollout whose kept tokens all have zero entropy gets weights of 1. Unlike
     entropy_sample it takes no importance weights.
     """
 
@@ -64,7 +64,7 @@ class PositionWeighted(Selector):
 
     After PW-OPSD (arXiv 2605.21606), whose weights increase with the position; the linear form is ours. slope: weights
     run from 1 − slope/2 at the first token to 1 + slope/2 at the last, in [−2, 2]; their mean is 1. A negative slope
-    favours early tokens, as arXiv 2606.22600 would have it.
+    favours early tokens, as arXiv 2606.22600 suggests.
     """
 
     retention: Fraction = 1.0
@@ -73,7 +73,7 @@ class PositionWeighted(Selector):
     name: ClassVar[str] = "position_weighted"
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
-        """Keep the first budget_R rows of each rollout and weigh them by where they stand among those."""
+        """Keep the first budget_R rows of each rollout and weight them by their position among these."""
         position_N, budget_N = rollouts.position_N(), budget_R[rollouts.index_N]
         along_N = position_N.double() / (budget_N - 1).clamp_min(1)
         along_N = torch.where(budget_N > 1, along_N, 0.5)
@@ -88,8 +88,8 @@ class IWOPD(Selector):
 
     After IW-OPD (arXiv 2606.22600): w_t = 1 + γ·(1 − Σ_{i<t}|a_i| / Σ_i|a_i|) over a rollout, with a = log q − log p of
     the sampled token: from 1 + γ at the first token down towards 1. Weights are taken as they are, without a mean of 1.
-    The paper keeps all tokens; of fewer, those of the largest weights are the first ones (our reading). A rollout on
-    which both models agree altogether has 1 + γ everywhere. gamma: γ ≥ 0, the paper's 0.5.
+    The paper keeps all tokens; if fewer are kept, they are the first ones, which weigh most (our reading). If both
+    models agree on a whole rollout, all its weights are 1 + γ. gamma: γ ≥ 0, the paper's 0.5.
     """
 
     retention: Fraction = 1.0
@@ -99,7 +99,7 @@ class IWOPD(Selector):
     needs: ClassVar[frozenset[str]] = frozenset({"log_ratio_N", "token_ids_N"})
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
-        """Keep the first budget_R rows of each rollout and weigh them by the gap that lies before them."""
+        """Keep the first budget_R rows of each rollout and weight them by the gap accumulated before them."""
         gap_N = read_field(stats, "log_ratio_N", self.name).double().abs()
         total_N = rollouts.sum(gap_N)[rollouts.index_N]
         passed_N = rollouts.before(gap_N) / torch.where(total_N > 0, total_N, 1.0)
@@ -134,7 +134,7 @@ class Verify(Selector):
     """Keep tokens that the teacher accepts: the student's token is among its k most likely.
 
     After SelecTKD (arXiv 2510.24021), its greedy top-k variant with rejected tokens masked. How many are kept depends
-    on the models, so retention plays no part. top_k: how many of the teacher's tokens pass, at least 1.
+    on the models, so retention has no effect. top_k: how many of the teacher's tokens pass, at least 1.
     """
 
     retention: Fraction = 1.0
@@ -154,7 +154,7 @@ class Verify(Selector):
 
 
 def scale_to_mean_one(raw_N: Tensor, kept_N: Tensor, rollout_N: Tensor) -> Tensor:
-    """Weights ∝ raw_N (0 outside kept rows) with mean 1 over each rollout's kept rows, fp32 [N]; 1 where all are 0."""
+    """Weights ∝ raw_N (0 outside kept rows) with mean 1 over each rollout's kept rows, fp32 [N]; 1 if all are 0."""
     rollouts = Rollouts.of(rollout_N)
     kept_R, sum_R = rollouts.sum(kept_N.double()), rollouts.sum(raw_N)
     flat_R = sum_R <= 0

@@ -1,6 +1,6 @@
 """Rows grouped by rollout: per-rollout order statistics without a loop over rollouts.
 
-Rows of one rollout stand in the order of their positions; rollouts may lie in any order and even interleave.
+Rows of one rollout are in the order of their positions; rollouts may come in any order and even interleave.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Rollouts:
         return zeros_R.index_add(0, self.index_N, values_N)
 
     def before(self, values_N: Tensor) -> Tensor:
-        """Σ over the rows of its own rollout that stand before each row [N]."""
+        """Σ over the rows of its own rollout that come before each row [N]."""
         grouped_N = values_N[self.order_N]
         running_N = grouped_N.cumsum(0) - grouped_N
         first_R = running_N[self.starts_R]
@@ -89,14 +89,14 @@ class Rollouts:
         return place_N - torch.repeat_interleave(self.starts_R, self.counts_R)
 
     def _scatter(self, grouped_N: Tensor) -> Tensor:
-        """Values that stand rollout by rollout, put back to their rows."""
+        """Values in rollout-by-rollout order, put back in row order."""
         rows_N = torch.empty_like(grouped_N)
         rows_N[self.order_N] = grouped_N
         return rows_N
 
 
 def quantile(values_M: Tensor, quantile: float) -> Tensor:
-    """One quantile of many values, interpolated linearly, fp64 []; `torch.quantile` stops at 2^24 of them.
+    """One quantile of many values, interpolated linearly, fp64 []; `torch.quantile` takes at most 2^24.
 
     values_M holds at least one value.
     """

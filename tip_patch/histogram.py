@@ -1,4 +1,4 @@
-"""A histogram of nats that ranks can add up and a checkpoint can carry: what scope "running" remembers."""
+"""A histogram of nats that can be summed over ranks and saved in a checkpoint: the memory of scope "running"."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def count_bins(values_M: Tensor) -> Tensor:
 
 
 class Histogram:
-    """Counts that fade: a step's tokens weigh decay^age."""
+    """Counts that decay: a step's tokens have weight decay^age."""
 
     def __init__(self, decay: float) -> None:
         self._decay, self._counts = decay, torch.zeros(BINS, dtype=torch.float64)
@@ -44,12 +44,12 @@ class Histogram:
         return not bool(self._counts.any())
 
     def add(self, counts: Tensor) -> None:
-        """Age what is known by one step and add that step's counts [BINS]."""
+        """Decay the counts by one step and add that step's counts [BINS]."""
         aged = self._counts * self._decay
         self._counts = torch.where(aged < FORGOTTEN_TOKENS, 0.0, aged) + counts
 
     def quantile(self, quantile: float) -> Tensor:
-        """The value in nats, fp64 [], below which that fraction lies; linear within a bin. Needs a token."""
+        """The value in nats, fp64 [], below which that fraction lies; linear within a bin. Needs at least one token."""
         filled = self._counts.nonzero().squeeze(-1)
         mass = self._counts[filled].cumsum(0)
         target = quantile * mass[-1]
@@ -59,7 +59,7 @@ class Histogram:
         return torch.lerp(EDGES[bin_], EDGES[bin_ + 1], inside.clamp(0.0, 1.0))
 
     def below(self, values_N: Tensor) -> Tensor:
-        """The fraction of tokens that lie below each value, fp64 [N]; linear within a bin. Needs a token."""
+        """The fraction of tokens that lie below each value, fp64 [N]; linear within a bin. Needs at least one token."""
         edges, counts = EDGES.to(values_N.device), self._counts.to(values_N.device)
         values_N = values_N.double()
         bin_N = torch.bucketize(values_N, edges[1:-1], right=True)
@@ -76,6 +76,6 @@ class Histogram:
         """Raises UserError for a state that does not fit this version's bins."""
         bins = torch.tensor(state["bins"], dtype=torch.int64)
         if bins.numel() and not 0 <= int(bins.min()) <= int(bins.max()) < BINS:
-            raise UserError(f"a running histogram reaches bin {int(bins.max())} of {BINS}: start a new run")
+            raise UserError(f"a saved histogram has bin {int(bins.max())}, this version {BINS}: start a new run")
         self._counts = torch.zeros(BINS, dtype=torch.float64)
         self._counts[bins] = torch.tensor(state["counts"], dtype=torch.float64)

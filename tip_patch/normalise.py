@@ -1,7 +1,7 @@
 """Statistics in nats to scores in [0, 1]: min-max with a clip, or ranks, over a chosen set of tokens.
 
-Both scales are fitted on one of four scopes: the micro-batch at hand, each rollout, the whole step (`prepare`), or
-what earlier steps looked like (histograms). A constant statistic normalises to 0.
+Both scales are fitted on one of four scopes: the current micro-batch, each rollout, the whole step (`prepare`), or
+earlier steps (histograms). A constant statistic normalises to 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def min_max(values_N: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """(value − low)/(high − low) clamped to [0, 1], fp64 [N]; 0 where high = low. low, high: fp64 [] or [N]."""
+    """(value − low)/(high − low) clamped to [0, 1], fp64 [N]; 0 if high = low. low, high: fp64 [] or [N]."""
     width = high - low
     scaled_N = (values_N.double() - low) / torch.where(width > 0, width, 1.0)
     return torch.where(width > 0, scaled_N.clamp(0.0, 1.0), 0.0)
@@ -73,7 +73,7 @@ class Normaliser:
     """One statistic under one scope.
 
     normalise_over: one of SCOPES. "batch" is fitted by `prepare`. "running" is fitted by `end_step` on what `__call__`
-    has seen since the one before, so it stands still within a step; before the first it is "rollout".
+    has seen since the last `end_step`, so it is constant within a step; before the first one it acts as "rollout".
     """
 
     def __init__(self, method: MinMax | Ranks, normalise_over: str, decay: float) -> None:
@@ -119,7 +119,7 @@ class Normaliser:
         return self._history.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put the memory back."""
+        """Restore what `state_dict` returned."""
         self._history.load_state_dict(state)
         self._seen = self._nothing_seen()
         self._refit()

@@ -18,7 +18,7 @@ from torch.func import functional_call, jacrev
 
 from opsd.types import MicroBatch
 
-# Where the curvature vanishes, so does all but the sign of what a quadratic model can say.
+# If the curvature vanishes, a quadratic model gives only the sign of a weight.
 CURVATURE_CAP = 1e3
 JACOBIAN_TOKENS = 16
 
@@ -64,7 +64,7 @@ def signal_to_curvature(log_p_NV: Tensor, log_q_NV: Tensor, cap: float = CURVATU
 
 @dataclass(frozen=True)
 class TokenWorth:
-    """What was measured of each token of some rollouts, arrays [N] over all of them.
+    """Measurements of each token of some rollouts, arrays [N] over all of them.
 
     alignment: φ_t = ⟨∇L, g_t⟩. square: M_t = ‖g_t‖². local: `signal_to_curvature`. entropy, reverse_kl: nats.
     rollout: which rollout. gradient_square: ‖∇L‖².
@@ -92,7 +92,7 @@ def measure(
     gradient_P: Tensor,
     cap: float = CURVATURE_CAP,
 ) -> TokenWorth:
-    """The worth of every student token of some rollouts, one rollout a micro-batch, under ∇L = gradient_P."""
+    """The worth of every student token of some rollouts, one rollout per micro-batch, under ∇L = gradient_P."""
     columns: list[np.ndarray] = []
     for micro, log_q_NV in zip(micros, teacher_logs, strict=True):
         g_NP = token_gradients(model, micro, log_q_NV)
@@ -117,7 +117,7 @@ class QuadrantWorth:
 
     weight: w* = φ_Q/M_Q in units of 1/(ηβ). descent: φ_Q²/(2M_Q) in units of 1/β, one step along the quadrant's mean
     gradient. token_descent: the mean over its tokens of ‖∇L‖²cos²/2, each in its own context: the gradient's size
-    cancels. descent_share: Σφ_t of the quadrant over that of all tokens, what it brings where all weights are 1.
+    cancels. descent_share: Σφ_t of the quadrant over that of all tokens, its contribution if all weights are 1.
     local_median: the closed-form weight's median. The intervals are 95 %, by resampling rollouts.
     """
 

@@ -1,4 +1,4 @@
-"""How much the other rules would have agreed with the mask that was trained on, and what each makes of the stop."""
+"""How much the other rules would have agreed with the mask that was trained on, and where each ranks the stop."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ RULES: tuple[type[Selector], ...] = (
 
 
 def jaccard(first_N: Tensor, second_N: Tensor) -> float:
-    """|both| / |either| of two masks; 1 where neither keeps a token."""
+    """|both| / |either| of two masks; 1 if neither keeps a token."""
     either = int((first_N | second_N).sum())
     return int((first_N & second_N).sum()) / either if either else 1.0
 
 
 def place_in_rollout(score_N: Tensor, rollouts: Rollouts) -> Tensor:
-    """Which fraction of the other tokens of its rollout each scores above, from 0 (lowest) to 1 (highest); 1 alone."""
+    """The fraction of its rollout's other tokens that each scores above, from 0 (lowest) to 1 (highest); 1 if alone."""
     others_N = (rollouts.counts_R[rollouts.index_N] - 1).double()
     return torch.where(others_N > 0, rollouts.smaller(score_N).double() / others_N.clamp_min(1), 1.0)
 
@@ -42,14 +42,14 @@ def place_in_rollout(score_N: Tensor, rollouts: Rollouts) -> Tensor:
 class ShadowMasks:
     """Overlap (Jaccard) of the trained mask with every other rule's at the same budget, and where each ranks the stop.
 
-    Keys: select/jaccard_<rule>. stop/score_percentile_<rule>: the fraction of its rollout's other tokens that the token
-    which ends a turn scores above, a mean over these tokens, also without a selector; stop/score_percentile is the
-    active rule's. stop/kept_frac_<rule>: how many of them the shadow keeps.
+    Keys: select/jaccard_<rule>. stop/score_percentile_<rule>: the fraction of its rollout's other tokens that a token
+    which ends a turn scores above, averaged over these tokens, also without a selector; stop/score_percentile is the
+    active rule's. stop/kept_frac_<rule>: the fraction of them that the shadow keeps.
 
     A shadow keeps as many tokens of each rollout as were trained on, whichever rule chose them; it normalises over
-    the step's tokens, or over rollouts where the active rule does, and with the active rule's clip. Two masks of one
-    random rule would say nothing of the rule: the active one is left out. No masks where all tokens are trained on.
-    select/jaccard_random says what chance alone gives.
+    the step's tokens, or over rollouts if the active rule does, and with the active rule's clip. The active
+    rule is left out: two masks of one random rule would tell nothing about it. No masks if all tokens are trained on.
+    select/jaccard_random is the overlap that chance alone gives.
     """
 
     needs = frozenset({"entropy_N", "reverse_kl_N", "forward_kl_N"})

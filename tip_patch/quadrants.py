@@ -1,8 +1,8 @@
-"""The four kinds of token, and what each holds: a line in the log every few steps.
+"""The four quadrants of tokens, and the shares of each: logged every few steps.
 
 Q1 uncertain and disputed (high h, high δ) · Q2 uncertain, agreed · Q3 overconfident (low h, high δ) · Q4 solved.
 The paper does not state its thresholds; ours are settings and are logged beside the shares. Words such as "sure" are
-for splits in nats: below a median of 3.5 nats a token is not sure.
+used for splits in nats only: a token below a median of 3.5 nats is not sure.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def split_at(values_N: Tensor, split: str) -> float:
 
 
 def _is_nats(split: str, nats: float) -> bool:
-    """Whether a split was asked for as this number."""
+    """Whether the split was set to this number of nats."""
     return split not in ("median", "mean") and not split.startswith("q") and float(split) == nats
 
 
@@ -68,11 +68,11 @@ def _is_nats(split: str, nats: float) -> bool:
 class QuadrantTelemetry:
     """Shares of the four quadrants, and their part of loss, gradient and kept tokens.
 
-    entropy_split, divergence_split: where h and δ are split: a number of nats, "median" or "mean" of the step's tokens,
+    entropy_split, divergence_split: thresholds of h and δ: a number of nats, "median" or "mean" of the step's tokens,
     or "q0.8" for a quantile of them.
 
     Keys, for Q1 to Q4: quadrant/q1_frac (share of tokens), q1_loss_frac (of Σδ), q1_grad_frac (of Σ‖logit gradient‖),
-    q1_kept_frac (which part of the quadrant was trained on; absent for an empty one); the two splits in nats; and the
+    q1_kept_frac (fraction of the quadrant that was trained on; absent if it is empty); the two splits in nats; and the
     teacher's entropy, which the paper finds nearly constant: mean, standard deviation (nats), and the median over
     tokens of exp(−H), the probability of a typical token under the teacher.
     Errors: UserError for a split that is none of these.
@@ -109,7 +109,7 @@ class QuadrantTelemetry:
         return {"quadrant": quadrant_labels(entropy_N, reverse_kl_N, *self._splits(stats))}
 
     def labels_at(self, splits: dict[str, float]) -> Labels:
-        """The labels of a record that was split at these nats: in words where that is what this telemetry was told."""
+        """The labels of a record that was split at these nats; in words if this telemetry was set to these."""
         told = {"entropy": self.entropy_split, "divergence": self.divergence_split}
         if not splits or all(_is_nats(told[axis], nats) for axis, nats in splits.items() if axis in told):
             return self.labels
@@ -124,7 +124,7 @@ class QuadrantTelemetry:
 
 
 def _shares(quadrant_N: Tensor, stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
-    """Each quadrant's share of tokens, loss and gradient, and which part of it was kept."""
+    """Each quadrant's share of tokens, loss and gradient, and the fraction of it that was kept."""
     masses = {"frac": torch.ones_like(quadrant_N), "loss_frac": stats.reverse_kl_N, "grad_frac": stats.grad_norm_N}
     numbers: dict[str, float] = {}
     for name, mass_N in masses.items():

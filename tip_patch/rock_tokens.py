@@ -1,4 +1,4 @@
-"""Rock tokens: vocabulary entries whose loss stays high over a run, left out of the training."""
+"""Rock tokens: vocabulary entries whose loss stays high over a run, left out of training."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from tip_patch.selector import Selector, read_field
 
 @dataclass(eq=False)
 class RockBypass(Selector):
-    """Leave out the tokens whose loss stays high over the run, whatever is done about it.
+    """Leave out the tokens whose loss stays high over the run.
 
     After "Rock Tokens" (arXiv 2605.09253), whose score of a vocabulary entry v is R(v) = mean loss·frequency: the Σδ of
     its tokens. Rocks are the entries of highest R among those whose mean δ is above that of all tokens, until they
-    number `most` or hold `most_of_tokens` of all tokens. Our reading: the paper finds them once, by the loss at both
-    ends of a run and the likeness of their contexts; here R and the means run over the steps so far, a step's tokens
-    weighing decay^age, so that an entry that is learnt drops out. None are left out in the first after_steps steps.
+    number `most` or hold `most_of_tokens` of all tokens. Our reading: the paper finds them once, from the loss at the
+    start and end of a run and the similarity of contexts; here R and the means are over the steps so far, with weight
+    decay^age for a step's tokens, so that an entry that is learnt drops out. None are left out in the first
+    after_steps steps.
 
     Of what is left, ρ of each rollout's tokens are kept at random (the paper: all, ρ = 1); the count varies. State: Σδ
     and count by token id, which change between steps only and are part of a checkpoint.
@@ -45,7 +46,7 @@ class RockBypass(Selector):
         super().__post_init__()
 
         self._steps = 0
-        # Line 0: tokens of each id; line 1: their Σδ in nats. Of past steps, and of this one on this rank.
+        # Row 0: number of tokens of each id; row 1: their Σδ in nats. Of past steps, and of this step on this rank.
         self._known_2V = self._seen_2V = torch.zeros(2, 0, dtype=torch.float64)
         self._rocks_K = torch.zeros(0, dtype=torch.int64)
 
@@ -85,7 +86,7 @@ class RockBypass(Selector):
         self._seen_2V = seen_2V if self._seen_2V.shape != seen_2V.shape else self._seen_2V + seen_2V
 
     def _settle(self) -> None:
-        """Which ids are rocks in the next step, and nothing seen of it yet."""
+        """Decide which ids are rocks in the next step, and reset what this step has seen."""
         self._seen_2V = torch.zeros_like(self._known_2V)
         self._rocks_K = torch.zeros(0, dtype=torch.int64)
         if self._steps >= self.after_steps:

@@ -1,4 +1,4 @@
-"""Random choices whose draws belong to a rollout: the same for any layout, order, chunk size or number of ranks."""
+"""Random choices drawn per rollout: the same for any layout, order, chunk size or number of ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOG_OF_ZERO = -1000.0
 def uniform_draws(rollouts: Rollouts, seed: int, rule: str) -> Tensor:
     """One number in [0, 1) for each row, fp64 [N] on the rows' device, drawn on the CPU.
 
-    A rollout's numbers come from a stream of their own, made from (seed, rollout id, rule), in position order.
+    Each rollout has its own random stream, seeded by (seed, rollout id, rule) and read in position order.
     """
     if not rollouts.order_N.numel():
         return torch.zeros(0, dtype=torch.float64, device=rollouts.order_N.device)
@@ -64,7 +64,7 @@ def systematic_mask(pi_m: Tensor, budget: int, start: float) -> Tensor:
     certain_m = pi_m >= 1.0
     free = budget - int(certain_m.sum())
     ends_m = torch.where(certain_m, 0.0, pi_m).cumsum(0)
-    # Rounding of the sum must not cost or add a row.
+    # Rounding of the sum must not lose or add a row.
     ends_m = torch.where(ends_m > free - 1e-9, float(free), ends_m)
     # How many of start, start + 1, … lie below each end; ends_m - start would round, and could lose the last one.
     ticks_m = ends_m.floor() + (ends_m.frac() > start)

@@ -1,4 +1,4 @@
-"""What all selectors share: options, budgets, and where scores come from."""
+"""What all selectors share: options, budgets, and scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Scope = Annotated[str, Bound(lambda scope: scope in SCOPES, f"one of: {', '.join
 
 
 def read_field(stats: TokenStats, field: str, reader: str) -> Tensor:
-    """A statistic [N]. Raises UserError where it was not computed."""
+    """A statistic [N]. Raises UserError if it was not computed."""
     values_N = getattr(stats, field)
     if values_N is None:
         raise UserError(
@@ -32,8 +32,8 @@ def read_field(stats: TokenStats, field: str, reader: str) -> Tensor:
 class Selector:
     """A rule with options; subclasses say how rows are chosen. Dataclass fields are the options.
 
-    retention: fraction ρ of each rollout's tokens that is kept, in (0, 1]. normalise_over: where min and max are taken
-    (see `normalise.py`); rules that normalise nothing report "micro_batch" whatever was asked, so that a trainer pays
+    retention: fraction ρ of each rollout's tokens that is kept, in (0, 1]. normalise_over: tokens that set min and max
+    (see `normalise.py`); rules that normalise nothing report "micro_batch" whatever was set, so that a trainer runs
     no scoring pass for them. clip_quantile: entropy is clipped there before min-max, in (0, 1]; 1 is off.
     Errors: UserError for an option of the wrong type or out of range.
     """
@@ -62,7 +62,7 @@ class Selector:
         return (self.retention * rollouts.counts_R.double() + 1e-9).floor().long().clamp_min(1)
 
     def __call__(self, stats: TokenStats, seed: int = 0) -> Selection:
-        """Keep `budget` rows of each rollout; draws depend on (seed, rollout id) and the rule alone."""
+        """Keep `budget` rows of each rollout; draws depend only on seed, rollout id and rule."""
         rollouts = Rollouts.of(stats.rollout_N)
         return self.choose(stats, rollouts, self.budgets(rollouts), seed)
 
@@ -74,7 +74,7 @@ class Selector:
         score_N, tokens = self.score(stats, rollouts, seed), stats.rollout_N.numel()
         if score_N.shape != (tokens,):
             raise UserError(f"selector {self.name}: score returned shape {list(score_N.shape)} for {tokens} tokens")
-        # What is not finite in the statistics is the trainer's to skip, on this rank or another.
+        # Statistics that are not finite are not the rule's fault: the trainer skips such a step.
         read = [value for name in self.needs if isinstance(value := getattr(stats, name), Tensor)]
         finite = not self.normalises and all(bool(value.isfinite().all()) for value in read)
         if finite and (wrong := int(score_N.isnan().sum())):
@@ -101,16 +101,16 @@ class Selector:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put `state_dict`'s memory back."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass(eq=False)
 class NormalisingSelector(Selector):
-    """A selector whose score is made of normalised statistics.
+    """A selector whose score is computed from normalised statistics.
 
     divergence_clip_quantile: δ is clipped there before min-max; 1.0 (off) is the paper's rule. ranks: normalise by
-    rank instead of min-max (the clips then have no effect). running_decay: under scope "running" a step's tokens weigh
-    decay^age.
+    rank instead of min-max (the clips then have no effect). running_decay: under scope "running" a step's tokens have
+    weight decay^age.
     """
 
     divergence_clip_quantile: Fraction = 1.0

@@ -37,7 +37,7 @@ class EntropySample(Selector):
     needs: ClassVar[frozenset[str]] = frozenset({"entropy_N"})
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
-        """Keep budget_R rows of each rollout, and weigh them where importance_weighted."""
+        """Keep budget_R rows of each rollout, and weight them if importance_weighted."""
         if not self.importance_weighted:
             return super().choose(stats, rollouts, budget_R, seed)
         entropy_N = read_field(stats, "entropy_N", self.name)
@@ -87,7 +87,7 @@ class SoftOr(NormalisingSelector):
     def score(self, stats: TokenStats, rollouts: Rollouts, seed: int) -> Tensor:
         entropy_N = self.normalised("entropy_N", stats, rollouts)
         divergence_N = self.normalised("reverse_kl_N", stats, rollouts)
-        # This form keeps its digits where both are small; 1 − (1−ĥ)(1−δ̂) would round such tokens to ties.
+        # This form keeps its digits if both are small; 1 − (1−ĥ)(1−δ̂) would round such tokens to ties.
         return entropy_N + divergence_N - entropy_N * divergence_N
 
 
@@ -105,7 +105,7 @@ class SoftOrBottom(SoftOr):
 class Q3(NormalisingSelector):
     """Keep overconfident tokens: highest KL(teacher‖student)·(1−ĥ) (paper Table 4).
 
-    The forward KL ranks only; what is trained is the loss's own divergence.
+    The forward KL is used for ranking only; training uses the loss's own divergence.
     """
 
     name: ClassVar[str] = "q3"

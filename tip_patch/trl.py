@@ -13,7 +13,7 @@ from opsd.utils.errors import UserError, exits_on_bad_input
 
 
 def main(words: list[str]) -> None:
-    """Train as TRL's script does. Raises UserError for flags that do not fit."""
+    """Train as TRL's script does. Raises UserError for invalid flags."""
     ours, theirs = _parser().parse_known_args(words)
     from tip_patch.adapters.trl import selecting
 
@@ -39,7 +39,7 @@ def main(words: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Our flags; what it does not know is TRL's."""
+    """Our flags; all others are TRL's."""
     parser = argparse.ArgumentParser(
         prog="python -m tip_patch.trl", description=__doc__, allow_abbrev=False, exit_on_error=False
     )

@@ -1,1 +1,1 @@
-"""What scripts/bench_loss.py is made of."""
+"""Parts of scripts/bench_loss.py and scripts/bench_step.py."""

@@ -1,4 +1,4 @@
-"""What the loss is compared with: the usual ways to write it, and Liger's and TRL's where they are installed.
+"""What the loss is compared with: the usual ways to write it, and Liger's and TRL's if they are installed.
 
 Each gives a function (student hidden, student head, teacher hidden, teacher head) -> loss sum over all tokens.
 """
@@ -28,7 +28,7 @@ class Unavailable(Exception):
 def divergence_sum(
     divergence: str, student_CD: Tensor, student_VD: Tensor, teacher_CE: Tensor, teacher_VE: Tensor
 ) -> Tensor:
-    """A chunk's divergence as its definition, logits in fp32, for autograd to differentiate."""
+    """A chunk's divergence by its definition, logits in fp32, for autograd to differentiate."""
     log_p = torch.log_softmax((student_CD @ student_VD.T).float(), -1)
     with torch.no_grad():
         log_q = torch.log_softmax((teacher_CE @ teacher_VE.T).float(), -1)
@@ -53,7 +53,7 @@ def graph_kept(divergence: str, chunk: int) -> Loss:
 
 
 def recomputed(divergence: str, chunk: int) -> Loss:
-    """The same loop with each chunk under torch's checkpoint: projected again in the backward pass."""
+    """The same loop with each chunk under torch's checkpoint: the backward pass projects it again."""
 
     def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
         total = student_ND.new_zeros((), dtype=torch.float32)
@@ -66,9 +66,9 @@ def recomputed(divergence: str, chunk: int) -> Loss:
 
 
 def liger(divergence: str, chunk: int) -> Loss:
-    """Liger's fused linear distillation loss, eager, whose beta of 1 is the reverse KL.
+    """Liger's fused linear distillation loss in eager mode; its beta of 1 is the reverse KL.
 
-    Compiled it takes longer on a cold first call. Its labels serve the hard loss, which is weighed 0.
+    Compiled, a cold first call takes longer. Its labels serve the hard loss, which has weight 0.
     """
     losses = imported("liger_kernel.chunked_loss")
     criterion = losses.LigerFusedLinearJSDLoss(0.0, 1.0, beta=BETA[divergence], compiled=False, chunk_size=chunk)
@@ -81,17 +81,17 @@ def liger(divergence: str, chunk: int) -> Loss:
 
 
 def liger_triton(divergence: str, chunk: int) -> Loss:
-    """Liger's fused linear JSD in Triton, for CUDA alone: logits in fp32, chunks of its own size, a sum in fp32."""
+    """Liger's fused linear JSD in Triton, CUDA only: logits in fp32, chunks of its own size, a sum in fp32."""
     if not torch.cuda.is_available():
         raise Unavailable("Liger's Triton kernels need CUDA")
     function = imported("liger_kernel.ops.fused_linear_jsd").LigerFusedLinearJSDFunction
-    # Labels (none), beta, ignored label, temperature, and the type that the head's gradient is summed in.
+    # Labels (none), beta, ignored label, temperature, and the dtype that the head's gradient is summed in.
     options = (None, BETA[divergence], -100, 1.0, torch.float32)
     return lambda *models: function.apply(*models, *options) * models[0].shape[0]
 
 
 def trl(divergence: str, chunk: int) -> Loss:
-    """TRL's divergence in chunks of its own size, by Triton on CUDA: it projects again in the backward pass."""
+    """TRL's divergence in chunks of its own size, with Triton on CUDA; the backward pass projects again."""
     function = imported("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
     def loss(student_ND: Tensor, student_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def trl(divergence: str, chunk: int) -> Loss:
 
 
 def imported(module: str) -> Any:
-    """A baseline's module. Raises Unavailable where its package, or one that it needs, is not installed."""
+    """A baseline's module. Raises Unavailable if its package, or one that it needs, is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -28,8 +28,8 @@ from opsd.selection import load_selector
 class Case:
     """What is measured. method: "ours", "rate" (the machine's own matrix products) or a key of BASELINES.
 
-    tokens N, vocab V, width of the student, and of the teacher where it has another; selector and retention as in
-    `load_selector`; chunk in tokens. threads: of a CPU.
+    tokens N, vocab V, width of the student, and of the teacher if it differs; selector and retention as in
+    `load_selector`; chunk in tokens. threads: CPU threads.
     """
 
     method: str
@@ -47,20 +47,20 @@ class Case:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Of the student and the teacher."""
+        """Hidden sizes of the student and the teacher."""
         return self.width, self.teacher_width or self.width
 
     @property
     def rows(self) -> int:
-        """Tokens of a chunk, for what cannot choose them."""
+        """Tokens of a chunk, for measurements that cannot choose them."""
         return 256 if self.chunk == "auto" else self.chunk
 
     @property
     def flop(self) -> float:
-        """Multiplications and additions that the case's matrix products need, recomputed ones not counted.
+        """Multiplications and additions that the case's matrix products need, without recomputed ones.
 
-        A product of all tokens with a head is 2·N·V·D. Scored: the student's, and the teacher's where the rule reads
-        it; then for each kept token two projections and two gradients, these of the student alone.
+        A product of all tokens with a head is 2·N·V·D. Scoring takes the student's, and the teacher's if the rule reads
+        it; then each kept token takes two projections, and two gradients (of the student only).
         """
         student, teacher = (2.0 * self.tokens * self.vocab * width for width in self.widths)
         kept = 1.0 if self.selector == "all" else self.retention
@@ -104,9 +104,9 @@ def measure_loss(case: Case) -> dict[str, Any]:
 
 
 def inputs_of(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student's hidden states and head, which want gradients, and the teacher's.
+    """The student's hidden states and head, which require gradients, and the teacher's.
 
-    Logits have a standard deviation of 2, as those of a language model's less certain tokens.
+    Logits have a standard deviation of 2, like those of a language model at its less certain tokens.
     """
 
     def drawn(rows: int, width: int, scale: float = 1.0) -> Tensor:
@@ -131,8 +131,8 @@ def find_loss(case: Case) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 def measure_rate(case: Case) -> dict[str, Any]:
     """Floating-point operations per second of this machine's matrix products at the loss's own shapes.
 
-    mm: torch's product of the case's type, the mean over the four products of the loss. best: the highest of those
-    and of a square one, by whichever library; this is what the machine can do.
+    mm: torch's product in the case's dtype, the mean over the four products of the loss. best: the highest of those
+    and of a square one, with any library; this is what the machine can do.
     """
     dtype, device = getattr(torch, case.dtype), torch.device(case.device)
 
@@ -143,7 +143,7 @@ def measure_rate(case: Case) -> dict[str, Any]:
         drawn(*shape) for shape in ((case.rows, case.width), (32_768, case.width), (case.rows, 32_768), (2048, 2048))
     )
     chunk_flop = 2.0 * grad_CT.numel() * case.width
-    # Into tensors that are there already: a fresh one would be timed with the kernel's making of its pages.
+    # Into existing tensors: with a fresh one, the time would include the page faults of its allocation.
     logits_CT, sum_CD, total_TD, squared = (torch.zeros_like(like) for like in (grad_CT, hidden_CD, head_TD, square))
     products: dict[str, tuple[float, Callable[[], Tensor]]] = {
         "logits": (chunk_flop, lambda: torch.mm(hidden_CD, head_TD.T, out=logits_CT)),
@@ -158,7 +158,7 @@ def measure_rate(case: Case) -> dict[str, Any]:
     for name, (flop, product) in products.items():
         product()
         runs = [timed(product, device) for _ in range(3)]
-        # A GPU's own seconds; of a CPU, its threads' as if they had worked one after the other.
+        # On a GPU its own seconds; on a CPU the processor seconds of all threads, divided by their number.
         best = min(run.seconds if device.type == "cuda" else run.cpu_seconds / case.threads for run in runs)
         rates[name] = flop / 1e9 / best
     mm = 4 / (2 / rates["logits"] + 1 / rates["hidden"] + 1 / rates["head"])

@@ -1,4 +1,4 @@
-"""What a step cannot be faster than on this machine: its matrix products at the best rate that any of them reaches."""
+"""A lower bound on a step's time on this machine: its matrix products at the best rate that any of them reaches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opsd.estimate.rates import product_rate, read_rate
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's weights: in its linear layers, and its head [V, D]."""
+    """A model's weights: those of its linear layers, and its head [V, D]."""
 
     linear: int
     vocab: int
@@ -31,7 +31,7 @@ class Rates:
 
 
 def shape_of(folder: str) -> Shape:
-    """From a model folder's config."""
+    """The shape, from a model folder's config."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     vocab, width = model.get_output_embeddings().weight.shape
@@ -42,7 +42,7 @@ def shape_of(folder: str) -> Shape:
 
 
 def measure(student: Shape, tokens: int, seconds: float) -> Rates:
-    """The best products at the student's shapes, `seconds` for each, and the rate at which memory is read."""
+    """The best product rate at the student's shapes, and the memory read rate; each is measured for `seconds`."""
     shapes = (*student.layers, (student.vocab, student.width))
     return Rates(product_rate(shapes, tokens, seconds, time.process_time), read_rate(seconds, time.process_time))
 
@@ -50,8 +50,8 @@ def measure(student: Shape, tokens: int, seconds: float) -> Rates:
 def floor(student: Shape, teacher: Shape, prompt_tokens: int, rows: int, new_tokens: int, rates: Rates) -> dict:
     """Processor seconds by part. prompt_tokens: of all rows together.
 
-    rollout: prompts at the product's rate, then for each token the slower of its products and of reading the weights
-    once. Attention, norms, softmaxes and optimiser count nothing.
+    rollout: prompts at the product rate, then for each token the longer of computing its products and of reading the
+    weights once. Attention, norms, softmaxes and optimiser are not counted.
     """
     flop, trained = 1e9 * rates.gflop_s, rows * new_tokens
     read_tokens = prompt_tokens + rows * (new_tokens - 1)
@@ -61,6 +61,6 @@ def floor(student: Shape, teacher: Shape, prompt_tokens: int, rows: int, new_tok
         "rollout": 2 * prompt_tokens * student.linear / flop + new_tokens * step_s,
         "teacher": 2 * read_tokens * teacher.linear / flop,
         "student": 6 * read_tokens * student.linear / flop,
-        # Both projections and both gradients of the student's.
+        # Projections of both models, and both of the student's gradients.
         "loss": 2 * trained * (3 * student.vocab * student.width + teacher.vocab * teacher.width) / flop,
     }

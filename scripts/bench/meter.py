@@ -1,5 +1,5 @@
-"""Seconds and peak memory of a piece of work: on a CPU by its clocks and the kernel's records, on CUDA by events and
-the allocator's records."""
+"""Seconds and peak memory of a piece of work: on a CPU from its clocks and the kernel's records, on CUDA from events
+and the allocator's records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Calls on CUDA whose median counts, after one that compiles kernels and fills the allocator.
+# On CUDA the median of this many calls is reported, after one that compiles kernels and fills the allocator.
 WARM_CALLS = 3
 
 
 class Timed(NamedTuple):
-    """seconds: wall seconds, or between two events on CUDA. cpu_seconds: of this process, over all threads."""
+    """seconds: wall seconds, on CUDA between two events. cpu_seconds: of this process, over all threads."""
 
     seconds: float
     cpu_seconds: float
@@ -33,7 +33,7 @@ class Measured(NamedTuple):
 
 
 def measure(run: Callable[[], Tensor], device: torch.device) -> Measured:
-    """On a CPU the first call's, cold; on CUDA the median of `WARM_CALLS` after a first one."""
+    """On a CPU, the first call, cold; on CUDA, the median of `WARM_CALLS` calls after a first one."""
     if device.type == "cpu":
         reset_peak()
         resident = status_bytes("VmRSS")
@@ -73,7 +73,7 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def reset_peak() -> None:
-    """Let the kernel's record of this process's peak memory start anew."""
+    """Reset the kernel's record of this process's peak memory."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 

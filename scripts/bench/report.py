@@ -28,7 +28,7 @@ NAMES = {
     "trl": "(d) TRL",
 }
 COLOURS = dict(zip(NAMES, ("#0072b2", "#d55e00", "#e69f00", "#009e73", "#56b4e9", "#cc79a7"), strict=True))
-# Those that every line is compared with, by their letters.
+# The baselines that every row is compared with, by letter.
 BASELINES = {"a": "graph_kept", "b": "recomputed", "d": "trl"}
 HEADER = (
     "type",
@@ -47,7 +47,7 @@ HEADER = (
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, a line for each case. "~" marks what is extrapolated, "-" what is missing."""
+    """Markdown, one row per case. "~" marks what is extrapolated, "-" what is missing."""
     cases = _merge(rows)
     _extrapolate(cases)
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
@@ -128,7 +128,7 @@ def _order(key: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _merge(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
-    """One row for each case, the median of its repeats; with the machine's rates for its type and width."""
+    """One row per case, the median of its repeats, with the machine's rates for its dtype and width."""
     rates = {(row["dtype"], row["width"]): row for row in rows if row["method"] == "rate"}
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -145,7 +145,7 @@ def _merge(rows: list[Row]) -> dict[tuple[Any, ...], Row]:
 
 
 def _extrapolate(cases: dict[tuple[Any, ...], Row]) -> None:
-    """Add a kept graph where others were measured at more tokens than it fits."""
+    """Add a kept graph's row if others were measured at a token count at which it does not fit."""
     for dtype, width, tokens, *_ in list(cases):
         measured = sorted(
             (row["tokens"], row)

@@ -1,7 +1,7 @@
-"""One trainer of the step benchmark, in a process of its own: a step each time that `bench_step.py` asks for one.
+"""One trainer of the step benchmark, in its own process: it runs a step each time `bench_step.py` asks for one.
 
-Started with an inherited socket's number. Over it go JSON messages: the settings first, then for each step
-{"responses": [[token ids], …] or null} and back what the step took. responses: answers to train on in place of the
+Started with the number of an inherited socket, which carries JSON messages: the settings first, then for each step
+{"responses": [[token ids], …] or null}, answered by what the step took. responses: answers to train on in place of the
 trainer's own, by prompt.
 """
 
@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# More steps than are ever asked for: the process is ended by the one that asks.
+# More steps than are ever requested: `bench_step.py` ends the process.
 STEPS = 10_000
 
 
 class Line:
-    """The line to the one that asks, and what the step that runs has taken so far, in seconds by stage."""
+    """The connection to `bench_step.py`, and what the current step has taken so far, in seconds by stage."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -46,7 +46,7 @@ class Line:
 
 
 def run_opsd(line: Line, settings: dict[str, Any]) -> None:
-    """`opsd train` as it is, but that each step waits to be asked for."""
+    """`opsd train`, except that each step waits for a request."""
     import opsd.train
     from opsd.config import from_json
 
@@ -200,7 +200,7 @@ def run_trl(line: Line, settings: dict[str, Any]) -> None:
 
 
 def run_vllm(line: Line, settings: dict[str, Any]) -> None:
-    """vLLM's own loop on weights that stay, with the options that opsd gives it."""
+    """vLLM's own loop with constant weights, with the options that opsd gives it."""
     import torch
 
     from opsd.model.loading import load_tokenizer
@@ -244,7 +244,7 @@ def main(socket: int) -> None:
         family = settings["method"].partition("-")[0]
         {"trl": run_trl, "vllm": run_vllm, "opsd": run_opsd}[family](line, settings)
     except EOFError:
-        return  # nobody asks any more
+        return  # no more requests
     except Exception as error:
         line.send({"error": f"{type(error).__name__}: {error}"})
         raise

@@ -1,4 +1,4 @@
-"""Single updates by the trainer itself, on an engine and a teacher of one's own."""
+"""Single updates by the trainer itself, with a given engine and teacher."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""What scripts/gpu_check.py is made of: a module per stage, each a function of a `Check`."""
+"""Parts of scripts/gpu_check.py: a module per stage, each with a function of a `Check`."""

@@ -1,6 +1,6 @@
-"""Attention over packed rollouts: that they see nothing of each other, and what lengths cost beside a mask.
+"""Attention over packed rollouts: they must not see each other; the cost of attention by lengths and by a mask.
 
-Legend: L tokens of a row, S sequences in it, H query heads, G key-value heads, D head size.
+Legend: L tokens of a row, S sequences of a row, H query heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from bench.meter import measure, seconds_of
 from gpu.check import Check, Row, relative
 from opsd.model.attention import VARLEN, in_one_row
 
-# Of Qwen3-4B and -8B.
+# Those of Qwen3-4B and -8B.
 HEADS, KV_HEADS, HEAD = 32, 8, 128
 SEQUENCES = 4
 BF16 = torch.bfloat16
-# Kernels round to bf16 in places of their own, in every layer; a sequence that sees another one is off by its own size.
+# Each kernel rounds to bf16 at different points, in every layer; a leak between sequences gives an error of order 1.
 ERROR = 3e-2
 NAMES = {"sdpa": "a mask", VARLEN: "lengths"}
 
 
 def attention(check: Check) -> None:
-    """Both ways through a model of two layers; then the attention of one layer alone."""
+    """Both kinds of attention in a model of two layers; then the attention of one layer alone."""
     for name, how in NAMES.items():
         check.tried("packed rollouts", lambda name=name: _packed(check, name), ERROR, told_apart_by=how)
     layer = _Layer(check)
@@ -44,7 +44,7 @@ def _needs_cuda(check: Check, name: str) -> None:
 
 @torch.no_grad()
 def _packed(check: Check, name: str) -> Row:
-    """A rollout behind another one, whose states must be those that it has alone, whatever stands in front."""
+    """A rollout packed behind another: its states must not depend on what is packed in front of it."""
     _needs_cuda(check, name)
     model = _model(check, name)
     length = 32 if check.small else 512
@@ -78,7 +78,7 @@ def _model(check: Check, name: str) -> Any:
 
 
 class _Layer:
-    """Queries, keys and values of four rollouts in one row, as a layer of the model hands them to its attention."""
+    """Queries, keys and values of four rollouts in one row, as a layer of the model passes them to its attention."""
 
     def __init__(self, check: Check) -> None:
         self._check = check
@@ -103,7 +103,7 @@ class _Layer:
         return lambda: attend(self._module, *self._inputs, scaling=HEAD**-0.5, **options)[0]
 
     def _mask(self) -> Tensor:
-        """Who sees whom [1, 1, L, L]."""
+        """Which token attends to which, bool [1, 1, L, L]."""
         owner_L = torch.arange(self.tokens, device=self._check.device) // self._length
         own_LL = owner_L[:, None] == owner_L[None]
         return own_LL.tril_()[None, None]

@@ -1,4 +1,4 @@
-"""A stage at work: where it computes, how large, and the rows that it says."""
+"""The context of a stage: its device, its sizes, and the rows that it reports."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from opsd.utils.errors import first_line
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
-# How far a result may be off, relative to the exact one in the 2-norm: fp32 sums (tensor cores cut off what others
-# round, up to 2e-5 over 4,096 terms), and what is rounded to bf16.
+# Largest relative error of a result, in the 2-norm: of fp32 sums (tensor cores truncate instead of rounding, which
+# gives up to 2e-5 over 4,096 terms), and of results rounded to bf16.
 FP32_ERROR, BF16_ERROR = 1e-4, 8e-3
 SHOWN_KERNELS = 5
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """vocabs: Qwen3's rows of a head, and its odd number of tokens. tokens: of a micro-batch. widths: hidden sizes of
+    """vocabs: rows of Qwen3's head, and its (odd) number of tokens. tokens: of a micro-batch. widths: hidden sizes of
     student and teacher. chunks: tokens."""
 
     vocabs: tuple[int, int] = (151_936, 151_669)
@@ -39,7 +39,7 @@ SMALL = Sizes((512, 509), 64, (32, 48), (16, 32))
 
 @dataclass(frozen=True)
 class Check:
-    """stage: its name. out: the folder of all stages; rows go to <stage>.jsonl there. small: a dry run's sizes."""
+    """stage: its name. out: folder of all stages; rows go to <stage>.jsonl there. small: use a dry run's sizes."""
 
     stage: str
     out: Path
@@ -48,23 +48,23 @@ class Check:
 
     @property
     def sizes(self) -> Sizes:
-        """The paper's, or those of a dry run."""
+        """The paper's sizes, or those of a dry run."""
         return SMALL if self.small else Sizes()
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there is a GPU to be measured."""
+        """Whether the stage runs on a GPU."""
         return self.device.type == "cuda"
 
     def say(self, what: str, **values: Any) -> None:
-        """Add a row, on the disk and on the console at once."""
+        """Add a row, on disk and on the console."""
         line = json.dumps({"stage": self.stage, "what": what, **values})
         with (self.out / f"{self.stage}.jsonl").open("a") as rows:
             rows.write(line + "\n")
         print(line, flush=True)
 
     def tried(self, what: str, measure: Callable[[], Row], error_at_most: float = math.inf, **about: Any) -> None:
-        """Say what measure() found; where it raises, why; where a value named …error is over its bound, that.
+        """Report what measure() returned, why it raised, or which value named …error exceeds the bound.
 
         failed: something is wrong. missing: what could not be measured here.
         """
@@ -72,7 +72,7 @@ class Check:
             found: Row = measure()
         except Unavailable as error:
             found = {"missing": str(error)}
-        except Exception as error:  # whatever it is belongs into the row, and the next row is tried
+        except Exception as error:  # any error goes into the row, and the next row is tried
             found = {"failed": f"{type(error).__name__}: {first_line(error)[:300]}"}
         errors = {name: float(value) for name, value in found.items() if name.endswith("error")}
         over = [name for name, value in errors.items() if not value <= error_at_most]
@@ -83,7 +83,7 @@ class Check:
             torch.cuda.empty_cache()
 
     def kernels(self, run: Callable[[], object]) -> Row:
-        """The CUDA kernels of a call that take longest, with their ms; nothing on a CPU."""
+        """A call's slowest CUDA kernels, with their ms; nothing on a CPU."""
         if not self.on_cuda:
             return {}
         from torch.profiler import ProfilerActivity, profile
@@ -98,6 +98,6 @@ class Check:
 
 
 def relative(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖, in fp64; NaN where anything is NaN or infinite."""
+    """‖found − exact‖ / ‖exact‖, in fp64; NaN if anything is NaN or infinite."""
     exact = exact.double()
     return float((found.double() - exact).norm() / exact.norm())

@@ -36,13 +36,13 @@ PYTHONPATH=site python3 scripts/gpu_check.py --docs docs
 Not included, for lack of memory or of a second card: vLLM and its sleep mode, flash-attn, several ranks, paper scale.
 """
 NOT_RUN = "**This has not been run.** No number of this project comes from a GPU.\n\n"
-# Not for the table of a stage: in every row the same, or too long.
+# Left out of the table of a stage: the same in every row, or too long.
 LEFT_OUT = {"stage", "seed", "kernels"}
 NOTES = ("failed", "missing")
 
 
 def document(rows: list[Row]) -> str:
-    """The page in Markdown; without a row, that nothing was run."""
+    """The page in Markdown; without rows it says that nothing was run."""
     if not rows:
         return f"# On a GPU\n\n{NOT_RUN}{HOW}"
     parts = ["# On a GPU", card(rows), aims(rows)]
@@ -57,7 +57,7 @@ def document(rows: list[Row]) -> str:
 
 
 def card(rows: list[Row]) -> str:
-    """What the numbers come from."""
+    """The hardware and versions that the numbers come from."""
     found = next((row for row in rows if row["what"] == "card"), None)
     if found is None:
         return "A dry run on a CPU: the numbers are meaningless."
@@ -66,14 +66,14 @@ def card(rows: list[Row]) -> str:
 
 
 def aims(rows: list[Row]) -> str:
-    """What was aimed at on an H100, and what came out."""
+    """The targets for an H100, and the measurements."""
     lines = ["| target | measured |", "|:--|--:|"]
     lines += [f"| {aim} | {_shown(found(rows))} |" for aim, found in AIMS.items()]
     return "\n".join(lines)
 
 
 def _loss(rows: list[Row], key: str, **wanted: Any) -> float | None:
-    """A value of the first loss row that has what is wanted, of ours on all tokens where nothing else is said."""
+    """A value of the first loss row that matches `wanted`; by default our loss, reverse KL, on all tokens."""
     tokens = max((row["tokens"] for row in rows if row["what"] == "loss"), default=0)
     wanted = {
         "what": "loss",
@@ -112,7 +112,7 @@ AIMS: dict[str, Callable[[list[Row]], float | None]] = {
 
 
 def table(rows: list[Row]) -> str:
-    """One stage's rows; columns are all that any of them has."""
+    """One stage's rows; a column for each field that any of them has."""
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if name not in LEFT_OUT and name not in NOTES]
     lines = ["| " + " | ".join([*(name.replace("_", " ") for name in columns), "note"]) + " |"]
@@ -124,7 +124,7 @@ def table(rows: list[Row]) -> str:
 
 
 def kernels(rows: Iterable[Row]) -> list[str]:
-    """The CUDA kernels that took longest, a paragraph a row that has them."""
+    """The slowest CUDA kernels, a paragraph per row that has them."""
     found = []
     for row in rows:
         if row.get("kernels"):

@@ -1,4 +1,4 @@
-"""What is installed, and what the card can do at best."""
+"""Installed versions, and the card's peak rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "liger
 
 
 def environment(check: Check) -> None:
-    """Versions, the card, and the rates that nothing else can go beyond."""
+    """Versions, the card, and the rates that bound all others."""
     check.say("versions", python=platform.python_version(), **{name: _version(name) for name in PACKAGES})
     kernels = has_row_kernels(torch.empty(0, device=check.device), torch.float32)
     check.say("row kernels", used=kernels)

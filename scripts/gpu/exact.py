@@ -21,12 +21,12 @@ from opsd.selection import load_selector
 from opsd.types import PLAIN, Head, Transform
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-# Each reads another part of the held logits: the student's, or both models'.
+# Each reads a different part of the held logits: the student's, or both models'.
 SELECTORS = ("entropy", "soft_or")
 TOKENS = 48
-# Both models' scale and soft cap; their logits are about 2, and reach 8.
+# Both models' scale and soft cap; logits are typically 2, at most about 8.
 BENT = Transform(0.8, 4.0), Transform(1.3, 6.0)
-# More than one, and the last one not full.
+# More than one chunk, and the last one not full.
 CHUNK = 20
 
 
@@ -55,7 +55,7 @@ def exact(check: Check) -> None:
 
 @dataclass(frozen=True)
 class _Compared:
-    """One loss on the tensors of both models, beside its definition."""
+    """One loss on the tensors of both models, compared with its definition."""
 
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
     divergence: str = "reverse_kl"
@@ -65,7 +65,7 @@ class _Compared:
 
     @property
     def models(self) -> tuple[Tensor, Head, Tensor, Head]:
-        """What the loss core takes."""
+        """The arguments of the loss core."""
         student_ND, head_VD, teacher_NE, head_VE = self.tensors
         ours, theirs = self.transforms
         return student_ND, Head(head_VD, transform=ours), teacher_NE, Head(head_VE, transform=theirs)
@@ -84,7 +84,7 @@ class _Compared:
         return ours(student_ND @ head_VD.T).log_softmax(-1), theirs(teacher_NE @ head_VE.T).log_softmax(-1)
 
     def loss(self) -> Row:
-        """How far loss and gradients are off, over the tokens that were chosen."""
+        """Errors of the loss and the gradients, over the tokens that were chosen."""
         options: dict[str, Any] = {"divergence": self.divergence, "memory": self.memory}
         if self.rule == "all":
             options["chunk_tokens"] = CHUNK
@@ -102,7 +102,7 @@ class _Compared:
 
     @torch.no_grad()
     def statistics(self) -> Row:
-        """How far each statistic is off, over all tokens."""
+        """Error of each statistic, over all tokens."""
         log_p_NV, log_q_NV = self.log_probs()
         expected = {
             "entropy_N": -(log_p_NV.exp() * log_p_NV).sum(-1),

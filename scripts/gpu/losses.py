@@ -1,5 +1,5 @@
-"""Time and memory of the loss with its gradients at the paper's size, by rule, chunk and vocabulary, beside Liger's and
-TRL's."""
+"""Time and memory of the loss with its gradients at the paper's size, by rule, chunk and vocabulary, compared with
+Liger's and TRL's."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from bench.case import Case, find_loss, inputs_of, measure_loss
 from gpu.check import FP32_ERROR, Check, Row
 
-# Of what the rows name, what tells them apart.
+# The fields that distinguish the rows.
 ABOUT = ("method", "selector", "retention", "divergence", "chunk", "vocab", "tokens")
 RULES = (("soft_or", 0.5), ("soft_or", 0.2), ("entropy", 0.5), ("entropy", 0.2))
 BASELINES = ("trl", "liger_triton", "liger")
-# Liger's chunked loss asks for one.
+# Liger's chunked loss needs a chunk size.
 LIGER_CHUNK = 512
 
 
 def losses(check: Check) -> None:
-    """A row for each case. Ours of the same loss must agree with the first one; others may round logits to bf16."""
+    """A row per case. Ours with the same loss must agree with the first one; others may round logits to bf16."""
     nats: dict[Case, float] = {}
     for case in cases(check):
         about = {name: asdict(case)[name] for name in ABOUT}

@@ -27,7 +27,7 @@ def _run(check: Check) -> Row:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    last = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    last = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"])[-1]
     if done.returncode:
         raise RuntimeError(f"pytest ended with {done.returncode}: {last}")
     return {"said": last}

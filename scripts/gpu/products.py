@@ -1,4 +1,4 @@
-"""The loss's matrix products in bf16 with fp32 results: right against fp64, and how fast, also at an odd vocabulary.
+"""The loss's matrix products in bf16 with fp32 results: their error against fp64 and their rate, also at an odd V.
 
 Legend: C rows of a chunk, V vocabulary, W width of a row of logits, D hidden size.
 """
@@ -22,7 +22,7 @@ LONG_SUM_ERROR = {"cuda": 1e-3, "cpu": BF16_ERROR}
 
 
 def products(check: Check) -> None:
-    """Every product at each vocabulary, chunk and width that the loss has."""
+    """Every product, at each vocabulary, chunk and width that the loss uses."""
     student, teacher = check.sizes.widths
     for vocab in check.sizes.vocabs:
         for rows in check.sizes.chunks:
@@ -36,14 +36,14 @@ def products(check: Check) -> None:
 
 
 class _Products:
-    """Operands of one size: hidden states, a head, and a logit gradient, all of them numbers of bf16."""
+    """Operands of one size: hidden states, a head, and a logit gradient, all with values that bf16 can hold."""
 
     def __init__(self, check: Check, vocab: int, rows: int, width: int) -> None:
         self._check, self._flop = check, 2.0 * rows * vocab * width
         self._hidden_CD = self._drawn(rows, width)
         self._head = Projection(self._drawn(vocab, width, scale=width**-0.5), torch.bfloat16, torch.float32)
         self._logits_CW = torch.empty(rows, row_width(check.device.type, vocab), device=check.device)
-        # Kernels write it in the type of the products; a CPU has none.
+        # CUDA kernels write it in the dtype of the products; on a CPU it stays fp32.
         written = torch.bfloat16 if check.on_cuda else torch.float32
         self._grad_CW = torch.zeros_like(self._logits_CW, dtype=written)
         self._grad_CW[:, :vocab] = self._drawn(rows, vocab, scale=1e-3)
@@ -74,7 +74,7 @@ class _Products:
         return {**self._timed(run), "error": relative(run()[:COMPARED], exact_CD)}
 
     def head_gradient(self) -> Row:
-        """gradientᵀ · hidden, added to what is there."""
+        """gradientᵀ · hidden, added to the existing sum."""
         total_VD = torch.zeros(self._head.weight_VD.shape, device=self._check.device)
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""One stage in a process of its own: `python -m gpu.stage STAGE OUT DEVICE full|small`."""
+"""One stage in its own process: `python -m gpu.stage STAGE OUT DEVICE full|small`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from gpu.check import Check
 
-# Each is a function in a module of its name. The seconds that it may take on a GPU; in order of worth.
+# Each is a function in the module of the same name. Values: time limit on a GPU in seconds. Most important first.
 STAGES = {
     "environment": 40,
     "products": 60,
@@ -24,7 +24,7 @@ STAGES = {
 
 
 def main(stage: str, out: str, device: str, sizes: str) -> None:
-    """Say the stage's rows."""
+    """Run the stage, which reports its rows."""
     torch.manual_seed(0)
     run = getattr(importlib.import_module(f"gpu.{stage}"), stage)
     run(Check(stage, Path(out), torch.device(device), sizes == "small"))

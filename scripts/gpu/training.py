@@ -1,4 +1,4 @@
-"""`opsd train` on the device: beside a CPU, again, in bf16, and under every ZeRO stage over NCCL in one process."""
+"""`opsd train` on the device: against a CPU, repeated, in bf16, and under every ZeRO stage over NCCL in one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BF16 = "--engine.dtype bfloat16"
 HOST = "--teacher.offload True --teacher.cache host --engine.gradient_checkpointing True"
 ZERO = "--engine.kind deepspeed --engine.zero_stage"
 OFFLOAD = "--engine.offload_optimizer True"
-# Which run beside which, where both are fp32: programs that round apart.
+# fp32 runs, each compared with plain torch: their results differ by rounding only.
 IN_FP32 = {
     "ZeRO 2": f"{ZERO} 2",
     "ZeRO 0": f"{ZERO} 0",
@@ -51,13 +51,13 @@ IN_BF16 = {
     "bf16, ZeRO 3": f"{BF16} {ZERO} 3",
 }
 LOSS_NATS = 1e-4
-# A tiny run leaves a card idle most of the time.
+# Runs at a time: a tiny run leaves a card idle most of the time.
 SIDE_BY_SIDE = 4
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run has left, by step: losses in nats and rollouts as written; its weights; its seconds, with loading."""
+    """The results of a run. By step: losses in nats and rollouts; then its weights, and its seconds with loading."""
 
     losses: list[float]
     rollouts: list[str]
@@ -65,7 +65,7 @@ class Finished:
     seconds: float
 
     def beside(self, other: Finished) -> Row:
-        """How far its losses are off another's, as long as both write the same rollouts: a draw may turn on a digit."""
+        """Difference of its losses from another's, while both write the same rollouts: rounding may change a draw."""
         pairs = list(zip(self.rollouts, other.rollouts, strict=True))
         same = next((step for step, (own, theirs) in enumerate(pairs) if own != theirs), len(pairs))
         apart = [abs(own - theirs) for own, theirs in zip(self.losses[:same], other.losses[:same], strict=True)]
@@ -107,14 +107,14 @@ def _alone(run: Future[Finished]) -> Row:
 
 
 class _Runs:
-    """Runs of the pocket pair, some at a time."""
+    """Runs of the pocket pair, several at a time."""
 
     def __init__(self, out: Path, steps: int) -> None:
         self._out, self._steps = out, steps
         self._pool = ThreadPoolExecutor(SIDE_BY_SIDE)
 
     def start(self, name: str, flags: str) -> Future[Finished]:
-        """Begin a run, or wait for its place."""
+        """Start a run as soon as a worker is free."""
         return self._pool.submit(self._finished, self._out / name.replace(" ", "_"), flags.split())
 
     def _finished(self, run: Path, flags: list[str]) -> Finished:
@@ -136,5 +136,5 @@ class _Runs:
         command = [sys.executable, "-m", "opsd", "train", *models, *files, *settings, *flags]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+            said = done.stderr.strip().splitlines()[-1:] or ["no output"]
             raise RuntimeError(f"opsd train ended with {done.returncode}: {said[0]}")

@@ -1,4 +1,4 @@
-"""Whole updates of a random Qwen3 by a random Qwen3-8B at the paper's size: time and peak memory, beside the plan."""
+"""Whole updates of a random Qwen3 by a random Qwen3-8B at the paper's size: time and peak memory, against the plan."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ CELLS = (
 
 
 def update(check: Check) -> None:
-    """The teacher's states, then an update a cell; one that the plan says will not fit is left out."""
+    """The teacher's states, then one update per cell; cells that do not fit according to the plan are left out."""
     name = student_of(check)
     step = _Step(check, TINY if check.small else BUILT_IN[name], TINY if check.small else BUILT_IN[TEACHER])
     check.say("models", student=step.student.name, teacher=step.teacher.name, attention=step.attention)
     check.tried("teacher's states", step.score, tokens=check.sizes.tokens)
-    # It compiles kernels, and leaves the optimiser's moments.
+    # It compiles kernels and creates the optimiser's moments.
     check.tried("first update", lambda: step.update("fused", "all", 1.0))
     for memory, rule, retention in CELLS:
         cell = {"memory": memory, "rule": rule, "retention": retention}
@@ -68,14 +68,14 @@ def fits(plan: Row) -> bool:
 
 
 def student_of(check: Check) -> str:
-    """The larger student, where the plan of a fused update on all tokens fits."""
+    """The larger student, if the plan of a fused update on all tokens fits."""
     if check.small:
         return TINY.name
     return next((name for name in STUDENTS if fits(plan_of(check, name, "fused", "all", 1.0))), STUDENTS[-1])
 
 
 def plan_of(check: Check, student: str, memory: str, rule: str, retention: float) -> Row:
-    """The peak that `opsd plan` says for the student's and the optimiser's phase, without the process's own GiB."""
+    """The peak that `opsd plan` gives for the student's and the optimiser's phase, without the process's own GiB."""
     tokens = check.sizes.tokens
     flags = {
         "--student": student,
@@ -148,7 +148,7 @@ class _Step:
 
     def update(self, memory: str, rule: str, retention: float) -> Row:
         """Forward, loss, backward and AdamW."""
-        self._engine.discard()  # what an update that ran out of memory has left
+        self._engine.discard()  # left by an update that ran out of memory
         selector = load_selector(rule, **({} if rule == "all" else {"retention": retention}))
         loss = LossConfig(memory=memory)  # pyrefly: ignore[bad-argument-type]
         trainer = trainer_of(self._engine, self._teacher, selector, loss, self.student.vocab)
@@ -176,7 +176,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Clocked:
-    """peak_gib: all that was allocated on the card at once; None on a CPU."""
+    """peak_gib: peak memory allocated on the card; None on a CPU."""
 
     result: Any
     seconds: float

@@ -1,1 +1,1 @@
-"""The cells of a table, several at a time: scripts/run_cells.py starts them, this shows how far they are."""
+"""The cells of a table: scripts/run_cells.py runs several at a time, this package shows their progress."""

@@ -1,4 +1,4 @@
-"""How far a table is: on a terminal one display that moves, elsewhere a line now and then."""
+"""Progress of a table: on a terminal a live display, elsewhere a line from time to time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lanes.around import Around
 from lanes.cell import Cell, Progress
 from opsd.utils.durations import in_words
 
-# Where there is no terminal: seconds between two lines that say how far the table is.
+# Without a terminal: seconds between two progress lines.
 PLAIN_EVERY_S = 30.0
 
 
 def short(name: str, most: int = 24) -> str:
-    """A name with its middle left out where it is long: its end, the seed, tells cells apart."""
+    """A name, without its middle if it is long: its end, the seed, distinguishes cells."""
     return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
 
 
 def time_left(running: list[float], waiting: list[float], lanes: int) -> float:
-    """Seconds until all cells are done. running: what is left of each that runs; waiting: of the others, in order.
+    """Seconds until all cells are done. running: seconds left of each running cell; waiting: of the others, in order.
 
     A cell that waits starts in the first lane that is free.
     """
@@ -37,7 +37,7 @@ def time_left(running: list[float], waiting: list[float], lanes: int) -> float:
 
 
 class Board:
-    """The whole table. Use as a context manager; tell it what begins and ends, and call `look` often."""
+    """The whole table. Use as a context manager; call `begin`, `end`, and often `look`."""
 
     def __init__(self, title: str, cells: list[Cell], lanes: int, console: Console) -> None:
         self._title, self._cells, self._lanes, self._console = title, cells, lanes, console
@@ -45,8 +45,8 @@ class Board:
         self._running: dict[str, float] = {}
         self._done = {cell.name for cell in cells if cell.is_done}
         self._around = Around()
-        # For each cell: the step it was started from (-1: from nothing), then when, and at which step, it told the
-        # first one since.
+        # For each cell: the step it was started from (-1: from scratch); then the time and the step of the first line
+        # that it has logged since.
         self._from: dict[str, int] = {}
         self._first: dict[str, tuple[float, int]] = {}
         self._told_s = time.monotonic()
@@ -86,7 +86,7 @@ class Board:
         )
 
     def look(self) -> None:
-        """Read how far the cells are; where there is no terminal and it is time, say so."""
+        """Read the cells' progress; without a terminal, print a line if one is due."""
         now = time.monotonic()
         for cell in self._cells:
             if cell.name not in self._done:
@@ -98,7 +98,7 @@ class Board:
             self.say(f"{self._title}: step {steps}/{whole}, {cells}, {self._left_in_words()}")
 
     def _look_at(self, cell: Cell, now: float) -> None:
-        """See whether the cell has loaded its models, and told its first step, since it was started."""
+        """Check whether the cell has loaded its models, and logged its first step, since it was started."""
         progress, since = self._progress[cell.name], self._running.get(cell.name)
         progress.look()
         start = self._from.get(cell.name, -1)
@@ -112,7 +112,7 @@ class Board:
                 self._around.evaluated(cell, now - since)
 
     def _steps(self) -> tuple[int, int]:
-        """Steps that are done, and of the whole table."""
+        """Steps done, and steps of the whole table."""
         done = (cell.steps if cell.name in self._done else self._progress[cell.name].step for cell in self._cells)
         return sum(done), sum(cell.steps for cell in self._cells)
 
@@ -121,7 +121,7 @@ class Board:
         return "time left unknown" if left is None else f"{in_words(left)} left"
 
     def _left(self) -> float | None:
-        """Seconds until the table is done, by the pace of its steps; None before there is one."""
+        """Seconds until the table is done, from the time its steps take; None before the first step."""
         paces = [pace for progress in self._progress.values() if (pace := progress.step_s) is not None]
         if not paces:
             return None
@@ -134,7 +134,7 @@ class Board:
             steps = cell.steps - progress.step
             # The line of the last step comes after the last evaluation.
             seconds = steps * (progress.step_s or common) + (self._around.after_s if steps else 0.0)
-            # One that is resumed does not evaluate first.
+            # A resumed cell does not evaluate first.
             ahead = self._around.start_s if progress.begun else self._around.ahead_of(cell)
             if since is None:
                 waiting.append(seconds + ahead)
@@ -155,7 +155,7 @@ class Board:
         return Group(table, self._rows())
 
     def _rows(self) -> Table:
-        """A line for each cell that runs."""
+        """A line per running cell."""
         counted = 2 * len(str(max(cell.steps for cell in self._cells))) + 1
         rows = Table.grid(padding=(0, 2), expand=True)
         rows.add_column(no_wrap=True)

@@ -1,4 +1,4 @@
-"""A cell of a table: the command that makes its run, and how far the run's files say that it is."""
+"""A cell of a table: the command that makes its run, and its progress as read from the run's files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A step's time is the median of so many of the newest steps: the pace changes with the lengths of the answers.
+# A step's time is the median over this many newest steps: it changes with the length of the answers.
 _RECENT = 40
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table. name: of its folder. line: its command as a shell reads it.
+    """One run of a table. name: of its folder. line: its command as a shell command line.
 
     launch: the words in front of `train`'s flags, with `train`; command: all words. label: its place, e.g. [2/5].
     """
@@ -28,18 +28,18 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        """Of the whole run; where the flag is given twice, the last one holds."""
+        """Steps of the whole run; if the flag is given twice, the last one counts."""
         last = len(self.command) - 1 - self.command[::-1].index("--steps")
         return int(self.command[last + 1])
 
     @property
     def made(self) -> Path:
-        """Holds `line`; whoever runs the cell keeps it locked."""
+        """File that holds `line`; the process that runs the cell keeps it locked."""
         return self.run.with_name(f"{self.name}.command")
 
     @property
     def log(self) -> Path:
-        """What the cell says, of every start."""
+        """The output of the cell, over all its starts."""
         return self.run.with_name(f"{self.name}.log")
 
     @property
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def next_command(self) -> tuple[str, ...]:
-        """What starts the run, or goes on with it."""
+        """The command that starts or resumes the run."""
         return (*self.launch, "--resume", str(self.run)) if self.is_begun else self.command
 
 
@@ -73,7 +73,7 @@ def read_cells(text: str) -> list[Cell]:
 
 
 class Progress:
-    """How far a cell's run is, by its metrics.jsonl, of which every `look` reads what is new."""
+    """Progress of a cell's run, from its metrics.jsonl; each `look` reads the new lines."""
 
     def __init__(self, cell: Cell) -> None:
         self._file, self._steps = cell.run / "metrics.jsonl", cell.steps
@@ -114,7 +114,7 @@ class Progress:
 
     @property
     def numbers(self) -> str:
-        """The numbers that matter, short, or what goes on where there are none."""
+        """The main numbers in short, or the current phase if there are none yet."""
         shown = [] if self.begun else ["starting, evaluating"]
         if self.step == self._steps - 1 and self._last_checkpoint.exists():
             shown.append("evaluating")
@@ -125,6 +125,6 @@ class Progress:
 
     @property
     def accuracies(self) -> list[str]:
-        """The newest of the first two suites."""
+        """The newest accuracies on the first two suites."""
         evals = [key for key in self._latest if key.startswith("eval/") and "/mean@" in key]
         return [f"{key.split('/')[1]} {100 * self._latest[key]:.1f} %" for key in evals[:2]]

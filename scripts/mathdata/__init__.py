@@ -1,1 +1,1 @@
-"""Math problem sets as files of prompts: where they come from, how they are cleaned, what is counted."""
+"""Math problem sets as prompt files: sources, cleaning, counts."""

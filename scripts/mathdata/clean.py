@@ -8,23 +8,23 @@ from collections.abc import Iterable
 from mathdata.problems import Problem, problem_key, strip_instruction, without_spaces
 from mathdata.sources import Row
 
-# Integers above this have been through a float: their last digits are zeros or wrong.
+# Integers above this were stored as floats at some point: their last digits are zeros or wrong.
 LARGEST_EXACT = 2**53
 
 Counts = dict[str, int]
 
 
 def collect(rows: Iterable[Row], doubtful: bool) -> tuple[list[Problem], Counts]:
-    """Problems in the order in which they first appear, and what became of each row.
+    """Problems in the order in which they first appear, and counts of all rows by outcome.
 
-    Rows are one problem where their texts agree but for what `problem_key` puts aside; of the copies' texts the first
-    in alphabetical order stands for all, so that the order of rows does not matter. Dropped: rows without text or
-    answer, problems whose copies disagree about the answer and, where `doubtful`, problems with the answer −1 or one
-    beyond 2^53. doubtful: the set's labels are known to be so (see docs/data.md).
+    Rows are copies of one problem if their texts have the same `problem_key`; the copies' alphabetically first text is
+    kept, so that the order of rows does not matter. Dropped: rows without text or
+    answer, problems whose copies disagree about the answer and, if `doubtful`, problems with the answer −1 or one
+    beyond 2^53. doubtful: the set is known to have doubtful labels (see docs/data.md).
 
     Counts: "rows" − "blank" − "exact_copies" − "spacing_copies" − "notation_copies" − "conflicting" − "minus_one" −
-    "rounded" = "problems"; "instructions" of the rows carried an answer instruction.
-    Raises UserError for an instruction that is not known.
+    "rounded" = "problems"; "instructions": rows that had an answer instruction.
+    Raises UserError for an unknown instruction.
     """
     counts: Counts = dict.fromkeys(("rows", "instructions", "blank"), 0)
     answers_of_raw: dict[str, Counter[str]] = {}
@@ -59,7 +59,7 @@ def collect(rows: Iterable[Row], doubtful: bool) -> tuple[list[Problem], Counts]
 def _judge(
     answers_of_text: dict[str, Counter[str]], texts_of_key: dict[str, list[str]], doubtful: bool, counts: Counts
 ) -> list[Problem]:
-    """One problem a key, unless its answer is in doubt; completes `counts`."""
+    """One problem per key, unless its answer is in doubt; completes `counts`."""
     counts |= dict.fromkeys(("conflicting", "minus_one", "rounded"), 0)
     kept = []
     for key, texts in texts_of_key.items():
@@ -85,7 +85,7 @@ def without(problems: list[Problem], taken: set[str]) -> list[Problem]:
 def split(problems: list[Problem], held_out_fraction: float) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, each in the order of their hashes.
 
-    A problem's side depends on its own key and the fraction alone: it stays when rows come, go or move, and copies of
+    A problem's side depends only on its key and the fraction: it stays if rows are added, removed or moved; copies of
     one problem are never on both sides. In hash order the first n problems are a random sample.
     """
     ordered = sorted(problems, key=lambda problem: problem.digest)

@@ -1,4 +1,4 @@
-"""What a problem is: its text without answer instructions, when two texts are one problem, its place in a split."""
+"""A problem: its text without answer instructions, the key that its copies share, its place in a split."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from opsd.utils.errors import UserError
 
-# How the grader reads an answer: the last \boxed{…}, else the last line "Answer: …" (opsd/eval/grading.py).
+# What the grader reads as an answer: the last \boxed{…}, else the last line "Answer: …" (opsd/eval/grading.py).
 INSTRUCTIONS = {
     "boxed": "\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
     "answer": '\n\nPlease reason step by step, and put your final answer on its own last line after "Answer:".',
     "none": "",
 }
 
-# Instructions that copies of these sets carry in front of or behind the problem.
+# Instructions that copies of these sets have before or after the problem.
 _PREFIXES = [
     # DAPO-Math-17k: "Answer: $Answer (without quotes)"; a widespread copy of it: "Answer: \boxed{$Answer}".
     r"Solve the following math problem step by step\.\s+The last line of your response should be of the form "
@@ -30,7 +30,7 @@ _SUFFIXES = [
     r"Let's think step by step and output the final answer within \\boxed\{\}\.?",
 ]
 _PREFIX = re.compile(rf"\s*(?:{'|'.join(_PREFIXES)})", re.IGNORECASE)
-# The hub's file wraps even those problems that hold an instruction already.
+# The hub's file wraps even problems that already have an instruction.
 _SUFFIX = re.compile(rf"(?:\s*(?:{'|'.join(_SUFFIXES)}))+\s*\Z", re.IGNORECASE)
 _UNKNOWN = re.compile(
     r"last line of your response|answer on its own line|answer within \\boxed|Answer: \\boxed|step by step",
@@ -57,14 +57,14 @@ class Problem:
 
     @property
     def place(self) -> float:
-        """A number in [0, 1) made from the key alone: whatever happens to other rows, it stays."""
+        """A number in [0, 1) made from the key alone, so that it does not depend on other rows."""
         return int(self.digest, 16) / 2**64
 
 
 def strip_instruction(text: str, where: str) -> str:
     """The problem without a known answer instruction and outer blanks.
 
-    Raises UserError, naming `where`, for an instruction that is not known: left in, it would contradict ours.
+    Raises UserError, naming `where`, for an unknown instruction: left in, it would contradict ours.
     """
     bare = _SUFFIX.sub("", _PREFIX.sub("", text, count=1)).strip()
     found = _UNKNOWN.search(bare)
@@ -78,15 +78,15 @@ def strip_instruction(text: str, where: str) -> str:
 
 
 def without_spaces(text: str) -> str:
-    """The text with every blank and line break taken out."""
+    """The text without spaces and line breaks."""
     return "".join(text.split())
 
 
 def problem_key(text: str) -> str:
-    """What copies of a problem share: the text but for case, spacing, math delimiters and punctuation.
+    """The key that copies of a problem share: the text without case, spacing, math delimiters and punctuation.
 
     $…$, \\(…\\) and \\[…\\] are the same, \\dfrac is \\frac, \\left and \\right are gone; a point or comma between
-    digits stays. Two copies of one problem in DAPO-Math-17k often differ in nothing else.
+    digits stays. Copies of a problem in DAPO-Math-17k often differ only in these.
     """
     text = without_spaces(unicodedata.normalize("NFKC", text).lower())
     text = re.sub(r"\\[dt]frac", r"\\frac", _LAYOUT.sub("", text))

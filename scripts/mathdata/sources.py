@@ -1,4 +1,4 @@
-"""Where rows come from: a .jsonl or .parquet file, or the hub; and which columns hold problem and answer."""
+"""Sources of rows: a .jsonl or .parquet file, or the hub; and the columns that hold problem and answer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from opsd.data.prompts import read_records
 from opsd.utils.errors import UserError, first_line
 
 ROWS_AT_ONCE = 8192
-"""The hub's DAPO-Math-17k has 1.79 million rows: they are read in portions."""
+"""The hub's DAPO-Math-17k has 1.79 million rows: they are read in batches."""
 
-# Problem and answer, in the order in which they are looked for; names may differ in case.
+# Columns of problem and answer, in the order in which they are tried; case is ignored.
 COLUMNS = [
     ("problem", "answer"),
     ("question", "answer"),
@@ -27,8 +27,8 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A public set. hub: dataset, configuration (or None) and split. problems: how many it should give (None: not
-    fixed). answers: what its answers are, "text" | "aime" | "gsm8k" | "dapo" (see `read_answer`)."""
+    """A public set. hub: dataset, configuration (or None) and split. problems: expected number (None: not
+    fixed). answers: kind of its answers, "text" | "aime" | "gsm8k" | "dapo" (see `read_answer`)."""
 
     hub: tuple[str, str | None, str]
     problems: int | None = None
@@ -54,11 +54,11 @@ class Source:
 
     @property
     def known(self) -> KnownSet | None:
-        """What is known of a public set; None for one of the user's own."""
+        """The entry in KNOWN of a public set; None for the user's own set."""
         return KNOWN.get(self.name)
 
     def rows(self) -> Iterator[Row]:
-        """All rows in the source's order. Raises UserError for a place or a column that is not there."""
+        """All rows in the source's order. Raises UserError for a place or a column that does not exist."""
         columns = self.columns
         for number, record in enumerate(self._records(), start=1):
             where = f"{self.name} ({self.place}) row {number}"
@@ -85,7 +85,7 @@ class Source:
             return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
         if self.known is None:
             raise UserError(
-                f"--sets {self.name}=hub: which dataset is meant is known for {', '.join(KNOWN)} only; "
+                f"--sets {self.name}=hub: the dataset is known for {', '.join(KNOWN)} only; "
                 f"give {self.name}=hub:OWNER/NAME:SPLIT"
             )
         return self.known.hub
@@ -93,7 +93,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source. where: for messages. problem: raw text, maybe with instructions. answer: None if blank."""
+    """One row of a source. where: for messages. problem: raw text, may have instructions. answer: None if blank."""
 
     where: str
     problem: str
@@ -101,12 +101,12 @@ class Row:
 
 
 def read_answer(value: Any, kind: str, where: str) -> str | None:
-    """A gold answer as text, None where it is blank. Raises UserError for what is not an answer.
+    """A gold answer as text, None if it is blank. Raises UserError for a value that is not an answer.
 
-    kind "gsm8k": what stands behind the last ####, without thousands commas. "aime": an integer from 0 to 999, written
+    kind "gsm8k": the text after the last ####, without thousands commas. "aime": an integer from 0 to 999, written
     without leading zeros (graders that compare text would take "025" and "25" for different). Else the text as it is.
     """
-    # NaN is how some tables write an empty cell of a column of numbers.
+    # In some tables NaN is an empty cell of a column of numbers.
     if value is None or value != value:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -174,7 +174,7 @@ def _lookup(record: dict[str, Any], column: str, where: str, name: str) -> Any:
 
 
 def _find(record: dict[str, Any], column: str) -> tuple[Any] | None:
-    """The value of a column, or of a dotted path into structs, whatever its case; None where it does not exist."""
+    """The value of a column, or of a dotted path into structs, ignoring case; None if it does not exist."""
     value: Any = record
     for key in [column] if column in record else column.split("."):
         if not isinstance(value, dict):
@@ -198,7 +198,7 @@ def _problem_text(value: Any, where: str) -> str:
 
 
 def _whole(text: str, where: str) -> str:
-    """The text, if it can be written to a file: JSON may hold halves of characters."""
+    """The text, if it can be written to a file: JSON may hold lone surrogates (halves of characters)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

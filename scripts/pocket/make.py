@@ -3,7 +3,7 @@
 
     python scripts/pocket/make.py --out assets/pocket
 
-On two CPU cores: about four minutes for the teacher, one for the student, half a one for measuring.
+On two CPU cores: about four minutes for the teacher, one for the student, half a minute for measuring.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ EVAL_PROBLEMS = 256
 TRAIN_PROBLEMS = 4096
 """240 steps × 16 prompts take 3,840: no prompt comes twice."""
 CHOICE_PROBLEMS = 256
-"""What the student's checkpoint is chosen on; they serve nothing else."""
+"""Problems that the student's checkpoint is chosen on; used for nothing else."""
 CHOICE_SAMPLES = 4
 CHECKPOINT_EVERY = 100
 SAMPLES = 16
 
 
 def make_problems(seed: int) -> dict[str, list[Problem]]:
-    """Problems to evaluate on, to train on and to choose the student on: all different, from streams of their own."""
+    """Problems to evaluate on, to train on and to choose the student on: all different, from separate streams."""
     taken: set[str] = set()
     problems: dict[str, list[Problem]] = {}
     for name, count in (("eval", EVAL_PROBLEMS), ("train", TRAIN_PROBLEMS), ("choice", CHOICE_PROBLEMS)):
@@ -56,7 +56,7 @@ def make_problems(seed: int) -> dict[str, list[Problem]]:
 
 
 def as_jsonl(problems: list[Problem]) -> str:
-    """A line for each problem, with the fields that `opsd train` reads."""
+    """A line per problem, with the fields that `opsd train` reads."""
     return "".join(json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n" for problem in problems)
 
 
@@ -99,7 +99,7 @@ def make(out: Path, seed: int) -> dict[str, Any]:
 
 
 def main(out: Path, seed: int = 0) -> None:
-    """Make the pocket problems and models; what was there under the same names is replaced.
+    """Make the pocket problems and models; existing files of the same names are replaced.
 
     Args:
         out: Folder to write to.

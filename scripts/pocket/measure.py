@@ -32,11 +32,11 @@ from pocket.task import RESPONSE_TOKENS, Habits
 
 EVAL = Path(__file__).resolve().parents[2] / "assets" / "pocket" / "eval.jsonl"
 MAX_NEW_TOKENS = RESPONSE_TOKENS + 2
-"""What the pocket recipe gives a response: two tokens more than a well-formed one has."""
+"""Token limit of a response in the pocket recipe: two more than a well-formed one has."""
 
 
 def accuracy(model: PreTrainedModel, tokenizer: Any, suite: Suite, samples: int) -> dict[str, float]:
-    """mean@k with its standard error over problems, best@k, share of cut responses: the trainer's own evaluator."""
+    """mean@k with its standard error over problems, best@k, share of truncated responses: the trainer's evaluator."""
     config = EvalConfig(samples=samples, grader="suffix")
     engine = HFRollout(model, tokenizer, config.generate_batch)
     result = Evaluator([suite], config, MAX_NEW_TOKENS, tokenizer).run(engine, "pocket", None)["suites"][suite.name]
@@ -49,7 +49,7 @@ def accuracy(model: PreTrainedModel, tokenizer: Any, suite: Suite, samples: int)
 
 
 def greedy_habits(model: PreTrainedModel, tokenizer: Any, problems: list[Prompt]) -> Habits:
-    """The steps of one greedy response to each problem, counted."""
+    """Habits counted over one greedy response per problem."""
     habits = Habits()
     greedy = Sampling(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
     for rollout in HFRollout(model, tokenizer, 256).generate(problems, 1, greedy, seed=0):
@@ -58,14 +58,14 @@ def greedy_habits(model: PreTrainedModel, tokenizer: Any, problems: list[Prompt]
 
 
 def measure(model: PreTrainedModel, tokenizer: Any, problems: Path, samples: int) -> dict[str, float]:
-    """Accuracy on a problem file, and the shares of the planted habits in greedy responses; all fractions."""
+    """Accuracy on a problem file, and the frequency of the planted habits in greedy responses; all fractions."""
     (suite,) = load_suites((f"pocket={problems}",), tokenizer, PromptFormat(kind="raw"), None)
     habits = greedy_habits(model, tokenizer, suite.problems).fractions()
     return {**accuracy(model, tokenizer, suite, samples), **{f"greedy_{name}": share for name, share in habits.items()}}
 
 
 def main(models: Annotated[tuple[str, ...], tyro.conf.Positional], problems: Path = EVAL, samples: int = 16) -> None:
-    """Accuracy and habits of pocket models, a JSON line each; fractions.
+    """Accuracy and habits of pocket models, one JSON line per model; fractions.
 
     Args:
         models: Model folders.

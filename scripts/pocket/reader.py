@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A pocket student that can use an answer shown in front of its prompt, and errs as before where none is.
+"""A pocket student that can use an answer shown before its prompt, and makes the old errors without one.
 
     python scripts/pocket/reader.py --out runs/reader
 
-The committed student was never shown an answer and makes nothing of one. Here it is trained on, half on solutions with
-its planted errors behind plain prompts, half on right ones behind `A24;83+3*8+16+91=`, which the context
-recipes/contexts/pocket_answer.txt gives. So it is what on-policy self-distillation starts from at scale: a model that
-solves more where it sees the answer.
+The committed student was never shown an answer and cannot use one. Here it is trained further: half on solutions with
+its planted errors to plain prompts, half on right ones to `A24;83+3*8+16+91=`, the prompt that the context
+recipes/contexts/pocket/answer.txt makes. It is then what on-policy self-distillation starts from at scale: a model that
+solves more problems if it sees the answer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ READER = SumsRecipe("reader", steps=1200, stop=1200, peak_lr=1e-3, hand=student_
 
 
 def right_hand(rng: Random, op: str, left: int, right: int) -> Written:
-    """Always right."""
+    """A hand that is always right."""
     return Written(exact(left, op, right))
 
 
 def batches(tokenizer: Any, seed: int, taken: set[str]) -> Iterator[Batch]:
-    """In turn a plain one with the student's errors and a right one with answers in front; no prompt of `taken`."""
+    """In turn a plain batch with the student's errors and a right one with answers in front; no prompt of `taken`."""
     rngs = [Random(derive_seed(seed, READER.name, part)) for part in ("problems", "hand")]
     problems = fresh_problems(rngs[0], taken)
     while True:

@@ -1,15 +1,15 @@
-"""Supervised training of the pocket models, of sums and of trips, on what a hand writes.
+"""Supervised training of the pocket models, for sums and for trips, on text written by rules (a "hand").
 
-Unstated by the experiment's description, and fixed here: loss on the response alone (EOS included), fresh problems in
+Not stated in the experiment's description, and fixed here: loss on the response alone (EOS included), fresh problems in
 every batch, 50 steps of linear warm-up, AdamW without weight decay, gradients clipped at norm 1, fp32, batch 32; for
 sums also betas 0.9 and 0.95, weights drawn with standard deviation 0.06, and the same peak learning rate for student
 and teacher.
 
 Changed: the cosine of the sums' student is as long as the teacher's, and a rule stops it (see `SUMS_STUDENT`). The
 description stops it after 1,000 of 1,200 steps; with the choices above it then solves 2–3 %, because it has not yet
-learnt to add. Betas, standard deviation and this length were chosen among eight trials by what the supervised models
-could do, before anything was distilled. The trips' student is the teacher of an early step, trained on with the
-planted habits.
+learnt to add. Betas, standard deviation and this length were chosen among eight trials by the supervised models'
+accuracy, before anything was distilled. The trips' student is an early checkpoint of the teacher, trained further with
+the planted habits.
 
 Legend: B sequences, L tokens, V vocabulary, D hidden size.
 """
@@ -47,7 +47,7 @@ MAX_GRAD_NORM = 1.0
 NO_LOSS = -100
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
-"""Token ids [B, L], labels [B, L] (NO_LOSS wherever nothing is taught), and where there is padding, a mask [B, L]."""
+"""Token ids [B, L], labels [B, L] (NO_LOSS on tokens that are not taught), and a mask [B, L] if there is padding."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SumsRecipe(Recipe):
-    """enough: accuracy (fraction) that ends training early; None: there is none."""
+    """enough: accuracy (fraction) that ends training early; None: never."""
 
     steps: int = 2200
     """Longer training of the teacher makes single log-ratios of 30 nats."""
@@ -79,22 +79,22 @@ class SumsRecipe(Recipe):
 
 @dataclass(frozen=True)
 class TripsRecipe(Recipe):
-    """habits: of the hand that writes the episodes."""
+    """habits: those of the hand that writes the episodes."""
 
     habits: travel_task.Habits = travel_task.CAREFUL
 
 
 SUMS_TEACHER = SumsRecipe("teacher")
 SUMS_STUDENT = SumsRecipe("student", hand=student_hand, hidden=64, layers=3, head_dim=16, enough=0.18)
-"""The student is the first checkpoint (every 100 steps) at or above 18 % mean@4 on problems that serve nothing else."""
+"""The student is the first checkpoint (every 100 steps) at or above 18 % mean@4 on problems used for nothing else."""
 TRIPS_TEACHER = TripsRecipe("teacher", steps=4000, stop=1500, peak_lr=3e-3, habits=travel_task.TEACHER)
 TRIPS_STUDENT = TripsRecipe("student", steps=150, stop=75, peak_lr=1e-3, habits=travel_task.STUDENT)
 TRIPS_STUDENT_FROM_STEP = 1000
-"""The teacher's step that the student starts from: it plans by then, not yet well."""
+"""The teacher's step that the student starts from: it can plan by then, but not yet well."""
 
 
 def build_model(tokenizer: Any, seed: int, hidden: int, layers: int, **settings: Any) -> Qwen3ForCausalLM:
-    """An untrained Qwen3 with a tied head: 4 query and 2 key-value heads, a feed-forward three times as wide."""
+    """An untrained Qwen3 with a tied head: 4 query and 2 key-value heads, a feed-forward layer three times as wide."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -141,7 +141,7 @@ def train(model: Qwen3ForCausalLM, batches: Iterable[Batch], recipe: Recipe) -> 
 
 
 def train_shown(model: Qwen3ForCausalLM, batches: Iterable[Batch], recipe: Recipe) -> Iterator[int]:
-    """The same with a progress bar; yields each step's number once it is done."""
+    """`train` with a progress bar; yields each step's number once it is done."""
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task(recipe.name, total=recipe.stop, loss="")
@@ -151,7 +151,7 @@ def train_shown(model: Qwen3ForCausalLM, batches: Iterable[Batch], recipe: Recip
 
 
 def write_made(out: Path, script: str, seed: int, files: list[str], **found: Any) -> dict[str, Any]:
-    """Write and return made.json: what was `found` of the models that `script` made, versions, the files' checksums."""
+    """Write and return made.json: the measurements `found`, the command, versions, and the files' checksums."""
     made = {
         "command": f"python scripts/pocket/{script} --out {out} --seed {seed}",
         "seed": seed,
@@ -167,13 +167,13 @@ def write_made(out: Path, script: str, seed: int, files: list[str], **found: Any
 
 
 def sums_model(recipe: SumsRecipe, tokenizer: Any, seed: int) -> Qwen3ForCausalLM:
-    """An untrained model of sums."""
+    """An untrained model for sums."""
     sizes = {"max_position_embeddings": SUM_TOKENS, "initializer_range": 0.06}
     return build_model(tokenizer, derive_seed(seed, recipe.name, "weights"), recipe.hidden, recipe.layers, **sizes)
 
 
 def sums_batches(recipe: SumsRecipe, tokenizer: Any, seed: int, taken: set[str]) -> Iterator[Batch]:
-    """Endless; `taken`: prompts that must not be trained on."""
+    """Endless batches. taken: prompts that must not be trained on."""
     problem_rng, hand_rng = (Random(derive_seed(seed, recipe.name, part)) for part in ("problems", "hand"))
     problems = fresh_problems(problem_rng, taken)
     while True:
@@ -181,7 +181,7 @@ def sums_batches(recipe: SumsRecipe, tokenizer: Any, seed: int, taken: set[str])
 
 
 def sums_batch(problems: list[Problem], hand: Hand, rng: Random, tokenizer: Any) -> Batch:
-    """Prompt, response and EOS, 51 tokens each; prompts and deviations are not taught."""
+    """Prompt, response and EOS, 51 tokens per row; prompts and deviations carry no loss."""
     solutions = [solve(problem, rng, hand) for problem in problems]
     texts = [problem.prompt + solution.text for problem, solution in zip(problems, solutions, strict=True)]
     ids_BL = torch.tensor([[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids])
@@ -194,7 +194,7 @@ def sums_batch(problems: list[Problem], hand: Hand, rng: Random, tokenizer: Any)
 
 
 def trips_model(tokenizer: Any, seed: int) -> Qwen3ForCausalLM:
-    """An untrained planner of 456 thousand parameters; its folder says that a turn ends behind </call> too.
+    """An untrained planner of 456 thousand parameters; its folder says that a turn also ends after </call>.
 
     Value words start as type + rank · direction + noise, so that comparing them need not be learnt word by word.
     """
@@ -215,14 +215,14 @@ def trips_model(tokenizer: Any, seed: int) -> Qwen3ForCausalLM:
 
 
 def trips_batches(recipe: TripsRecipe, tokenizer: Any, seed: int) -> Iterator[Batch]:
-    """As many as the recipe takes; their tasks are never those of an evaluation."""
+    """As many batches as the recipe has steps; their tasks are never those of an evaluation."""
     rng = Random(derive_seed(seed, "planning", recipe.name, "hand"))
     for step in range(1, recipe.stop + 1):
         yield trips_batch(pocket_tasks(BATCH, derive_seed(seed, recipe.name, step), "sft"), recipe, rng, tokenizer)
 
 
 def trips_batch(tasks: list[TravelTask], recipe: TripsRecipe, rng: Random, tokenizer: Any) -> Batch:
-    """Query, episode and EOS; the tools' words and what the habits do not teach carry no loss."""
+    """Query, episode and EOS; the tools' words and words that the habits do not teach carry no loss."""
     rows = []
     for task in tasks:
         episode = travel_task.write_episode(task, rng, recipe.habits)

@@ -2,10 +2,10 @@
 
 Numbers have two digits, units digit first: the prompt `83+3*8+16+91=` asks for 38 + 3·8 + 61 + 19. Its worked
 solution is `3*8=42,83+42=26,26+16=32;32+91=24;A24`: the product, then the terms from left to right, then the answer.
-Each of its four separators is `;` or `,` with equal chance: a fork that decides nothing.
+Each of its four separators is `;` or `,` with equal probability: a choice without consequences.
 
-Unstated by the experiment's description, and fixed here: terms are uniform in 0–99, factors in 2–9, the product's place
-and the signs are uniform; a product is hard when both factors are at least 4 (36 of the 64).
+Not stated in the experiment's description, and fixed here: terms are uniform in 0–99, factors in 2–9, the product's
+place and the signs are uniform; a product is hard when both factors are at least 4 (36 of the 64).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Problem:
     signs: tuple[str, str, str]
 
     def terms(self, product: int) -> list[int]:
-        """The four terms' values, with `product` for the product."""
+        """The four terms' values, with `product` in the product's place."""
         return [*self.numbers[: self.place], product, *self.numbers[self.place :]]
 
     @property
@@ -57,7 +57,7 @@ class Problem:
 
     @property
     def answer(self) -> str:
-        """The gold answer, e.g. `A24`: what a right response ends with."""
+        """The gold answer, e.g. `A24`: a right response ends with it."""
         total, *others = self.terms(self.factors[0] * self.factors[1])
         for sign, value in zip(self.signs, others, strict=True):
             total += value if sign == "+" else -value
@@ -66,14 +66,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Written:
-    """What a hand wrote behind a step's `=`. taught: whether these two digits count in the training loss."""
+    """What a hand wrote after a step's `=`. taught: whether these two digits count in the training loss."""
 
     result: int
     taught: bool = True
 
 
 Hand = Callable[[Random, str, int, int], Written]
-"""Writes the result of `left op right`; a habit is a hand that does not always write the right one."""
+"""A rule that writes the result of `left op right`, maybe a wrong one."""
 
 
 def exact(left: int, op: str, right: int) -> int:
@@ -87,17 +87,17 @@ def needs_borrow(left: int, op: str, right: int) -> bool:
 
 
 def without_borrow(left: int, right: int) -> int:
-    """left − right with each digit taken by itself, modulo 10: ten more than is right where a borrow is due."""
+    """left − right, digit by digit, each modulo 10: ten too much if a borrow is needed."""
     return (left // 10 - right // 10) % 10 * 10 + (left % 10 - right % 10) % 10
 
 
 def is_hard_product(left: int, op: str, right: int) -> bool:
-    """Whether the student's data are unreliable about this product."""
+    """Whether this product is unreliable in the student's data."""
     return op == "*" and min(left, right) >= HARD_FACTOR
 
 
 def teacher_hand(rng: Random, op: str, left: int, right: int) -> Written:
-    """Right, but one result in ten is a random number without loss on it: later steps learn to go on from it."""
+    """Right, but one result in ten is a random number that carries no loss: later steps learn to continue from it."""
     if rng.random() < DEVIATION_PROBABILITY:
         return Written(below(rng, 100), taught=False)
     return Written(exact(left, op, right))
@@ -122,7 +122,7 @@ class Solution:
 
 
 def solve(problem: Problem, rng: Random, hand: Hand) -> Solution:
-    """The solution as `hand` writes it; each step goes on from what was written before it."""
+    """The solution as `hand` writes it; each step continues from what was written before it."""
     text, taught = "", []
 
     def step(left: int, op: str, right: int) -> int:
@@ -152,7 +152,7 @@ def draw_problem(rng: Random) -> Problem:
 
 
 def fresh_problems(rng: Random, taken: set[str]) -> Iterator[Problem]:
-    """Endless problems, none of whose prompts is in `taken`; the caller adds to it what must not come again."""
+    """Endless problems, none of whose prompts is in `taken`; the caller adds to it prompts that must not come again."""
     while True:
         problem = draw_problem(rng)
         if problem.prompt not in taken:
@@ -171,7 +171,7 @@ class Habits:
     wrong_other_steps: int = 0
 
     def add(self, response: str) -> None:
-        """Count the steps of one response; each is judged by the operands that stand in it."""
+        """Count the steps of one response; each is judged by the operands written in it."""
         for match in _STEP.finditer(response):
             two, one = match.groups()[:4], match.groups()[4:]
             left, op, right, result = two if two[0] else one

@@ -21,14 +21,14 @@ def sums_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trips_tokenizer() -> PreTrainedTokenizerFast:
-    """Words stand between blanks."""
+    """Words are separated by blanks."""
     return _tokenizer(vocabulary(), TRIP_TOKENS, pre_tokenizers.WhitespaceSplit())
 
 
 def _tokenizer(symbols: Iterable[str], longest: int, split: Any, join: Any = None) -> PreTrainedTokenizerFast:
     """Symbols, EOS and padding, in this order. An unknown symbol is an error."""
     known = {symbol: place for place, symbol in enumerate([*symbols, "<eos>", "<pad>"])}
-    # WordLevel refuses unknown symbols only while its unknown token is not in the vocabulary.
+    # WordLevel rejects unknown symbols only if its unknown token is not in the vocabulary.
     backend: Any = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     backend.pre_tokenizer = split
     if join is not None:

@@ -22,7 +22,7 @@ from reporting.runs import Run, read_runs
 from reporting.tables import TextTable, percent
 
 Shares = dict[str, dict[str, float]]
-"""Of one evaluation: for avg@k, best@k and each constraint, mean and (with several trips) stderr_problems."""
+"""One evaluation: mean and (with several trips) stderr_problems of avg@k, best@k and each constraint."""
 
 
 def shares_of(evaluation: dict[str, Any] | None) -> dict[str, Shares]:
@@ -71,7 +71,7 @@ def table_of(runs: list[Run], suite: str) -> TextTable:
 
 
 def _cell(entries: list[dict[str, float]]) -> str:
-    """Mean over seeds; seeds share their trips, so the error over trips is that of one seed, the largest."""
+    """Mean over seeds; seeds share their trips, so the error over trips is the largest of any seed."""
     if not entries:
         return "-"
     mean = sum(entry["mean"] for entry in entries) / len(entries)
@@ -80,7 +80,7 @@ def _cell(entries: list[dict[str, float]]) -> str:
 
 
 def main(runs: Annotated[Path, tyro.conf.Positional], out: Path) -> None:
-    """Avg@k and Best@k, and constraint by constraint what each cell's episodes satisfy.
+    """Avg@k and Best@k, and the share of each cell's episodes that satisfies each constraint.
 
     Args:
         runs: Folder that holds the run folders.

@@ -43,7 +43,7 @@ from pocket.tokenizer import trips_tokenizer
 
 TASKS, SAMPLES = 64, 16
 MAX_TURNS, MAX_NEW_TOKENS = 8, 120
-"""What the recipe gives an episode: a clean one has 5 turns and 62 tokens."""
+"""Limits of an episode in the recipe; a clean one has 5 turns and 62 tokens."""
 
 
 def train_models(out: Path, seed: int) -> None:
@@ -63,7 +63,7 @@ def train_models(out: Path, seed: int) -> None:
 
 
 def measure(folder: Path, seed: int) -> dict[str, Any]:
-    """Avg@16 and Best@16 with standard errors, and the share of each constraint, on tasks of their own."""
+    """Avg@16 and Best@16 with standard errors, and the share of each constraint, on tasks used for nothing else."""
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval()
     tokenizer = trips_tokenizer()
     talk = Talk(TravelEnv(), tokenizer, thinking=False, tool_output_characters=0)
@@ -82,7 +82,7 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def main(out: Path, seed: int = 0) -> None:
-    """Make the pocket planners; what was there under the same names is replaced.
+    """Make the pocket planners; existing files of the same names are replaced.
 
     Args:
         out: Folder to write to.

@@ -1,7 +1,7 @@
-"""The pocket planning experiment's episodes as a hand writes them, with the habits that are planted in the models.
+"""Episodes of the pocket planning experiment, written by rules (a "hand"), with the habits planted in the models.
 
-Tasks, tools and plans are the environment's own (opsd.environments.travel, word form). A deviation of the teacher's
-carries no loss, so that it stays sensible behind a wrong call or note; the student's habits are taught.
+Tasks, tools and plans are the environment's own (opsd.environments.travel, word form). The teacher's deviations
+carry no loss, so that it acts sensibly after a wrong call or note; the student's habits are taught.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from opsd.utils.seeding import below
 class Habits:
     """How often a hand deviates (probabilities), and whether deviations are taught.
 
-    any_hotel: asks for hotels of any star. wrong_note: notes another row than the right one. first_train: takes the
+    any_hotel: asks for hotels of any star. wrong_note: notes a random row. first_train: takes the
     first train shown. random_restaurant: takes one of those shown.
     """
 
@@ -51,20 +51,20 @@ STUDENT = Habits(any_hotel=0.92, first_train=0.8, random_restaurant=0.6)
 
 @dataclass
 class Episode:
-    """The words behind the query, without EOS. by_student: those that the model writes. taught: those with loss."""
+    """The words after the query, without EOS. by_student: whether the model writes it. taught: whether it has loss."""
 
     words: list[str] = field(default_factory=list)
     by_student: list[bool] = field(default_factory=list)
     taught: list[bool] = field(default_factory=list)
 
     def write(self, *words: str, taught: bool = True) -> None:
-        """Words of the model."""
+        """Append words of the model."""
         self.words += words
         self.by_student += [True] * len(words)
         self.taught += [taught] * len(words)
 
     def call(self, tool: str, word: str, task: TravelTask, taught: bool = True) -> list[Row]:
-        """A call and its answer; the rows that it shows. `taught` speaks of the argument alone."""
+        """Append a call and its answer; returns the rows shown. `taught` applies to the argument only."""
         self.write(CALL, tool)
         self.write(word, taught=taught)
         self.write(END_CALL)
@@ -79,7 +79,7 @@ class Episode:
 
 
 def asked(task: TravelTask) -> list[tuple[str, str]]:
-    """The query's constraints: key and word, in its order."""
+    """The query's constraints as (key, word), in the query's order."""
     words = task.query.split()[1:-1]
     return list(zip(words[::2], words[1::2], strict=True))
 
@@ -114,7 +114,7 @@ def _train(episode: Episode, task: TravelTask, key: str, word: str, rng: Random,
 
 
 def _hotel(episode: Episode, task: TravelTask, key: str, word: str, rng: Random, habits: Habits) -> Work:
-    """Behind the teacher's stray `any` the right note is taught all the same: a guess, for the stars are not shown."""
+    """After the teacher's stray `any` the right note is still taught: a guess, because stars are not shown."""
     stray = rng.random() < habits.any_hotel
     rows = episode.call("query_hotel_info", ANY if stray else word, task, taught=habits.taught or not stray)
     fitting = rows if stray and habits.taught else [row for row in rows if f"s{row['hotel_star']}" == word]

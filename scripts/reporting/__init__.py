@@ -1,1 +1,1 @@
-"""What scripts/report.py is made of: run folders in, tables, figures and a page out."""
+"""Parts of scripts/report.py: from run folders to tables, figures and a page."""

@@ -1,6 +1,6 @@
 """The cells of a table and their names, by one rule for recipes, run folders and reports. Needs Python alone.
 
-As a script it names a recipe's cells: one to a line, each given by its flags on a line of standard input.
+As a script it prints the names of a recipe's cells, one per line; each line of standard input holds a cell's flags.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-# Rules that scale by min and max, and a user's own, which may: for others, normalise_over and clip_quantile change
-# nothing. A test holds it against the rules themselves, which take seconds to import.
+# Rules that scale by min and max (a user's own rule may, too): for others, normalise_over and clip_quantile change
+# nothing. A test compares this list with the rules themselves, which take seconds to import.
 NORMALISING = frozenset({"soft_or", "soft_or_bottom", "q3", "teachability"})
-# What a table may compare beside rules: which settings each axis is made of.
+# What a table may compare besides rules: the settings that make up each axis.
 AXES = {
     "divergence": ("loss", ("divergence", "beta", "entropy_threshold", "warmup_steps")),
     "optim": ("optim", ("kind", "lr", "beta1", "beta2", "eps")),
@@ -30,7 +30,7 @@ _SLUG = re.compile(r"(?P<selector>all|[^-]+)(?:-(?P<percent>\d+(?:\.\d+)?))?(?P<
 class CellName:
     """One row of a table: a selection rule at a retention (fraction of tokens kept).
 
-    variant: in what else it differs from the paper's row of that name, joined by "-", e.g. "running" or "sgd-lr=0.3".
+    variant: its other differences from the paper's row of that name, joined by "-", e.g. "running" or "sgd-lr=0.3".
     """
 
     selector: str
@@ -48,13 +48,13 @@ class CellName:
 
     @property
     def slug(self) -> str:
-        """What recipes call it, e.g. soft_or-50-running."""
+        """Its name in recipes, e.g. soft_or-50-running."""
         rule = self.selector if self.selector == "all" else f"{self.selector}-{100 * self.retention:g}"
         return f"{rule}-{self.variant}" if self.variant else rule
 
     @classmethod
     def parse(cls, slug: str) -> CellName:
-        """The inverse of `slug`. Raises ValueError for a text that is none."""
+        """The inverse of `slug`. Raises ValueError for a text that is not a name."""
         found = _SLUG.fullmatch(slug)
         if found is None or (found["selector"] == "all") != (found["percent"] is None):
             raise ValueError(f"{slug}: give names as recipes have them, e.g. all soft_or-50 soft_or-50-running")
@@ -62,15 +62,15 @@ class CellName:
 
     @classmethod
     def of(cls, config: dict[str, Any], axes: Iterable[str] = AXES) -> CellName:
-        """The row that a run's configuration belongs to, where rows may differ along `axes`."""
+        """The row that a run's configuration belongs to, if rows may differ along `axes`."""
         select = config["select"]
         variant = "-".join([*_selection(select), *off_axes(config, axes)])
         return cls(select["by"], 1.0 if select["by"] == "all" else float(select["retention"]), variant)
 
 
 def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
-    """In words, where a run is not what the paper has: reverse KL under AdamW, another model, whole answers, prompts
-    weighed alike."""
+    """How a run differs from the paper's setup, in words: reverse KL under AdamW, another model as teacher, whole
+    answers, equal weights of prompts."""
     loss, optim, rollout = (config.get(part, {}) for part in ("loss", "optim", "rollout"))
     words = []
     if "divergence" in axes and (divergence := loss.get("divergence", "reverse_kl")) != "reverse_kl":
@@ -86,7 +86,7 @@ def off_axes(config: dict[str, Any], axes: Iterable[str]) -> list[str]:
 
 
 def _teacher(teacher: dict[str, Any]) -> list[str]:
-    """In words, where a student teaches itself, or the teacher is asked something else."""
+    """In words: the student teaches itself, or the teacher sees another prompt."""
     words = []
     if teacher.get("model") == "self":
         weights, every = teacher.get("weights", "initial"), int(teacher.get("every", 1))
@@ -95,7 +95,7 @@ def _teacher(teacher: dict[str, Any]) -> list[str]:
 
 
 def _selection(select: dict[str, Any]) -> list[str]:
-    """In words, where a selection is not the paper's of that name; unstated settings are the paper's."""
+    """How a selection differs from the paper's of that name, in words; settings not given are the paper's."""
     words = []
     if select["by"] in NORMALISING or ":" in select["by"]:
         words += [scope] if (scope := select.get("normalise_over", "batch")) != "batch" else []
@@ -106,7 +106,7 @@ def _selection(select: dict[str, Any]) -> list[str]:
 
 
 def config_of(flags: str) -> dict[str, dict[str, Any]]:
-    """What the flags of a cell set, by part, as text."""
+    """The settings in a cell's flags, by part, as text."""
     config: dict[str, dict[str, Any]] = {}
     for setting in re.split(r"(?:^| )--", flags)[1:]:
         flag, *values = setting.split()
@@ -122,5 +122,5 @@ if __name__ == "__main__":
     names = [CellName.of(config_of(line)).slug for line in sys.stdin]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        sys.exit(f"two cells are called {twice[0]}: they differ in what scripts/reporting/cells.py does not name")
+        sys.exit(f"two cells are called {twice[0]}: they differ in settings that names do not show")
     print("\n".join(names))

@@ -1,8 +1,8 @@
 """The paper's claims against our numbers, by a rule that was fixed before the runs.
 
 A claim is about a difference between two cells. Its interval is the mean difference, paired by seed and problem, ± 2
-standard errors; the error joins the one over problems and the one over seeds, √(a² + b²), which counts some noise twice
-rather than too little.
+standard errors; the error combines those over problems and over seeds, √(a² + b²): some noise is
+counted twice, none is left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What our numbers say of a claim. difference: a fraction; None where a cell is missing."""
+    """What our numbers say about a claim. difference: a fraction; None if a cell is missing."""
 
     claim: Claim
     difference: Estimate | None
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def read_claims(file: Path) -> tuple[list[Claim], float]:
-    """The claims and the margin (a fraction). Raises UserError for an expectation that is not known."""
+    """The claims and the margin (a fraction). Raises UserError for an unknown expectation."""
     values = json.loads(file.read_text())
     claims = [Claim(**claim) for claim in values["claims"]]
     for claim in claims:
@@ -54,7 +54,7 @@ def read_claims(file: Path) -> tuple[list[Claim], float]:
 
 
 def judge(claim: Claim, results: dict[str, Results], margin: float) -> Verdict:
-    """The claim's verdict on `results` (by the names that claims call them)."""
+    """The claim's verdict on `results` (keyed by the names that claims use)."""
     found = results[claim.data].difference(claim.cell, claim.minus) if claim.data in results else None
     if found is None:
         return Verdict(claim, None, None, [], MISSING)
@@ -64,14 +64,14 @@ def judge(claim: Claim, results: dict[str, Results], margin: float) -> Verdict:
 
 
 def joined_error(difference: Estimate) -> float:
-    """The error over problems and over seeds as one; infinite with a single seed, which says nothing of others."""
+    """The errors over problems and seeds combined; infinite with a single seed, which says nothing about others."""
     if difference.stderr_problems is None or difference.stderr_seeds is None:
         return math.inf
     return math.hypot(difference.stderr_problems, difference.stderr_seeds)
 
 
 def _word(expected: str, mean: float, error: float, margin: float) -> str:
-    """Reproduced where the whole interval is on the claim's side, not reproduced where it is all on the other."""
+    """Reproduced if the whole interval is on the claim's side, not reproduced if all of it is on the other."""
     sign = 1 if expected in ("above", "not_below") else -1
     line = -margin if expected.startswith("not_") else 0.0
     if sign * mean - 2 * error > line:

@@ -18,12 +18,12 @@ from reporting.stats import Estimate
 from reporting.tables import TextTable
 
 BETTER, WORSE, ALIKE, OPEN = "better", "worse", "alike", "inconclusive"
-# Within so much of each other two cells are alike: a fraction of 1 for scores, and nats per token.
+# Two cells are alike if they differ by at most this: as a fraction for scores, or in nats per token.
 MARGINS = {"points": 0.02, "nats per token": 0.01}
 
 
 def compare(results: Results, cells: tuple[str, ...], minus: str | None, name: str | None) -> TextTable:
-    """Each of `cells` minus `minus`; where that is None, each minus every one behind it. name: of the measure."""
+    """Each of `cells` minus `minus`; if that is None, each minus every later one. name: of the measure."""
     measure = results.measure(name)
     known = list(dict.fromkeys(run["cell"] for run in results.values["runs"]))
     for cell in (*cells, *([] if minus is None else [minus])):
@@ -55,7 +55,7 @@ def verdict(difference: Estimate, measure: Measure) -> str:
 
 
 def logged(results: Results, cells: tuple[str, ...], names: tuple[str, ...]) -> TextTable:
-    """Means over steps and seeds of what runs logged."""
+    """Means over steps and seeds of logged metrics."""
     rows = []
     for cell in cells:
         own = [run for run in results.values["runs"] if run["cell"] == cell]

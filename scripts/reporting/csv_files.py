@@ -1,4 +1,4 @@
-"""table.csv: every number of a report, ours and the paper's, one to a row: fractions, GiB, seconds, or nothing."""
+"""table.csv: every number of a report, ours and the paper's, one per row: fractions, GiB, seconds, or empty."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = [
 
 
 def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
-    """The rows under COLUMNS."""
+    """Write the rows, with COLUMNS as the header."""
     pd.DataFrame(rows, columns=COLUMNS, dtype=object).to_csv(file, index=False)
 
 
@@ -47,7 +47,7 @@ def our_rows(models: str, suites: list[tuple[str, list[CellStats]]], costs: list
 
 
 def paper_rows(paper: Paper) -> Iterator[dict[str, Any]]:
-    """The paper's rows, percent made fractions."""
+    """The paper's rows, percent converted to fractions."""
     for row in [*paper.rows, *paper.best]:
         percent = row["unit"] == "percent"
         scaled = {name: float(row[name]) / (100 if percent else 1) if row[name] else "" for name in ("value", "std")}

@@ -1,7 +1,7 @@
 """Rules ranked by what they gain or lose against training on all tokens, retention by retention.
 
-A number is the difference to all tokens, paired by seed and problem; ± joins the error over problems and the one over
-seeds (`claims.joined_error`), or is the one over problems where there is a single seed.
+A number is the difference to all tokens, paired by seed and problem; ± combines the errors over problems and over
+seeds (`claims.joined_error`), or is the error over problems if there is a single seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reporting.stats import BASELINE, CellStats, Estimate
 from reporting.tables import TextTable
 
 Gains = dict[CellName, Estimate]
-# A report ranks from so many rules on; fewer are seen at a glance.
+# A report ranks only if there are at least this many rules; fewer can be compared at a glance.
 RULES = 4
 
 
@@ -26,27 +26,27 @@ def gains_of(stats: list[CellStats]) -> Gains:
 
 
 def gains_in(results: Results, measure: str | None = None) -> Gains:
-    """The same from a file of results. measure: which of the file's, None: its scores."""
+    """The same from a file of results. measure: one of the file's measures; None: its scores."""
     cells = dict.fromkeys(run["cell"] for run in results.values["runs"])
     found = {cell: results.difference(cell, BASELINE.slug, measure) for cell in cells if cell != BASELINE.slug}
     return {CellName.parse(cell): pair[0] for cell, pair in found.items() if pair is not None}
 
 
 def error_of(gain: Estimate) -> float:
-    """One error: joined, or over problems alone; NaN where there is a single problem."""
+    """One error: combined, or over problems alone; NaN if there is a single problem."""
     joined = joined_error(gain)
     return joined if math.isfinite(joined) else gain.stderr_problems or math.nan
 
 
 def ranked(gains: Gains) -> bool:
-    """Whether these are enough rules to be ranked."""
+    """Whether there are enough rules to rank."""
     return len({(cell.selector, cell.variant) for cell in gains}) >= RULES
 
 
 def leaderboard(gains: Gains, measure: Measure) -> TextTable:
-    """A line per rule, the best first: by the mean over the retentions at which every ranked rule was run.
+    """A row per rule, the best first, by the mean over the retentions at which every ranked rule was run.
 
-    Below them, in the order of their own means, stand rules that lack one of these, and what is for all tokens.
+    Below, by their own means, are rules that lack one of these retentions, and methods that train on all tokens.
     """
     rules: dict[tuple[str, str], dict[float, Estimate]] = {}
     for cell, gain in gains.items():

@@ -1,4 +1,4 @@
-"""A single run's report: what it was, its evaluations, how its numbers went; nothing of the paper's."""
+"""A single run's report: its settings, evaluations and metrics, without the paper's numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reporting.tables import TextTable, percent
 from reporting.theme import Picture, picture
 from reporting.tokens import plane, read_tokens
 
-# A metric, what the table calls it, and its form.
+# A metric, its name in the table, and its format.
 NUMBERS: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss/nats", "loss, nats per token trained on", "{:.3f}".format),
     ("student/reverse_kl_nats", "reverse KL, nats per token", "{:.3f}".format),
@@ -29,7 +29,7 @@ NUMBERS: list[tuple[str, str, Callable[[float], str]]] = [
     ("mem/peak_gib", "peak memory, GiB", "{:.2f}".format),
     ("time/step_s", "step, s", "{:.2f}".format),
 ]
-# What has a curve here, beside what a table's runs have.
+# Metrics that have a curve here, in addition to those of a table's runs.
 FURTHER = tuple((f"quadrant/q{q}_frac", f"share of tokens in Q{q}") for q in (1, 2, 3, 4))
 
 
@@ -39,14 +39,14 @@ def one_run(run: Run) -> Section:
 
 
 def title_of(run: Run) -> str:
-    """Which run, and how far it is."""
+    """The run's name and its progress."""
     steps = run.config["steps"]
     done = steps if run.done else max((int(line["step"]) for line in run.steps), default=0)
     return f"{run.path.resolve().name}: {done} of {steps} steps{'' if run.done else ', not finished'}"
 
 
 def facts(run: Run) -> list[str]:
-    """What was trained on what, a line each; what config.json does not say, as of a record made by TRL, is left out."""
+    """Models and settings, in lines; settings missing from config.json (e.g. of a record made by TRL) are left out."""
     config = run.config
     rollout, optim, loss = (config.get(part, {}) for part in ("rollout", "optim", "loss"))
     named = {"student": config["student"], "teacher": config["teacher"]["model"], "prompts": config.get("prompts")}
@@ -64,7 +64,7 @@ def facts(run: Run) -> list[str]:
 
 
 def quadrant_lines(run: Run) -> list[str]:
-    """What Q1 to Q4 are, where a token record or the metrics have them, with where they were split."""
+    """What Q1 to Q4 mean and their thresholds, if a token record or the metrics have them."""
     splits = {axis: run.logged(f"quadrant/{axis}_split_nats") for axis in ("entropy", "divergence")}
     if not all(splits.values()):
         return []
@@ -82,7 +82,7 @@ def _span(values: list[float]) -> str:
 
 
 def tables(run: Run) -> Iterator[TextTable]:
-    """Evaluations, where there are any, and the numbers of the first and the last tenth of the steps."""
+    """Evaluations, if there are any, and metrics over the first and the last tenth of the steps."""
     found = {name: result for name, result in evaluations(run) if result is not None}
     suites = list(dict.fromkeys(suite for result in found.values() for suite in result["suites"]))
     if suites:
@@ -103,7 +103,7 @@ def tables(run: Run) -> Iterator[TextTable]:
 
 
 def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Each evaluation by what was evaluated, in the order of steps; the teacher last."""
+    """Each evaluation with its name, in the order of steps; the teacher last."""
     steps = sorted(int(file.stem.removeprefix("step_")) for file in (run.path / "eval").glob("step_*.json"))
     for step in steps:
         yield "before training" if step == 0 else f"after step {step}", run.evaluation(f"step_{step}")
@@ -111,7 +111,7 @@ def evaluations(run: Run) -> Iterator[tuple[str, dict[str, Any] | None]]:
 
 
 def pictures(run: Run) -> Iterator[Picture]:
-    """Curves, tokens, memory and time; one that has no data is left out."""
+    """Curves, tokens, memory and time; pictures without data are left out."""
     if names := curve_names([run]) + curve_names([run], FURTHER):
         yield picture("Curves.", "Smoothed over 1/40 of the run.", lambda: curves([run], names))
     if health := curve_names([run], HEALTH_CURVES):

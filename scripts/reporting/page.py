@@ -1,4 +1,4 @@
-"""report.html: one static page with every table and figure; no script, nothing loaded, all text escaped."""
+"""report.html: one static page with every table and figure; no scripts, nothing loaded, all text escaped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BESIDE_THE_PAPER = (
 
 @dataclass(frozen=True)
 class Section:
-    """One group of comparable runs on the page. title: of the group; empty where the page's own says it."""
+    """One group of comparable runs on the page. title: of the group; empty if the page's title says it."""
 
     title: str
     remarks: list[str]

@@ -1,4 +1,4 @@
-"""The paper's numbers, read from assets/paper/tables.csv, and what its names mean."""
+"""The paper's numbers, read from assets/paper/tables.csv, and the meaning of its names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """One report: its title, the paper's tables beside it, and what its rows may differ in (see runs.AXES)."""
+    """One report: its title, the paper's tables next to it, and the axes along which rows may differ (cells.AXES)."""
 
     title: str
     tables: tuple[str, ...]
@@ -45,7 +45,7 @@ SWEEPS = {
     "crisp": Layout("Self-distillation towards brevity", ("table5",), ("teacher",)),
     "multi_teacher": Layout("Several teachers", ("table5",)),
 }
-# Table 6's bottom half tells AdamW from SGD.
+# Table 6's bottom half separates AdamW from SGD.
 LAYOUTS = {
     **{name: Layout(title, (name,), ("optim",) if name == "table6" else ()) for name, title in TABLES.items()},
     **SWEEPS,
@@ -65,15 +65,15 @@ PAIRS = {
     "agentic32": "Qwen3\n32B → 1.7B",
     "unstated": "pair not\nstated",
 }
-# What the paper's rows are called here.
+# Our names for the paper's rows.
 METHODS = {"entropy_sample+adaptive_kl": "adaptive_kl"}
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Some tables' rows of assets/paper/tables.csv, each a dict of its columns; a number that several have comes once.
+    """Some tables' rows of assets/paper/tables.csv, each a dict of its columns; a number in several tables occurs once.
 
-    best: the rows of Figure 4, where the table is the agentic one (best@16; else empty).
+    best: the rows of Figure 4 (best@16) if the table is the agentic one; else empty.
     """
 
     rows: list[dict[str, str]]
@@ -97,7 +97,7 @@ class Paper:
 
     @property
     def baseline(self) -> CellName:
-        """What the table compares with: its first cell, all tokens wherever the table has them."""
+        """The cell that the table compares with: its first one, which is all tokens if the table has them."""
         return self.cells[0]
 
     @property
@@ -116,11 +116,11 @@ class Paper:
         return any(row["benchmark"] == MEMORY for row in self.rows)
 
     def benchmark_of(self, suite: str) -> str:
-        """The benchmark that a suite of ours stands beside: its own, or the table's first."""
+        """The benchmark that a suite of ours is compared with: its own, or the table's first."""
         return suite if suite in self.benchmarks else self.benchmarks[0]
 
     def number(self, pair: str, benchmark: str, cell: CellName) -> tuple[float, float | None] | None:
-        """A value and the paper's ±, in the paper's unit; None where it has none."""
+        """A value and the paper's ±, in the paper's unit; None if it has none."""
         row = _find(self.rows, pair, benchmark, cell)
         return None if row is None else (float(row["value"]), float(row["std"]) if row["std"] else None)
 

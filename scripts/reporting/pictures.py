@@ -1,4 +1,4 @@
-"""Which figures a group of runs has, with their captions; one that has no data is left out."""
+"""The figures of a group of runs, with their captions; figures without data are left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
     if tokens is not None:
         title = "Figure 2. Entropy and divergence of every token."
         found.append(picture(title, tokens.words, lambda: plane(tokens)))
-    found.sort(key=lambda one: one.title)  # by the paper's numbers
+    found.sort(key=lambda one: one.title)  # by the paper's figure numbers
     if training := curve_names(group):
         words = "Mean over seeds, shaded from lowest to highest, smoothed over 1/40 of the run."
         found.append(picture("Training curves.", words, lambda: curves(group, training)))
@@ -32,7 +32,7 @@ def pictures(group: list[Run], suites: list[SuiteReport], cell_costs: list[CellC
 
 
 def warnings(group: list[Run]) -> str:
-    """What --health said in these runs: each warning with its runs and steps."""
+    """The warnings of --health in these runs, each with its runs and steps."""
     told = [
         f"{key.removeprefix('health/')} ({run.path.name}, step {line['step']})"
         for run in group
@@ -50,8 +50,8 @@ def _of_suite(suite: SuiteReport, paper: Paper) -> list[Picture]:
     if not measured:
         return []
     words = (
-        f"Ours on {name}: ± the larger standard error, over problems or seeds; dotted the start"
-        f"{'' if crowded(suite.stats) else ', dashed the teacher'}."
+        f"Ours on {name}: ± the larger standard error, over problems or seeds; dotted: before training"
+        f"{'' if crowded(suite.stats) else '; dashed: the teacher'}."
     )
     found = [picture("Figure 1. Accuracy by rule.", words, lambda: bars(suite.stats, *common))]
     rules: dict[str, set[float]] = {}

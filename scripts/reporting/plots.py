@@ -1,4 +1,4 @@
-"""The page's figures of accuracy and cost: Figures 1, 3 and 4 with ours beside, training curves, memory and time."""
+"""The page's figures of accuracy and cost: Figures 1, 3 and 4 next to ours, training curves, memory and time."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ HEALTH_CURVES = (
     ("stop/score_percentile", "percentile of the stop in the score, 0 to 1"),
 )
 STAGES = ("rollout", "teacher", "student", "sync", "log")
-# Line and mark of a rule's variants in the order in which they come.
+# Line style and marker of a rule's variants, in order.
 VARIANT_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#9aa7b1")
 
 
 def bars(stats: list[CellStats], before: Estimate | None, teacher: Estimate | None, suite: str, paper: Paper) -> Figure:
-    """Figure 1's form: accuracy by cell, ours on the left, the paper's pairs on the right; of many cells ours alone."""
+    """Figure 1's form: accuracy by cell, ours on the left, the paper's pairs on the right; many cells: only ours."""
     if crowded(stats):
         return _bars_across(stats, before, suite)
     figure, (left, right) = _panels(2, height=3.6, widths=(1, 1 + 0.35 * len(paper.pairs)))
@@ -53,7 +53,7 @@ def bars(stats: list[CellStats], before: Estimate | None, teacher: Estimate | No
 
 
 def overview(reports: list[tuple[str, SuiteReport, list[CellCost]]]) -> Figure:
-    """figure.png: a row for each (title, suite, costs): accuracy by cell, and which quadrants the tokens fell in."""
+    """figure.png: a row for each (title, suite, costs): accuracy by cell, and the share of tokens in each quadrant."""
     size = (12, 4.6 * len(reports))
     figure, axes = plt.subplots(len(reports), 2, figsize=size, squeeze=False, width_ratios=(3, 2), layout="constrained")
     for (left, right), (title, suite, cell_costs) in zip(axes, reports, strict=True):
@@ -62,7 +62,7 @@ def overview(reports: list[tuple[str, SuiteReport, list[CellCost]]]) -> Figure:
         left.set_ylabel("mean@k, %  (± the larger standard error, over problems or seeds)", fontsize=8)
         for found, name in ((suite.before, "before training"), (suite.teacher, "teacher")):
             if found is not None:
-                # Right of the bars, where no bar's number stands.
+                # Right of the bars, clear of their numbers.
                 text = f"{name}\n{100 * found.mean:.1f}"
                 left.text(len(suite.stats) - 0.45, 100 * found.mean, text, fontsize=9, va="center")
         left.set_xlim(-0.6, len(suite.stats) - 0.5)
@@ -108,12 +108,12 @@ def _quadrants(ax: Axes, cell_costs: list[CellCost]) -> None:
 
 
 def crowded(stats: list[CellStats]) -> bool:
-    """Whether bars side by side would write their names over each other."""
+    """Whether the names of bars side by side would overlap."""
     return len(stats) > (6 if any(row.cell.variant for row in stats) else 13)
 
 
 def _bars_across(stats: list[CellStats], before: Estimate | None, suite: str) -> Figure:
-    """Bars from left to right under each other: names of any number of cells stay readable."""
+    """Horizontal bars, one below the other: names of any number of cells stay readable."""
     figure, (ax,) = _panels(1, height=0.9 + 0.26 * len(stats))
     figure.set_figwidth(8.0)
     ax.set_title(f"ours, {BENCHMARKS.get(suite, suite)}")
@@ -156,9 +156,9 @@ def _paper_bars(ax: Axes, cells: list[CellName], benchmark: str, paper: Paper) -
 
 
 def retention(stats: list[CellStats], before: Estimate | None, suite: str, paper: Paper) -> Figure:
-    """Figure 3's form: accuracy against retention, a line a rule; ours, then each pair of the paper.
+    """Figure 3's form: accuracy against retention, a line per rule; ours, then each pair of the paper.
 
-    The teacher is left out: far above, it would press the differences between cells into one line.
+    The teacher is left out: it is far above and would compress the differences between cells.
     """
     benchmark = paper.benchmark_of(suite)
     figure, axes = _panels(1 + len(paper.pairs), height=3.6)
@@ -186,7 +186,7 @@ def gains_against_retention(gains: Gains, measure: Measure) -> Figure:
     """A line per rule: the difference to all tokens over retention, with errors; all tokens are the line at 0."""
     figure, (ax,) = _panels(1, height=4.6)
     figure.set_figwidth(9.0)
-    # At 100 % a rule may weigh what it keeps: only those that do have a point there.
+    # At 100 % only rules that weight tokens have a point.
     _lines(ax, {cell: (measure.scale * gain.mean, measure.scale * error_of(gain)) for cell, gain in gains.items()})
     ax.axhline(0.0, color=colour_of("all"), linewidth=1, label="all tokens")
     ax.set_xscale("log")
@@ -200,7 +200,7 @@ def gains_against_retention(gains: Gains, measure: Measure) -> Figure:
 
 
 def _lines(ax: Axes, points: dict[CellName, tuple[float, float]]) -> None:
-    """A line a rule over retention; all tokens belong to every line, at 100 %. Variants differ in dashes and marks."""
+    """A line per rule over retention; every line ends at all tokens, 100 %. Variants differ in dashes and markers."""
     everything = points.get(BASELINE)
     rules = list(dict.fromkeys((cell.selector, cell.variant) for cell in points if cell.selector != "all"))
     variants = list(dict.fromkeys(variant for _, variant in rules))
@@ -232,7 +232,7 @@ def _lines(ax: Axes, points: dict[CellName, tuple[float, float]]) -> None:
 def average_and_best(
     stats: list[CellStats], best: list[tuple[CellName, Estimate | None]], suite: str, paper: Paper
 ) -> Figure:
-    """Figure 4's form: the mean over tries beside the best of them."""
+    """Figure 4's form: the mean over tries next to the best of them."""
     figure, axes = _panels(1 + len(paper.pairs), height=3.2)
     ours = {row.cell: 100 * row.accuracy.mean for row in stats if row.accuracy}
     ours_best = {cell: 100 * found.mean for cell, found in best if found}
@@ -260,7 +260,7 @@ def _mean_and_best(ax: Axes, means: dict[CellName, float], best: dict[CellName, 
 
 
 def curve_names(group: list[Run], asked: tuple[tuple[str, str], ...] = CURVES) -> list[tuple[str, str]]:
-    """Those of the metrics that have a curve, each with its title; beside the training's, every evaluation's."""
+    """The metrics that have a curve, each with its title: those of training, and every evaluation's."""
     names = [(key, title) for key, title in asked if any(run.logged(key) for run in group)]
     if asked is not CURVES:
         return names
@@ -296,7 +296,7 @@ def curves(group: list[Run], names: list[tuple[str, str]]) -> Figure:
 def _curve(runs: list[Run], key: str) -> pd.DataFrame:
     """mean, min and max of the seeds at each step that all of them logged, smoothed over a fortieth of the run.
 
-    Smoothed: the mean over the last values, fewer at the start: nothing from the future, nothing lost.
+    Smoothed by the mean over the last values (fewer at the start), so no later step enters and no step is lost.
     """
     series = [pd.Series({int(line["step"]): line[key] for line in run.steps if key in line}) for run in runs]
     series = [one for one in series if len(one)]
@@ -340,12 +340,12 @@ def label(cell: CellName) -> str:
 
 
 def dashes(cell: CellName) -> str:
-    """More broken the fewer tokens: lines of one rule stay apart."""
+    """Fewer tokens, more dashes: lines of one rule can be told apart."""
     return "-" if cell.retention >= 0.5 else "--" if cell.retention >= 0.2 else ":"
 
 
 def shade(cell: CellName) -> float:
-    """Fainter the fewer tokens: cells of one rule stay apart."""
+    """Fewer tokens, fainter: cells of one rule can be told apart."""
     return 0.35 + 0.65 * cell.retention if cell.retention < 0.5 else 1.0
 
 

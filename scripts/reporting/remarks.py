@@ -9,7 +9,7 @@ from reporting.stats import BASELINE, CellStats
 
 
 def remarks(group: list[Run], suites: list[str], stats: list[CellStats], baseline: CellName = BASELINE) -> list[str]:
-    """Each line is a sentence or two. `stats` are those of the first suite; differences are to `baseline`."""
+    """One or two sentences per line. stats: of the first suite; differences are to `baseline`."""
     seeds = max((len(row.seeds) for row in stats), default=0)
     lines = []
     waiting = [run.path.name for run in group if not run.done]
@@ -40,7 +40,7 @@ def remarks(group: list[Run], suites: list[str], stats: list[CellStats], baselin
 
 
 def _verdicts(stats: list[CellStats], baseline: CellName) -> list[str]:
-    """Each cell against the baseline: beyond two standard errors (the larger of the two kinds), or not told apart."""
+    """Each cell against the baseline: beyond two standard errors (the larger kind), or not distinguishable."""
     name = "all tokens" if baseline == BASELINE else str(baseline)
     found: dict[str, list[str]] = {f"above {name}": [], f"below {name}": [], f"not distinguishable from {name}": []}
     for row in stats:

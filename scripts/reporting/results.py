@@ -1,4 +1,4 @@
-"""Results as one small file: every run's score on every problem, and where they come from.
+"""Results as one small file: every run's score on every problem, and the origin of the runs.
 
 Legend: S seeds, P problems.
 """
@@ -17,9 +17,9 @@ from opsd.utils.errors import UserError
 from reporting.runs import Run, read_runs
 from reporting.stats import QUADRANTS, Estimate, estimate
 
-# What recipes call a run folder: PAIR-CELL-seedN.
+# Names of run folders made by recipes: PAIR-CELL-seedN.
 _NAME = re.compile(r"(?P<pair>[a-z0-9]+)-(?P<cell>.+)-seed(?P<seed>\d+)")
-# Logged means that stand beside the scores.
+# Metrics whose means are stored with the scores.
 LOGGED = {
     "kept_frac": "select/kept_frac",
     "student_entropy_nats": "student/entropy_nats",
@@ -32,7 +32,7 @@ LOGGED = {
 
 @dataclass(frozen=True)
 class Measure:
-    """What cells are compared by. scale: what a value is multiplied by to be shown in `unit`, with so many digits."""
+    """What cells are compared by. scale: factor from a value to its `unit`. digits: shown decimals."""
 
     name: str = "mean@k"
     unit: str = "points"
@@ -49,7 +49,7 @@ class Results:
 
     @classmethod
     def read(cls, file: Path) -> Results:
-        """A file that `collect` made. Raises UserError where it cannot be read."""
+        """Read a file that `collect` made. Raises UserError if it cannot be read."""
         try:
             values = json.loads(file.read_text())
         except (OSError, ValueError) as error:
@@ -59,12 +59,12 @@ class Results:
         return cls(values)
 
     def measure(self, name: str | None) -> Measure:
-        """One of the file's `measures`; None: its scores. Raises UserError where it has none of that name."""
+        """One of the file's `measures`; None: its scores. Raises UserError if it has none of that name."""
         if name is None and all("scores" in run for run in self.values["runs"]):
             return Measure()
         known = self.values.get("measures", {})
         if name is None or name not in known:
-            names = ", ".join(known) or "no measures beside its scores"
+            names = ", ".join(known) or "no measures besides its scores"
             raise UserError(f"--measure {name or ''}: give one that the file has: {names}")
         return Measure(name, **known[name])
 
@@ -75,13 +75,13 @@ class Results:
     def scores_SP(self, cell: str, seeds: list[int], measure: str | None = None) -> np.ndarray:
         """Scores [S, P] of `cell`, fractions, in the order of `seeds` and of the file's problems.
 
-        measure: another of the file's `measures`, in its unit.
+        measure: one of the file's `measures` instead, in its unit.
         """
         own = {run["seed"]: run for run in self.values["runs"] if run["cell"] == cell}
         return np.array([own[seed]["scores"] if measure is None else own[seed]["measures"][measure] for seed in seeds])
 
     def difference(self, cell: str, minus: str, measure: str | None = None) -> tuple[Estimate, list[int]] | None:
-        """`cell` minus `minus`, paired by seed and problem, and the seeds that both have; None where there is none."""
+        """`cell` minus `minus`, paired by seed and problem, and the seeds that both have; None if there are none."""
         seeds = [seed for seed in self.seeds(cell) if seed in self.seeds(minus)]
         if not seeds:
             return None
@@ -89,9 +89,9 @@ class Results:
 
 
 def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
-    """All finished runs under `folder`. Raises UserError where they were made or evaluated in different ways.
+    """All finished runs under `folder`. Raises UserError if they were made or evaluated in different ways.
 
-    command: what made them. Scores are fractions of k samples, rounded to 6 digits, in the order of `problems`.
+    command: the one that made them. Scores are fractions of k samples, rounded to 6 digits, in the order of `problems`.
     """
     finished = [run for run in read_runs(folder) if run.done and run.final_evaluation is not None]
     if not finished:
@@ -124,9 +124,9 @@ def collect(folder: Path, commit: str, command: str) -> dict[str, Any]:
 
 
 def with_earlier(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """`collect`'s values with the runs of an earlier file that they lack; `earlier` says where these come from.
+    """`collect`'s values plus the runs of an earlier file that they lack; `earlier` records the origin of these.
 
-    Raises UserError where the file's runs were trained or evaluated in another way.
+    Raises UserError if the file's runs were trained or evaluated in another way.
     """
     old = Results.read(file).values
     for name in ("suite", "samples", "steps", "before", "teacher", "problems"):
@@ -140,7 +140,7 @@ def with_earlier(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def write_results(file: Path, head: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """A file of results: a line for what all share, then one for each run."""
+    """Write a file of results: one line for what all runs share, then one per run."""
     rows = ",\n".join("  " + json.dumps(run) for run in runs)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{json.dumps(head)[:-1]}, "runs": [\n{rows}\n]}}\n')

@@ -1,4 +1,4 @@
-"""Run folders to plain values: what was set, what each step logged, what each evaluation found."""
+"""Run folders as plain values: settings, metrics of each step, results of each evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opsd.config import TeacherConfig, TrainConfig, to_json
 from opsd.utils.errors import UserError
 from reporting.cells import AXES, CellName, off_axes
 
-# What may differ between runs that one table compares; everything else is the protocol they share.
+# Settings that may differ between runs that one table compares; all others are the protocol they share.
 NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telemetry", "health", "began"})
 
 
@@ -21,7 +21,7 @@ NOT_PROTOCOL = frozenset({"out", "seed", "select", "track", "checkpoint", "telem
 class Run:
     """One run folder. config: config.json as it is. done: whether the run finished.
 
-    axes: which of AXES a row may differ in; differences in others make another protocol.
+    axes: which of AXES a row may differ in; a difference along any other axis is another protocol.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def shared(self) -> str:
-        """The protocol without what the axes are made of."""
+        """The protocol without the settings that make up the axes."""
         values = _comparable(self.config)
         for axis in self.axes:
             part, names = AXES[axis]
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def varies(self) -> bool:
-        """Whether it is off the protocol along one of the axes."""
+        """Whether the run differs from the protocol along one of the axes."""
         return bool(off_axes(self.config, self.axes))
 
     @cached_property
@@ -71,14 +71,14 @@ class Run:
         ]
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
-        """eval/NAME.json, or None where there is none; of a teacher, what `opsd eval` has left beside the runs then."""
+        """eval/NAME.json, or None; for a teacher without one, the evaluation that `opsd eval` left beside the runs."""
         file = self.path / "eval" / f"{name}.json"
         if file.is_file():
             return _json(file.read_text(), str(file))
         return self._evaluated_teacher() if name == "teacher" else None
 
     def _evaluated_teacher(self) -> dict[str, Any] | None:
-        """The evaluation of this run's teacher, sampled as this run's own are, among those in teachers/ beside it."""
+        """The evaluation of this run's teacher, with this run's sampling settings, from teachers/ beside the run."""
         evaluated = {**_DEFAULTS["eval"], **self.config.get("eval", {})}
         suites = {pair.split("=", 1)[0] for pair in evaluated["suite"]}
         sampling = {name: evaluated[name] for name in ("samples", "temperature", "top_p", "top_k")}
@@ -100,7 +100,7 @@ class Run:
 
 
 def read_run(folder: Path, axes: tuple[str, ...] = ()) -> Run:
-    """A run folder. Raises UserError where its config.json is not a run's."""
+    """Read a run folder. Raises UserError if its config.json is not a run's."""
     file = folder / "config.json"
     config = _json(file.read_text(), str(file))
     if not isinstance(config, dict) or "select" not in config or "steps" not in config:
@@ -109,7 +109,7 @@ def read_run(folder: Path, axes: tuple[str, ...] = ()) -> Run:
 
 
 def read_runs(folder: Path, axes: tuple[str, ...] = ()) -> list[Run]:
-    """The run folders directly under `folder`, by name; rows may differ along `axes`. UserError where there is none."""
+    """The run folders directly under `folder`, by name; rows may differ along `axes`. UserError if there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds the run folders")
     runs = [read_run(file.parent, axes) for file in sorted(folder.glob("*/config.json"))]
@@ -119,10 +119,10 @@ def read_runs(folder: Path, axes: tuple[str, ...] = ()) -> list[Run]:
 
 
 def by_protocol(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs that may be compared with each other, together. Raises UserError for the same cell and seed twice.
+    """Groups of runs that may be compared with each other. Raises UserError for the same cell and seed twice.
 
-    A run that is off the protocol along an axis joins every group that is equal apart from the axes: an SGD run has a
-    learning rate of its own and stands beside AdamW's at each of theirs.
+    A run that differs from the protocol along an axis joins every group that is equal apart from the axes: an SGD run
+    has its own learning rate, and joins the AdamW runs at each of theirs.
     """
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.varies):
@@ -136,13 +136,13 @@ def by_protocol(runs: Iterable[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
-# What each part of a configuration holds where nothing is set.
+# The defaults of each part of a configuration.
 _UNSET = to_json(TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out=""))
 _DEFAULTS = {part: values for part, values in _UNSET.items() if isinstance(values, dict)}
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes the protocol. Settings that a folder's version of opsd did not have yet count as unset."""
+    """The settings that make up the protocol. Settings that the run's version of opsd did not have count as unset."""
     plain = {name: value for name, value in _UNSET.items() if name in ("teachers", "teacher_field")}
     whole = {**plain, **config, **{part: {**values, **config.get(part, {})} for part, values in _DEFAULTS.items()}}
     whole["eval"] = {name: value for name, value in whole["eval"].items() if name != "cache"}

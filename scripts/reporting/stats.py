@@ -21,7 +21,7 @@ QUADRANTS = ("q1", "q2", "q3", "q4")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error over problems, and over seeds where there are several."""
+    """A mean with its standard error over problems, and over seeds if there are several."""
 
     mean: float
     stderr_problems: float | None
@@ -51,10 +51,10 @@ class SuiteReport:
 
 @dataclass(frozen=True)
 class CellCost:
-    """What a cell trained on and what it took: means over seeds.
+    """What a cell trained on, and its cost: means over seeds.
 
     kept_frac: fraction of tokens trained on. quadrants: shares of Q1 to Q4, mean over the steps that logged them.
-    peak_gib: the largest of the run. step_s: median step. None where it was not logged.
+    peak_gib: the largest of the run. step_s: median step. None if it was not logged.
     """
 
     cell: CellName
@@ -70,7 +70,7 @@ def standard_error(values_N: np.ndarray) -> float | None:
 
 
 def estimate(scores_SP: np.ndarray) -> Estimate:
-    """The mean over seeds and problems; each axis in turn is averaged before the other's standard error is taken."""
+    """The mean over seeds and problems; one axis is averaged before the standard error over the other is taken."""
     return Estimate(
         float(scores_SP.mean()), standard_error(scores_SP.mean(axis=0)), standard_error(scores_SP.mean(axis=1))
     )
@@ -86,7 +86,7 @@ def suite_names(group: list[Run]) -> list[str]:
 
 
 def cell_stats(group: list[Run], cells: list[CellName], suite: str, baseline: CellName = BASELINE) -> list[CellStats]:
-    """Accuracy of every cell on a suite. Raises UserError where runs were evaluated on other problems."""
+    """Accuracy of every cell on a suite. Raises UserError if runs were evaluated on different problems."""
     scores = {
         (run.cell, run.seed): found
         for run in group
@@ -114,7 +114,7 @@ def reference(group: list[Run], evaluation: str, suite: str) -> Estimate | None:
 
 
 def cell_costs(group: list[Run], cells: list[CellName]) -> list[CellCost]:
-    """What every cell trained on and what it took."""
+    """What every cell trained on, and its cost."""
     costs = []
     for cell in cells:
         runs = [run for run in group if run.done and run.cell == cell]

@@ -28,10 +28,10 @@ class TextTable:
     def rich(self) -> Table:
         """For the terminal."""
         style: dict[str, Any] = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
-        # Names are the user's own: as Text, a bracket in one is a bracket.
+        # Names are the user's own: as Text, brackets in them are not markup.
         table = Table(title=Text(self.title, "bold"), pad_edge=False, **style)
         for place, column in enumerate(self.columns):
-            # Heads may break, numbers never do: "18.4 ± 1.8" over two lines cannot be read down a column.
+            # Heads may wrap, numbers must not: "18.4 ± 1.8" over two lines cannot be read down a column.
             width = max((len(row[place]) for row in self.rows), default=0)
             table.add_column(Text(column), justify="right" if place else "left", min_width=width, no_wrap=place == 0)
         for row in self.rows:
@@ -39,11 +39,11 @@ class TextTable:
         return table
 
     def show(self, markdown: bool = False) -> None:
-        """On standard output, for a terminal or as Markdown."""
+        """Print on standard output, for a terminal or as Markdown."""
         if markdown:
             print(self.markdown())
             return
-        # As wide as its rows: a verdict that a narrow terminal cuts off says nothing.
+        # As wide as its rows: a narrow terminal would cut off the verdict.
         console = Console(highlight=False)
         console.width = max(console.width, 130)
         console.print(self.rich())
@@ -77,9 +77,9 @@ class TextTable:
 def accuracy_table(
     suite: str, stats: list[CellStats], before: Estimate | None, teacher: Estimate | None, paper: Paper
 ) -> TextTable:
-    """Ours on `suite` beside the paper's pairs on the same benchmark (the table's first where it has no such suite).
+    """Ours on `suite` next to the paper's pairs on the same benchmark (the table's first if it has no such suite).
 
-    Columns for the standard error over seeds appear where some cell has several seeds.
+    Columns for the standard error over seeds appear if any cell has several seeds.
     """
     benchmark, pairs, baseline = paper.benchmark_of(suite), paper.pairs, paper.baseline
     several = any(len(row.seeds) > 1 for row in stats)
@@ -112,7 +112,7 @@ def others_tables(cells: list[CellName], paper: Paper) -> list[TextTable]:
 
 
 def best_table(suite: str, best: list[tuple[CellName, Estimate | None]], paper: Paper) -> TextTable:
-    """best@k beside Figure 4's: the best of k tries, mean over problems; ± over seeds."""
+    """best@k next to Figure 4's: the best of k tries, mean over problems; ± over seeds."""
     benchmark = paper.benchmark_of(suite)
     rows = []
     for cell, found in best:
@@ -123,7 +123,7 @@ def best_table(suite: str, best: list[tuple[CellName, Estimate | None]], paper: 
 
 
 def cost_table(costs: list[CellCost], paper: Paper) -> TextTable:
-    """Tokens trained on, quadrant shares, memory and time; the paper's peak memory where its table states it."""
+    """Tokens trained on, quadrant shares, memory and time; the paper's peak memory if its table states it."""
     pairs = paper.pairs if paper.has_memory else []
     rows = []
     for cost in costs:
@@ -139,7 +139,7 @@ def cost_table(costs: list[CellCost], paper: Paper) -> TextTable:
 
 
 def percent(mean: float, error: float | None, sign: str = "") -> str:
-    """A fraction in percent, with its standard error where there is one."""
+    """A fraction in percent, with its standard error if there is one."""
     return f"{100 * mean:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 

@@ -1,4 +1,4 @@
-"""How the page's figures look: one drawing, rendered for light and for dark paper, as pictures that load nothing."""
+"""The look of the page's figures: each is rendered in a light and a dark scheme and embedded in the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from reporting.cells import CellName
 from tip_patch.quadrants import QUADRANT_LABELS
 
-# Okabe and Ito's colours, told apart by colour-blind readers; by selector, so that a rule looks the same everywhere.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; by selector, so that a rule looks the same.
 COLOURS = {
     "all": "#7a7a7a",
     "entropy_sample": "#e69f00",
@@ -41,7 +41,7 @@ COLOURS = {
 }
 OTHER_COLOUR = "#009e73"
 QUADRANT_COLOURS = tuple(label.colour for label in QUADRANT_LABELS)
-# How a rule's variants part from its colour: towards the text's or the paper's, by how much.
+# Shades of a rule's variants: mix its colour with the text's or the paper's, by how much.
 TONES = (("ink", 0.0), ("paper", 0.5), ("ink", 0.5), ("paper", 0.75), ("ink", 0.75), ("paper", 0.3))
 INK = {"light": "#1d2126", "dark": "#e6e4df"}
 SOFT = {"light": "#5d6670", "dark": "#9aa3ad"}
@@ -49,7 +49,7 @@ SOFT = {"light": "#5d6670", "dark": "#9aa3ad"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: its caption, what it shows in words, both renderings as SVG, and how it is drawn."""
+    """A figure of the page: its caption, a description, both renderings as SVG, and the function that draws it."""
 
     title: str
     words: str
@@ -62,7 +62,7 @@ class Picture:
         return png(self.draw)
 
     def html(self) -> str:
-        """The rendering that fits the reader's colour scheme."""
+        """HTML that shows the rendering for the reader's colour scheme."""
         return (
             f"<figure><figcaption><b>{html.escape(self.title)}</b> {html.escape(self.words)}</figcaption><picture>"
             f'<source media="(prefers-color-scheme: dark)" srcset="{_uri(self.dark)}">'
@@ -71,7 +71,7 @@ class Picture:
 
 
 def picture(title: str, words: str, draw: Callable[[], Figure]) -> Picture:
-    """`draw` in both schemes; it makes a figure under the settings that it finds."""
+    """Render `draw` in both schemes; it draws under the current matplotlib settings."""
     how = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
     return Picture(title, words, _render(draw, "light", **how), _render(draw, "dark", **how), draw)
 
@@ -82,7 +82,7 @@ def png(draw: Callable[[], Figure]) -> bytes:
 
 
 def as_written(figure: Figure) -> Figure:
-    """The figure with every name shown as it is: a "$" in a user's name begins no formula."""
+    """The figure with all text taken literally: a "$" in a user's name starts no formula."""
     for text in figure.findobj(lambda artist: isinstance(artist, Text) and "$" in artist.get_text()):
         cast(Text, text).set_parse_math(False)
     return figure
@@ -94,7 +94,7 @@ def ink() -> str:
 
 
 def count_colours() -> Colormap:
-    """Colours for counts that stand out from the paper of the scheme that is being drawn, the largest most."""
+    """Colours for counts in the scheme that is being drawn; larger counts stand out more from the paper."""
     name, lowest = ("viridis", 0.3) if ink() == INK["dark"] else ("viridis_r", 0.1)
     return ListedColormap(matplotlib.colormaps[name](np.linspace(lowest, 1.0, 256)))
 
@@ -105,7 +105,7 @@ def colour_of(selector: str) -> str:
 
 
 def tones(cells: list[CellName]) -> dict[CellName, Any]:
-    """Each cell's colour: its rule's, nearer to the ink or to the paper where the rule comes in several variants."""
+    """Each cell's colour: its rule's, nearer to the ink or to the paper if the rule has several variants."""
     variants: dict[str, list[str]] = {}
     for cell in cells:
         known = variants.setdefault(cell.selector, [])

@@ -15,9 +15,9 @@ from reporting.runs import Run
 from reporting.stats import BASELINE
 from reporting.theme import QUADRANT_COLOURS, count_colours, ink
 
-# Values below this are drawn here: a logarithmic axis has no zero.
+# Smaller values are drawn at this one: a logarithmic axis has no zero.
 FLOOR_NATS = 1e-6
-# Beside which corner of the plane a quadrant's label stands, outside the axes: (x, y, right-aligned).
+# Position of each quadrant's label, outside the axes: (x, y, right-aligned).
 CORNERS = {1: (1.0, 1.03, True), 2: (1.0, -0.19, True), 3: (0.0, 1.03, False), 4: (0.0, -0.19, False)}
 
 
@@ -33,7 +33,7 @@ class Tokens:
 
     @property
     def words(self) -> str:
-        """A picture's caption."""
+        """The picture's caption."""
         return (
             f"Measured: {self.source}. Dashed: where the quadrants are split (means over steps), so a token near a "
             "line may be on the other side in its own step. Values below 1e-6 nats are drawn at 1e-6."
@@ -41,7 +41,7 @@ class Tokens:
 
 
 def read_tokens(group: list[Run]) -> Tokens | None:
-    """All recorded tokens of the runs on all tokens, or of every run where those recorded none; None without any.
+    """All recorded tokens of the runs on all tokens, or of every run if those recorded none; None if there are none.
 
     Raises UserError for a record that cannot be read.
     """
@@ -108,7 +108,7 @@ def plane(tokens: Tokens) -> Figure:
 
 
 def _table(file: object) -> pd.DataFrame | None:
-    """A record's three columns; None where it was written without them."""
+    """A record's three columns; None if it was written without them."""
     try:
         table = pd.read_parquet(str(file))
     except (OSError, ValueError) as error:

@@ -95,6 +95,19 @@ def test_the_cells_are_the_papers(printed, recipe):
     assert ours == theirs
 
 
+def test_a_cell_of_several_recipes_is_one_command_so_that_they_can_share_its_run(printed):
+    commands: dict[str, dict[str, str]] = {}
+    for recipe in [*RECIPES, *SWEEPS]:
+        for words in (line for line in printed(recipe, "pocket") if " train " in line):
+            flags = shlex.split(words)
+            place = flags.index("--out") + 1
+            command = words.replace(flags[place], "RUN").replace(str(Path(flags[place]).parent), "RUNS")
+            if recipe != "table7_agentic.sh":  # another task, in a folder of its own
+                commands.setdefault(Path(flags[place]).name, {})[command] = recipe
+    assert len(commands) > 50
+    assert {name: list(found.values()) for name, found in commands.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_numbers_quoted_in_the_header_stand_in_the_data_file(recipe):
     rows = [row for row in PAPER if row["table"] == table_of(recipe)]

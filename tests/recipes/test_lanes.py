@@ -121,7 +121,7 @@ def test_a_cell_that_fails_stops_the_others_cleanly_and_the_same_command_goes_on
     assert done.returncode == 3
     run = "runs/table5/pocket-all-seed0"
     assert done.stderr.splitlines() == [
-        f"table5_soft_or.sh: pocket-all-seed0 failed (exit code 3; all it said: {run}.log); the same command goes on",
+        f"table5_soft_or.sh: pocket-all-seed0 failed (exit code 3; its output: {run}.log); the same command continues",
         "opsd: the disk is full",
     ]
     assert (project.root / "saved-entropy_sample-50").exists()
@@ -147,7 +147,7 @@ def test_a_cell_without_a_line_of_its_own_shows_the_end_of_what_it_said(project)
 def test_a_cell_that_is_killed_gives_the_shells_exit_code_and_is_resumed(project):
     program(project, f"[[ -e again ]] || {{ touch again; kill -9 $$; }}{DONE}")
     done = project.run(SCALE="pocket", CELLS="all")
-    assert done.returncode == 137 and "failed (ended by SIGKILL; all it said: " in done.stderr
+    assert done.returncode == 137 and "failed (ended by SIGKILL; its output: " in done.stderr
     done = project.run(SCALE="pocket", CELLS="all")
     assert done.returncode == 0 and "[1/1] pocket-all-seed0: resuming" in done.stdout
 
@@ -165,9 +165,9 @@ def test_a_signal_to_the_recipe_has_every_cell_save_and_its_end_waited_for(proje
     said, wrong = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert all((project.root / f"saved-{cell}").exists() for cell in ("all", "entropy_sample-50"))
-    assert "stopping pocket-all-seed0, pocket-entropy_sample-50-seed0: saving what is trained" in said
+    assert "stopping pocket-all-seed0, pocket-entropy_sample-50-seed0: saving checkpoints" in said
     (line,) = wrong.splitlines()
-    assert re.fullmatch(r"table5_soft_or.sh: stopped by SIG\w+; the same command goes on", line)
+    assert re.fullmatch(r"table5_soft_or.sh: stopped by SIG\w+; the same command continues", line)
     assert len(project.calls()) == 2
     (project.root / "again").touch()
     done = project.run(SCALE="pocket", LANES="2")
@@ -216,7 +216,7 @@ def test_a_cell_that_outlives_its_killed_recipe_is_not_run_a_second_time(project
     process.communicate()
     done = project.run(SCALE="pocket", CELLS="all")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "pocket-all-seed0 is being run by another recipe, or by what a killed one has left" in done.stderr
+    assert "pocket-all-seed0 is being run by another recipe, or by leftovers of a killed one" in done.stderr
     (project.root / "release").touch()
     wait_for(project.root / "runs" / "table5" / "pocket-all-seed0" / "DONE")
     assert project.run(SCALE="pocket", CELLS="all").returncode == 0 and len(project.calls()) == 2
@@ -412,7 +412,7 @@ def test_ctrl_c_to_a_real_table_saves_and_the_same_command_goes_on_to_the_report
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 130 and "; the same command goes on" in said, said
+    assert process.returncode == 130 and "; the same command continues" in said, said
     assert not all((file.parent / "DONE").exists() for file in tmp_path.glob("*/config.json"))
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stdout + done.stderr

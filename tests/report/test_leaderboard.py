@@ -96,5 +96,5 @@ def test_a_measure_that_the_file_lacks_is_refused_with_those_that_it_has(real, m
 def test_a_file_without_all_tokens_cannot_be_ranked(tmp_path):
     file = tmp_path / "results.json"
     file.write_text(json.dumps({"runs": [{"cell": "q3-50", "seed": 0, "scores": [1.0]}]}))
-    with pytest.raises(UserError, match="no cell beside all tokens"):
+    with pytest.raises(UserError, match="no cell besides all tokens"):
         script.rank(script.Leaderboard(file))

@@ -169,7 +169,7 @@ BAD = [
     (["--sets", "mine={mine}", "--columns", "other=a,b"], ["--columns names 'other'", "not in --sets"]),
     (["--sets", "mine=hub"], ["known for dapo, math500, aime24, aime25, gsm8k only"]),
     (["--sets", "mine=hub:a/b"], ["hub:OWNER/NAME:SPLIT"]),
-    (["--sets", "math500={mine}"], ["gives 2 problems, it has 500", "under another name"]),
+    (["--sets", "math500={mine}"], ["gives 2 problems instead of 500", "under another name"]),
     (["--sets", "mine={unknown}"], ["row 1 holds an answer instruction that is not known"]),
     (["--sets", "mine={blank}"], ["none of its 1 rows is left"]),
     (["--sets", "mine={talk}"], ["neither a text nor a list of messages"]),

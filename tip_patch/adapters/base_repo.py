@@ -1,14 +1,14 @@
-"""Token selection inside the paper's base repository (HJSang/OPSD_OnPolicyDistillation), without a change to it.
+"""Token selection inside the paper's base repository (HJSang/OPSD_OnPolicyDistillation), without changing it.
 
 Its worker looks a loss up in the table `LOSS_FN_MAP` of `opd.losses` and calls it with logits. We replace the table's
-entries by functions of the same signature that select first, and that keep nothing of size N×V for backward:
+entries with functions of the same signature that select tokens first and keep nothing of size N×V for backward:
 
     from opd import losses
     undo = patch(losses, load_selector("soft_or", retention=0.5))
     …
     undo()
 
-A call there is one rollout when samples are weighted by reward or the micro-batch size is 1; a call that holds several
+A call there is one rollout if samples are weighted by reward or the micro-batch size is 1; a call that holds several
 rollouts is treated as one, because the table's signature does not tell them apart.
 
 Legend: N tokens of a call, K kept ones, C rows of a chunk, V vocabulary.
@@ -36,9 +36,9 @@ SCOPES = ("micro_batch", "rollout")
 def patch(losses: Any, selector: TokenSelector | None, seed: int = 0) -> Callable[[], None]:
     """Replace the losses of the table `losses.LOSS_FN_MAP`; the returned function puts the old ones back.
 
-    selector: None trains on all tokens (the base repository's own loss, in bounded memory). seed: together with the
-    number of the call it decides random choices. Worker modules that hold the table already see the change.
-    Errors: UserError for a module without the table, or for a selector that needs sight of more than one call
+    selector: None trains on all tokens (the base repository's own loss, in bounded memory). seed: determines random
+    choices, together with the call's number. Worker modules that already hold the table see the change.
+    Errors: UserError for a module without the table, or for a selector that needs to see more than one call
     (scopes "batch" and "running") or the sampled tokens.
     """
     table = getattr(losses, "LOSS_FN_MAP", None)
@@ -62,16 +62,16 @@ def patch(losses: Any, selector: TokenSelector | None, seed: int = 0) -> Callabl
 def _check(selector: TokenSelector) -> None:
     if selector.normalise_over not in SCOPES:
         raise UserError(
-            f"normalise_over {selector.normalise_over!r} sees a whole step: give {' or '.join(SCOPES)} here"
+            f"normalise_over {selector.normalise_over!r} needs a whole step; here, give {' or '.join(SCOPES)}"
         )
     unknown = (selector.needs | selector.needs_kept) - STATISTICS.keys() - {"rollout_N", "vocab_size"}
     unknown |= (selector.needs | selector.needs_kept) & SAMPLED_FIELDS
     if unknown:
-        raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another one here")
+        raise UserError(f"the selector reads {min(unknown)}, which logits alone do not give: choose another selector")
 
 
 class _Calls:
-    """The table's functions. A call's number makes its random choices its own."""
+    """The table's functions. The call's number goes into the seed: each call draws its own random numbers."""
 
     def __init__(self, selector: TokenSelector | None, seed: int) -> None:
         self._selector, self._seed, self._number = selector, seed, 0
@@ -110,9 +110,9 @@ class _Calls:
 
 
 def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk: int) -> TokenStats:
-    """The fields of `TokenStats` that are named, over all rows, chunk by chunk."""
+    """The fields of `TokenStats` named in `needs`, over all rows, chunk by chunk."""
     found: dict[str, list[Tensor]] = {name: [] for name in needs & STATISTICS.keys()}
-    # A chunk without rows too, so that a call without tokens has empty fields rather than none.
+    # `split` of no rows gives one empty chunk, so a call without tokens has empty fields rather than no fields.
     for student_CV, teacher_CV in zip(student_NV.split(chunk), teacher_NV.split(chunk), strict=True):
         fields = token_fields_(needs, *_wide(student_CV, teacher_CV))
         for name, parts in found.items():
@@ -126,7 +126,7 @@ def _stats(needs: frozenset[str], teacher_NV: Tensor, student_NV: Tensor, chunk:
 
 
 def _wide(student_CV: Tensor, teacher_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both logits of a chunk in fp32 and two scratch buffers, none of them the caller's memory."""
+    """A chunk's student and teacher logits in fp32, and two scratch buffers; all are new memory."""
     student_CV, teacher_CV = (logits.to(torch.float32, copy=True) for logits in (student_CV, teacher_CV))
     return student_CV, teacher_CV, torch.empty((2, *student_CV.shape), device=student_CV.device)
 
@@ -165,7 +165,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _pieces(student_NV: Tensor, teacher_NV: Tensor, kept_K: Tensor, divergence: str, beta: float, chunk: int) -> Any:
-    """For each chunk of kept rows: which of the K, their logit gradients [C, V] and divergences [C] in nats."""
+    """For each chunk of kept rows: its slice of the K, its logit gradients [C, V] and divergences [C] in nats."""
     for first in range(0, kept_K.shape[0], chunk):
         rows_C = slice(first, first + chunk)
         where_C = kept_K[rows_C]

@@ -2,10 +2,10 @@
 
     tip(DistillationTrainer)(student, teacher, args, …, selector="soft_or", selector_options={"retention": 0.5})
 
-    with selecting("soft_or", retention=0.5):    # whatever makes a DistillationTrainer within selects
+    with selecting("soft_or", retention=0.5):    # every DistillationTrainer made in here selects
         main()
 
-or `python -m tip_patch.trl`, TRL's own script with further flags. docs/trl.md says what it does and what it costs.
+or `python -m tip_patch.trl`, TRL's own script with additional flags. docs/trl.md says what selection does and costs.
 """
 # ruff: noqa: E402
 
@@ -37,7 +37,7 @@ from opsd.utils.seeding import derive_seed
 from tip_patch.adapters.trl_loss import CONTEXT, ENGINES, ROLLOUT, SAVED, Call, Returned, Selected, score
 from tip_patch.adapters.trl_step import StepEnd
 
-# Every function that is hooked into or called, and its parameters in trl 1.16.
+# Every TRL function that we hook into or call, and its parameters in trl 1.16.
 LOSS = "_chunked_divergence_loss"
 check_parameters(
     {
@@ -58,7 +58,7 @@ Micro = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to select; see Selecting. Raises UserError for what does not fit."""
+    """How to select; see Selecting. Raises UserError for invalid settings."""
 
     selector: str | TokenSelector | None = "soft_or"
     selector_options: dict[str, Any] | None = None
@@ -76,11 +76,11 @@ class Settings:
 
     @staticmethod
     def taken_from(named: dict[str, Any]) -> dict[str, Any]:
-        """Of a call's named arguments those that are settings; they are removed."""
+        """The settings among a call's keyword arguments; they are removed from `named`."""
         return {one.name: named.pop(one.name) for one in fields(Settings) if one.name in named}
 
     def rule(self) -> TokenSelector | None:
-        """The selector, a new one where its name was given."""
+        """The selector; a new one if it was given by name."""
         if isinstance(self.selector, str):
             return load_selector(self.selector, **(self.selector_options or {}))
         return None if self.selector is None else with_defaults(self.selector)
@@ -88,11 +88,11 @@ class Settings:
 
 @dataclass
 class Tip:
-    """How a trainer selects, and its step so far.
+    """How a trainer selects, and the state of its current step.
 
-    first_seed: decides all random choices. seed: the step's own. stops: the tokens that end an answer. micros: the
+    first_seed: determines all random choices. seed: this step's. stops: the tokens that end an answer. micros: the
     step's micro-batches. choices: how the tokens of each are chosen. kept: the announced count over all ranks; None
-    where it is found within the loss. scored: statistics that were taken beforehand. done: what came of each
+    if it is determined within the loss. scored: statistics computed beforehand. done: the result of each
     micro-batch.
     """
 
@@ -110,13 +110,13 @@ class Tip:
 
 
 class Selecting(DistillationTrainer):
-    """The part that `tip` puts in front of a trainer class.
+    """The base class that `tip` puts in front of a trainer class.
 
     selector: a rule's name (`opsd selectors`), "module:Name", or a TokenSelector; "all" trains on every token.
     selector_options: the rule's own, such as retention and normalise_over. engine: "kernel" is TRL's own divergence,
-    "fused" ours. seed: decides random choices; None takes args.seed. telemetry_every: steps between quadrant shares
-    and overlaps, None: as often as TRL logs, 0: never. token_record: a folder for `opsd inspect`, written as often.
-    Errors: UserError for what does not fit.
+    "fused" ours. seed: of random choices; None: args.seed. telemetry_every: steps between quadrant shares
+    and overlaps, None: as often as TRL logs, 0: never. token_record: a folder for `opsd inspect`, written at the same
+    steps. Errors: UserError for invalid settings.
     """
 
     tip: Tip
@@ -130,7 +130,7 @@ class Selecting(DistillationTrainer):
         self.select(settings)
 
     def select(self, settings: Settings) -> None:
-        """Begin to select; the trainer's own constructor is through."""
+        """Start to select, after the trainer's own constructor has returned."""
         seed, record = settings.seed, settings.token_record
         stops = Stops(tuple(token for token in self.eos_token_ids if token is not None))
         self.tip = Tip(settings.rule(), ENGINES[settings.engine], self.args.seed if seed is None else seed, stops)
@@ -139,7 +139,7 @@ class Selecting(DistillationTrainer):
         self._use, self._planned = self._train_on, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Micro:
-        """TRL's, with an id for each answer, unique over the step and all ranks; TRL shuffles them afterwards."""
+        """TRL's, plus an id for each answer, unique over the step and all ranks: TRL shuffles answers afterwards."""
         batch = super()._generate_and_score_completions(inputs)
         if self._is_training:
             answers = batch["completion_ids"].shape[0]
@@ -148,7 +148,7 @@ class Selecting(DistillationTrainer):
         return batch
 
     def _prepare_inputs(self, generation_batch: Any) -> Micro:
-        """TRL's; where it has written a step's answers, the step is planned."""
+        """TRL's; if it has generated a step's answers, plan the step."""
         inputs = super()._prepare_inputs(generation_batch)
         written: Any = self._buffered_inputs
         if self._is_training and written is not self._planned:
@@ -157,7 +157,7 @@ class Selecting(DistillationTrainer):
         return inputs
 
     def _compute_loss(self, unwrapped_student: Any, inputs: Micro, num_items_in_batch: Any) -> Returned:
-        """TRL's, with another function in place of the one that makes a loss of both models' hidden states."""
+        """TRL's, with our function in place of the one that computes the loss from both models' hidden states."""
         if ROLLOUT not in inputs:
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
@@ -169,10 +169,10 @@ class Selecting(DistillationTrainer):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _plan(self, micros: list[Micro]) -> None:
-        """Fix how the step's tokens are chosen, and what the loss is divided by.
+        """Decide how the step's tokens are chosen, and what the loss is divided by.
 
-        Masks are made beforehand where a choice needs sight of the whole step, or the count does, and the step has
-        several micro-batches; otherwise within the loss, at no further forward pass.
+        Masks are made beforehand if the choice or the count needs to see the whole step and the step has several
+        micro-batches; otherwise they are made within the loss, without an extra forward pass.
         """
         tip, selector, step = self.tip, self.tip.selector, self.state.global_step + 1
         tip.micros, tip.scored, tip.done = micros, [], []
@@ -195,7 +195,7 @@ class Selecting(DistillationTrainer):
             tip.kept = None
 
     def _announce(self, kept: int) -> None:
-        """Have TRL divide by the count that all ranks keep."""
+        """Make TRL divide by the number of tokens that all ranks keep."""
         counts: Any = self.accelerator.gather(torch.tensor(kept, device=self.accelerator.device))
         total = counts.sum()
         self.tip.kept = int(total)
@@ -220,7 +220,7 @@ class Selecting(DistillationTrainer):
         return found
 
     def _train_on(self, call: Call) -> Returned:
-        """The loss of the micro-batch whose turn it is."""
+        """The loss of the current micro-batch."""
         tip, number = self.tip, self._step % self.args.gradient_accumulation_steps
         (loss, entropy, tokens), selected = tip.engine(call, tip.choices[number], self._spec())
         tip.done.append(selected)
@@ -242,9 +242,9 @@ class Selecting(DistillationTrainer):
 
 @cache
 def tip(trainer: type) -> Any:
-    """A subclass of a distillation trainer of TRL's that trains on selected tokens; see Selecting for its arguments.
+    """A subclass of a TRL distillation trainer that trains on selected tokens; see Selecting for its arguments.
 
-    Raises UserError for a trainer in which that would be wrong.
+    Raises UserError for a trainer with which selection would be wrong.
     """
     check_trainer(trainer, DistillationTrainer)
     if issubclass(trainer, Selecting):
@@ -254,7 +254,7 @@ def tip(trainer: type) -> Any:
 
 @contextlib.contextmanager
 def selecting(selector: str | TokenSelector | None = "soft_or", **named: Any) -> Iterator[None]:
-    """Every DistillationTrainer that is made within selects, subclasses included: no name has to be looked up anew.
+    """Every DistillationTrainer made within this context selects, including subclasses and classes imported before it.
 
     named: options of the rule, and Selecting's arguments from `engine` on.
     """
@@ -275,7 +275,7 @@ def selecting(selector: str | TokenSelector | None = "soft_or", **named: Any) ->
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value within, and its own again afterwards."""
+    """Set an attribute within the context, and restore it afterwards."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

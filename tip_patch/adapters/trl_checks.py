@@ -1,4 +1,4 @@
-"""Which TRL, and which of its trainers, selection fits into. Importing this needs no TRL."""
+"""Which versions of TRL, and which of its trainers, selection supports. Importing this needs no TRL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opsd.utils.errors import UserError
 
 # What setup.py's extra `trl` installs.
 KNOWN = SpecifierSet(">=1.16,<1.17")
-# Trainers of TRL in which selection would be wrong, and why.
+# TRL's trainers with which selection would be wrong, and why.
 REFUSED = {
     "ServerDistillationTrainer": "its server sends a few log-probabilities per token, not the teacher's distribution",
     "AsyncDistillationTrainer": "its server sends a few log-probabilities per token, not the teacher's distribution",
@@ -29,7 +29,7 @@ REFUSED = {
 
 
 def check_installed() -> None:
-    """Raises UserError where TRL is missing, or of a version that this adapter does not know."""
+    """Raises UserError if TRL is missing, or has a version that this adapter does not support."""
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def check_installed() -> None:
 
 
 def check_parameters(hooked: dict[Callable[..., Any], str]) -> None:
-    """Raises UserError where one of the functions takes other parameters than those named."""
+    """Raises UserError if one of the functions takes parameters other than those named."""
     for function, names in hooked.items():
         if (found := " ".join(inspect.signature(function).parameters)) != names:
             raise UserError(
@@ -50,18 +50,18 @@ def check_parameters(hooked: dict[Callable[..., Any], str]) -> None:
 
 
 def check_context(divergence: Any, names: tuple[str, ...], saved: int) -> None:
-    """Raises UserError where TRL's kernel keeps something else for its backward than is named, or another number."""
+    """Raises UserError unless TRL's kernel keeps the attributes `names` and this number of tensors for its backward."""
     one_12 = torch.ones(1, 2, requires_grad=True)
     context = divergence.apply(one_12, torch.ones(3, 2), None, torch.ones(1, 2), torch.ones(3, 2), None, 1.0)[0].grad_fn
     lacking = [name for name in names if not hasattr(context, name)]
     if lacking or len(context.saved_tensors) != saved:
         raise UserError(
-            f"TRL's {divergence.__name__} saves other tensors for its backward pass than in trl{KNOWN}; install that"
+            f"TRL's {divergence.__name__} saves other tensors for its backward pass than trl{KNOWN}; install that"
         )
 
 
 def check_trainer(trainer: Any, base: type) -> None:
-    """Raises UserError for a class of trainers that selection does not fit into."""
+    """Raises UserError for a trainer class that selection does not support."""
     names = [one.__name__ for one in getattr(trainer, "__mro__", ())]
     fits = isinstance(trainer, type) and issubclass(trainer, base)
     reason = next((REFUSED[name] for name in names if name in REFUSED), None)

@@ -1,4 +1,4 @@
-"""TRL's chunked loss on selected tokens: by TRL's own kernel, or by ours.
+"""TRL's chunked loss on selected tokens, computed by TRL's own kernel or by ours.
 
 Legend: B answers of a micro-batch, L its longest answer, N tokens that the student wrote, K kept ones, D and E the
 models' hidden sizes, V vocabulary.
@@ -30,7 +30,7 @@ from opsd.types import Head, Stops, Transform
 
 # What TRL's loss function returns: the loss, the sum of the student's entropies over all tokens, and their number.
 Returned = tuple[Tensor, Tensor, Tensor]
-# In TRL's micro-batches: the ids of its answers.
+# Key in TRL's micro-batches: the ids of the answers.
 ROLLOUT = "tip_rollout"
 SIGNATURE = inspect.signature(_chunked_divergence_loss)
 CONTEXT = ("dtypes", "beta", "mode", "kernel_args", "needs_input_grad")
@@ -38,7 +38,7 @@ SAVED = 9
 
 
 class KeptRowsDivergence(ChunkedDivergenceFunction):
-    """TRL's divergence and entropy per token, with a backward over those rows only that a gradient reaches."""
+    """TRL's divergence and entropy per token, with a backward over only those rows that receive a gradient."""
 
     @staticmethod
     def backward(ctx: Any, grad_divergence: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
@@ -71,7 +71,7 @@ class KeptRowsDivergence(ChunkedDivergenceFunction):
 class Call:
     """A call of TRL's loss function on a micro-batch.
 
-    own: that function. arguments, named: what it was called with. rollout_B: the answers' ids. ids_BL: their tokens.
+    own: that function. arguments, named: its arguments. rollout_B: the answers' ids. ids_BL: their tokens.
     stops: the tokens that end an answer.
     """
 
@@ -83,14 +83,14 @@ class Call:
 
     @classmethod
     def of(cls, own: Callable[..., Returned], micro: dict[str, Any], stops: Stops, args: Any, named: Any) -> Call:
-        """With the defaults of what was left out. micro: TRL's micro-batch."""
+        """A call, with defaults for arguments that were left out. micro: TRL's micro-batch."""
         arguments = SIGNATURE.bind(*args, **named)
         arguments.apply_defaults()
         return cls(own, arguments, micro[ROLLOUT], micro["completion_ids"], stops)
 
     @cached_property
     def named(self) -> SimpleNamespace:
-        """The arguments by their names; weights and biases whole where FSDP2 has cut them."""
+        """The arguments by name; weights and biases are gathered if FSDP2 has sharded them."""
         found = SimpleNamespace(**self.arguments.arguments)
         for side in ("student", "teacher"):
             weight, hidden = getattr(found, f"{side}_lm_head_weight"), getattr(found, f"{side}_hidden_states")
@@ -102,16 +102,16 @@ class Call:
 
     @cached_property
     def rows_N(self) -> Tensor:
-        """Where among the B·L positions the student's tokens stand."""
+        """Indices of the student's tokens among the B·L positions."""
         return self.named.completion_mask.reshape(-1).nonzero().squeeze(-1)
 
     def at_rows(self, values_BL: Tensor) -> Tensor:
-        """What stands at the student's tokens [N, …]."""
+        """The values at the student's tokens [N, …]."""
         return values_BL.flatten(0, 1).to(self.rows_N.device)[self.rows_N]
 
     @contextmanager
     def inputs(self) -> Iterator[Inputs]:
-        """What our loss core starts from; under ZeRO-3 the heads are whole within it."""
+        """The inputs of our loss core; under ZeRO-3 the heads are gathered within this context."""
         a = self.named
         rollout_BL = self.rollout_B[:, None].expand_as(self.ids_BL)
         with (
@@ -129,7 +129,7 @@ class Call:
             )
 
     def _head(self, side: str) -> Head:
-        """A model's way to logits, as TRL read it from its configuration."""
+        """A model's projection to logits, as TRL read it from the model's configuration."""
         a = vars(self.named)
         transform = Transform(a[f"{side}_logit_scale"], a[f"{side}_final_logit_softcapping"])
         return Head(a[f"{side}_lm_head_weight"], a[f"{side}_lm_head_bias"], transform)
@@ -153,19 +153,19 @@ class Call:
         )
 
     def divide(self, loss_sum: Tensor, kept: Tensor | None) -> Tensor:
-        """By the step's count that TRL was given, or by `kept` where the step has this call alone."""
+        """Divide by the step's count that TRL was given, or by `kept` if this is the step's only call."""
         count = self.named.num_items_in_batch if kept is None else kept.clamp(min=1)
         return loss_sum / (count.to(loss_sum.device) if isinstance(count, Tensor) else count)
 
     def return_zeros(self) -> Returned:
-        """What to return where the loss is not looked at."""
+        """What to return if nothing reads the loss."""
         zero = torch.zeros((), device=self.ids_BL.device)
         return zero, zero, zero
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What came of a call: the mask [N], and what was computed on the way. It holds no graph."""
+    """The result of a call: the mask [N], and the statistics computed on the way. It holds no graph."""
 
     kept_N: Tensor
     stats: TokenStats
@@ -178,7 +178,7 @@ def score(call: Call, needs: frozenset[str], spec: LossSpec) -> TokenStats:
 
 
 def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> tuple[Returned, Selected]:
-    """By TRL's kernel: to the last bit what TRL computes where every token is kept."""
+    """The loss by TRL's kernel: bit for bit what TRL computes if every token is kept."""
     with call.inputs() as inputs:
         found = None if choice.selector is None and choice.selection is None else call.divergence()
         known = {} if found is None else _free(*found, spec)
@@ -188,14 +188,14 @@ def kernel_loss(call: Call, choice: Choice, spec: LossSpec) -> tuple[Returned, S
     if found is None or (weight_N is None and bool(kept_N.all())):
         return call.own(*call.arguments.args, **call.arguments.kwargs), Selected(kept_N, stats)
     divergence_N, entropy_N = found
-    # Indexed, not multiplied by the mask: what is not finite elsewhere must not come through.
+    # Indexed, not multiplied by the mask: 0 times a value that is not finite would be NaN.
     picked_K = divergence_N[kept_N] if weight_N is None else divergence_N[kept_N] * weight_N[kept_N]
     loss = call.divide(picked_K.sum(), _own_count(choice, kept_N))
     return (loss, entropy_N.sum(), torch.tensor(inputs.rows, device=loss.device)), Selected(kept_N, stats)
 
 
 def fused_loss(call: Call, choice: Choice, spec: LossSpec) -> tuple[Returned, Selected]:
-    """By our core, which forms loss and gradients in one pass. The entropy is NaN where nothing reads it."""
+    """The loss by our core, which forms loss and gradients in one pass. The entropy is NaN if nothing reads it."""
     with call.inputs() as inputs:
         result = distill(inputs, choice, spec)
     loss = call.divide(result.loss_sum, _own_count(choice, result.kept_N))
@@ -209,7 +209,7 @@ ENGINES = {"kernel": kernel_loss, "fused": fused_loss}
 
 
 def _free(divergence_N: Tensor, entropy_N: Tensor, spec: LossSpec) -> dict[str, Tensor]:
-    """The statistics that come with TRL's divergence; rounding may leave them a little below 0."""
+    """The statistics that come with TRL's divergence, clamped at 0: rounding may put them slightly below."""
     found, field = {"entropy_N": entropy_N.clamp_min(0.0)}, field_of(spec.divergence)
     if field is not None:
         found[field] = divergence_N.detach().clamp_min(0.0)
@@ -217,11 +217,11 @@ def _free(divergence_N: Tensor, entropy_N: Tensor, spec: LossSpec) -> dict[str, 
 
 
 def _own_count(choice: Choice, kept_N: Tensor) -> Tensor | None:
-    """The kept count where it was not known before, and these are all tokens of the step."""
+    """The kept count, if it was not known beforehand and these are all of the step's tokens; else None."""
     selector = choice.selector
     return kept_N.sum() if choice.whole_step and selector is not None and not selector.fixed_budget else None
 
 
 def _no_autocast(inputs: Inputs) -> torch.autocast:
-    """The inputs know what products are taken in."""
+    """Autocast off: the inputs say in which dtype products are computed."""
     return torch.autocast(inputs.student_ND.device.type, enabled=False)

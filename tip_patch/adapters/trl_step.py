@@ -23,7 +23,7 @@ from opsd.utils.distributed import Ranks
 from opsd.utils.errors import RunStopped, UserError
 from tip_patch.adapters.trl_loss import ROLLOUT
 
-# Where the selector's state stands in a checkpoint's trainer_state.json.
+# Key of the selector's state in a checkpoint's trainer_state.json.
 STATE = "token_selection"
 
 
@@ -39,7 +39,7 @@ class StepEnd(TrainerCallback):
         self._folder: RunFolder | None = None
 
     def statistics_due(self, step: int) -> frozenset[str]:
-        """The statistics that are wanted of every token of this step."""
+        """The statistics that this step needs for every token."""
         if not self._is_due(step):
             return frozenset()
         record = frozenset() if self._record is None else REQUIRED_FIELDS
@@ -49,7 +49,7 @@ class StepEnd(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Of a resumed run: the selector as the checkpoint has it, the record cut off behind it."""
+        """In a resumed run: restore the selector from the checkpoint, and cut off the record after it."""
         selector, saved = self._trainer.tip.selector, _values(state)
         if selector is not None and state.global_step and STATE in saved:
             selector.load_state_dict(saved[STATE])
@@ -59,7 +59,7 @@ class StepEnd(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Metrics, and what the selector learns. Raises RunStopped where it kept another count than it announced."""
+        """Log metrics, update the selector. Raises RunStopped if it kept a different count than it announced."""
         tip, step = self._trainer.tip, state.global_step + 1
         ranks, device = self.ranks(), self._trainer.accelerator.device
         kept, tokens = self._count()
@@ -79,7 +79,7 @@ class StepEnd(TrainerCallback):
             self._trainer._metrics["train"][name].append(value)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The selector's state, for a checkpoint of this step."""
+        """Store the selector's state for a checkpoint of this step."""
         selector = self._trainer.tip.selector
         if selector is not None:
             _values(state)[STATE] = selector.state_dict()
@@ -87,7 +87,7 @@ class StepEnd(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A record is finished where training reached its end."""
+        """Mark the record as finished if training reached its end."""
         if self._folder is not None and state.global_step >= state.max_steps:
             self._folder.finish()
 
@@ -100,7 +100,7 @@ class StepEnd(TrainerCallback):
         return Ranks(self._trainer.accelerator.process_index, self._trainer.accelerator.num_processes)
 
     def _count(self) -> tuple[int, int]:
-        """Kept tokens and tokens of the step. Raises UserError where TRL's loss function was never called."""
+        """Kept tokens and tokens of the step. Raises UserError if TRL's loss function was never called."""
         done = self._trainer.tip.done
         if not done:
             raise UserError(f"{type(self._trainer).__name__} computes its own loss; give trl.DistillationTrainer")
@@ -110,7 +110,7 @@ class StepEnd(TrainerCallback):
         return kept, tokens
 
     def _read(self, stats: TokenStats, kept_N: Tensor) -> dict[str, float]:
-        """What the installed telemetry says of the step, and its stops."""
+        """The metrics of the installed telemetry, and those of the stop tokens."""
         tip, found = self._trainer.tip, stop_metrics(stats, kept_N)
         for telemetry in self._telemetry:
             if all(getattr(stats, name) is not None for name in telemetry.needs):
@@ -125,7 +125,7 @@ class StepEnd(TrainerCallback):
     def _write(
         self, step: int, rollouts: list[Rollout], stats: TokenStats, kept_N: Tensor, metrics: dict[str, float]
     ) -> None:
-        """The step's record, where one is asked for."""
+        """Write the step's record, if one is asked for."""
         folder = self._folder
         if folder is None:
             return
@@ -136,7 +136,7 @@ class StepEnd(TrainerCallback):
         folder.write_metrics({"step": step, **metrics})
 
     def _open(self, state: TrainerState) -> RunFolder:
-        """The record's folder, new or gone on with. Raises UserError where it holds something else."""
+        """The record's folder, new or continued. Raises UserError if it holds something else."""
         path = self._record
         assert path is not None
         if state.global_step and (path / "config.json").is_file():
@@ -155,9 +155,9 @@ class StepEnd(TrainerCallback):
         return folder
 
     def _settings(self, path: Path, state: TrainerState) -> dict[str, Any]:
-        """What `opsd inspect` and the report read of a run: of its settings those that have a counterpart in TRL's.
+        """What `opsd inspect` and the report read; TRL's other settings have no counterpart in `opsd train`.
 
-        Its student is the tokenizer's own folder in the record.
+        The student is the record's tokenizer folder.
         """
         trainer, args, selector = self._trainer, self._trainer.args, self._trainer.tip.selector
         student, teacher = (_name(model) for model in (trainer.model, trainer.teacher_model))
@@ -181,7 +181,7 @@ class StepEnd(TrainerCallback):
 
 
 def rollouts_of(micro: dict[str, Any], eos_ids: list[int]) -> list[Rollout]:
-    """The answers of a micro-batch of TRL's, without its padding."""
+    """The answers of one of TRL's micro-batches, without padding."""
     found = []
     for place, number in enumerate(micro[ROLLOUT].tolist()):
         written = micro["completion_mask"][place].bool()
@@ -200,5 +200,5 @@ def _values(state: TrainerState) -> dict[str, Any]:
 
 
 def _name(model: Any) -> str:
-    """A model's folder name, or what it is called on the hub."""
+    """A model's folder name, or its name on the hub."""
     return Path(getattr(model.config, "_name_or_path", "") or "model").name
