@@ -23,7 +23,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -181,36 +183,45 @@ def cell(options: Options, student: Path, flags: str, seed: int) -> Cell:
     models = {"student": student, "teacher": options.runs / "teacher", "prompts": options.prompts}
     own = {"out": options.runs / name, "seed": seed, "track.progress": False}
     command = (*TRAIN, *words_of(models | own | PROTOCOL | options.protocol), *flags.split())
-    return Cell(name, options.runs / name, shlex.join(command), TRAIN, command, f"[{slug}]")
+    # What is kept of the command, and compared, names no interpreter: another checkout goes on with the same runs.
+    line = shlex.join(["opsd", "train", *command[len(TRAIN) :]])
+    return Cell(name, options.runs / name, line, TRAIN, command, f"[{slug}]")
+
+
+def measurement(options: Options, model: Path, name: str) -> DistanceCommand:
+    """The `opsd distance` command that measures a model; its result goes to RUNS/distance."""
+    folder = options.runs / "distance"
+    return DistanceCommand(
+        model=str(model),
+        teacher=str(options.runs / "teacher"),
+        prompts=str(options.held_out),
+        out=str(folder / f"{name}.json"),
+        limit=options.limit,
+        teacher_answers=str(folder / "teacher_answers.json"),
+        **MEASURE,
+    )
 
 
 def measure(options: Options, model: Path, name: str) -> dict[str, Any]:
-    """The results of `opsd distance` for a model, read from RUNS/distance if they exist."""
-    file = options.runs / "distance" / f"{name}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    return measure_distance(
-        DistanceCommand(
-            model=str(model),
-            teacher=str(options.runs / "teacher"),
-            prompts=str(options.held_out),
-            out=str(file),
-            limit=options.limit,
-            teacher_answers=str(options.runs / "distance" / "teacher_answers.json"),
-            **MEASURE,
-        )
-    )
+    """The result of `measurement`, from its file if that exists."""
+    asked = measurement(options, model, name)
+    file = Path(asked.out)
+    return json.loads(file.read_text()) if file.exists() else measure_distance(asked)
 
 
 def run_and_measure(options: Options, group: list[Cell]) -> None:
     """Run and measure the cells of a group that are not measured yet; then remove their weights."""
     left = [one for one in group if not (options.runs / "distance" / f"{one.name}.json").exists()]
+    if not left:
+        return
     check(left)
-    if left and (code := run(left, "real pair", min(options.lanes, len(left)), "real_bench")):
+    if code := run(left, "real pair", min(options.lanes, len(left)), "real_bench"):
         sys.exit(code)
+    asked = [measurement(options, next((one.run / "checkpoints").glob("step_*")), one.name) for one in left]
+    # In parallel too. The file of the teacher's answers exists: the warm-up was measured first.
+    with ProcessPoolExecutor(min(options.lanes, len(left)), get_context("spawn")) as lanes:
+        list(lanes.map(measure_distance, asked))
     for one in left:
-        (weights,) = (one.run / "checkpoints").glob("step_*")
-        measure(options, weights, one.name)
         shutil.rmtree(one.run / "checkpoints")
 
 
