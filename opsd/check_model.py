@@ -26,7 +26,7 @@ from opsd.model.transform import find_transform
 from opsd.model.vocabulary import check_ends, model_vocabulary
 from opsd.types import PLAIN, Head
 from opsd.utils.distributed import local_device
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 
 CLOSE = 1e-3
 # Longest sequence tested, in tokens, unless --tokens is given.
@@ -135,10 +135,8 @@ class _Found:
         if self._tokenizer.chat_template is None:
             return "none: prompts can only be raw (--prompt_format raw)"
         messages = [{"role": "user", "content": "1+1"}]
-        try:
+        with said(f"{self._name}: its chat template fails", "fix it"):
             ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except Exception as error:  # a template is a program
-            raise UserError(f"{self._name}: its chat template fails ({first_line(error)}); fix it") from error
         return f"a message of {len(self._tokenizer('1+1').input_ids)} tokens becomes {len(ids)}"
 
     def ends(self) -> str:
@@ -234,25 +232,19 @@ class _Found:
 
         limit = min(64, positions(self._model.config) or 64)
         ids = (torch.arange(5, 5 + limit - 1) % self._model.config.get_text_config().vocab_size).tolist()
-        with _quiet_stderr():
-            try:
-                sampler = VLLMSampler(
-                    self._config.folder, [], self._device, "float32", limit, 4, trust=self._config.trust_remote_code
-                )
-            except Exception as error:  # vLLM raises various errors for a model it does not know
-                raise UserError(f"{self._name}: vLLM cannot load it ({first_line(error)})") from error
+        with _quiet_stderr(), said(f"{self._name}: vLLM cannot load it", "sample with transformers", Exception):
+            trust = self._config.trust_remote_code
+            sampler = VLLMSampler(self._config.folder, [], self._device, "float32", limit, 4, trust=trust)
         own = self._log_probs(ids)
         first = _mean_gap(sampler.score(ids), own)
         named = self._model.named_parameters(remove_duplicate=False)
-        try:
+        with said(f"{self._name}: vLLM cannot reload its weights", "sample with transformers", Exception):
             sampler.load(piece for name, weight in named for piece in as_saved(self._model, name, weight.detach()))
             second = _mean_gap(sampler.score(ids), own)
-        except Exception as error:  # a layer that does not take new weights
-            raise UserError(f"{self._name}: vLLM cannot reload its weights ({first_line(error)})") from error
-        said = f"log-probabilities differ by {first:.1g} nats per token, by {second:.1g} after all weights were sent"
+        gaps = f"log-probabilities differ by {first:.1g} nats per token, by {second:.1g} after all weights were sent"
         if not max(first, second) <= TOLERANCE_NATS["float32"]:
-            raise UserError(f"{self._name}: {said}; at most {TOLERANCE_NATS['float32']:g} are allowed")
-        return said
+            raise UserError(f"{self._name}: {gaps}; at most {TOLERANCE_NATS['float32']:g} are allowed")
+        return gaps
 
     @torch.no_grad()
     def _states(self, model: Any) -> Tensor:

@@ -1,25 +1,11 @@
 """The published name of `opsd.selection`: what a selector of your own imports."""
 
-from opsd.selection import (
-    ALL_TOKENS,
-    Selection,
-    TokenSelector,
-    TokenStats,
-    TokenTelemetry,
-    describe_selectors,
-    load_selector,
-    load_telemetry,
-    selector_names,
-)
-
-__all__ = [
-    "ALL_TOKENS",
-    "Selection",
-    "TokenSelector",
-    "TokenStats",
-    "TokenTelemetry",
-    "describe_selectors",
-    "load_selector",
-    "load_telemetry",
-    "selector_names",
-]
+from opsd.selection import ALL_TOKENS as ALL_TOKENS
+from opsd.selection import Selection as Selection
+from opsd.selection import TokenSelector as TokenSelector
+from opsd.selection import TokenStats as TokenStats
+from opsd.selection import TokenTelemetry as TokenTelemetry
+from opsd.selection import describe_selectors as describe_selectors
+from opsd.selection import load_selector as load_selector
+from opsd.selection import load_telemetry as load_telemetry
+from opsd.selection import selector_names as selector_names

@@ -28,11 +28,11 @@ from opsd.run import checkpoint
 from opsd.run.folder import Follower, RunFolder
 from opsd.run.health import Health
 from opsd.run.tracking import Stopwatch, Tracker, forget_peak
-from opsd.types import Head, MicroBatch, Rollout
+from opsd.types import Head, MicroBatch, Rollout, Sampling
 from opsd.update import StepPlanner, Update, rollout_weights
 from opsd.utils import signals
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device
-from opsd.utils.errors import RunStopped, StepUnusable, UserError
+from opsd.utils.errors import DAMAGED, RunStopped, StepUnusable, UserError, said
 from opsd.utils.oom import memory_for
 from opsd.utils.paths import check_new_run
 from opsd.utils.seeding import derive_seed
@@ -127,7 +127,7 @@ class Trainer:
             self.watch = Stopwatch(self.engine.device)
             with self.stage("rollout"):
                 prompts, seed = parts.prompts.take(step), derive_seed(config.seed, "rollout", step)
-                sampling = dataclasses.replace(parts.sampling, max_new_tokens=config.rollout.horizon_at(step))
+                sampling = Sampling.of(config.rollout, config.rollout.horizon_at(step))
                 rollouts = parts.sampler.generate(prompts, config.rollout.samples_per_prompt, sampling, seed)
             self.stop_if_asked(step - 1)
             with self.stage("reward"):
@@ -371,13 +371,9 @@ def _find_checkpoint(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 def _restore(parts: Parts, state: checkpoint.TrainerState, newest: Path | None) -> None:
     """Restore optimiser, selector and teacher from a checkpoint. Raises UserError if it does not fit this run."""
-    try:
+    what = f"checkpoint {newest}: its trainer state does not fit this run"
+    with said(what, "remove it to resume from the previous one", *DAMAGED):
         parts.teacher.load_state(state.teacher)
         parts.engine.load_optimizer_state(state.optimizer_tensors)
         if parts.selector is not None:
             parts.selector.load_state_dict(state.selector)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"checkpoint {newest}: its trainer state does not fit this run ({error!r}); "
-            "remove it to resume from the previous one"
-        ) from error

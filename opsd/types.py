@@ -50,6 +50,11 @@ class Sampling:
     top_k: int = 0
     max_new_tokens: int = 8192
 
+    @classmethod
+    def of(cls, settings: Any, max_new_tokens: int) -> Sampling:
+        """As `opsd.config.settings.SamplingSettings` say."""
+        return cls(settings.temperature, settings.top_p, settings.top_k, max_new_tokens)
+
 
 @dataclass(frozen=True)
 class Stops:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from opsd.config.settings import Bound, Fraction, NonNegativeFloat, PositiveInt
 from opsd.selection import Selection, TokenStats
 from opsd.utils.errors import UserError
 from tip_patch.groups import Rollouts
-from tip_patch.options import check_range
 from tip_patch.selector import NormalisingSelector, Selector, read_field
 from tip_patch.selectors import EntropySample
 
@@ -67,14 +67,10 @@ class PositionWeighted(Selector):
     favours early tokens, as arXiv 2606.22600 suggests.
     """
 
-    retention: float = 1.0
-    slope: float = 1.0
+    retention: Fraction = 1.0
+    slope: Annotated[float, Bound(lambda slope: -2 <= slope <= 2, "a number in [-2, 2]")] = 1.0
 
     name: ClassVar[str] = "position_weighted"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self.name, "slope", self.slope, -2.0, 2.0, open_low=False)
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
         """Keep the first budget_R rows of each rollout and weight them by their position among these."""
@@ -96,15 +92,11 @@ class IWOPD(Selector):
     models agree on a whole rollout, all its weights are 1 + γ. gamma: γ ≥ 0, the paper's 0.5.
     """
 
-    retention: float = 1.0
-    gamma: float = 0.5
+    retention: Fraction = 1.0
+    gamma: NonNegativeFloat = 0.5
 
     name: ClassVar[str] = "iw_opd"
     needs: ClassVar[frozenset[str]] = frozenset({"log_ratio_N", "token_ids_N"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self.name, "gamma", self.gamma, 0.0, float("inf"), open_low=False)
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
         """Keep the first budget_R rows of each rollout and weight them by the gap accumulated before them."""
@@ -126,7 +118,7 @@ class Teachability(NormalisingSelector):
     C is a probability already and is taken as it is.
     """
 
-    divergence_clip_quantile: float = 0.95
+    divergence_clip_quantile: Fraction = 0.95
 
     name: ClassVar[str] = "teachability"
     needs: ClassVar[frozenset[str]] = frozenset({"reverse_kl_N", "teacher_mass_N"})
@@ -145,16 +137,12 @@ class Verify(Selector):
     on the models, so retention has no effect. top_k: how many of the teacher's tokens pass, at least 1.
     """
 
-    retention: float = 1.0
-    top_k: int = 5
+    retention: Fraction = 1.0
+    top_k: PositiveInt = 5
 
     name: ClassVar[str] = "verify"
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_rank_N", "token_ids_N"})
     fixed_budget: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self.name, "top_k", self.top_k, 1, float("inf"), open_low=False)
 
     def budget(self, tokens: int) -> int:
         """The most that can be kept: all."""

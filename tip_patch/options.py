@@ -6,37 +6,27 @@ import dataclasses
 import math
 from typing import Any
 
+from opsd.config.settings import fields_of, wanted
 from opsd.utils.errors import UserError
 
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
 def convert_options(owner: Any, label: str) -> None:
-    """Turn each field of the dataclass `owner` into its default's type, in place.
+    """Convert each field of the dataclass `owner` to its default's type, in place, and check its type's bounds.
 
     Errors: UserError naming the option, what was received and what to give.
     """
+    bounds = fields_of(type(owner))
     for field in dataclasses.fields(owner):
-        given = getattr(owner, field.name)
-        kind = type(field.default)
+        given, kind = getattr(owner, field.name), type(field.default)
         try:
-            setattr(owner, field.name, _convert(given, kind))
+            value = _convert(given, kind)
         except (TypeError, ValueError):
             raise UserError(f"{label}: {field.name} {given!r}: give {_expected(kind)}") from None
-
-
-def check_range(label: str, name: str, value: float, low: float, high: float, *, open_low: bool = True) -> None:
-    """Raises UserError unless low < value ≤ high (low ≤ value if `open_low` is False)."""
-    inside = (low < value if open_low else low <= value) and value <= high
-    if not inside:
-        bracket, end = "(" if open_low else "[", ")" if math.isinf(high) else "]"
-        raise UserError(f"{label}: {name} {value}: give a number in {bracket}{low:g}, {high:g}{end}")
-
-
-def check_choice(label: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises UserError unless value is one of choices."""
-    if value not in choices:
-        raise UserError(f"{label}: {name} {value!r}: give one of {', '.join(choices)}")
+        if give := wanted(bounds[field.name], value):
+            raise UserError(f"{label}: {field.name} {given}: give {give}")
+        setattr(owner, field.name, value)
 
 
 def _convert(given: Any, kind: type) -> Any:

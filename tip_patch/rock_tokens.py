@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from opsd.config.settings import Fraction, PositiveInt
 from opsd.selection import Selection, TokenStats
 from opsd.utils.errors import UserError
 from tip_patch.groups import Rollouts
 from tip_patch.normalise import Reduce
-from tip_patch.options import check_range
 from tip_patch.sampling import uniform_draws
 from tip_patch.selector import Selector, read_field
 
@@ -32,11 +32,11 @@ class RockBypass(Selector):
     and count by token id, which change between steps only and are part of a checkpoint.
     """
 
-    retention: float = 1.0
-    most: int = 100
-    most_of_tokens: float = 0.18
-    after_steps: int = 10
-    decay: float = 0.98
+    retention: Fraction = 1.0
+    most: PositiveInt = 100
+    most_of_tokens: Fraction = 0.18
+    after_steps: PositiveInt = 10
+    decay: Fraction = 0.98
 
     name: ClassVar[str] = "rock_bypass"
     needs: ClassVar[frozenset[str]] = frozenset({"reverse_kl_N", "token_ids_N"})
@@ -44,10 +44,7 @@ class RockBypass(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.name, "most", self.most, 1, float("inf"), open_low=False)
-        check_range(self.name, "most_of_tokens", self.most_of_tokens, 0.0, 1.0)
-        check_range(self.name, "after_steps", self.after_steps, 1, float("inf"), open_low=False)
-        check_range(self.name, "decay", self.decay, 0.0, 1.0)
+
         self._steps = 0
         # Row 0: number of tokens of each id; row 1: their Σδ in nats. Of past steps, and of this step on this rank.
         self._known_2V = self._seen_2V = torch.zeros(2, 0, dtype=torch.float64)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from opsd.config.settings import Bound, Fraction, FractionFromZero
 from opsd.selection import Selection, TokenStats
 from opsd.utils.errors import UserError
 from tip_patch.groups import Rollouts
 from tip_patch.normalise import SCOPES, MinMax, Normaliser, Ranks, Reduce
-from tip_patch.options import check_choice, check_range, convert_options
+from tip_patch.options import convert_options
+
+Scope = Annotated[str, Bound(lambda scope: scope in SCOPES, f"one of: {', '.join(SCOPES)}")]
 
 
 def read_field(stats: TokenStats, field: str, reader: str) -> Tensor:
@@ -35,9 +38,9 @@ class Selector:
     Errors: UserError for an option of the wrong type or out of range.
     """
 
-    retention: float = 0.5
-    normalise_over: str = "micro_batch"
-    clip_quantile: float = 0.98
+    retention: Fraction = 0.5
+    normalise_over: Scope = "micro_batch"
+    clip_quantile: Fraction = 0.98
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -47,9 +50,6 @@ class Selector:
 
     def __post_init__(self) -> None:
         convert_options(self, self.name)
-        check_range(self.name, "retention", self.retention, 0.0, 1.0)
-        check_range(self.name, "clip_quantile", self.clip_quantile, 0.0, 1.0)
-        check_choice(self.name, "normalise_over", self.normalise_over, SCOPES)
         if not self.normalises:
             self.normalise_over = "micro_batch"
 
@@ -113,17 +113,15 @@ class NormalisingSelector(Selector):
     weight decay^age.
     """
 
-    divergence_clip_quantile: float = 1.0
+    divergence_clip_quantile: Fraction = 1.0
     ranks: bool = False
-    running_decay: float = 0.9
+    running_decay: FractionFromZero = 0.9
 
     normalises: ClassVar[bool] = True
     normalised_fields: ClassVar[tuple[str, ...]] = ("entropy_N", "reverse_kl_N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.name, "divergence_clip_quantile", self.divergence_clip_quantile, 0.0, 1.0)
-        check_range(self.name, "running_decay", self.running_decay, 0.0, 1.0, open_low=False)
         clips = {"entropy_N": self.clip_quantile, "reverse_kl_N": self.divergence_clip_quantile}
         self._normalisers = {
             field: Normaliser(Ranks() if self.ranks else MinMax(clips[field]), self.normalise_over, self.running_decay)

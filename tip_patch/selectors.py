@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from opsd.config.settings import PositiveFloat
 from opsd.selection import Selection, TokenStats
 from tip_patch.groups import Rollouts
-from tip_patch.options import check_range
 from tip_patch.sampling import inclusion_probabilities, successive_keys, systematic_mask, uniform_draws
 from tip_patch.selector import NormalisingSelector, Selector, read_field
 
@@ -31,14 +31,10 @@ class EntropySample(Selector):
     """
 
     importance_weighted: bool = False
-    epsilon_nats: float = 0.01
+    epsilon_nats: PositiveFloat = 0.01
 
     name: ClassVar[str] = "entropy_sample"
     needs: ClassVar[frozenset[str]] = frozenset({"entropy_N"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self.name, "epsilon_nats", self.epsilon_nats, 0.0, float("inf"))
 
     def choose(self, stats: TokenStats, rollouts: Rollouts, budget_R: Tensor, seed: int) -> Selection:
         """Keep budget_R rows of each rollout, and weight them if importance_weighted."""

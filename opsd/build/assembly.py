@@ -39,7 +39,7 @@ from opsd.run.began import Began
 from opsd.run.tracking import check_trackers
 from opsd.selection import TokenSelector, TokenTelemetry, load_telemetry
 from opsd.teacher import LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
-from opsd.types import NO_STOPS, Sampling, Stops
+from opsd.types import NO_STOPS, Stops
 from opsd.utils.distributed import Ranks, local_device
 from opsd.utils.errors import UserError
 from opsd.utils.oom import memory_for
@@ -59,7 +59,7 @@ class Parts:
     prompts: PromptStream
     dropped_prompts: int
     sampler: RolloutEngine
-    sampling: Sampling
+
     teacher: Teacher
     teacher_sampler: RolloutEngine | None
     selector: TokenSelector | None
@@ -162,7 +162,6 @@ def assemble(config: TrainConfig, ranks: Ranks, checkpoint: Path | None = None, 
         prompts=PromptStream(prompts, config.prompts_per_step, config.seed),
         dropped_prompts=asked.dropped,
         sampler=rollout,
-        sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_new_tokens),
         teacher=teacher,
         teacher_sampler=teacher_rollout,
         selector=selector,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opsd.config import RolloutConfig, SelectConfig, TrainConfig
-from opsd.engine import Engine
+from opsd.engine import Engine, settled
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.selection import ALL_TOKENS, TokenSelector, load_selector, selector_takes
 from opsd.utils.distributed import world_size
@@ -33,23 +33,31 @@ def build_rollout(
     engine: Engine,
     vocab_size: int,
     longest: int,
-    switches: frozenset[int] = frozenset(),
-    ends: Sequence[int] | None = None,
+    switches: frozenset[int],
+    ends: Sequence[int],
 ) -> RolloutEngine:
     """The sampler that `config` names; path: a folder with the plain weights of the engine's student.
 
     vocab_size: only ids below it are sampled. longest: tokens of the longest sequence. switches: see `decode`.
-    ends: the tokens that end a response; None: the student's own.
+    ends: the tokens that end a response.
     """
     r = config.rollout
     if r.engine == "hf":
         how = (r.generate_batch, engine.sampling, engine.ranks, vocab_size, switches, ends)
         return HFRollout(engine.student.model, tokenizer, *how)
-    from opsd.rollout.vllm import VLLMRollout, sampler_settings
-
-    how = (config.engine, longest, config.trust_remote_code, vocab_size, ends)
-    settings = sampler_settings(path, tokenizer, engine, r, *how)
+    settings = {
+        "path": path,
+        "eos_ids": list(ends),
+        "dtype": settled(config.engine, engine.device).dtype,
+        "max_model_tokens": longest,
+        "batch_rollouts": r.generate_batch,
+        "memory_share": r.gpu_memory_share,
+        "trust": config.trust_remote_code,
+        "vocab_size": vocab_size,
+    }
     if r.engine == "vllm":
+        from opsd.rollout.vllm import VLLMRollout
+
         return VLLMRollout(engine, r, settings)
     from opsd.rollout.vllm_process import VLLMProcessRollout
 

@@ -16,6 +16,7 @@ from opsd.utils.errors import UserError, first_line
 
 # What a run writes into config.json in addition to its settings.
 OF_A_RUN = ("began", "extended")
+_UNSET = TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out="")
 
 
 def with_file(args: list[str]) -> list[str]:
@@ -38,18 +39,15 @@ def with_file(args: list[str]) -> list[str]:
 
 def dumped(args: list[str]) -> str:
     """Every setting of the run that these arguments describe, as YAML; models, prompts and folder may be left out."""
-    unset = TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out="")
-    config = parse(
-        TrainConfig, with_file([word for word in args if word != "--dump_config"]), "opsd train", unset=unset
-    )
+    words = with_file([word for word in args if word != "--dump_config"])
+    config = parse(TrainConfig, words, "opsd train", unset=_UNSET)
     # The round trip through JSON turns tuples into lists.
     return yaml.safe_dump(json.loads(json.dumps(to_json(config))), sort_keys=False, allow_unicode=True)
 
 
 def as_command(config: TrainConfig) -> str:
     """The command that starts such a run: the settings that differ from the defaults, as flags."""
-    unset = TrainConfig(student="", teacher=TeacherConfig(model=""), prompts="", out="")
-    plain, flags = (_flags(json.loads(json.dumps(to_json(one)))) for one in (unset, config))
+    plain, flags = (_flags(json.loads(json.dumps(to_json(one)))) for one in (_UNSET, config))
     words = [word for flag, own in flags.items() if own != plain.get(flag) for word in (flag, *own)]
     return shlex.join(["opsd", "train", *words])
 

@@ -10,7 +10,7 @@ from typing import Any
 from opsd.config.cli import parse
 from opsd.config.schema import TrainConfig, from_json
 from opsd.config.settings import PositiveInt, Settings
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, said
 from opsd.utils.paths import check_old_run
 
 
@@ -38,12 +38,8 @@ def parse_resume(args: list[str]) -> ResumeConfig:
 def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """A run folder's settings, and the other keys of its config.json: "began", "extended". Raises UserError."""
     check_old_run(path)
-    try:
+    with said(f"--resume {path}: config.json is not JSON", "put it back, or start a new run", ValueError):
         values = json.loads((path / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(
-            f"--resume {path}: config.json is not JSON ({error}); put it back, or start a new run"
-        ) from error
     if not isinstance(values, dict):
         raise UserError(f"--resume {path}: config.json holds no settings; put it back, or start a new run")
     beside = {name: values.pop(name) for name in ("began", "extended") if name in values}

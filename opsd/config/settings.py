@@ -50,7 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in fields_of(type(self)).items():
             value = getattr(self, name)
-            if give := _wanted(kind, value):
+            if give := wanted(kind, value):
                 raise UserError(f"--{self.part}{name} {value}: give {give}")
         self.check()
 
@@ -93,7 +93,7 @@ def fits(kind: Any, value: Any) -> bool:
     return type(value) is (origin or kind)
 
 
-def _wanted(kind: Any, value: Any) -> str:
+def wanted(kind: Any, value: Any) -> str:
     """What to give instead of `value`; "" if it is within the bounds and choices of its type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
@@ -104,7 +104,7 @@ def _wanted(kind: Any, value: Any) -> str:
     if origin in (Union, UnionType):
         # The type with bounds comes first, then words such as auto or None.
         words = [word for arg in args[1:] for word in typing.get_args(arg) or (None,)]
-        return "" if value in words else _wanted(args[0], value)
+        return "" if value in words else wanted(args[0], value)
     return ""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from opsd.data.rendering import PromptFormat, check_template, encode, lookup
 from opsd.types import Prompt, Rollout
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 
 Content = str | list[dict[str, Any]]
 SAMPLE = "rollout"
@@ -38,10 +38,8 @@ class TeacherContext:
     @classmethod
     def read(cls, path: str) -> TeacherContext:
         """The file's text without trailing newlines. Raises UserError if it is unreadable, blank or names no column."""
-        try:
+        with said(f"--teacher.context {path} cannot be read as text", "give a text file", *DAMAGED):
             text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--teacher.context {path} cannot be read as text ({error}); give a text file") from error
         if not text.strip():
             raise UserError(f"--teacher.context {path} is blank; give a text such as {{prompt}}, or omit the flag")
         context = cls(text)

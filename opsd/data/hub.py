@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 
 FORMS = (".parquet", ".jsonl", ".json")
 
@@ -35,12 +35,9 @@ class HubPlace:
         from huggingface_hub import snapshot_download
 
         patterns = [f"*{self.split}*{form}" for form in FORMS]
-        try:
-            folder = Path(
-                snapshot_download(self.name, repo_type="dataset", revision=self.revision, allow_patterns=patterns)
-            )
-        except Exception as error:  # of the network, the hub, or its cache
-            raise UserError(f"dataset {self.name} cannot be fetched from the hub ({first_line(error)})") from error
+        which = {"repo_type": "dataset", "revision": self.revision, "allow_patterns": patterns}
+        with said(f"dataset {self.name} cannot be fetched from the hub", "look at its name, or download it"):
+            folder = Path(snapshot_download(self.name, **which))
         for form in FORMS:
             names = [file.relative_to(folder) for file in folder.rglob(f"*{form}")]
             if found := sorted(name for name in names if self._is_ours(name)):

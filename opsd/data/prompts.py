@@ -15,7 +15,7 @@ import torch
 from opsd.data.hub import HubPlace
 from opsd.data.rendering import PromptFormat, check_template, encode, lookup, rendered, short, shows
 from opsd.types import Prompt
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.paths import check_records_path
 from opsd.utils.seeding import derive_seed
 
@@ -31,11 +31,9 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     check_records_path(path)
     if path.suffix == ".parquet":
-        try:
+        with said(f"{path} cannot be read as parquet", "give a complete file", *DAMAGED):
             # Not through pandas, which turns 3 into 3.0 if another row has no value.
             records = pq.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as parquet ({first_line(error)}); give a complete file") from error
     else:
         records = list(_read_jsonl(path))
     if not records:
@@ -138,10 +136,8 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
+            with said(f"{path} line {number} is not JSON", "give one object per line", ValueError, RecursionError):
                 record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is not JSON ({error}); give one object per line") from error
             if not isinstance(record, dict):
                 raise UserError(f"{path} line {number} is a {type(record).__name__}; give one object per line")
             yield record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsd.config.settings import PromptSettings
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 
 # Roles that the last message of a prompt may have: after any other role the model is not expected to answer.
 _ASKING = ("user", "tool", "function", "ipython", "observation")
@@ -100,13 +100,9 @@ def encode(content: Any, tokenizer: Any, how: PromptFormat, where: str) -> list[
 
 def _ids(text: str, tokenizer: Any, where: str, framed: bool = False) -> list[int]:
     """The text's tokens; framed: with the special tokens that the tokenizer adds around a text."""
-    try:
+    give = "change the text, or give a model whose tokenizer has all of its characters, or an unknown token"
+    with said(f"{where}: the tokenizer cannot encode it", give):
         return tokenizer(text, add_special_tokens=framed).input_ids
-    except Exception as error:  # the tokenizers library raises no other type
-        raise UserError(
-            f"{where}: the tokenizer cannot encode it ({first_line(error)}); change the text, or give a model whose "
-            "tokenizer has all of its characters, or an unknown token"
-        ) from error
 
 
 def _encode_raw(text: str, tokenizer: Any, where: str) -> list[int]:
@@ -125,12 +121,8 @@ def _encode_raw(text: str, tokenizer: Any, where: str) -> list[int]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Any, how: PromptFormat, where: str) -> list[int]:
-    try:
+    with said(f"{where} does not fit the {how.whose} chat template", "fix the messages"):
         text = rendered(messages, tokenizer, how)
-    except Exception as error:  # a template is a program
-        raise UserError(
-            f"{where} does not fit the {how.whose} chat template ({first_line(error)}); fix the messages"
-        ) from error
     last = messages[-1]
     if last["role"] != "user" and not shows(text, last["content"]):
         raise UserError(

@@ -14,8 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from opsd.utils.errors import UserError
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import UserError, is_out_of_memory
 
 
 def slices(rows: int, step: int) -> Iterator[slice]:

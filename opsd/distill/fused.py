@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opsd.distill.chunks import attempts, slices
+from opsd.distill.chunks import attempts
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec
-from opsd.distill.rows import Logits, differentiate_, gradient_buffer
-from opsd.distill.workspace import Workspace
+from opsd.distill.rows import Logits, differentiate_, gradient_buffer, projected
 
 
 @dataclass(frozen=True)
@@ -128,15 +127,11 @@ def differentiate(
 def _projected(trained: Trained, chunk: int) -> Iterator[tuple[slice, Logits, Tensor]]:
     """Project at most `chunk` of the K rows at a time. Yields which rows, their logits, and the buffer for their
     gradient."""
-    inputs = trained.inputs
-    student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection()
-    work = Workspace.allocate(inputs, chunk, kernels=trained.spec.has_kernels)
-    gradient_CW = gradient_buffer(work, chunk, inputs.student_type)
-    for part in slices(trained.rows, chunk):
-        where, count = trained.where(part), part.stop - part.start
-        student_CW = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
-        teacher_CW = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CW)
-        yield part, Logits(work, student_CW, teacher_CW), gradient_CW[:count]
+    gradient_CW = None
+    for part, _, logits in projected(trained.inputs, trained.kept_K, chunk, kernels=trained.spec.has_kernels):
+        if gradient_CW is None:
+            gradient_CW = gradient_buffer(logits.work, chunk, trained.inputs.student_type)
+        yield part, logits, gradient_CW[: logits.rows]
 
 
 def _held(trained: Trained, held: HeldLogits) -> Iterator[tuple[slice, Logits, Tensor]]:

@@ -9,8 +9,9 @@ import torch
 
 from opsd.distill.chunks import may_hold
 from opsd.distill.inputs import Inputs, LossSpec
+from opsd.distill.rows import projected
 from opsd.distill.workspace import Workspace
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import is_out_of_memory
 
 
 class HeldLogits:
@@ -39,13 +40,10 @@ def hold_logits(inputs: Inputs, spec: LossSpec, teacher: bool) -> HeldLogits | N
     if not rows or not may_hold(spec.chunk_tokens, rows, inputs.vocab_size, like, inputs.wide):
         return None
     try:
-        work = Workspace.allocate(inputs, rows, teacher, copies=True, kernels=spec.has_kernels)
         with torch.autocast(like.device.type, enabled=False):
-            inputs.student_projection().project_(like, work.student_CV)
-            if teacher:
-                inputs.teacher_projection().project_(inputs.teacher_NE, work.teacher_CV, work.student_CV)
+            *_, logits = next(projected(inputs, None, rows, teacher, spec.has_kernels, copies=True))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
-    return HeldLogits(work)
+    return HeldLogits(logits.work)

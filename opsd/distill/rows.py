@@ -8,11 +8,13 @@ Legend: C rows, B rows of a block, W width of a row (`chunks.row_width`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from opsd.distill.chunks import slices
 from opsd.distill.divergence import (
     GRADIENTS,
     SAMPLED,
@@ -22,7 +24,7 @@ from opsd.distill.divergence import (
     through_cap_,
     token_fields_,
 )
-from opsd.distill.inputs import LossSpec
+from opsd.distill.inputs import Inputs, LossSpec
 from opsd.distill.workspace import Workspace
 
 
@@ -66,6 +68,23 @@ class Logits(NamedTuple):
         if not self.held or (model and products_CW is not self.work.teacher_CV):
             return products_CW[rows]
         return self.work.copied(model, products_CW, rows if kept_C is None else kept_C[rows])
+
+
+def projected(
+    inputs: Inputs, kept_K: Tensor | None, chunk: int, teacher: bool = True, kernels: bool = True, copies: bool = False
+) -> Iterator[tuple[slice, slice | Tensor, Logits]]:
+    """Project at most `chunk` of the kept rows (None: all) at a time. Yields which of K, which of N, and their logits.
+
+    All in one workspace; teacher, kernels, copies: as for `Workspace.allocate`.
+    """
+    work = Workspace.allocate(inputs, chunk, teacher, copies, kernels)
+    student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection() if teacher else None
+    for part in slices(inputs.rows if kept_K is None else kept_K.shape[0], chunk):
+        where, count = part if kept_K is None else kept_K[part], part.stop - part.start
+        student_CW, teacher_CW = student_head.project_(inputs.student_ND[where], work.student_CV[:count]), None
+        if teacher_head is not None:
+            teacher_CW = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CW)
+        yield part, where, Logits(work, student_CW, teacher_CW)
 
 
 class Differentiated(NamedTuple):

@@ -20,8 +20,7 @@ from opsd.distill.inputs import Inputs, LossSpec, on_rows
 from opsd.distill.stats import build_stats, check_needs, join_ranks, score_rows
 from opsd.selection import TEACHER_FIELDS, Selection, TokenSelector, TokenStats
 from opsd.utils.distributed import Ranks
-from opsd.utils.errors import RunStopped, UserError, first_line
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import RunStopped, UserError, first_line, is_out_of_memory
 
 StopToken = Literal["as_scored", "always", "never"]
 

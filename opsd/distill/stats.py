@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opsd.distill.chunks import ChunkTokens, attempts, slices
+from opsd.distill.chunks import ChunkTokens, attempts
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.rows import Logits, score_
-from opsd.distill.workspace import Workspace
+from opsd.distill.rows import Logits, projected, score_
 from opsd.selection import (
     ALL_STATISTICS,
     GIVEN_FIELDS,
@@ -85,50 +84,26 @@ def score_rows(
 
     held: all rows' logits, which are not changed. Without them rows are projected chunk by chunk.
     """
-    rows = inputs.rows if kept_K is None else kept_K.shape[0]
-    fields = {name: _blank(name, inputs) for name in needs}
+    rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
+    fields, ids_N = {name: _blank(name, inputs) for name in needs}, inputs.scored_ids_N
+
+    def scored(logits: Logits, ids_C: Tensor | None) -> dict[str, Tensor]:
+        stops = _stop_fields(needs, inputs, logits, spec.temperature)
+        # score_ overwrites the logits, unless they are held.
+        return stops | score_(needs - STOP_FIELDS, logits, spec.temperature, ids_C)
+
     if not fields or not rows:
         return fields
     if held is not None:
-        return _score_held(inputs, needs, spec, held)
+        teacher_NW = held.work.teacher_CV if teacher else None
+        return scored(Logits(held.work, held.work.student_CV, teacher_NW, held=True), ids_N)
     for attempt in attempts(spec.chunk_tokens, rows, inputs.vocab_size, inputs.student_ND, inputs.wide):
-        with attempt as chunk:
-            for where, values in _scored_chunks(inputs, needs, spec.temperature, chunk, kept_K):
-                for name, values_C in values.items():
+        logits = None  # frees those of an attempt that ran out of memory
+        with attempt as chunk, torch.autocast(inputs.student_ND.device.type, enabled=False):
+            for _, where, logits in projected(inputs, kept_K, chunk, teacher):
+                for name, values_C in scored(logits, None if ids_N is None else ids_N[where]).items():
                     fields[name][where] = values_C
     return fields
-
-
-def _score_held(inputs: Inputs, needs: frozenset[str], spec: LossSpec, held: HeldLogits) -> dict[str, Tensor]:
-    """The named fields [N] of all rows, from held logits, which are not changed."""
-    work = held.work
-    teacher_NW = work.teacher_CV if needs & TEACHER_FIELDS else None
-    logits = Logits(work, work.student_CV, teacher_NW, held=True)
-    stops = _stop_fields(needs, inputs, logits, spec.temperature)
-    return stops | score_(needs - STOP_FIELDS, logits, spec.temperature, inputs.scored_ids_N)
-
-
-def _scored_chunks(
-    inputs: Inputs, needs: frozenset[str], temperature: float, chunk: int, kept_K: Tensor | None
-) -> Iterator[tuple[slice | Tensor, dict[str, Tensor]]]:
-    """Yields which rows, and their named fields [C], `chunk` rows at a time."""
-    rows, teacher = inputs.rows if kept_K is None else kept_K.shape[0], bool(needs & TEACHER_FIELDS)
-    work = Workspace.allocate(inputs, chunk, teacher)
-    student_head, teacher_head = inputs.student_projection(), inputs.teacher_projection() if teacher else None
-    ids_N = inputs.scored_ids_N
-    with torch.autocast(inputs.student_ND.device.type, enabled=False):
-        for part in slices(rows, chunk):
-            where = part if kept_K is None else kept_K[part]
-            count = part.stop - part.start
-            student_CV = student_head.project_(inputs.student_ND[where], work.student_CV[:count])
-            teacher_CV = None
-            if teacher_head is not None:
-                teacher_CV = teacher_head.project_(inputs.teacher_NE[where], work.teacher_CV[:count], student_CV)
-            ids_C = None if ids_N is None else ids_N[where]
-            logits = Logits(work, student_CV, teacher_CV)
-            stops = _stop_fields(needs, inputs, logits, temperature)
-            # score_ overwrites the logits.
-            yield where, stops | score_(needs - STOP_FIELDS, logits, temperature, ids_C)
 
 
 def _stop_fields(needs: frozenset[str], inputs: Inputs, logits: Logits, temperature: float) -> dict[str, Tensor]:

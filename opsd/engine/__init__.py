@@ -26,9 +26,9 @@ def check_engine(config: TrainConfig) -> None:
 
 
 def build_engine(config: TrainConfig, ranks: Ranks, student: Scorer, device: torch.device) -> Engine:
-    """The engine that `config` names, around `student`."""
-    if config.engine.kind == "torch":
-        return TorchEngine(student, config.engine, config.optim, device)
+    """The engine that `config` names, around `student`. ZeRO-0 partitions nothing: plain torch does that."""
+    if config.engine.kind == "torch" or config.engine.zero_stage == 0:
+        return TorchEngine(student, config.engine, config.optim, device, ranks)
     from opsd.engine.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(student, config.engine, config.optim, device, ranks)

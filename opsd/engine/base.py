@@ -5,57 +5,69 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from opsd.config import EngineConfig, OptimConfig
+from opsd.model.files import as_saved
+from opsd.model.lora import PlainWeight, has_adapters, plain_weights, trained
 from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import MicroBatch
 from opsd.utils.distributed import Ranks
 
 
-class Engine(Protocol):
-    """The student with its optimiser, on one or more ranks. Every method is called on every rank, in the same order."""
+class Engine(ABC):
+    """The student with its optimiser, on one or more ranks. Every method is called on every rank, in the same order.
 
-    ranks: Ranks
-    device: torch.device
-    student: Scorer
+    The methods that handle weights are for weights that every rank holds whole; an engine that partitions them
+    overrides how a weight is gathered and split.
+    """
 
+    def __init__(self, student: Scorer, engine: EngineConfig, device: torch.device, ranks: Ranks) -> None:
+        self.student, self.device, self.ranks = student, device, ranks
+        self._dtype = getattr(torch, settled(engine, device).dtype)
+        if engine.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._named = trained(student.model)
+
+    @abstractmethod
     def sampling(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which the student's own model generates: in the compute type, with whole weights on every rank."""
-        ...
 
+    @abstractmethod
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
         """use(student_hidden_ND, student_head) inside the model's forward."""
-        ...
 
+    @abstractmethod
     def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
         """Add the gradient of loss_sum / global_count; global_count is over all micro-batches and ranks."""
-        ...
 
+    @abstractmethod
     def step(self, lr: float) -> float:
         """Clip, update with learning rate `lr`, clear the gradients; returns the gradient norm before clipping.
 
         A norm that is not finite leaves the weights as they are.
         """
-        ...
 
+    @abstractmethod
     def discard(self) -> None:
         """Drop the gradients that `backward` has added since the last step; weights and optimiser stay as they are."""
-        ...
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """The plain model's whole weights in full precision on the first rank, {} on the others.
 
         Adapters are merged in. None if the model's own parameters are these weights.
         """
-        ...
+        return self._collect(self._plain_weights())
 
     def adapters(self) -> dict[str, torch.Tensor] | None:
         """The adapters' whole tensors in full precision on the first rank, {} on the others; None without adapters."""
-        ...
+        if not has_adapters(self.student.model):
+            return None
+        return self._collect((name, self._full_weight(p)) for name, p in self._named.items())
 
     def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of the plain model, whole on every rank, one at a time, under the name that it has in a file.
@@ -64,37 +76,73 @@ class Engine(Protocol):
 
         A tied head comes twice, under both of its names: the receiver may keep two copies.
         """
-        ...
+        for plain in plain_weights(self.student.model, remove_duplicate=False):
+            with self._whole(plain) as tensor:
+                yield from as_saved(self.student.model, plain.name, tensor.to(plain.weight.dtype))
 
     def master(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's share of each trained weight in fp32, by name: the weight itself, or an equal flat part of it.
 
         A part if ZeRO partitions the optimiser's state. A caller that keeps a share must copy it.
         """
-        ...
+        return ((name, self._share(self._full_weight(parameter))) for name, parameter in self._named.items())
 
+    @abstractmethod
     def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
         """Context in which the model computes with these shares' weights (as from `master`) instead of its own."""
-        ...
 
     def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The whole tensors of such shares on the first rank, {} on the others."""
-        ...
+        return self._collect((name, self._joined(share, self._named[name])) for name, share in shares.items())
 
     def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inverse of `join`; every rank is given the whole."""
-        ...
+        return {name: self._share(whole[name].to(self.device)).clone() for name in self._named}
 
+    @abstractmethod
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Optimiser state as whole tensors, named `parameter/moment`, on the first rank; {} on the others.
 
         It does not depend on the number of ranks or on how they share the state.
         """
-        ...
 
+    @abstractmethod
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `optimizer_state`; every rank is given the whole."""
-        ...
+
+    def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The plain model's weights, one by one, in full precision."""
+        for plain in plain_weights(self.student.model):
+            if plain.weight.requires_grad:
+                yield plain.name, self._full_weight(plain.weight)
+            else:
+                with self._whole(plain) as tensor:
+                    yield plain.name, tensor.float()
+
+    def _collect(self, whole: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Form each tensor in turn, on all ranks together; the first rank keeps them in host memory."""
+        kept = {}
+        for name, tensor in whole:
+            if self.ranks.is_main:
+                kept[name] = tensor.detach().to("cpu", copy=True)
+        return kept
+
+    @contextlib.contextmanager
+    def _whole(self, plain: PlainWeight) -> Iterator[torch.Tensor]:
+        """A whole weight of the plain model, in the compute type or, if an adapter is merged in, in fp32."""
+        yield plain.formed(plain.weight.data, plain.a, plain.b)
+
+    def _full_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """A trained parameter, whole and in fp32."""
+        return parameter.data
+
+    def _share(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a trained tensor."""
+        return whole.detach()
+
+    def _joined(self, share: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """All ranks' parts as one tensor in the parameter's shape."""
+        return share
 
 
 def settled(engine: EngineConfig, device: torch.device) -> EngineConfig:

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO 0 to 3 over any number of ranks, on CUDA (NCCL) or CPU (gloo)."""
+"""DeepSpeed: ZeRO 1 to 3 over any number of ranks, on CUDA (NCCL) or CPU (gloo)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from opsd.config import EngineConfig, OptimConfig
 from opsd.data.packing import empty
 from opsd.distill import DistillResult
 from opsd.engine.base import Engine, optimizer_of, settled, swapped
-from opsd.model.files import as_saved
-from opsd.model.lora import PlainWeight, has_adapters, hold_frozen_in, plain_weights, trained
+from opsd.model.lora import PlainWeight
 from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import Head, MicroBatch
 from opsd.utils.distributed import Ranks
@@ -37,28 +36,19 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device, ranks: Ranks
     ) -> None:
-        self.student, self.device, self.ranks = student, device, ranks  # pyrefly: ignore[read-only]
-        engine = settled(engine, device)
-        self._stage, self._dtype = engine.zero_stage, getattr(torch, engine.dtype)
+        super().__init__(student, engine, device, ranks)
+        self._stage, self._moments = engine.zero_stage, MOMENTS[optim.kind]
         # Ranks gather weights layer by layer: all must call the model the same number of times.
         student.packed = student.packed or self._stage == 3
-        self._moments = MOMENTS[optim.kind]
-        self._max_norm = optim.max_grad_norm if optim.max_grad_norm > 0 else math.inf
-        if engine.gradient_checkpointing:
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._named = trained(student.model)
-        exact = self._exact_copies() if self._rounds() else {}
-        if self._stage == 0:
-            hold_frozen_in(self._dtype, student.model)
+        exact = {}
+        if self._dtype != torch.float32:
+            # DeepSpeed converts the weights to the compute type and then takes its master copy from them.
+            exact = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._named.items()}
         buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
-        optimizer = optimizer_of(self._named, optim)
-        self._norm = math.nan
-        if self._stage == 0:
-            optimizer.register_step_pre_hook(self._clip)
         self._deepspeed = import_deepspeed(device)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=student, optimizer=optimizer, config=deepspeed_config(engine, optim)
-        )
+        settings = deepspeed_config(settled(engine, device), optim)
+        optimizer = optimizer_of(self._named, optim)
+        self._engine, *_ = self._deepspeed.initialize(model=student, optimizer=optimizer, config=settings)
         if self._moments:
             self._allocate_moments()
         for name, weight in exact.items():
@@ -68,16 +58,13 @@ class DeepSpeedEngine(Engine):
             buffer.data = value
         student.train()
 
-    @contextlib.contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self) -> contextlib.AbstractContextManager[Any]:
         """See Engine. ZeRO-3 gathers once, so that ranks may then generate answers of different lengths."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._autocast())
-            if self._stage == 3:
-                from deepspeed.runtime.zero import unwrap_model_for_generation
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        from deepspeed.runtime.zero import unwrap_model_for_generation
 
-                stack.enter_context(unwrap_model_for_generation(self._engine))
-            yield
+        return unwrap_model_for_generation(self._engine)
 
     def forward(self, micro: MicroBatch, use: HeadUse[Result]) -> Result:
         """See Engine. Goes through DeepSpeed's wrapper, so that shards are gathered when a module needs them."""
@@ -87,8 +74,7 @@ class DeepSpeedEngine(Engine):
             result = use(hidden_ND, head)
             return [result.loss_sum] if isinstance(result, DistillResult) else [], result
 
-        with self._autocast():
-            found, result = self._engine(micro.to(self.device), visible)
+        found, result = self._engine(micro.to(self.device), visible)
         return dataclasses.replace(result, loss_sum=found[0]) if found else result
 
     def backward(self, loss_sum: torch.Tensor, global_count: float) -> None:
@@ -99,8 +85,6 @@ class DeepSpeedEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        if self._stage == 0:
-            return self._norm
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
 
     def discard(self) -> None:
@@ -120,24 +104,6 @@ class DeepSpeedEngine(Engine):
         if math.isfinite(self.step(0.0)):
             raise RuntimeError("DeepSpeed took a step with a gradient that is not finite")
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
-        if self._stage == 0 and not has_adapters(self.student.model):
-            return None
-        return self._collect(self._plain_weights())
-
-    def adapters(self) -> dict[str, torch.Tensor] | None:
-        if not has_adapters(self.student.model):
-            return None
-        return self._collect((name, self._full_weight(p)) for name, p in self._named.items())
-
-    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for plain in plain_weights(self.student.model, remove_duplicate=False):
-            with self._whole(plain) as tensor:
-                yield from as_saved(self.student.model, plain.name, tensor.to(plain.weight.dtype))
-
-    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, self._share(self._full_weight(parameter))) for name, parameter in self._named.items())
-
     @contextlib.contextmanager
     def lent(self, shares: dict[str, torch.Tensor]) -> Iterator[None]:
         """See Engine. Under ZeRO-3 the shards are replaced, and weights that stay whole are gathered again;
@@ -154,12 +120,6 @@ class DeepSpeedEngine(Engine):
         finally:
             self._set_shards(own)
 
-    def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._collect((name, self._joined(share, self._named[name])) for name, share in shares.items())
-
-    def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: self._share(whole[name].to(self.device)).clone() for name in self._named}
-
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         return self._collect(self._state() if self._moments else ())
 
@@ -173,10 +133,7 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self._named.items():
             for moment in self._moments:
                 tensor = tensors[f"{name}/{moment}"].to(self.device)
-                if self._stage == 0:
-                    optimizer.state[parameter][moment].copy_(tensor)
-                else:
-                    self._tensor_api("safe_set_full_optimizer_state")(parameter, tensor, moment)
+                self._tensor_api("safe_set_full_optimizer_state")(parameter, tensor, moment)
 
     def _allocate_moments(self) -> None:
         """Create AdamW's state before its first step, as AdamW would, so that it can be read and loaded at any time.
@@ -191,69 +148,25 @@ class DeepSpeedEngine(Engine):
         for shard in shards:
             zeros = {moment: torch.zeros_like(shard) for moment in self._moments}
             optimizer.state[shard] = {"step": torch.zeros((), device=shard.device), **zeros}
-        if self._stage in (1, 2):
+        if self._stage < 3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _rounds(self) -> bool:
-        """Whether DeepSpeed converts the weights to the compute type and then takes its master copy from them."""
-        return self._stage > 0 and self._dtype != torch.float32
-
-    def _exact_copies(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self._named.items()}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """ZeRO-0 keeps fp32 weights, like the torch engine; the other stages hold them in the compute type."""
-        if self._stage == 0 and self._dtype != torch.float32:
-            return torch.autocast(self.device.type, self._dtype)
-        return contextlib.nullcontext()
-
-    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """ZeRO-0, on reduced gradients just before the update: measure, clip, and drop them if they are not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm)
-        self._norm = float(norm)
-        if not math.isfinite(self._norm):
-            optimizer.zero_grad(set_to_none=True)
-
-    def _collect(self, whole: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Form each tensor in turn, on all ranks together; the first rank keeps them in host memory."""
-        kept = {}
-        for name, tensor in whole:
-            if self.ranks.is_main:
-                kept[name] = tensor.detach().to("cpu", copy=True)
-        return kept
-
-    def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The plain model's weights, one by one, in full precision."""
-        for plain in plain_weights(self.student.model):
-            if plain.weight.requires_grad:
-                yield plain.name, self._full_weight(plain.weight)
-            else:
-                with self._whole(plain) as tensor:
-                    yield plain.name, tensor.float()
 
     @contextlib.contextmanager
     def _whole(self, plain: PlainWeight) -> Iterator[torch.Tensor]:
-        """A whole weight of the plain model, in the compute type or, if an adapter is merged in, in fp32."""
         with self._deepspeed.zero.GatheredParameters([plain.weight], enabled=self._stage == 3):
             a, b = (None if part is None else self._full_weight(part) for part in (plain.a, plain.b))
             yield plain.formed(plain.weight.data, a, b)
 
     def _full_weight(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """A trained parameter, whole and in fp32."""
-        return parameter.data if self._stage == 0 else self._tensor_api("safe_get_full_fp32_param")(parameter)
+        return self._tensor_api("safe_get_full_fp32_param")(parameter)
 
     def _share(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor, split as by ZeRO-3: flat, padded with zeros; under ZeRO-0 all of it."""
-        if self._stage == 0:
-            return whole.detach()
+        """See Engine. Split as by ZeRO-3: flat, padded with zeros."""
         size = math.ceil(whole.numel() / self.ranks.world_size)
         part = whole.detach().flatten()[self.ranks.rank * size :][:size]
         return torch.nn.functional.pad(part, (0, size - part.numel()))
 
     def _joined(self, share: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """All ranks' parts as one tensor in the parameter's shape."""
-        if self._stage == 0:
-            return share
         shape = parameter.ds_shape if self._stage == 3 else parameter.shape  # pyrefly: ignore
         return self.ranks.concatenate(share)[: math.prod(shape)].view(shape)
 
@@ -275,17 +188,12 @@ class DeepSpeedEngine(Engine):
         step = next(iter(self._torch_optimizer().state.values()))["step"]
         for name, parameter in self._named.items():
             for moment in self._moments:
-                yield f"{name}/{moment}", self._full_moment(parameter, moment)
+                yield f"{name}/{moment}", self._tensor_api("safe_get_full_optimizer_state")(parameter, moment)
             yield f"{name}/step", step
-
-    def _full_moment(self, parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
-        if self._stage == 0:
-            return self._torch_optimizer().state[parameter][moment]
-        return self._tensor_api("safe_get_full_optimizer_state")(parameter, moment)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser inside DeepSpeed's wrappers."""
-        return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+        return self._engine.optimizer.optimizer
 
     def _tensor_api(self, name: str) -> Callable[..., Any]:
         return getattr(self._deepspeed.utils, name)
@@ -298,7 +206,6 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    bfloat16 = engine.dtype == "bfloat16" and engine.zero_stage > 0
     return {
         # Counts that DeepSpeed requires; nothing of ours is divided by them.
         "train_micro_batch_size_per_gpu": 1,
@@ -308,10 +215,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
         "zero_force_ds_cpu_optimizer": False,
         # SGD is not on its list of optimisers known to work; tests/scale compares it with plain torch.
         "zero_allow_untested_optimizer": optim.kind == "sgd",
-        "bf16": {"enabled": bfloat16, "check_grad_overflow": True},
+        "bf16": {"enabled": engine.dtype == "bfloat16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # ZeRO-0 clips in its own hook, where the norm can be read.
-        "gradient_clipping": 0.0 if engine.zero_stage == 0 else optim.max_grad_norm,
+        "gradient_clipping": optim.max_grad_norm,
         "steps_per_print": None,
     }
 

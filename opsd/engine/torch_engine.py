@@ -1,37 +1,38 @@
-"""One process of plain PyTorch."""
+"""Plain PyTorch: every rank has the whole student."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import distributed
 
 from opsd.config import EngineConfig, OptimConfig
-from opsd.engine.base import Engine, optimizer_of, settled, swapped
-from opsd.model.files import as_saved
-from opsd.model.lora import has_adapters, hold_frozen_in, plain_weights, trained
+from opsd.engine.base import Engine, optimizer_of, swapped
+from opsd.model.lora import has_adapters, hold_frozen_in
 from opsd.model.scorer import HeadUse, Result, Scorer
 from opsd.types import MicroBatch
-from opsd.utils.distributed import ONE_RANK
+from opsd.utils.distributed import ONE_RANK, Ranks
 
 
 class TorchEngine(Engine):
-    """Engine for one process: fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16.
+    """Engine with fp32 weights, AdamW or SGD, gradient clipping, autocast under bfloat16; ranks sum their gradients.
 
     Frozen weights are in the compute type.
     """
 
-    ranks = ONE_RANK
-
-    def __init__(self, student: Scorer, engine: EngineConfig, optim: OptimConfig, device: torch.device) -> None:
-        self.student, self.device, engine = student, device, settled(engine, device)  # pyrefly: ignore[read-only]
-        self._dtype, self._max_norm = getattr(torch, engine.dtype), optim.max_grad_norm
-        if engine.gradient_checkpointing:
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._named = trained(student.model)
+    def __init__(
+        self,
+        student: Scorer,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        device: torch.device,
+        ranks: Ranks = ONE_RANK,
+    ) -> None:
+        super().__init__(student, engine, device, ranks)
+        self._max_norm = optim.max_grad_norm if optim.max_grad_norm > 0 else math.inf
         hold_frozen_in(self._dtype, student.model)
         self._optimizer = optimizer_of(self._named, optim)
         student.train()
@@ -50,13 +51,16 @@ class TorchEngine(Engine):
         (loss_sum / global_count).backward()
 
     def step(self, lr: float) -> float:
-        limit = self._max_norm if self._max_norm > 0 else math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), limit))
+        for parameter in self._named.values() if self.ranks.world_size > 1 else ():
+            if parameter.grad is None:  # unused by this rank's tokens
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm))
         if math.isfinite(norm):
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.discard()
         return norm
 
     def discard(self) -> None:
@@ -64,32 +68,10 @@ class TorchEngine(Engine):
 
     def weights(self) -> dict[str, torch.Tensor] | None:
         """See Engine. Without adapters, the model's own parameters are the weights, whole and in fp32."""
-        if not has_adapters(self.student.model):
-            return None
-        return {
-            plain.name: plain.formed(plain.weight, plain.a, plain.b).detach().to("cpu", torch.float32)
-            for plain in plain_weights(self.student.model)
-        }
-
-    def adapters(self) -> dict[str, torch.Tensor] | None:
-        return {name: p.data for name, p in self._named.items()} if has_adapters(self.student.model) else None
-
-    def gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for plain in plain_weights(self.student.model, remove_duplicate=False):
-            weight = plain.formed(plain.weight, plain.a, plain.b).detach().to(plain.weight.dtype)
-            yield from as_saved(self.student.model, plain.name, weight)
-
-    def master(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, parameter.detach()) for name, parameter in self._named.items())
+        return super().weights() if has_adapters(self.student.model) else None
 
     def lent(self, shares: dict[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
         return swapped(self._named, shares)
-
-    def join(self, shares: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return shares
-
-    def part(self, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: whole[name].to(self.device) for name in self._named}
 
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         state = self._optimizer.state
@@ -97,6 +79,7 @@ class TorchEngine(Engine):
             f"{name}/{key}": value
             for name, parameter in self._named.items()
             for key, value in state.get(parameter, {}).items()
+            if self.ranks.is_main
         }
 
     def load_optimizer_state(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ from opsd.estimate.hardware import SHEET_SHARE, SHEETS, Hardware, sheet_hardware
 from opsd.estimate.memory import MemoryEstimate
 from opsd.estimate.shapes import ModelShape, find_shape
 from opsd.utils.durations import in_words
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 
 # How to reduce each part that can be the largest of a phase.
 KNOBS = {
@@ -189,14 +189,8 @@ def _adapters(config: TrainConfig) -> list[str]:
     from opsd.model.lora import coverage_of
 
     check_folder(config.student, "--student", config.trust_remote_code)
-    try:
+    with said(f"--student {config.student}: its configuration cannot be read", "fix its config.json"):
         return [coverage_of(config.student, config.lora, config.trust_remote_code)]
-    except UserError:
-        raise
-    except Exception as error:  # transformers may raise anything for a damaged configuration
-        raise UserError(
-            f"--student {config.student}: its configuration cannot be read ({first_line(error)})"
-        ) from error
 
 
 def _show(found: dict[str, Any]) -> None:

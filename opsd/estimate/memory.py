@@ -25,12 +25,6 @@ PROCESS_GIB = {"cuda": 2.0, "cpu": 0.6}
 LAYER_CALL_S = 2e-4
 
 
-def compute_type(config: TrainConfig, kind: str) -> str:
-    """bfloat16 or float32, on a device of that kind."""
-    auto = "bfloat16" if kind == "cuda" else "float32"
-    return auto if config.engine.dtype == "auto" else config.engine.dtype
-
-
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Memory and time of one rank, for one pair of models. All lengths are the longest that the settings allow."""
@@ -43,7 +37,8 @@ class MemoryEstimate:
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the compute type."""
-        return 2 if compute_type(self.config, self.hardware.kind) == "bfloat16" else 4
+        dtype = self.config.engine.dtype
+        return 2 if dtype == "bfloat16" or (dtype == "auto" and self.hardware.kind == "cuda") else 4
 
     @property
     def longest(self) -> int:
@@ -274,11 +269,10 @@ class MemoryEstimate:
             del always["gradients"]  # dropped after every step
         r = self.config.rollout
         sleeps = r.engine == "vllm" and r.sleep and self.hardware.kind == "cuda"
-        awake = r.engine != "hf" and not sleeps
-        awake_share = self.sampler() if awake else {}
-        idle = {"teacher weights": self.teacher_weights(working=False)}
+        resident = always | ({} if r.engine == "hf" or sleeps else self.sampler())
+        resident |= {"teacher weights": self.teacher_weights(working=False)}
         hidden = self.rank_tokens * self.teacher.hidden * self.itemsize if t.cache == "device" else 0
-        waiting = {"teacher's states": hidden}
+        waiting = resident | {"teacher's states": hidden}
         # With a single micro-batch, backward starts without accumulated gradients.
         first = not self.zero and self.rank_tokens <= self.micro_tokens
         held = {} if first else {"gradients": states["gradients"]}
@@ -287,20 +281,14 @@ class MemoryEstimate:
             all_at_once = self.hardware.kind == "cuda"
             update = WIDE * (self.trained / self.share(1) if all_at_once else 2 * self.student.largest_matrix)
         found = {
-            "rollout": always | idle | self.sampler(),
-            "teacher": always
-            | awake_share
-            | waiting
-            | {"teacher weights": self.teacher_weights(working=True)}
-            | {"teacher's layer": self.teacher_layer()},
-            "student": always | awake_share | idle | waiting | held | self.student_parts(),
-            "step": always
-            | awake_share
-            | idle
-            | waiting
+            "rollout": resident | self.sampler(),
+            "teacher": waiting
+            | {"teacher weights": self.teacher_weights(working=True), "teacher's layer": self.teacher_layer()},
+            "student": waiting | held | self.student_parts(),
+            "step": waiting
             | {"gradients": states["gradients"], "one update's copies": update, "DeepSpeed's buffers": self.buffers()},
         }
-        found |= self.evaluations(always | awake_share | idle)
+        found |= self.evaluations(resident)
         return {phase: {part: n / GIB for part, n in parts.items() if n} for phase, parts in found.items()}
 
     def seconds(self) -> dict[str, float]:

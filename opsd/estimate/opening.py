@@ -8,6 +8,7 @@ from pathlib import Path
 from opsd.config import TrainConfig
 from opsd.estimate.command import PlanConfig, planned, verdict
 from opsd.utils.errors import UserError
+from opsd.utils.paths import model_name
 
 # A run that may take longer than this, in seconds, prints a warning.
 LONG_S = 24 * 3600.0
@@ -20,9 +21,9 @@ def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
     """
     run = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, max_prompt_tokens=longest_prompt))
     size = run.prompts_per_step * run.rollout.samples_per_prompt
-    teachers = "itself" if run.teacher.is_student else " and ".join(map(_name, run.teacher_paths().values()))
+    teachers = "itself" if run.teacher.is_student else " and ".join(map(model_name, run.teacher_paths().values()))
     who = (
-        f"{Path(run.out).name}: {_name(run.student)} learns from {teachers}, {run.engine.dtype}, "
+        f"{Path(run.out).name}: {model_name(run.student)} learns from {teachers}, {run.engine.dtype}, "
         f"{size} answers per step of at most {run.rollout.max_new_tokens:,} tokens"
     )
     try:
@@ -39,7 +40,3 @@ def opening(run: TrainConfig, ranks: int, longest_prompt: int) -> list[str]:
             "--prompts_per_step, --rollout.samples_per_prompt or --rollout.max_new_tokens, shorten it"
         )
     return lines
-
-
-def _name(model: str) -> str:
-    return Path(model.rstrip("/")).name or model

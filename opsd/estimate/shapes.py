@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.config.settings import MOST
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 
 # Families whose layers are known here; another one's parameters or activations could be anything.
 FAMILIES = ("qwen3", "qwen2", "llama")
@@ -104,12 +104,8 @@ def find_shape(name: str, flag: str) -> ModelShape:
         file = folder / "config.json"
         if not file.is_file():
             raise UserError(f"{flag} {name}: no config.json there; give a model folder or one of {', '.join(BUILT_IN)}")
-        try:
+        with said(f"{flag} {name}: its config.json lacks a size", "give a complete model folder", *DAMAGED):
             return shape_of(json.loads(file.read_text()), name, flag)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{flag} {name}: its config.json lacks a size ({error}); give a complete model folder"
-            ) from error
     short = name.lower().rsplit("/", 1)[-1].removesuffix("-instruct").removeprefix("meta-")
     if short in BUILT_IN:
         return BUILT_IN[short]

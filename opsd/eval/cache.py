@@ -7,6 +7,7 @@ divide the work: one evaluates the teacher, another the student, and each waits 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import tempfile
@@ -90,7 +91,8 @@ def evaluate_before(models: Models, run: RunFolder, tracker: Tracker) -> dict[st
     jobs = jobs_of(models, run.config)
     there = {job.name: models.ranks.broadcast(run.read_eval(job.name)) for job in jobs}
     results = {name: result for name, result in there.items() if result is not None}
-    with _Shared(models, run, tracker) as shared:
+    shared = _Shared(models, run, tracker)
+    with shared.lock:
         while open_jobs := [job for job in jobs if job.name not in results]:
             choice = models.ranks.broadcast(shared.choose(open_jobs) if models.ranks.is_main else None)
             if choice is None:
@@ -160,14 +162,8 @@ class _Shared:
     def __init__(self, models: Models, run: RunFolder, tracker: Tracker) -> None:
         self._models, self._run, self._tracker = models, run, tracker
         self._entries: dict[str, Entry | None] = {}
-        self._lock: FileLock | None = None
+        self.lock = contextlib.ExitStack()
         self._told: set[Path] = set()
-
-    def __enter__(self) -> _Shared:
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self._release()
 
     def choose(self, jobs: list[Job]) -> tuple[int, Result | None] | None:
         """The index of a job, and its result if another run has it; if the result is None, compute it here.
@@ -182,7 +178,7 @@ class _Shared:
             # Between the first read and the lock, the run that held the lock may have finished.
             if found is None and self._claim(entry) and (found := self._read(entry, job)) is None:
                 return place, None
-            self._release()
+            self.lock.close()
             if found is not None:
                 return place, found
         self._tracker.doing(f"waiting for another run to evaluate the {jobs[0].who}")
@@ -202,7 +198,7 @@ class _Shared:
         }
         with writing(entry.file):
             replace(entry.file, json.dumps(stored, indent=1) + "\n")
-        self._release()
+        self.lock.close()
         return _named(result, entry, stored)
 
     def _entry(self, job: Job) -> Entry | None:
@@ -231,13 +227,8 @@ class _Shared:
                 lock.acquire()
             except Timeout:
                 return False
-        self._lock = lock
+        self.lock.callback(lock.release)
         return True
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def _read(self, entry: Entry, job: Job) -> Result | None:
         """The entry's result with this run's model and step; None if it is missing, or damaged, which is reported."""

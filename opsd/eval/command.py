@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from opsd.config.settings import EvaluationSettings, LengthSettings, PositiveInt, PromptSettings, ProperFraction
 from opsd.data.prompts import digest
@@ -25,13 +25,14 @@ from opsd.model.files import files_digest
 from opsd.model.loading import load_model, load_tokenizer, running
 from opsd.model.positions import Span, check_positions
 from opsd.model.stops import generation_of, stated_stops, turn_ends
+from opsd.model.transform import check_finite
 from opsd.model.vocabulary import check_ids, model_vocabulary, usable_ends, usable_rows, vocabulary_size
 from opsd.rollout import HFRollout, RolloutEngine
 from opsd.run.began import time_of_run
 from opsd.run.console import progress_bar
 from opsd.types import Prompt, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, join, local_device, world_size
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
 from opsd.utils.seeding import derive_seed
 
 
@@ -96,7 +97,8 @@ def evaluate(config: EvalCommand) -> None:
         done += _run_groups(groups, done, files, engine, grader, tokenizer, config, ranks, frozenset(ends))
         if ranks.is_main:
             records = {s.name: [one.record for one in done if one.suite == s.name] for s in suites}
-            result = header | {"suites": {name: statistics(own, grader.names_answers) for name, own in records.items()}}
+            votes = grader.answer is not None
+            result = header | {"suites": {name: statistics(own, votes) for name, own in records.items()}}
             files.finish(result)
     elif ranks.is_main:
         Console(stderr=True).print(f"{files.result}: finished already", highlight=False, markup=False)
@@ -156,7 +158,7 @@ def _run_groups(
 ) -> Iterator[DoneProblem]:
     """Generate, grade and save every group that is not in `done`; only the first rank grades and saves."""
     finished = {(one.suite, one.record.id) for one in done}
-    sampling, samples = _sampling(config), config.samples
+    sampling, samples = Sampling.of(config, config.max_new_tokens), config.samples
     total = sum(len(group.problems) for group in groups)
     with progress_bar(Console(stderr=True), total, shown=config.progress and ranks.is_main) as bar:
         task = bar.add_task(Path(config.model).name, total=total, numbers="")
@@ -180,7 +182,8 @@ def _run_groups(
 
 def _header(config: EvalCommand, suites: list[Suite], device: torch.device, ranks: Ranks, clock: Clock) -> Header:
     """Everything that the numbers depend on. Suites are identified by content, not by path."""
-    sampling = {**dataclasses.asdict(_sampling(config)), "samples": config.samples, "seed": config.seed}
+    sampling = dataclasses.asdict(Sampling.of(config, config.max_new_tokens))
+    sampling |= {"samples": config.samples, "seed": config.seed}
     names = ("prompt_format", "thinking", "grader", "engine", "dtype", "save_responses")
     settings = {name: getattr(config, name) for name in names}
     settings |= {
@@ -208,8 +211,9 @@ def _engine(
     check_positions(model.config, _spans(config, longest), f"--model {config.model}")
     vocab_size = model_vocabulary(tokenizer, model, "--model")
     check_ids((problem for suite in suites for problem in suite.problems), vocab_size, "--suite")
-    with running(f"--model {config.model}"):
-        _check_finite(model, config)
+    with running(f"--model {config.model}"), torch.no_grad():
+        one_11 = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        check_finite(model.eval()(input_ids=one_11).logits, f"--model {config.model}")
         switches = length_switches(model, longest + config.max_new_tokens)
     ends = usable_ends(ends, vocab_size, "--model")
     how = {"ranks": ranks, "vocab_size": vocab_size, "switches": switches, "eos_ids": ends}
@@ -228,7 +232,7 @@ def _vllm_engine(
 ) -> RolloutEngine:
     from opsd.rollout.vllm import VLLMSampler
 
-    try:
+    with said(f"--model {config.model}: vLLM cannot load it", "give --engine hf", OSError, ValueError, RuntimeError):
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         check_positions(model_config, _spans(config, longest_prompt), f"--model {config.model}")
         vocab_size = usable_rows(tokenizer, model_config.get_text_config().vocab_size, "--model")
@@ -245,27 +249,11 @@ def _vllm_engine(
             trust=config.trust_remote_code,
             vocab_size=vocab_size,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise UserError(f"--model {config.model}: vLLM cannot load it ({reason}); give --engine hf") from error
 
 
 def _spans(config: EvalCommand, longest_prompt: int) -> tuple[Span, ...]:
     return (Span(longest_prompt, config.max_new_tokens, "--max_new_tokens"),)
 
 
-@torch.no_grad()
-def _check_finite(model: PreTrainedModel, config: EvalCommand) -> None:
-    model.eval()
-    if not torch.isfinite(model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits).all():
-        raise UserError(
-            f"--model {config.model}: its logits are not finite; the weights are damaged, give another copy"
-        )
-
-
 def _prompt_format(config: EvalCommand) -> PromptFormat:
     return PromptFormat.of(config, max_tokens=config.max_prompt_tokens, limit_flag="--max_prompt_tokens")
-
-
-def _sampling(config: EvalCommand) -> Sampling:
-    return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)

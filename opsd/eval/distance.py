@@ -33,7 +33,7 @@ from opsd.run.began import time_of_run
 from opsd.selection import TokenStats
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import local_device
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.seeding import derive_seed
 
 # Per-token statistics, and the names of their means.
@@ -94,19 +94,17 @@ def measure_distance(config: DistanceCommand) -> dict[str, Any]:
     def answers(scorer: Scorer) -> list[Rollout]:
         switches = length_switches(scorer.model, reach.longest) if scorer.alone else frozenset[int]()
         sampler = HFRollout(scorer.model, tokenizer, config.generate_batch, vocab_size=vocab, switches=switches)
-        sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-        return sampler.generate(prompts, config.samples, sampling, derive_seed(config.seed, "distance"))
+        sampling, seed = Sampling.of(config, config.max_new_tokens), derive_seed(config.seed, "distance")
+        return sampler.generate(prompts, config.samples, sampling, seed)
 
     own, theirs = answers(model), _teacher_answers(config, prompts, lambda: answers(teacher))
     result = {
         "model": config.model,
         "settings": {**dataclasses.asdict(config), "digest": digest(prompts)},
         "prompts": [prompt.id for prompt in prompts],
-        "own": token_means(model, teacher, own, prompts, config, vocab) | _shapes(own, prompts, config),
+        "own": token_means(model, teacher, own, prompts, config, vocab) | _by_answers(own, prompts, config, tokenizer),
         "teacher": token_means(model, teacher, theirs, prompts, config, vocab),
     }
-    if all(prompt.answer is not None for prompt in prompts):
-        result["own"]["accuracy"] = _accuracy(own, prompts, config, tokenizer)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result) + "\n")
@@ -151,25 +149,20 @@ def _by_prompt(stats: TokenStats, prompts: int, samples: int) -> dict[str, list[
     return found
 
 
-def _shapes(answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand) -> dict[str, list[float | None]]:
-    """Each prompt's mean length in tokens, and the fraction of its answers that were truncated."""
-    own = [answers[first : first + config.samples] for first in range(0, len(answers), config.samples)]
-    assert len(own) == len(prompts)
-    return {
-        "tokens": [sum(len(answer.response_ids) for answer in some) / config.samples for some in own],
-        "truncated": [sum(answer.truncated for answer in some) / config.samples for some in own],
-    }
-
-
-def _accuracy(
+def _by_answers(
     answers: list[Rollout], prompts: list[Prompt], config: DistanceCommand, tokenizer: Any
-) -> list[float | None]:
-    grader = load_grader(config.grader, "--grader")
-    found: list[float | None] = []
-    for place, prompt in enumerate(prompts):
-        own = answers[place * config.samples : (place + 1) * config.samples]
-        correct = score_problem(prompt, own, grader, tokenizer).correct
-        found.append(sum(correct) / len(correct))
+) -> dict[str, list[float | None]]:
+    """Each prompt's mean length in tokens and the fraction of its answers that were truncated; if all prompts have gold
+    answers, also the fraction that is right."""
+    samples, grader = config.samples, load_grader(config.grader, "--grader")
+    own = [answers[place * samples : (place + 1) * samples] for place in range(len(prompts))]
+    found: dict[str, list[float | None]] = {
+        "tokens": [sum(len(answer.response_ids) for answer in some) / samples for some in own],
+        "truncated": [sum(answer.truncated for answer in some) / samples for some in own],
+    }
+    if all(prompt.answer is not None for prompt in prompts):
+        records = (score_problem(*pair, grader, tokenizer) for pair in zip(prompts, own, strict=True))
+        found["accuracy"] = [sum(record.correct) / samples for record in records]
     return found
 
 
@@ -191,14 +184,10 @@ def _teacher_answers(
 
 
 def _read_answers(file: Path, key: dict[str, Any], prompts: list[Prompt], samples: int) -> list[Rollout]:
-    try:
+    with said(f"--teacher_answers {file} cannot be read", "remove it, to generate it again", *DAMAGED):
         found = json.loads(file.read_text())
         of, rows = found["of"], found["answers"]
         answers = [Rollout(number, prompts[number // samples], *row) for number, row in enumerate(rows)]
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise UserError(
-            f"--teacher_answers {file} cannot be read ({error!r}); remove it, to generate it again"
-        ) from error
     if of != key or len(answers) != samples * len(prompts):
         raise UserError(
             f"--teacher_answers {file} holds answers to other prompts, from another teacher or with other sampling "

@@ -83,8 +83,7 @@ class SuiteRunner(ABC):
 
     def __init__(self, suites: list[Suite], config: EvalConfig, max_new_tokens: int) -> None:
         self.suites, self._config = suites, config
-        length = config.max_new_tokens or max_new_tokens
-        self._sampling = Sampling(config.temperature, config.top_p, config.top_k, length)
+        self._sampling = Sampling.of(config, config.max_new_tokens or max_new_tokens)
 
     def run(self, engine: RolloutEngine, model: str, step: int | None) -> dict[str, Any]:
         """Evaluate `engine` on every suite; the result is the content of eval/*.json. Fractions, tokens."""
@@ -113,7 +112,10 @@ class Evaluator(SuiteRunner):
         self._tokenizer, self.grader = tokenizer, load_grader(config.grader)
 
     def statistics(self, suite: Suite, rollouts: list[Rollout]) -> dict[str, Any]:
-        return score_suite(suite, rollouts, self._config.samples, self.grader, self._tokenizer, self.ends)
+        samples, how = self._config.samples, (self.grader, self._tokenizer, self.ends)
+        of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
+        pairs = zip(suite.problems, of_problem, strict=True)
+        return statistics([score_problem(problem, own, *how) for problem, own in pairs], self.grader.answer is not None)
 
     def rewards(self, rollouts: list[Rollout]) -> list[float] | None:
         return grade_rollouts(rollouts, self.grader, self._tokenizer, self.ends)
@@ -147,65 +149,63 @@ def score_problem(
     problem: Prompt, rollouts: list[Rollout], grader: Grader, tokenizer: Any, ends: frozenset[int] = frozenset()
 ) -> ProblemRecord:
     """Grade a problem's rollouts. A truncated one is wrong, whatever it contains."""
-    correct = grade_rollouts(rollouts, grader, tokenizer, ends)
+    correct, gold = grade_rollouts(rollouts, grader, tokenizer, ends), str(problem.answer)
     assert correct is not None
-    gold = str(problem.answer)
+
+    def answer(rollout: Rollout) -> str | None:
+        named = None if rollout.truncated else grader.answer
+        return None if named is None else named(_text(rollout, tokenizer, ends), gold)
+
     return ProblemRecord(
         id=problem.id,
         gold=gold,
         correct=[value == 1.0 for value in correct],
-        answers=[None if r.truncated else grader.answer(_text(r, tokenizer, ends), gold) for r in rollouts],
+        answers=[answer(r) for r in rollouts],
         tokens=[len(r.response_ids) for r in rollouts],
         truncated=[r.truncated for r in rollouts],
     )
 
 
-def score_suite(
-    suite: Suite,
-    rollouts: list[Rollout],
-    samples: int,
-    grader: Grader,
-    tokenizer: Any,
-    ends: frozenset[int] = frozenset(),
-) -> dict[str, Any]:
-    """Statistics of samples·problems rollouts, problem by problem; see `statistics`."""
-    of_problem = [rollouts[first : first + samples] for first in range(0, len(rollouts), samples)]
-    pairs = zip(suite.problems, of_problem, strict=True)
-    records = [score_problem(problem, own, grader, tokenizer, ends) for problem, own in pairs]
-    return statistics(records, grader.names_answers)
-
-
-def statistics(records: list[ProblemRecord], names_answers: bool = True) -> dict[str, Any]:
+def statistics(records: list[ProblemRecord], votes: bool = True) -> dict[str, Any]:
     """Statistics of P problems with k samples each. Fractions; lengths in tokens.
 
     mean@k: mean over problems and samples; stderr_problems: its standard error over problems.
     std_samples: standard deviation, over the k samples, of the accuracy on all problems. best@k: fraction of problems
     solved at least once. pass@k: for j = 1, 2, 4, … and k, the chance that one of j samples is right, unbiased (see
     `pass_at`). majority@k: fraction whose most frequent answer (the earliest on a tie) is right; truncated rollouts
-    have no vote, a problem without votes counts as not solved; None unless the grader names_answers.
+    have no vote, a problem without votes counts as not solved; None unless the grader names answers (votes).
     answered_frac: fraction of the rollouts in which the grader found an answer; None likewise.
     """
     correct_PK = np.array([record.correct for record in records], dtype=float)
-    tokens_PK = np.array([record.tokens for record in records])
-    score_P, samples = correct_PK.mean(1), correct_PK.shape[1]
+    tokens_PK, truncated_PK = (np.array([getattr(r, name) for r in records]) for name in ("tokens", "truncated"))
+    samples, right_P = correct_PK.shape[1], [sum(record.correct) for record in records]
     answered = float(np.mean([[answer is not None for answer in record.answers] for record in records]))
     draws = sorted({samples, *(2**power for power in range(samples.bit_length()))})
-    right_P = [sum(record.correct) for record in records]
+    return {
+        **sample_statistics([record.id for record in records], correct_PK, tokens_PK, truncated_PK),
+        "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
+        "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if votes else None,
+        "answered_frac": answered if votes else None,
+    }
+
+
+def sample_statistics(
+    ids: list[str], score_PK: np.ndarray, tokens_PK: np.ndarray, truncated_PK: np.ndarray
+) -> dict[str, Any]:
+    """The part of `statistics` that any scores in [0, 1] have; best@k is then the mean of each problem's best."""
+    score_P, samples = score_PK.mean(1), score_PK.shape[1]
     return {
         "mean@k": float(score_P.mean()),
         "k": samples,
-        "problems": len(records),
+        "problems": len(ids),
         "stderr_problems": standard_error(score_P),
-        "std_samples": float(correct_PK.mean(0).std(ddof=1)) if samples > 1 else None,
-        "best@k": float(correct_PK.max(1).mean()),
-        "pass@k": {str(j): float(np.mean([pass_at(j, samples, right) for right in right_P])) for j in draws},
-        "majority@k": float(np.mean([_majority_is_right(record) for record in records])) if names_answers else None,
-        "answered_frac": answered if names_answers else None,
+        "std_samples": float(score_PK.mean(0).std(ddof=1)) if samples > 1 else None,
+        "best@k": float(score_PK.max(1).mean()),
         "mean_tokens": float(tokens_PK.mean()),
         "median_tokens": float(np.median(tokens_PK)),
         "max_tokens": int(tokens_PK.max()),
-        "truncated_frac": float(np.mean([record.truncated for record in records])),
-        "scores": {record.id: float(score) for record, score in zip(records, score_P, strict=True)},
+        "truncated_frac": float(truncated_PK.mean()),
+        "scores": {name: float(score) for name, score in zip(ids, score_P, strict=True)},
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from opsd.eval.evaluator import ProblemRecord
 from opsd.run.began import parse_time
 from opsd.run.disk import append, replace, writing
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, said
 from opsd.utils.going_on import can_go_on
 from opsd.utils.markdown import markdown_text
 
@@ -127,10 +127,8 @@ class EvalFiles:
             self.partial.unlink()
 
     def _read(self, path: Path) -> dict[str, Any]:
-        try:
+        with said(f"--out {self.result}: {path} is not JSON", "give another --out", ValueError):
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"--out {self.result}: {path} is not JSON ({error}); give another --out") from error
         if not isinstance(values, dict):
             raise UserError(f"--out {self.result}: {path} holds no evaluation; give another --out")
         return values

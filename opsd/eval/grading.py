@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
 
 from opsd.eval.answer_forms import angles_differ, in_one_form, kinds_differ, units_differ
 from opsd.eval.answer_text import signs_to_latex, to_latex
 from opsd.eval.math_verify_process import MAX_ANSWER_CHARACTERS, MAX_GOLD_CHARACTERS, WORKER
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, said
 from opsd.utils.plugins import load_path
 
+_GRADERS = "math, suffix or module:function"
 _TAIL_CHARACTERS = 2000
 _MAX_BOXES = 50
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -35,88 +36,16 @@ _INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+", re.ASCII)
 
 
-class Grader(Protocol):
+@dataclass(frozen=True)
+class Grader:
     """Grades responses and names the answer that each votes for in majority voting.
 
-    names_answers: False if `answer` always returns None, so that there is no vote.
+    grade(response, gold): whether the response's answer is the gold answer. answer(response, gold): the response's
+    answer in a form that equal answers share, or None if it has none; a grader without it has no vote.
     """
 
-    names_answers: bool
-
-    def grade(self, response: str, gold: str) -> bool:
-        """Whether the response's answer is the gold answer."""
-        ...
-
-    def answer(self, response: str, gold: str) -> str | None:
-        """The response's answer in a form that equal answers share, or None if there is none."""
-        ...
-
-
-class MathGrader:
-    """Mathematical equality of the last boxed or final answer (math-verify)."""
-
-    names_answers = True
-
-    def grade(self, response: str, gold: str) -> bool:
-        """See `grade`."""
-        return grade(response, gold)
-
-    def answer(self, response: str, gold: str) -> str | None:
-        """The extracted answer's text without blanks; integers without leading zeros."""
-        found = extract_answer(response)
-        if found is None:
-            return None
-        text = re.sub(r"\s+", "", _plain(found))
-        return str(int(text)) if _INTEGER.fullmatch(text) else text
-
-
-class SuffixGrader:
-    """A response is right if it ends with the gold answer, e.g. "…;A24"."""
-
-    names_answers = True
-
-    def grade(self, response: str, gold: str) -> bool:
-        """Whether the response ends with `gold`; an empty gold is never matched."""
-        return bool(gold) and response.endswith(gold)
-
-    def answer(self, response: str, gold: str) -> str | None:
-        """The response's last characters, as many as the gold answer has."""
-        return response[-len(gold) :] if gold and len(response) >= len(gold) else None
-
-
-class FunctionGrader:
-    """A user's own function(response, gold) -> bool; it names no answers, so there is no majority vote."""
-
-    names_answers = False
-
-    def __init__(self, function: Callable[[str, str], bool]) -> None:
-        self._function = function
-
-    def grade(self, response: str, gold: str) -> bool:
-        """The function's verdict."""
-        return bool(self._function(response, gold))
-
-    def answer(self, response: str, gold: str) -> str | None:
-        """None: a user's function says right or wrong, but not which answer it found."""
-        return None
-
-
-def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
-    """ "math", "suffix", or "module:function". flag: the option that named it. Raises UserError for anything else."""
-    if name == "math":
-        return MathGrader()
-    if name == "suffix":
-        return SuffixGrader()
-    if ":" not in name:
-        raise UserError(f"{flag} {name!r} is unknown; give math, suffix or module:function")
-    function = load_path(name, flag, "math, suffix or module:function")
-    try:
-        inspect.signature(function).bind("response", "gold")
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{flag} {name!r} is not a function(response, gold) ({error}); give math, suffix or module:function"
-        ) from error
-    return FunctionGrader(function)
+    grade: Callable[[str, str], bool]
+    answer: Callable[[str, str], str | None] | None = None
 
 
 def grade(response: str, gold: str) -> bool:
@@ -254,3 +183,41 @@ def _closing_brace(text: str, start: int) -> int | None:
 def _plain(answer: str) -> str:
     text = answer.strip().strip("$").strip().removesuffix(".")
     return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
+
+
+def _voted(response: str, gold: str) -> str | None:
+    """The extracted answer's text without blanks; integers without leading zeros."""
+    found = extract_answer(response)
+    if found is None:
+        return None
+    text = re.sub(r"\s+", "", _plain(found))
+    return str(int(text)) if _INTEGER.fullmatch(text) else text
+
+
+def _ends_with(response: str, gold: str) -> bool:
+    """Whether the response ends with `gold`; an empty gold is never matched."""
+    return bool(gold) and response.endswith(gold)
+
+
+def _ending(response: str, gold: str) -> str | None:
+    """The response's last characters, as many as the gold answer has."""
+    return response[-len(gold) :] if gold and len(response) >= len(gold) else None
+
+
+# Mathematical equality of the last boxed or final answer (math-verify); the right ending, e.g. "…;A24".
+MATH, SUFFIX = Grader(grade, _voted), Grader(_ends_with, _ending)
+
+
+def load_grader(name: str, flag: str = "--eval.grader") -> Grader:
+    """ "math", "suffix", or "module:function", which has no vote. flag: the option that named it.
+
+    Raises UserError for anything else.
+    """
+    if name in ("math", "suffix"):
+        return MATH if name == "math" else SUFFIX
+    if ":" not in name:
+        raise UserError(f"{flag} {name!r} is unknown; give {_GRADERS}")
+    function = load_path(name, flag, _GRADERS)
+    with said(f"{flag} {name!r} is not a function(response, gold)", f"give {_GRADERS}", TypeError, ValueError):
+        inspect.signature(function).bind("response", "gold")
+    return Grader(lambda response, gold: bool(function(response, gold)))

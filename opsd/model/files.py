@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 
 from opsd.model.scorer import head_of
 from opsd.model.tensors import QUANTISED, json_object
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, first_line, said
 
 # Files besides weights that belong to the model: processors, templates, vocabularies, its own code.
 BELONGS = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")
@@ -69,18 +69,14 @@ def make_savable(model: PreTrainedModel, tokenizer: Any, path: str, flag: str) -
     the end tokens of that file. Raises UserError if something cannot be saved or read back.
     """
     notes = [note] if (note := _mend_generation(model, path, flag)) else []
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            model.config.save_pretrained(place)
-            tokenizer.save_pretrained(place)
-            again = type(model.config).from_pretrained(place, trust_remote_code=False)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(place)
-                GenerationConfig.from_pretrained(place, trust_remote_code=False)
-        except Exception as error:  # transformers may raise anything for an odd configuration
-            raise UserError(
-                f"{flag} {path}: its checkpoints could not be saved ({first_line(error)}); fix its configuration"
-            ) from error
+    saving = said(f"{flag} {path}: its checkpoints could not be saved", "fix its configuration")
+    with tempfile.TemporaryDirectory() as place, saving:
+        model.config.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        again = type(model.config).from_pretrained(place, trust_remote_code=False)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(place)
+            GenerationConfig.from_pretrained(place, trust_remote_code=False)
     if again.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise UserError(f"{flag} {path}: its configuration changes when it is saved; fix it")
     return notes

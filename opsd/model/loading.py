@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,7 @@ from opsd.model.positions import check_positions
 from opsd.model.scorer import Scorer
 from opsd.model.tensors import check_shards, check_tensors, check_types, dequantised, json_object
 from opsd.model.transform import find_transform
-from opsd.utils.errors import UserError, first_line
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import UserError, said
 from opsd.utils.paths import check_model_path
 
 
@@ -70,22 +68,6 @@ def load_scorer(
         check_steady(scorer, name)
     check_positions(model.config, reach.spans, name)
     return scorer
-
-
-@contextlib.contextmanager
-def said(what: str, give: str) -> Iterator[None]:
-    """Context in which errors of transformers, or of the Rust code below it, become UserErrors of one line.
-
-    what: what happened; give: what to do. Out-of-memory errors and requests to stop the program pass through.
-    """
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # panics of tokenizers and safetensors are not Exceptions
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{what} ({first_line(error)}); {give}") from error
 
 
 def running(name: str) -> contextlib.AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opsd.config import LoraConfig
 from opsd.model.scorer import Scorer
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.seeding import derive_seed, seeded
 
 ALL_LINEAR = "all-linear"
@@ -164,17 +164,13 @@ def save_adapters(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pa
 @torch.no_grad()
 def load_adapters(model: PreTrainedModel, folder: Path) -> None:
     """Load adapters that `save_adapters` wrote, bit for bit. Raises UserError if they cannot be read."""
-    try:
+    give = f"its {folder.name} is damaged, remove it to resume from the one before"
+    with said(f"checkpoint {folder.parent} cannot be read", give, SafetensorError, *DAMAGED):
         tensors = load_file(folder / _FILE)
         for name, parameter in trained(model).items():
             if tensors[_saved_name(name)].shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
             parameter.copy_(tensors[_saved_name(name)])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {folder.parent} cannot be read ({folder.name}: {error}); remove it to resume from the one "
-            "before"
-        ) from error
 
 
 def _targets(model: nn.Module, names: tuple[str, ...]) -> list[str]:

@@ -35,7 +35,7 @@ def check_head_alone(head: Any, name: str) -> None:
     given = torch.linspace(-1, 1, 4 * weight.shape[1], dtype=weight.dtype, device=weight.device)
     given_LD = given.view(4, -1)
     ours = functional.linear(given_LD, weight, bias)
-    _check_finite(ours, name)
+    check_finite(ours, name)
     if not _alike(head(given_LD), ours):
         raise _unknown(name)
 
@@ -57,7 +57,7 @@ def transform_of(model: PreTrainedModel, name: str) -> Transform:
         model(input_ids=ids, use_cache=False).logits,
         head(body_of(model)(input_ids=ids, use_cache=False).last_hidden_state),
     )
-    _check_finite(output, name)
+    check_finite(output, name)
     transform = _fit(given[0], seen)
     if transform is None or not _alike(own, transform(output)):
         raise _unknown(name)
@@ -90,7 +90,8 @@ def _fit(given: Tensor, seen: Tensor) -> Transform | None:
     return found if fits else None
 
 
-def _check_finite(logits: Tensor, name: str) -> None:
+def check_finite(logits: Tensor, name: str) -> None:
+    """Raises UserError for logits that are not finite."""
     if not torch.isfinite(logits).all():
         raise UserError(f"{name}: its logits are not finite; the weights are damaged, give another copy")
 

@@ -17,13 +17,11 @@ from transformers import PreTrainedModel
 
 from opsd.model.attention import compute_dtype
 from opsd.model.checks import ALLOWED, ALLOWED_ROUNDED, difference
-from opsd.model.loading import said
 from opsd.rollout.attention import decode_attention, new_cache
 from opsd.rollout.onednn import onednn_weights
 from opsd.rollout.sampling import Draws
 from opsd.types import Prompt, Sampling
-from opsd.utils.errors import UserError
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import UserError, is_out_of_memory, said
 
 # Prompt lengths of the probe, in tokens: different ones and equal ones; and the number of tokens fed after them.
 UNLIKE, ALIKE, FED = (12, 3), (12, 12), 3

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, said
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 HOW = 'Write <tool_call>{"name": TOOL, "arguments": {…}}</tool_call>.'
@@ -156,15 +155,9 @@ class ChatTurns:
         return output.encode("utf-8", "replace").decode()
 
     def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None) -> str:
-        settings: Mapping[str, Any] = {"add_generation_prompt": True, "tokenize": False}
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools, enable_thinking=self._thinking, **settings
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the student's chat template refuses tool messages ({error}); give another model"
-            ) from error
+        settings: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": self._thinking}
+        with said("the student's chat template refuses tool messages", "give another model", TemplateError):
+            return self._tokenizer.apply_chat_template(messages, tools=tools, **settings)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

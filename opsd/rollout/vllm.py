@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from opsd.config import EngineConfig, RolloutConfig
-from opsd.engine import Engine, settled
+from opsd.config import RolloutConfig
+from opsd.engine import Engine
 from opsd.model.files import in_pieces
-from opsd.model.loading import said
-from opsd.model.stops import eos_token_ids
-from opsd.model.vocabulary import vocabulary_size
 from opsd.rollout.base import RolloutEngine, gather_rollouts, jobs_of
 from opsd.rollout.hf import cut_at_eos
 from opsd.rollout.probe import Probe
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import ONE_RANK, Ranks, before_leaving
+from opsd.utils.errors import said
 from opsd.utils.seeding import derive_seed
 
 # What to do if vLLM cannot be used.
@@ -129,8 +127,8 @@ class VLLMSampler(RolloutEngine):
 class VLLMRollout(VLLMSampler):
     """A sampler for training: it gets the student's new weights after every step, checked by a probe.
 
-    settings: from `sampler_settings`, for a folder with the plain weights of `engine`'s student. On a GPU it may sleep
-    from the end of a rollout to the next `sync`; then it stays awake until the next rollout ends.
+    settings: VLLMSampler's arguments as JSON values, for a folder with the plain weights of `engine`'s student. On a
+    GPU it may sleep from the end of a rollout to the next `sync`; then it stays awake until the next rollout ends.
     """
 
     # While asleep it has neither weights nor KV cache.
@@ -203,37 +201,6 @@ def rollouts_of(
         Rollout(number, prompt, *cut_at_eos(ids, eos_ids, sampling.max_new_tokens))
         for (number, prompt), ids in zip(jobs, answers, strict=True)
     ]
-
-
-def sampler_settings(
-    path: str,
-    tokenizer: Any,
-    engine: Engine,
-    rollout: RolloutConfig,
-    compute: EngineConfig,
-    max_model_tokens: int,
-    trust: bool = False,
-    vocab_size: int | None = None,
-    eos_ids: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """Those arguments of VLLMSampler for the student of `engine` that are JSON values.
-
-    path: a folder with its plain weights. max_model_tokens: longest prompt plus response. trust: the folder's own code
-    may run. vocab_size: only ids below it are sampled (None: all of the tokenizer's). eos_ids: tokens that end a
-    response (None: those that the model's generation config and the tokenizer name).
-    """
-    if eos_ids is None:
-        eos_ids = eos_token_ids(engine.student.model.generation_config, tokenizer)
-    return {
-        "path": path,
-        "eos_ids": list(eos_ids),
-        "dtype": settled(compute, engine.device).dtype,
-        "max_model_tokens": max_model_tokens,
-        "batch_rollouts": rollout.generate_batch,
-        "memory_share": rollout.gpu_memory_share,
-        "trust": trust,
-        "vocab_size": vocab_size or vocabulary_size(tokenizer),
-    }
 
 
 def import_vllm(device: torch.device) -> Any:

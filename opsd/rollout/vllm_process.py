@@ -23,13 +23,12 @@ from torch import Tensor
 from opsd.config import RolloutConfig
 from opsd.engine import Engine
 from opsd.model.files import in_pieces
-from opsd.model.loading import said
 from opsd.rollout.base import RolloutEngine, jobs_of
 from opsd.rollout.probe import Probe
 from opsd.rollout.vllm import INSTEAD, rollouts_of
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.distributed import Ranks, before_leaving
-from opsd.utils.errors import RunStopped
+from opsd.utils.errors import RunStopped, said
 from opsd.utils.going_on import advice
 
 Value = TypeVar("Value")
@@ -135,8 +134,9 @@ class Sampler:
 class VLLMProcessRollout(RolloutEngine):
     """RolloutEngine over `rollout.samplers` processes that the first rank starts; see RolloutConfig.
 
-    settings: from `sampler_settings`, for the model folder that `engine`'s student was loaded from. A failure on the
-    first rank is raised on every rank. Steps stay on-policy: samplers are idle while the student is trained.
+    settings: VLLMSampler's arguments as JSON values, for the model folder that `engine`'s student was loaded from. A
+    failure on the first rank is raised on every rank. Steps stay on-policy: samplers are idle while the student is
+    trained.
     """
 
     def __init__(self, engine: Engine, rollout: RolloutConfig, settings: dict[str, Any]) -> None:

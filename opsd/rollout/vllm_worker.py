@@ -40,7 +40,7 @@ def main(socket: int) -> None:
                 return
             try:
                 if sampler is None:
-                    sampler = _start(request)
+                    sampler = VLLMSampler(device=torch.device(request.pop("device")), **request)
                     answer: Any = None
                 else:
                     answer = _answer(sampler, request, line)
@@ -48,11 +48,6 @@ def main(socket: int) -> None:
                 line.send_bytes(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
                 return
             line.send_bytes(json.dumps({"answer": answer}).encode())
-
-
-def _start(request: dict[str, Any]) -> VLLMSampler:
-    device = torch.device(request.pop("device"))
-    return VLLMSampler(device=device, **request)
 
 
 def _answer(sampler: VLLMSampler, request: dict[str, Any], line: Connection) -> Any:

@@ -15,7 +15,7 @@ from opsd.data.template import Clock
 from opsd.model.files import files_digest
 from opsd.model.stops import PairStops
 from opsd.types import Prompt
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, UserError, said
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,23 @@ class Began:
 
     def to_json(self) -> dict[str, Any]:
         """The values as plain JSON."""
-        values = {"digests": self.digests, "time": None if self.time is None else self.time.isoformat()}
-        stops = None if self.stops is None else dataclasses.asdict(self.stops)
-        return values | {"stops": stops, "models": self.models}
+        return dataclasses.asdict(self) | {"time": None if self.time is None else self.time.isoformat()}
 
     @classmethod
     def from_json(cls, values: Any) -> Began | None:
         """The inverse; None for None, because folders of earlier versions lack the values. Raises UserError."""
         if values is None:
             return None
-        try:
+        with said("config.json: 'began' is damaged", "put it back, or start a new run", *DAMAGED):
             digests, time = dict(values["digests"]), values["time"]
             stops, models = PairStops.from_json(values.get("stops")), dict(values.get("models", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"config.json: 'began' is damaged ({error!r}); put it back, or start a new run") from error
         return cls(digests, None if time is None else parse_time(time, "config.json"), stops, models)
 
 
 def parse_time(text: Any, where: str) -> datetime:
     """Parse an ISO time. Raises UserError for anything else; where: the file that it is from."""
-    try:
+    with said(f"{where}: the time {text!r} is damaged", "put it back, or start again", *DAMAGED):
         return datetime.fromisoformat(text)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the time {text!r} is damaged ({error}); put it back, or start again") from error
 
 
 def time_of_run(model: Path) -> datetime | None:

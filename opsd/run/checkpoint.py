@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from opsd.model.files import copy_rest
 from opsd.model.lora import ADAPTER_FOLDER, save_adapters
 from opsd.run.disk import damage, replace, to_disk, write_checksums, writing
-from opsd.utils.errors import UserError
+from opsd.utils.errors import DAMAGED, said
 
 _NAME = re.compile(r"step_(\d+)")
 _TEMPORARY = ".tmp-"
@@ -157,7 +157,8 @@ def damaged(folder: Path) -> list[Path]:
 
 def load_state(path: Path) -> TrainerState:
     """The trainer's part of a checkpoint. Raises UserError if it is missing or damaged."""
-    try:
+    give = "remove it to resume from the previous one"
+    with said(f"checkpoint {path} cannot be read", give, SafetensorError, *DAMAGED):
         trainer = path / "trainer"
         values = json.loads((trainer / "state.json").read_text())
         if (kind := values["optimizer"]["kind"]) != _OPTIMIZER["kind"]:
@@ -165,10 +166,6 @@ def load_state(path: Path) -> TrainerState:
         tensors, teacher = load_file(trainer / "optimizer.safetensors"), trainer / "teacher.safetensors"
         held = load_file(teacher) if teacher.exists() else {}
         return TrainerState(values["step"], tensors, values["selector"], values["metrics"], held)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error}); remove it to resume from the previous one"
-        ) from error
 
 
 def _found(folder: Path) -> list[Path]:

@@ -118,14 +118,13 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The last step of metrics.jsonl; 0 if it has none."""
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text(errors="replace").splitlines() if metrics.exists() else []
-        return int(max((step for step in map(_step_of, lines) if step < float("inf")), default=0))
+        return int(max((line["step"] for line in self.history()), default=0))
 
     def history(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far."""
+        """The lines of metrics.jsonl so far, except truncated ones."""
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
     def skipped_in_row(self) -> int:
         """Number of consecutive skipped steps (--optim.on_nonfinite) at the end of metrics.jsonl."""
@@ -140,7 +139,7 @@ class RunFolder:
 
     def write_eval(self, name: str, result: dict[str, Any]) -> None:
         """Write eval/NAME.json."""
-        self._json("eval", name, result)
+        self._text("eval", f"{name}.json", json.dumps(result, indent=1) + "\n")
 
     def read_eval(self, name: str) -> dict[str, Any] | None:
         """The content of eval/NAME.json; None if it is missing or damaged, and so must be computed again."""
@@ -188,9 +187,6 @@ class RunFolder:
             with replacing(target) as temporary:
                 table.to_parquet(temporary, index=False)
 
-    def _json(self, folder: str, name: str, value: dict[str, Any]) -> None:
-        self._text(folder, f"{name}.json", json.dumps(value, indent=1) + "\n")
-
     def _text(self, folder: str, name: str, text: str) -> None:
         path = self.path / folder / name
         with writing(path):
@@ -208,27 +204,14 @@ class Follower(RunFolder):
         """Does nothing: only the first rank locks, reads and writes; so do the methods below."""
         return contextlib.nullcontext()
 
-    def finish(self) -> None:
-        """See alone."""
-
-    def write_metrics(self, metrics: dict[str, float]) -> None:
-        """See alone."""
-
     def history(self) -> list[dict[str, float]]:
         """Empty: only the first rank reads it."""
         return []
 
-    def write_eval(self, name: str, result: dict[str, Any]) -> None:
-        """See alone."""
+    def _nothing(self, *_: Any) -> None:
+        """Does nothing."""
 
-    def read_eval(self, name: str) -> None:
-        """See alone."""
-
-    def write_card(self, step: int) -> None:
-        """See alone."""
-
-    def write_rollouts(self, name: str, rollouts: list[Rollout], tokenizer: Any, rewards: list[float] | None) -> None:
-        """See alone."""
+    finish = write_metrics = write_eval = read_eval = write_card = write_rollouts = _nothing  # pyrefly: ignore
 
 
 def _step_of(line: str) -> float:

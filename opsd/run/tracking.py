@@ -77,7 +77,11 @@ class Tracker:
         self._console = Console(stderr=True)
         mode = run.config.track.wandb
         self._wandb = None if mode == "off" else wandb_run.start(run.config, run.path, mode)
-        self._curves = _curves(run, first_step)
+        self._curves: Curves | None = None
+        if run.config.track.tensorboard:
+            from opsd.run.tensorboard_run import Curves
+
+            self._curves = Curves(run.path, first_step)
         self._latest_eval = ""
         self._lines = PlainLines(self._console, run.path.name, run.config, first_step)
         shown = run.config.track.progress and self._console.is_terminal
@@ -139,11 +143,3 @@ def check_trackers(config: TrainConfig) -> None:
         if wanted and importlib.util.find_spec(name) is None:
             given = getattr(config.track, name)
             raise UserError(f"--track.{name} {given}: {name} is not installed; pip install {name}")
-
-
-def _curves(run: RunFolder, first_step: int) -> Curves | None:
-    if not run.config.track.tensorboard:
-        return None
-    from opsd.run.tensorboard_run import Curves
-
-    return Curves(run.path, first_step)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from opsd.config import TrainConfig, to_json
 from opsd.selection import ALL_TOKENS
+from opsd.utils.paths import model_name
 from opsd.utils.seeding import derive_seed
 
 SAMPLE_ROWS = 16
@@ -25,7 +26,7 @@ def labels(config: TrainConfig, folder: Path) -> dict[str, str]:
     kept = "" if select.by == ALL_TOKENS else f"-{100 * select.retention:g}"
     return {
         "recipe": folder.resolve().parent.name,
-        "pair": f"{'+'.join(map(_name, config.teacher_paths().values()))} to {_name(config.student)}",
+        "pair": f"{'+'.join(map(model_name, config.teacher_paths().values()))} to {model_name(config.student)}",
         "selector": f"{select.by}{kept}",
         "seed": f"seed-{config.seed}",
     }
@@ -98,22 +99,6 @@ def sample_table(rollouts: Path, step: int) -> Any | None:
     records = [json.loads(line) for line in rollouts.read_text().splitlines()]
     count = min(SAMPLE_ROWS, len(records))
     chosen = [records[place * len(records) // count] for place in range(count)]
-    rows: list[Any] = [
-        [
-            step,
-            record["id"],
-            record["prompt_id"],
-            record["answer"],
-            record["text"],
-            record["reward"],
-            record["truncated"],
-            len(record["response_ids"]),
-        ]
-        for record in chosen
-    ]
+    names = ("id", "prompt_id", "answer", "text", "reward", "truncated")
+    rows: list[Any] = [[step, *(one[name] for name in names), len(one["response_ids"])] for one in chosen]
     return wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows, allow_mixed_types=True)
-
-
-def _name(model: str) -> str:
-    """A model folder's or hub name's last part."""
-    return Path(model.rstrip("/")).name

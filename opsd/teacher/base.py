@@ -39,9 +39,8 @@ class Teacher(Protocol):
         return
 
 
-def cached(hidden_NE: torch.Tensor, where: Cache) -> torch.Tensor:
-    """The states, kept for the student's turn where they are, or in host memory (pinned if they are on a GPU)."""
+def cached(tensor: torch.Tensor, where: Cache) -> torch.Tensor:
+    """States or weights, kept for their turn where they are, or in host memory (pinned if they are on a GPU)."""
     if where == "device":
-        return hidden_NE
-    host_NE = torch.empty(hidden_NE.shape, dtype=hidden_NE.dtype, pin_memory=hidden_NE.is_cuda)
-    return host_NE.copy_(hidden_NE)
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor)

@@ -34,7 +34,7 @@ class LocalTeacher(Teacher):
         stay = {id(p) for p in scorer.head.parameters()}
         moved = [p for p in scorer.parameters() if id(p) not in stay] if offload else []
         # Frozen weights never change: one host copy serves every turn, and nothing is copied back.
-        self._offloaded = [(parameter, _host_copy(parameter)) for parameter in moved]
+        self._offloaded = [(parameter, cached(parameter.detach(), "host")) for parameter in moved]
         self._leave()
 
     @torch.no_grad()
@@ -59,8 +59,3 @@ class LocalTeacher(Teacher):
     def _leave(self) -> None:
         for parameter, host in self._offloaded:
             parameter.data = host
-
-
-def _host_copy(parameter: Tensor) -> Tensor:
-    host = torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=parameter.is_cuda)
-    return host.copy_(parameter.detach())

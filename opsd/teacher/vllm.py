@@ -185,10 +185,8 @@ class VLLMTeacher(ServedTeacher):
 
 
 def split(micro: MicroBatch) -> list[list[int]]:
-    """The sequences that a packed micro-batch holds: positions restart at 0 with each."""
-    starts = (micro.position_ids_1L[0] == 0).nonzero().flatten().tolist()
-    ids = micro.input_ids_1L[0].tolist()
-    return [ids[first:last] for first, last in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    """The sequences that a packed micro-batch holds."""
+    return [ids.tolist() for ids in micro.input_ids_1L[0].split(micro.lengths)]
 
 
 def read_head(path: str, dtype: torch.dtype, trust: bool = False, reach: Reach | None = None) -> Head:

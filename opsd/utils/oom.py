@@ -1,24 +1,12 @@
-"""Out of memory: recognises its exceptions, and names the stage of the run and the flags that help."""
+"""Out of memory: names the stage of the run and the flags that help."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-import torch
+from opsd.utils.errors import RunStopped, first_line, is_out_of_memory
 
-from opsd.utils.errors import RunStopped, first_line
-
-# Messages of torch, its allocators and BLAS in a plain RuntimeError.
-_SAYINGS = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "cannot allocate memory",
-    "bad_alloc",
-    "alloc_failed",
-    "could not create a memory object",  # oneDNN
-)
 # What saves memory, by stage of a run. None of these flags changes what is learned: a resumed run may take them.
 HELP = {
     "loading": "--teacher.offload True or --teacher.shard True reduce what the teacher holds, "
@@ -32,14 +20,6 @@ HELP = {
     "checkpoint": "free host memory: all weights and optimiser state are gathered there",
 }
 WORDS = {"loading": "loading stage", "student": "student's forward and backward"}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means out of memory: torch.OutOfMemoryError, MemoryError, or a known message of torch."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(saying in text for saying in _SAYINGS)
 
 
 @contextlib.contextmanager

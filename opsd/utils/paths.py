@@ -13,6 +13,11 @@ from opsd.utils.errors import UserError
 HUB_WAIT_S = 5.0
 
 
+def model_name(model: str) -> str:
+    """A model folder's or hub name's last part."""
+    return Path(model.rstrip("/")).name or model
+
+
 def check_model_path(path: str, flag: str) -> None:
     """Raises UserError unless the path is a folder with a config.json, or a hub name (owner/name)."""
     folder = Path(path)

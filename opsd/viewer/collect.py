@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from opsd.utils.errors import UserError, first_line
+from opsd.utils.errors import UserError, said
+from opsd.utils.paths import check_old_run
 from opsd.viewer.examples import pick
 from opsd.viewer.labels import Label, Labels, labels_of
 from opsd.viewer.texts import Texts
@@ -29,8 +30,7 @@ NUMBERS = {
 
 def recorded_steps(run: Path) -> list[int]:
     """The steps with a token record, ascending. Raises UserError if `run` is not a run or holds none."""
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run}: no run there (config.json is missing); give a run folder")
+    check_old_run(run)
     found = [re.fullmatch(r"step_(\d+)", file.stem) for file in (run / "tokens").glob("step_*.parquet")]
     steps = sorted(int(match[1]) for match in found if match)
     if not steps:
@@ -157,10 +157,8 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _table(file: Path) -> pd.DataFrame:
-    try:
+    with said(f"{file} cannot be read", "give another --step", OSError, ValueError):
         return pd.read_parquet(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); give another --step") from error
 
 
 def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
@@ -171,14 +169,10 @@ def _rollouts(file: Path) -> dict[int, dict[str, Any]]:
 
 
 def _text(file: Path) -> str:
-    try:
+    with said(f"{file} cannot be read", "give a complete run folder", OSError, UnicodeDecodeError):
         return file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); give a complete run folder") from error
 
 
 def _json(text: str, file: Path) -> Any:
-    try:
+    with said(f"{file} is not JSON", "give a complete run folder", ValueError):
         return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error})") from error

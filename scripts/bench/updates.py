@@ -30,7 +30,7 @@ def trainer_of(
         optim=optim or OptimConfig(),
     )
     nothing: Any = None
-    unused = ("began", "tokenizer", "prompts", "sampler", "sampling", "evaluator")
+    unused = ("began", "tokenizer", "prompts", "sampler", "evaluator")
     parts = Parts(
         **dict.fromkeys(unused, nothing),
         ranks=engine.ranks,

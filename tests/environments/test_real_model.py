@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm_settings import vllm_settings
 
 from opsd.config import EngineConfig, OptimConfig, RolloutConfig
 from opsd.engine import TorchEngine
@@ -99,12 +100,12 @@ def test_transformers_plays_episodes(played):
 @pytest.mark.vllm
 def test_vllm_plays_the_same_episodes(folder, played, talk, tokenizer):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
-    from opsd.rollout.vllm import VLLMRollout, sampler_settings
+    from opsd.rollout.vllm import VLLMRollout
 
     student = load_scorer(str(folder), "--student", torch.float32, torch.device("cpu"))
     engine = TorchEngine(student, EngineConfig(), OptimConfig(lr=1e-3), torch.device("cpu"))
     rollout = RolloutConfig(engine="vllm", generate_batch=8)
-    settings = sampler_settings(str(folder), tokenizer, engine, rollout, EngineConfig(), 2600)
+    settings = vllm_settings(str(folder), tokenizer, engine, rollout, 2600)
     vllm = VLLMRollout(engine, rollout, settings)
     ours = play(vllm, talk, tokenizer)
     leave()

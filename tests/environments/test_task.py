@@ -68,7 +68,7 @@ def test_what_is_missing_is_named(tmp_path, full_tasks, queries):
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"id": 1}'])
 def test_a_damaged_task_file_names_its_line(tmp_path, line):
     (tmp_path / "tasks.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="line 1"):
+    with pytest.raises(UserError, match=r"(line|record) 1"):
         read_task_file(tmp_path / "tasks.jsonl")
 
 

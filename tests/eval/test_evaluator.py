@@ -15,12 +15,11 @@ from opsd.eval.evaluator import (
     grade_rollouts,
     load_suites,
     pass_at,
-    score_suite,
     standard_error,
     summary,
     unread,
 )
-from opsd.eval.grading import FunctionGrader, MathGrader, SuffixGrader
+from opsd.eval.grading import MATH, SUFFIX, Grader
 from opsd.types import Prompt, Rollout, Sampling
 from opsd.utils.errors import UserError
 
@@ -54,12 +53,18 @@ def suite_of(golds: dict[str, str], name="pocket") -> Suite:
     return Suite(name, [Prompt(number, "", [6], gold) for number, gold in golds.items()])
 
 
+def scored(suite: Suite, rollouts, samples: int, grader: Grader, tokenizer) -> dict:
+    evaluator = Evaluator([suite], EvalConfig(samples=samples), 8, tokenizer)
+    evaluator.grader = grader
+    return evaluator.statistics(suite, rollouts)
+
+
 @pytest.fixture
 def score(tokenizer):
     def score(golds, answers, grader=None):
         suite, samples = suite_of(golds), len(next(iter(answers.values())))
         rollouts = Scripted(answers, tokenizer).generate(suite.problems, samples, Sampling(), 0)
-        return score_suite(suite, rollouts, samples, grader or SuffixGrader(), tokenizer)
+        return scored(suite, rollouts, samples, grader or SUFFIX, tokenizer)
 
     return score
 
@@ -139,7 +144,7 @@ def test_one_problem_or_one_sample_has_no_error(score):
 
 
 def test_a_grader_that_names_no_answers_gives_no_majority(score):
-    result = score(GOLDS, ANSWERS, FunctionGrader(lambda response, gold: gold in response))
+    result = score(GOLDS, ANSWERS, Grader(lambda response, gold: gold in response))
     assert result["majority@k"] is None
     assert result["mean@k"] == pytest.approx(5 / 12)
     flat = summary({"suites": {"pocket": result}})
@@ -155,7 +160,7 @@ def test_math_answers_are_voted_on_by_their_text(tokenizer):
             return texts[ids[0]]
 
     rollouts = [Rollout(k, suite.problems[0], [k], False) for k in range(3)]
-    result = score_suite(suite, rollouts, 3, MathGrader(), Texts())
+    result = scored(suite, rollouts, 3, MATH, Texts())
     assert result["mean@k"] == pytest.approx(2 / 3)
     assert result["majority@k"] == 1.0  # 12 and 012 are one answer
 
@@ -164,27 +169,24 @@ def test_special_tokens_are_no_part_of_the_graded_text(tokenizer):
     # a 1 EOS: the ending is a1
     prompt = Prompt("p", "", [6], "a1")
     rollouts = [Rollout(0, prompt, [*tokenizer("a1").input_ids, tokenizer.eos_token_id], False)]
-    assert grade_rollouts(rollouts, SuffixGrader(), tokenizer) == [1.0]
+    assert grade_rollouts(rollouts, SUFFIX, tokenizer) == [1.0]
 
 
 def test_rewards_exist_only_where_every_prompt_has_an_answer(tokenizer):
     graded, open_ended = Prompt("p", "", [6], "a1"), Prompt("q", "", [6], None)
     ids = tokenizer("a1").input_ids
-    assert grade_rollouts([], SuffixGrader(), tokenizer) is None
+    assert grade_rollouts([], SUFFIX, tokenizer) is None
     assert (
-        grade_rollouts([Rollout(0, graded, ids, False), Rollout(1, open_ended, ids, False)], SuffixGrader(), tokenizer)
-        is None
+        grade_rollouts([Rollout(0, graded, ids, False), Rollout(1, open_ended, ids, False)], SUFFIX, tokenizer) is None
     )
-    assert grade_rollouts(
-        [Rollout(0, graded, ids, False), Rollout(1, graded, ids, True)], SuffixGrader(), tokenizer
-    ) == [
+    assert grade_rollouts([Rollout(0, graded, ids, False), Rollout(1, graded, ids, True)], SUFFIX, tokenizer) == [
         1.0,
         0.0,
     ]
 
 
 def test_a_truncated_answer_is_not_even_graded(tokenizer):
-    grader = FunctionGrader(lambda response, gold: 1 / 0)
+    grader = Grader(lambda response, gold: 1 / 0)
     assert grade_rollouts([Rollout(0, Prompt("p", "", [6], "a1"), [6], True)], grader, tokenizer) == [0.0]
 
 
@@ -283,12 +285,12 @@ def test_the_token_that_ends_a_response_is_not_graded_though_it_is_an_ordinary_o
     prompt = Prompt("p", "", [6], "a1")
     ids = tokenizer("a1;", add_special_tokens=False).input_ids
     rollouts = [Rollout(0, prompt, ids, False)]
-    assert grade_rollouts(rollouts, SuffixGrader(), tokenizer) == [0.0]
-    assert grade_rollouts(rollouts, SuffixGrader(), tokenizer, frozenset({ids[-1]})) == [1.0]
+    assert grade_rollouts(rollouts, SUFFIX, tokenizer) == [0.0]
+    assert grade_rollouts(rollouts, SUFFIX, tokenizer, frozenset({ids[-1]})) == [1.0]
 
 
 def test_a_grader_that_finds_no_answer_in_any_whole_response_is_said(score):
-    result = score({"p": "a1", "q": "a2"}, {"p": ["x;a1", "a1…"], "q": ["a2", "a9"]}, MathGrader())
+    result = score({"p": "a1", "q": "a2"}, {"p": ["x;a1", "a1…"], "q": ["a2", "a9"]}, MATH)
     assert (result["answered_frac"], result["mean@k"]) == (0.0, 0.0)
     (line,) = unread({"suites": {"sums": result}})
     assert line.startswith("sums: the grader found no answer in any response. --eval.grader math reads \\boxed{")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from opsd.eval import grading, math_verify_process
-from opsd.eval.grading import MathGrader, SuffixGrader, extract_answer, grade, load_grader
+from opsd.eval.grading import MATH, SUFFIX, extract_answer, grade, load_grader
 from opsd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -405,14 +405,14 @@ def test_a_library_that_prints_does_not_spoil_the_replies(tmp_path):
 
 
 def test_the_answer_that_votes_are_counted_by():
-    grader = MathGrader()
+    grader = MATH
     assert grader.answer("\\boxed{ \\frac{1}{2} }", "") == "\\frac{1}{2}"
     assert {grader.answer(f"\\boxed{{{text}}}", "") for text in ("025", " 25", "$25$", "25.")} == {"25"}
     assert grader.answer("no answer", "") is None
 
 
 def test_suffix_grading_by_hand():
-    grader = SuffixGrader()
+    grader = SUFFIX
     assert grader.grade("1+2=3;A24", "A24")
     assert not grader.grade("1+2=3;A24 ", "A24")
     assert not grader.grade("anything", "")
@@ -424,9 +424,9 @@ def test_a_function_of_ones_own_grades_and_names_no_answer():
     grader = load_grader("operator:contains")
     assert grader.grade("abc", "b") is True
     assert grader.grade("abc", "d") is False
-    assert grader.answer("abc", "b") is None
-    assert isinstance(load_grader("math"), MathGrader)
-    assert isinstance(load_grader("suffix"), SuffixGrader)
+    assert grader.answer is None
+    assert load_grader("math") is MATH
+    assert load_grader("suffix") is SUFFIX
 
 
 @pytest.mark.parametrize("name", ["maths", "", ":", "no.such.module:f", "operator:nothing", "math:pi"])

@@ -232,7 +232,7 @@ TRAIN = [
         ["--prompts", "task-fields.jsonl", "--environment.kind", "travel"],
         "is not a travel task",
     ),
-    ("a task file in bytes", ["--prompts", "task-bytes.jsonl", "--environment.kind", "travel"], "cannot be read"),
+    ("a task file in bytes", ["--prompts", "task-bytes.jsonl", "--environment.kind", "travel"], "is not JSON"),
     ("a task whose meta is a number", ["--prompts", "task-meta.jsonl", "--environment.kind", "travel"], "meta must be"),
     ("a task in verse", ["--prompts", "task-form.jsonl", "--environment.kind", "travel"], "form one of"),
     ("a task whose query is a number", ["--prompts", "task-query.jsonl", "--environment.kind", "travel"], "texts"),

@@ -27,7 +27,7 @@ import report as report_script
 from opsd.environments.travel import TravelEnv, generate_tasks, pocket_tasks
 from opsd.environments.travel.plan import parse_plan
 from opsd.eval import grading, math_verify_process
-from opsd.eval.grading import MathGrader, grade
+from opsd.eval.grading import MATH, grade
 from opsd.rollout.tool_calls import ChatTurns, read_calls
 from opsd.utils.markdown import markdown_text
 from opsd.viewer.command import InspectConfig, inspect
@@ -96,7 +96,7 @@ def judge(response: str, gold: str, asked: list[str]) -> None:
     asked.clear()
     start = time.process_time()
     assert isinstance(grade(response, gold), bool)
-    assert isinstance(MathGrader().answer(response, gold), str | None)
+    assert isinstance(MATH.answer(response, gold), str | None)
     assert time.process_time() - start < SECONDS_OF_PROCESSOR
     assert len(asked) <= 4
 

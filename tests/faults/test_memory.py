@@ -32,8 +32,7 @@ from opsd.rollout import decode
 from opsd.selection import load_selector
 from opsd.teacher import LocalTeacher
 from opsd.train import Trainer, start
-from opsd.utils.errors import RunStopped
-from opsd.utils.oom import is_out_of_memory
+from opsd.utils.errors import RunStopped, is_out_of_memory
 
 HERE = Path(__file__).parent
 # What the allocators of torch say, and Python's own.

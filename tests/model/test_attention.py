@@ -11,7 +11,7 @@ import torch
 from tolerance import close, transformer
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaConfig, OPTConfig, PhiConfig, Qwen3Config
 
-from opsd.build import load_student
+from opsd.build.models import load_student
 from opsd.config import EngineConfig, LoraConfig
 from opsd.data.packing import pack
 from opsd.model import attention, checks, loading

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model
 
 from families import FAMILIES, TOKENIZER_IDS, own_kl, tokenizer, write
-from opsd.build import check_student, load_student
+from opsd.build.models import check_student, load_student
 from opsd.config import from_json
 from opsd.model.checks import Reach, check_steady, length_switches
 from opsd.model.files import as_saved, check_sampled, copy_rest, make_savable

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from grpo_teacher import GradeReward, GrpoConfig, trainer_settings, training_rows
 from opsd.config.cli import parse
-from opsd.eval.grading import MathGrader, SuffixGrader
+from opsd.eval.grading import MATH, SUFFIX
 from opsd.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +23,6 @@ STUDENT = ROOT / "assets" / "pocket" / "student"
 class Counting:
     """A grader that counts its questions and takes `seconds` of a clock of its own for each."""
 
-    names_answers = False
-
     def __init__(self, clock=None, seconds=0.0):
         self.asked, self._clock, self._seconds = [], clock, seconds
 
@@ -34,13 +32,10 @@ class Counting:
             self._clock[0] += self._seconds
         return response.endswith(gold)
 
-    def answer(self, response, gold):
-        return None
-
 
 def test_the_reward_is_the_graders_verdict_on_texts_and_on_chat_messages():
     texts = [r"so \boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{2}", "__import__('os').abort()"]
-    reward = GradeReward(MathGrader(), EOS, 60.0)
+    reward = GradeReward(MATH, EOS, 60.0)
     ids = [[1, EOS]] * 4
     assert reward(completions=texts, completion_ids=ids, answer=["1/2"] * 4) == [1.0, 1.0, 0.0, 0.0]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
@@ -48,7 +43,7 @@ def test_the_reward_is_the_graders_verdict_on_texts_and_on_chat_messages():
 
 
 def test_a_completion_that_was_cut_off_is_wrong_as_in_evaluation():
-    reward = GradeReward(SuffixGrader(), EOS, 60.0)
+    reward = GradeReward(SUFFIX, EOS, 60.0)
     rewards = reward(completions=["A24", "A24", ""], completion_ids=[[1, EOS], [1, 2], []], answer=["A24"] * 3)
     assert rewards == [1.0, 0.0, 0.0]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsd.build import check_rollout
+from opsd.build.sampler import check_rollout
 from opsd.config import EngineConfig, EvalConfig, RolloutConfig, TeacherConfig, TrainConfig
 from opsd.engine import check_engine
 from opsd.utils.errors import UserError

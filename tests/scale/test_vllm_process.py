@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_pair, vllm_model
+from vllm_settings import vllm_settings
 
 from opsd.config import EngineConfig, OptimConfig, RolloutConfig
 from opsd.engine import TorchEngine
@@ -38,13 +39,12 @@ def engine(models):
 
 @pytest.fixture(scope="module")
 def vllm(models, engine):
-    from opsd.rollout.vllm import sampler_settings
     from opsd.rollout.vllm_process import VLLMProcessRollout
 
     settings = RolloutConfig(engine="vllm_process", generate_batch=8, timeout_s=600)
     tokenizer = load_tokenizer(str(models / "student"), "--student")
     path = str(models / "student")
-    return VLLMProcessRollout(engine, settings, sampler_settings(path, tokenizer, engine, settings, EngineConfig(), 96))
+    return VLLMProcessRollout(engine, settings, vllm_settings(path, tokenizer, engine, settings))
 
 
 def transformers_says(engine, models):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import tiny_pair, vllm_model
+from vllm_settings import vllm_settings
 
 from opsd.config import EngineConfig, LoraConfig, OptimConfig, RolloutConfig, from_json
 from opsd.engine import TorchEngine
@@ -38,10 +39,10 @@ def engine(thin_smollm2):
 @pytest.fixture(scope="module")
 def vllm(thin_smollm2, tokenizer, engine):
     pytest.importorskip("vllm", reason="needs vLLM: run `make setup`")
-    from opsd.rollout.vllm import VLLMRollout, sampler_settings
+    from opsd.rollout.vllm import VLLMRollout
 
     rollout, folder = RolloutConfig(engine="vllm", generate_batch=8), str(thin_smollm2.folder)
-    yield VLLMRollout(engine, rollout, sampler_settings(folder, tokenizer, engine, rollout, EngineConfig(), 96))
+    yield VLLMRollout(engine, rollout, vllm_settings(folder, tokenizer, engine, rollout))
     leave()  # ends the engine: its cache alone is a GiB
 
 
@@ -191,14 +192,14 @@ def test_three_steps_with_vllm_rollouts(run):
 
 
 def test_a_checkpoint_loads_in_vllm_and_says_what_transformers_says(run):
-    from opsd.rollout.vllm import VLLMRollout, sampler_settings
+    from opsd.rollout.vllm import VLLMRollout
 
     path = str(run / "checkpoints" / "step_3")
     tokenizer = load_tokenizer(path, "--student")
     prompts = [Prompt(str(place), "", [5 + place, 6, 7], None) for place in range(3)]
     engine = TorchEngine(load_scorer(path, "--student", torch.float32, CPU), EngineConfig(), OptimConfig(), CPU)
     rollout = RolloutConfig(engine="vllm")
-    vllm = VLLMRollout(engine, rollout, sampler_settings(path, tokenizer, engine, rollout, EngineConfig(), 96))
+    vllm = VLLMRollout(engine, rollout, vllm_settings(path, tokenizer, engine, rollout))
     ours = vllm.generate(prompts, 1, GREEDY, seed=0)
     leave()
     assert ids_of(ours) == ids_of(hf(engine, tokenizer).generate(prompts, 1, GREEDY, seed=0))

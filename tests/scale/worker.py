@@ -200,6 +200,8 @@ def build(case: Case, ranks, held=None):
     engine = case.engine or EngineConfig()
     if is_plain(case):
         engine = TorchEngine(student, engine, case.optim, CPU)
+    elif engine.zero_stage == 0:
+        engine = TorchEngine(student, engine, case.optim, CPU, ranks)
     else:
         engine = DeepSpeedEngine(student, engine, case.optim, CPU, ranks)
     selector = load_selector(case.by, retention=0.5, **case.options) if case.by != "all" else None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsd.build import build_selector
+from opsd.build.sampler import build_selector
 from opsd.config import SelectConfig
 from opsd.selection import load_selector
 from opsd.utils.errors import UserError

@@ -9,7 +9,7 @@ import torch
 from tiny_models import CHAT_TEMPLATE, build_tokenizer, tiny_pair
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from opsd.build import compare_templates
+from opsd.build.stops import compare_templates
 from opsd.config import from_json
 from opsd.data.prompts import load_prompts
 from opsd.data.rendering import PromptFormat

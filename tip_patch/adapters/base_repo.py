@@ -30,7 +30,6 @@ from opsd.selection import SAMPLED_FIELDS, STATISTICS, Selection, TokenSelector,
 from opsd.utils.errors import UserError
 from opsd.utils.seeding import derive_seed
 
-Loss = Callable[..., tuple[Tensor, int]]
 SCOPES = ("micro_batch", "rollout")
 
 

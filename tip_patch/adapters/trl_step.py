@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from opsd.config import LossConfig, OptimConfig, RolloutConfig, SelectConfig, TeacherConfig, TrainConfig
 from opsd.distill.stats import join_ranks, stop_metrics
-from opsd.run.disk import replace
+from opsd.run.disk import replace, writing
 from opsd.run.folder import RunFolder
 from opsd.run.token_record import token_table
 from opsd.selection import REQUIRED_FIELDS, STOP_FIELDS, TokenStats, load_telemetry
@@ -26,14 +25,6 @@ from tip_patch.adapters.trl_loss import ROLLOUT
 
 # Key of the selector's state in a checkpoint's trainer_state.json.
 STATE = "token_selection"
-# The settings that a record's config.json has, by part; TRL's other settings have no counterpart in `opsd train`.
-KNOWN = {
-    "teacher": ("model",),
-    "select": ("by", "retention"),
-    "loss": ("divergence", "beta", "temperature"),
-    "optim": ("lr",),
-    "rollout": ("samples_per_prompt", "max_new_tokens", "temperature"),
-}
 
 
 class StepEnd(TrainerCallback):
@@ -155,43 +146,38 @@ class StepEnd(TrainerCallback):
             return folder
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"token_record {path} is not a new or empty folder; give another one")
-        folder = RunFolder.create(self._config(path, state))
-        _keep_known(path / "config.json")
+        with writing(f"token_record {path}", "give another folder", UserError):
+            path.mkdir(parents=True, exist_ok=True)
+            replace(path / "config.json", json.dumps(self._settings(path, state), indent=2) + "\n")
+        folder = RunFolder.open(path)
         self._trainer._tokenizer.save_pretrained(folder.config.student)
         self._trainer.accelerator.unwrap_model(self._trainer.model).config.save_pretrained(folder.config.student)
         return folder
 
-    def _config(self, path: Path, state: TrainerState) -> TrainConfig:
-        """The config that `opsd inspect` and the report read; its student is the record's tokenizer folder."""
+    def _settings(self, path: Path, state: TrainerState) -> dict[str, Any]:
+        """What `opsd inspect` and the report read; TRL's other settings have no counterpart in `opsd train`.
+
+        The student is the record's tokenizer folder.
+        """
         trainer, args, selector = self._trainer, self._trainer.args, self._trainer.tip.selector
         student, teacher = (_name(model) for model in (trainer.model, trainer.teacher_model))
-        select, spec = SelectConfig(), trainer._spec()
-        if selector is not None:
-            name, retention = getattr(selector, "name", type(selector).__name__), getattr(selector, "retention", 1.0)
-            select = SelectConfig(name, retention)
+        name = "all" if selector is None else getattr(selector, "name", type(selector).__name__)
         longest = {} if args.max_completion_length is None else {"max_new_tokens": args.max_completion_length}
         answers = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return TrainConfig(
-            student=str(path / student),
-            teacher=TeacherConfig(teacher),
-            prompts="",
-            out=str(path),
-            steps=max(state.max_steps, 1),
-            prompts_per_step=answers * trainer.accelerator.num_processes,
-            seed=trainer.tip.first_seed,
-            rollout=RolloutConfig(samples_per_prompt=1, temperature=args.temperature, **longest),
-            select=select,
-            loss=LossConfig(spec.divergence, beta=spec.beta, temperature=spec.temperature),
-            optim=OptimConfig(lr=args.learning_rate),
-        )
-
-
-def _keep_known(file: Path) -> None:
-    """Remove from a record's config.json what was not set: the defaults of `opsd train` are not TRL's."""
-    values = json.loads(file.read_text())
-    plain = {name: value for name, value in values.items() if not isinstance(value, dict) and name != "health"}
-    parts = {part: {name: values[part][name] for name in names} for part, names in KNOWN.items()}
-    replace(file, json.dumps({**plain, **parts}, indent=2) + "\n")
+        spec = trainer._spec()
+        return {
+            "student": str(path / student),
+            "teacher": {"model": teacher},
+            "prompts": "",
+            "out": str(path),
+            "steps": max(state.max_steps, 1),
+            "prompts_per_step": answers * trainer.accelerator.num_processes,
+            "seed": trainer.tip.first_seed,
+            "rollout": {"samples_per_prompt": 1, "temperature": args.temperature, **longest},
+            "select": {"by": name, "retention": getattr(selector, "retention", 1.0)},
+            "loss": {"divergence": spec.divergence, "beta": spec.beta, "temperature": spec.temperature},
+            "optim": {"lr": args.learning_rate},
+        }
 
 
 def rollouts_of(micro: dict[str, Any], eos_ids: list[int]) -> list[Rollout]:

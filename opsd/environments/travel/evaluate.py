@@ -9,7 +9,7 @@ import numpy as np
 from opsd.config import EvalConfig
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.talk import Talk
-from opsd.eval.evaluator import Suite, SuiteRunner, standard_error
+from opsd.eval.evaluator import Suite, SuiteRunner, sample_statistics, standard_error
 from opsd.types import Rollout
 
 
@@ -36,31 +36,20 @@ def statistics(rollouts: list[Rollout], scores: list[PlanScore], samples: int) -
     fraction of the trips' samples that satisfy it, and the number of trips. hard_all: the fraction that satisfies all.
     """
     score_PK = np.array([score.hard_fraction for score in scores]).reshape(-1, samples)
-    best_P, score_P = score_PK.max(1), score_PK.mean(1)
     trips = [rollout.prompt.id for rollout in rollouts[::samples]]
-    tokens = [len(rollout.response_ids) for rollout in rollouts]
+    tokens, truncated = np.array([(len(rollout.response_ids), rollout.truncated) for rollout in rollouts]).T
     commonsense = [score.commonsense or 0.0 for score in scores]
     known = any(score.commonsense is not None for score in scores)
     return {
-        "mean@k": float(score_PK.mean()),
-        "k": samples,
-        "problems": len(score_PK),
-        "stderr_problems": standard_error(score_P),
-        "std_samples": float(score_PK.mean(0).std(ddof=1)) if samples > 1 else None,
-        "best@k": float(best_P.mean()),
-        "stderr_best": standard_error(best_P),
+        **sample_statistics(trips, score_PK, tokens, truncated),
+        "stderr_best": standard_error(score_PK.max(1)),
         "majority@k": None,
         "constraints": by_constraint(scores, samples),
         "hard_all": float(np.mean([score.hard_all for score in scores])),
         "delivered_frac": float(np.mean([score.delivered for score in scores])),
         "valid_frac": float(np.mean([score.valid for score in scores])),
         "commonsense": float(np.mean(commonsense)) if known else None,
-        "mean_tokens": float(np.mean(tokens)),
-        "median_tokens": float(np.median(tokens)),
-        "max_tokens": max(tokens),
         "mean_student_tokens": float(np.mean([rollout.student_tokens() for rollout in rollouts])),
-        "truncated_frac": float(np.mean([rollout.truncated for rollout in rollouts])),
-        "scores": {trip: float(score) for trip, score in zip(trips, score_P, strict=True)},
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from opsd.environments.travel.plan import Plan
 from opsd.environments.travel.score import PlanScore
 from opsd.environments.travel.task import TravelTask, travel_folder
-from opsd.utils.errors import UserError
+from opsd.utils.errors import UserError, said
 
 
 class Official:
@@ -80,7 +80,5 @@ def load_module(folder: Path, name: str) -> types.ModuleType:
         shell = types.ModuleType(package)
         shell.__path__ = [str(folder)]
         sys.modules[package] = shell
-    try:
+    with said(f"{folder / name}.py cannot be imported", "install what it needs", ImportError):
         return importlib.import_module(f"{package}.{name}")
-    except ImportError as error:
-        raise UserError(f"{folder / name}.py cannot be imported ({error}); install what it needs") from error

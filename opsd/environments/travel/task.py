@@ -14,7 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
 
-from opsd.utils.errors import UserError
+from opsd.data.prompts import read_records
+from opsd.utils.errors import DAMAGED, UserError, said
 from opsd.utils.seeding import derive_seed
 
 Row = dict[str, str]
@@ -90,7 +91,8 @@ class TravelTask:
 
 def from_json(values: dict[str, Any], where: str) -> TravelTask:
     """The inverse of `TravelTask.to_json`. Raises UserError for a line that is not a task."""
-    try:
+    what, give = f"{where} is not a travel task", "write it with python -m opsd.environments.travel"
+    with said(what, give, *DAMAGED):
         folder, tables = values.get("db_dir"), values.get("tables")
         texts = [values[name] for name in ("lang", "query", "form", "source")]
         if not all(isinstance(text, str) for text in texts) or values["form"] not in get_args(Form):
@@ -111,10 +113,6 @@ def from_json(values: dict[str, Any], where: str) -> TravelTask:
             form=values["form"],
             source=values["source"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{where} is not a travel task ({error!r}); write it with python -m opsd.environments.travel"
-        ) from error
 
 
 def load_tasks(root: str | Path, lang: str) -> list[TravelTask]:
@@ -128,11 +126,9 @@ def load_tasks(root: str | Path, lang: str) -> list[TravelTask]:
     file = next((path for path in (folder / "data" / name, folder / name) if path.is_file()), None)
     if file is None:
         raise UserError(f"{root} holds no {name}; give the folder of the DeepPlanning travel benchmark")
-    try:
+    with said(f"{file} cannot be read as travel queries", "fetch it again", *DAMAGED):
         records = json.loads(file.read_text(encoding="utf-8"))
         found = [(str(record["id"]), record["query"], record["meta_info"]) for record in records]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read as travel queries ({error!r}); fetch it again") from error
     databases = folder / "database" / f"database_{lang}"
     return [
         TravelTask(number, lang, query, meta, _database(databases, number), source=DEEPPLANNING)
@@ -162,11 +158,11 @@ def read_tables(folder: Path) -> Tables:
     """The seven CSV files of one database; every value is text, so that coordinates keep their digits."""
     tables = {}
     for name, file in FILES.items():
-        try:
-            with (folder / file).open(newline="", encoding="utf-8-sig") as lines:
-                tables[name] = [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(lines)]
-        except (OSError, ValueError, csv.Error) as error:
-            raise UserError(f"{folder / file} cannot be read ({error}); unzip the database again") from error
+        with (
+            said(f"{folder / file} cannot be read", "unzip the database again", OSError, ValueError, csv.Error),
+            (folder / file).open(newline="", encoding="utf-8-sig") as lines,
+        ):
+            tables[name] = [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(lines)]
     return tables
 
 
@@ -175,20 +171,7 @@ def read_task_file(path: str | Path) -> list[TravelTask]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"task file {path} does not exist; write one with python -m opsd.environments.travel")
-    tasks = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}); give a task file") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); give one task per line") from error
-        tasks.append(from_json(values, f"{path} line {number}"))
-    if not tasks:
-        raise UserError(f"{path} holds no tasks; give at least one")
-    return tasks
+    return [from_json(values, f"{path} record {number}") for number, values in enumerate(read_records(path), start=1)]
 
 
 def write_task_file(tasks: list[TravelTask], path: Path) -> None:

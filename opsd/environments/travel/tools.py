@@ -7,7 +7,6 @@ coordinates match as text, digit by digit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from opsd.environments.travel.task import Row, Tables
@@ -117,49 +116,38 @@ def read_call(name: Any, arguments: Any) -> tuple[str, Arguments]:
 
 
 def find(name: str, arguments: Arguments, tables: Tables) -> list[Row]:
-    """The rows that a call (as returned by `read_call`) finds, in the order in which they are shown; [] if none."""
-    return _FINDERS[name](arguments, tables)
+    """The rows that a call (as returned by `read_call`) finds, in the order in which they are shown; [] if none.
+
+    Trains and flights: segments of matching routes, route by route.
+    """
+    table, columns = _PLACES[name]
+    wanted = {column: arguments[key] for key, column in columns.items() if key in arguments}
+    rows = [row for row in tables[table] if all(row.get(key) == value for key, value in wanted.items())]
+    if columns is _TRIP:
+        rows.sort(key=lambda row: (row["route_index"], row["segment_index"]))
+    return rows[:1] if name in _OF_ONE else rows
 
 
-def _connections(table: str) -> Callable[[Arguments, Tables], list[Row]]:
-    """Trains or flights: segments of matching routes, route by route."""
-
-    def finder(arguments: Arguments, tables: Tables) -> list[Row]:
-        wanted = {
-            "origin_city": arguments["origin"],
-            "destination_city": arguments["destination"],
-            "dep_date": arguments["depDate"],
-        }
-        if "seatClassName" in arguments:
-            wanted["seat_class"] = arguments["seatClassName"]
-        rows = [row for row in tables[table] if all(row.get(key) == value for key, value in wanted.items())]
-        return sorted(rows, key=lambda row: (row["route_index"], row["segment_index"]))
-
-    return finder
-
-
-def _equal(table: str, columns: dict[str, str], first: bool = False) -> Callable[[Arguments, Tables], list[Row]]:
-    """Rows whose columns equal the given arguments. columns: argument to column. first: only the first such row."""
-
-    def finder(arguments: Arguments, tables: Tables) -> list[Row]:
-        wanted = {column: arguments[key] for key, column in columns.items() if key in arguments}
-        rows = [row for row in tables[table] if all(row.get(key) == value for key, value in wanted.items())]
-        return rows[:1] if first else rows
-
-    return finder
-
-
-_FINDERS: dict[str, Callable[[Arguments, Tables], list[Row]]] = {
-    "query_train_info": _connections("trains"),
-    "query_flight_info": _connections("flights"),
-    "query_hotel_info": _equal("hotels", {"hotelStar": "hotel_star", "hotelBrands": "brand"}),
-    "query_attraction_details": _equal("attractions", {"attraction_name": "attraction_name"}, first=True),
-    "recommend_attractions": _equal("attractions", {"attraction_type": "attraction_type"}),
-    "search_location": _equal("locations", {"place_name": "poi_name"}, first=True),
-    "query_road_route_info": _equal("routes", {"origin": "origin", "destination": "destination"}, first=True),
-    "recommend_restaurants": _equal("restaurants", {"latitude": "query_latitude", "longitude": "query_longitude"}),
-    "query_restaurant_details": _equal("restaurants", {"restaurant_name": "restaurant_name"}, first=True),
+_TRIP = {
+    "origin": "origin_city",
+    "destination": "destination_city",
+    "depDate": "dep_date",
+    "seatClassName": "seat_class",
 }
+# The table that each tool searches, and the column that each argument must equal.
+_PLACES = {
+    "query_train_info": ("trains", _TRIP),
+    "query_flight_info": ("flights", _TRIP),
+    "query_hotel_info": ("hotels", {"hotelStar": "hotel_star", "hotelBrands": "brand"}),
+    "query_attraction_details": ("attractions", {"attraction_name": "attraction_name"}),
+    "recommend_attractions": ("attractions", {"attraction_type": "attraction_type"}),
+    "search_location": ("locations", {"place_name": "poi_name"}),
+    "query_road_route_info": ("routes", {"origin": "origin", "destination": "destination"}),
+    "recommend_restaurants": ("restaurants", {"latitude": "query_latitude", "longitude": "query_longitude"}),
+    "query_restaurant_details": ("restaurants", {"restaurant_name": "restaurant_name"}),
+}
+# Tools that return the first row only.
+_OF_ONE = {"query_attraction_details", "search_location", "query_road_route_info", "query_restaurant_details"}
 
 
 def _text(value: str | int | float) -> str:
