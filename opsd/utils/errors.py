@@ -59,11 +59,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def said(what: str, give: str, *kinds: type[BaseException]) -> Iterator[None]:
     """Context in which exceptions of these kinds become UserErrors of one line: what happened, why, and what to give.
 
-    kinds: without any, all but out-of-memory errors. Our own exceptions and requests to stop the program pass through.
+    kinds: without any, all but out-of-memory errors. UserErrors and requests to stop the program pass through.
     """
     try:
         yield
-    except (UserError, RunStopped, KeyboardInterrupt, SystemExit):
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # panics of tokenizers and safetensors are not Exceptions
         if not isinstance(error, kinds) if kinds else is_out_of_memory(error):

@@ -95,7 +95,7 @@ def test_contexts_that_are_too_long_are_dropped_and_counted(load, tokenizer):
     prompts = load("{prompt}{prompt}", {"prompt": "1"}, {"prompt": "12"})
     kept, dropped = asking("{prompt}{prompt}", tokenizer, most=3).fitting(prompts)
     assert (kept, dropped) == (prompts[:1], 1)
-    with pytest.raises(UserError, match=r"--teacher\.max_prompt_tokens 1: all 2 prompts are longer"):
+    with pytest.raises(UserError, match=r"--teacher\.max_prompt_tokens 1: all 2 prompts of the teacher are longer"):
         asking("{prompt}{prompt}", tokenizer, most=1).fitting(prompts)
 
 
