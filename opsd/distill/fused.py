@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from opsd.distill.chunks import attempts
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec
-from opsd.distill.rows import Logits, differentiate_, gradient_buffer, projected
+from opsd.distill.logits import Logits
+from opsd.distill.rows import differentiate_, gradient_buffer, projected
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 from opsd.distill.chunks import ChunkTokens, attempts
 from opsd.distill.held import HeldLogits
 from opsd.distill.inputs import Inputs, LossSpec, check_inputs
-from opsd.distill.rows import Logits, projected, score_
+from opsd.distill.logits import Logits
+from opsd.distill.rows import projected, score_
 from opsd.selection import (
     ALL_STATISTICS,
     GIVEN_FIELDS,

@@ -9,7 +9,6 @@ Never imported without triton. Legend: C rows, W width of a row (`row_width`).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from opsd.distill.divergence import likeliest, logits_
 from opsd.distill.inputs import LossSpec
+from opsd.distill.logits import Logits
 from opsd.distill.triton_kernels import (
     GRADIENT_BLOCK,
     NAMES,
@@ -31,9 +31,6 @@ from opsd.distill.triton_kernels import (
 from opsd.types import Transform
 
 EOPD_READS = ("reverse_kl", "forward_kl", "teacher_entropy")
-
-if TYPE_CHECKING:
-    from opsd.distill.rows import Logits
 
 
 def token_fields(

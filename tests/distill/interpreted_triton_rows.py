@@ -13,7 +13,7 @@ import torch
 
 from opsd.distill import triton_rows, workspace
 from opsd.distill.inputs import LossSpec
-from opsd.distill.rows import Logits
+from opsd.distill.logits import Logits
 from opsd.distill.workspace import Workspace
 from opsd.types import Transform
 
