@@ -122,6 +122,8 @@ class Options:
     """Seeds of prompt order, sampling and selection."""
     lanes: int = 2
     """Cells that run in parallel; they share the cores."""
+    only_collect: bool = False
+    """Run no cell: the file gets those that are measured already."""
     limit: int = 64
     """Number of held-out prompts (the first ones)."""
     warm_up: dict[str, str] = field(default_factory=dict)
@@ -209,9 +211,14 @@ def measure(options: Options, model: Path, name: str) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else measure_distance(asked)
 
 
+def is_measured(options: Options, one: Cell) -> bool:
+    """Whether the cell's measurement exists."""
+    return Path(measurement(options, one.run, one.name).out).exists()
+
+
 def run_and_measure(options: Options, group: list[Cell]) -> None:
     """Run and measure the cells of a group that are not measured yet; then remove their weights."""
-    left = [one for one in group if not (options.runs / "distance" / f"{one.name}.json").exists()]
+    left = [one for one in group if not is_measured(options, one)]
     if not left:
         return
     check(left)
@@ -238,9 +245,10 @@ def main(options: Options) -> None:
     student = warm_up(options)
     before = measure(options, student, "warmup")
     groups = list(cells(options, student))
-    for group in groups:
+    for group in groups if not options.only_collect else ():
         run_and_measure(options, group)
-    found = [(one, measure(options, one.run, one.name)) for group in groups for one in group]
+    measured = [one for group in groups for one in group if is_measured(options, one)]
+    found = [(one, measure(options, one.run, one.name)) for one in measured]
     runs = []
     for one, of in found:
         slug, seed = one.name.removeprefix("smollm2-").rsplit("-seed", 1)

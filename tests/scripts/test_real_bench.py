@@ -1,5 +1,6 @@
 """The bench on a real pair, from warm-up to a file of results, with tiny models in place of SmolLM2."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -79,3 +80,7 @@ def test_from_models_to_a_file_of_results(options, make_folder, make_model, monk
     monkeypatch.setattr(real_bench, "measure_distance", None)
     real_bench.main(options)
     assert options.results.read_text() == first
+    # Of a bench that is not finished, what is measured can be collected.
+    (options.runs / "distance" / "smollm2-q3-50-seed0.json").unlink()
+    real_bench.main(dataclasses.replace(options, only_collect=True))
+    assert [run["cell"] for run in Results.read(options.results).values["runs"]] == ["all", "all-jsd"]
