@@ -22,7 +22,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 from opsd.utils.errors import UserError, exits_on_bad_input
 from reporting.claims import Verdict, judge, read_claims
-from reporting.compare import compare, logged
+from reporting.compare import compare, means
 from reporting.leaderboard import gains_in, leaderboard, signed
 from reporting.paper import MISSING
 from reporting.plots import gains_against_retention
@@ -120,8 +120,7 @@ def contrast(args: Compare) -> None:
     """Print how the cells differ, and what they logged."""
     results = Results.read(args.results)
     compare(results, args.cells, args.minus, args.measure).show(args.markdown)
-    if args.logged:
-        logged(results, args.cells, args.logged).show(args.markdown)
+    means(results, args.cells, args.measure, args.logged).show(args.markdown)
 
 
 def show(args: Claims) -> None:

@@ -80,8 +80,7 @@ def load_prompts(
 
 
 def routed(field: str, names: Iterable[str]) -> Callable[[Any, str | None, dict[str, Any], str], dict[str, Any]]:
-    """For `load_prompts`: the teacher of a prompt, named by a field of its record. Raises UserError for unknown names.
-    """
+    """For `load_prompts`: a prompt's teacher, named by a field of its record. Raises UserError for unknown names."""
 
     def more(content: Any, answer: str | None, record: dict[str, Any], where: str) -> dict[str, Any]:
         return {"teacher": checked_route(lookup(record, field, where), field, names, where)}

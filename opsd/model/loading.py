@@ -27,16 +27,16 @@ def load_tokenizer(path: str, flag: str, trust: bool = False) -> Any:
     """
     check_folder(path, flag, trust)
     give = "give a folder that holds one"
-    with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
-        try:
+    try:
+        with said(f"{flag} {path}: its tokenizer cannot be loaded", give):
             tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        except Exception:
-            if (Path(path) / "config.json").is_file():
-                # Loading the tokenizer reads this file too.
-                with said(f"{flag} {path}: its config.json cannot be read", "fix that file"):
-                    AutoConfig.from_pretrained(path, trust_remote_code=trust)
-            raise
-        known = len(tokenizer.get_vocab())
+            known = len(tokenizer.get_vocab())
+    except UserError:
+        if (Path(path) / "config.json").is_file():
+            # Loading the tokenizer reads this file too, and may have failed because of it.
+            with said(f"{flag} {path}: its config.json cannot be read", "fix that file"):
+                AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        raise
     if known <= len(tokenizer.all_special_ids):
         # For a folder without tokenizer files, transformers returns one with special tokens only.
         raise UserError(f"{flag} {path}: its tokenizer cannot be loaded (it has only special tokens); {give}")

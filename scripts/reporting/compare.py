@@ -14,7 +14,7 @@ from reporting.claims import joined_error
 from reporting.leaderboard import signed
 from reporting.paper import MISSING
 from reporting.results import Measure, Results
-from reporting.stats import Estimate
+from reporting.stats import Estimate, estimate
 from reporting.tables import TextTable
 
 BETTER, WORSE, ALIKE, OPEN = "better", "worse", "alike", "inconclusive"
@@ -55,11 +55,14 @@ def verdict(difference: Estimate, measure: Measure) -> str:
     return ALIKE if -margin <= low and high <= margin else OPEN
 
 
-def logged(results: Results, cells: tuple[str, ...], names: tuple[str, ...]) -> TextTable:
-    """Means over steps and seeds of logged metrics."""
-    rows = []
+def means(results: Results, cells: tuple[str, ...], name: str | None, logged: tuple[str, ...]) -> TextTable:
+    """Each cell's mean with its error, and its means over steps and seeds of `logged` metrics. name: of the measure."""
+    measure, rows = results.measure(name), []
     for cell in cells:
         own = [run for run in results.values["runs"] if run["cell"] == cell]
-        values = [[run[name] for run in own if run.get(name) is not None] for name in names]
-        rows.append([cell, *(f"{np.mean(found):.3f}" if found else MISSING for found in values)])
-    return TextTable("Logged means over steps and seeds", ["", *names], rows)
+        of_cell = estimate(results.scores_SP(cell, results.seeds(cell), name))
+        mean, error = (f"{measure.scale * value:.{measure.digits}f}" for value in (of_cell.mean, joined_error(of_cell)))
+        values = [[run[metric] for run in own if run.get(metric) is not None] for metric in logged]
+        shown = [f"{np.mean(found):.3f}" if found else MISSING for found in values]
+        rows.append([cell, mean if error == "inf" else f"{mean} ± {error}", str(len(own)), *shown])
+    return TextTable(f"Means of {measure.name}, {measure.unit}", ["", "mean", "seeds", *logged], rows)

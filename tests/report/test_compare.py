@@ -5,7 +5,7 @@ import math
 import pytest
 
 from opsd.utils.errors import UserError
-from reporting.compare import compare, logged, verdict
+from reporting.compare import compare, means, verdict
 from reporting.results import Measure, Results
 from reporting.stats import Estimate
 
@@ -63,8 +63,9 @@ def test_a_cell_without_a_common_seed_and_one_that_is_not_there():
         compare(lone, ("a",), "zork", None)
 
 
-def test_logged_means_are_over_seeds():
-    assert logged(FOUND, ("q3", "once"), ("q3_kept_frac", "kept_frac")).rows == [
-        ["q3", "0.050", "-"],
-        ["once", "0.000", "-"],
+def test_means_have_their_joined_error_and_logged_means_are_over_seeds():
+    # q3: by problem 0.7 and 0.6: error 0.05; by seed 0.55 and 0.75: error 0.1; a single seed has no error
+    assert means(FOUND, ("q3", "once"), None, ("q3_kept_frac", "kept_frac")).rows == [
+        ["q3", f"65.0 ± {100 * math.hypot(0.05, 0.1):.1f}", "2", "0.050", "-"],
+        ["once", "15.0", "1", "0.000", "-"],
     ]
